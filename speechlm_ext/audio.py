@@ -1,0 +1,136 @@
+"""Reading, resampling and writing audio: one float32 mono waveform in [-1, 1] everywhere in the package.
+
+Files are read by soundfile (wav, flac, ogg, mp3) and, for raw ``.g722``, by PyAV. Several channels become
+one by their mean, rates are converted by soxr (``VHQ``), and files are written as 16-bit PCM wav,
+atomically. Everything wrong with a recording is one :class:`AudioError` that names the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from speechlm_ext.errors import AudioError
+from speechlm_ext.utils.io import atomic_path
+
+SUPPORTED = "wav, flac, ogg, mp3 and g722"
+
+
+def read_audio(path: str | Path, sample_rate: int | None = None, *, resample: bool = True) -> tuple[np.ndarray, int]:
+    """Read a recording as one channel.
+
+    Args:
+        path: wav, flac, ogg, mp3, or raw g722 (by the name's ending).
+        sample_rate: the rate in Hz that the caller needs; None keeps the file's own.
+        resample: convert to ``sample_rate``; False makes another rate an error instead.
+
+    Returns:
+        ``(wave, rate)``: float32 ``[T]`` (mean over the channels) and its rate in Hz.
+
+    Raises:
+        AudioError: the file is missing, unreadable, empty, has samples that are not finite, or has another
+            rate while ``resample`` is False.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise AudioError(f"audio file {path} {what}; check the path in the manifest.")
+    if path.stat().st_size == 0:
+        raise AudioError(f"audio file {path} is empty (0 bytes); record or copy it again, or leave it out.")
+    wave_TC, rate = _read_g722(path) if path.suffix.lower() == ".g722" else _read_soundfile(path)
+    if wave_TC.shape[0] == 0:
+        raise AudioError(f"audio file {path} holds no samples; record or copy it again, or leave it out.")
+    wave = wave_TC.mean(axis=1, dtype=np.float32) if wave_TC.shape[1] > 1 else wave_TC[:, 0]
+    wave = check_wave(wave, f"audio file {path}")
+    if sample_rate is not None and rate != sample_rate:
+        if not resample:
+            raise AudioError(
+                f"audio file {path} has sampling rate {rate} Hz but {sample_rate} Hz was expected; convert it, or allow "
+                "resampling."
+            )
+        wave, rate = resample_audio(wave, rate, sample_rate), sample_rate
+    return np.ascontiguousarray(wave, dtype=np.float32), rate
+
+
+def resample_audio(wave: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    """Convert float32 ``wave [T]`` from ``rate`` to ``new_rate`` Hz with soxr at its highest quality.
+
+    Raises:
+        AudioError: a rate that is not positive.
+    """
+    if rate <= 0 or new_rate <= 0:
+        raise AudioError(f"sampling rates must be positive, got {rate} Hz to {new_rate} Hz.")
+    if rate == new_rate:
+        return wave
+    return soxr.resample(wave, rate, new_rate, quality="VHQ").astype(np.float32, copy=False)
+
+
+def check_wave(wave: np.ndarray, name: str = "waveform") -> np.ndarray:
+    """Return ``wave`` as contiguous float32 ``[T]`` after checking that it can be used.
+
+    Integers are taken as PCM and scaled by their type's range.
+
+    Args:
+        name: what to call it in an error.
+
+    Raises:
+        AudioError: not one-dimensional, empty, or with samples that are not finite.
+    """
+    wave = np.asarray(wave)
+    if wave.ndim != 1:
+        raise AudioError(f"{name}: expected one channel [T], got shape {list(wave.shape)}; average the channels first.")
+    if wave.size == 0:
+        raise AudioError(f"{name}: expected at least one sample, got none.")
+    if np.issubdtype(wave.dtype, np.integer):
+        wave = wave.astype(np.float32) / -float(np.iinfo(wave.dtype).min)
+    wave = np.ascontiguousarray(wave, dtype=np.float32)
+    finite = np.isfinite(wave)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise AudioError(
+            f"{name}: sample {first} of {wave.size} is {wave[first]}, not a finite number ({int((~finite).sum())} such "
+            "samples); the recording is damaged, write it again or leave it out."
+        )
+    return wave
+
+
+def write_wav(path: str | Path, wave: np.ndarray, sample_rate: int) -> None:
+    """Write ``wave [T]`` as a 16-bit PCM wav file, atomically; values outside [-1, 1] are clipped.
+
+    Raises:
+        AudioError: a waveform that is not usable.
+        StorageError: the file cannot be written.
+    """
+    wave = check_wave(wave, f"waveform for {path}")
+    with atomic_path(path) as temporary:
+        soundfile.write(temporary, np.clip(wave, -1.0, 1.0), sample_rate, subtype="PCM_16", format="WAV")
+
+
+def _read_soundfile(path: Path) -> tuple[np.ndarray, int]:
+    try:
+        wave_TC, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
+        # soundfile wants a sampling rate for headerless ".raw" files and says so with a TypeError.
+        raise AudioError(
+            f"audio file {path} cannot be read ({str(error).strip()}); {SUPPORTED} are supported, convert other formats "
+            "first."
+        ) from error
+    return wave_TC, int(rate)
+
+
+def _read_g722(path: Path) -> tuple[np.ndarray, int]:
+    try:
+        import av
+    except ImportError as error:
+        raise AudioError(f"audio file {path}: reading g722 needs PyAV; install it with `pip install av`.") from error
+    try:
+        with av.open(str(path), format="g722") as container:
+            frames = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
+            rate = int(container.streams.audio[0].rate or 16000)
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
+        raise AudioError(f"audio file {path} cannot be read as g722 ({error}).") from error
+    samples = np.concatenate(frames) if frames else np.zeros(0, np.int16)
+    return (samples.astype(np.float32) / 32768.0)[:, None], rate
