@@ -1,0 +1,29 @@
+// SX_CHECK: argument checks whose message is streamed together only when they fail.
+//
+//   SX_CHECK(rows == n, "delay_pack: ids has ", rows, " rows but the offsets end at ", n);
+//
+// Throws std::invalid_argument, which pybind11 turns into ValueError. Say what was expected, what came, where,
+// and what to do; never abort the interpreter.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace speechlm {
+
+template <typename... Parts>
+std::string concat(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+}  // namespace speechlm
+
+#define SX_CHECK(condition, ...)                                  \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      throw std::invalid_argument(speechlm::concat(__VA_ARGS__)); \
+    }                                                             \
+  } while (false)

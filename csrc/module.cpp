@@ -1,0 +1,27 @@
+// speechlm_ext._C. One line per room; the rest tells Python what this build is.
+#include <pybind11/stl.h>
+
+#include "bind.h"
+#include "common/build_info.h"
+#include "common/cpu_info.h"
+#include "common/parallel.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "speechlm_ext's kernels. Use speechlm_ext.ops; these functions have no stable signature.";
+  speechlm::bind_delay_pack(m);
+
+  m.def("use_openmp_of", &speechlm::use_openmp_of, py::arg("library_path"));
+  m.def("openmp_runtime", &speechlm::openmp_runtime);
+  m.def("cpu_features", &speechlm::cpu_features);
+  m.def("build_info", [] {
+    const speechlm::BuildInfo info = speechlm::build_info();
+    py::dict out;
+    out["commit"] = info.version_commit;
+    out["compiler"] = info.compiler;
+    out["cuda_version"] = info.cuda_version;
+    out["cuda_archs"] = info.cuda_archs;
+    return out;
+  });
+}

@@ -1,0 +1,41 @@
+"""speechlm_ext: fused multi-stream kernels for speech language models, and a toolkit on top of them.
+
+``import speechlm_ext as sx`` is cheap: rooms load when they are first touched.
+
+    sx.ops            delay_pack, multistream_embed, multistream_loss, kmeans_assign, multistream_sample
+    sx.TokenLayout    which id means what, as versioned data
+    sx.SpeechLM       the model: from_pretrained, save_pretrained, forward
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speechlm_ext import ops
+    from speechlm_ext.layout import TokenLayout
+    from speechlm_ext.model.speechlm import SpeechLM
+
+__version__ = "0.1.0"
+__all__ = ["SpeechLM", "TokenLayout", "__version__", "ops"]
+
+_LAZY = {
+    "ops": ("speechlm_ext.ops", None),
+    "TokenLayout": ("speechlm_ext.layout", "TokenLayout"),
+    "SpeechLM": ("speechlm_ext.model.speechlm", "SpeechLM"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'speechlm_ext' has no attribute {name!r}")
+    module_name, attribute = _LAZY[name]
+    module = importlib.import_module(module_name)
+    value = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,72 @@
+"""The compiled module ``speechlm_ext._C`` and what every op needs around a call into it.
+
+torch is imported first, so that ``_C`` finds torch's own OpenMP runtime and uses its threads; ``_C`` itself links
+none. There is no silent fallback: without the compiled module, importing the ops fails with the way out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speechlm_ext.errors import SpeechLMError
+
+try:
+    from speechlm_ext import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    raise ImportError(
+        "speechlm_ext's compiled module (speechlm_ext._C) cannot be loaded: "
+        f"{error}. Build it with `pip install .` (or `pip install -e .`) in the source folder; it needs a C++17 "
+        "compiler and nothing else."
+    ) from error
+
+native: Any = _C
+
+
+def _find_openmp() -> str:
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return str(native.use_openmp_of(path))
+    return ""
+
+
+#: The OpenMP runtime shared with torch, "" when the CPU kernels run on one thread.
+OPENMP_RUNTIME = _find_openmp()
+
+#: The torch.library namespace of all ops.
+LIBRARY = torch.library.Library("speechlm_ext", "DEF")
+
+
+class OpError(SpeechLMError):
+    """An op was given tensors or settings that it cannot take."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `OpError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise OpError(message)
+
+
+def describe(value: object) -> str:
+    """``int32 [812, 9] on cuda:0`` for a tensor, the type's name for anything else."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+
+
+def int_list(values: Sequence[int] | Tensor, name: str, length: int | None = None) -> list[int]:
+    """``values`` as plain ints, checked for length; ``name`` is the argument's name with its op."""
+    out = values.tolist() if isinstance(values, Tensor) else [int(v) for v in values]
+    check(length is None or len(out) == length, f"{name} must have {length} values, one per stream; got {len(out)}")
+    return out
+
+
+def stream_handle(tensor: Tensor) -> int:
+    """The current CUDA stream of the tensor's device as an integer; 0 on the CPU."""
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
