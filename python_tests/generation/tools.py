@@ -1,0 +1,130 @@
+"""Shared pieces of the generation tests: layouts with odd delays, a scripted model, training's rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from speechlm_ext.generation.prompt import Prompt, content_frames, special_frame
+from speechlm_ext.generation.request import SamplingSettings
+from speechlm_ext.layout import TokenLayout
+from speechlm_ext.tasks import builtin_tasks
+
+
+def make_layout(kind: str = "codec_ssl", delays: tuple[int, ...] | None = None) -> TokenLayout:
+    """A small layout: ``codec_ssl`` S = 4, ``codec`` S = 3, ``ssl`` S = 1."""
+    if kind == "codec_ssl":
+        return TokenLayout.build(ssl=11, codec=(7, 8, 9), text=20, delays=delays)
+    if kind == "codec":
+        return TokenLayout.build(codec=(7, 8, 9), text=20, delays=delays)
+    return TokenLayout.build(ssl=11, text=20, delays=delays)
+
+
+def random_content(
+    layout: TokenLayout, modality: str, num_frames: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Random content in layout ids, int64 ``[T, S]``."""
+    sizes = [r[1] - r[0] for r in layout.content_ranges(modality) if r is not None]
+    raw = np.stack([rng.integers(0, size, num_frames) for size in sizes], axis=1)
+    return content_frames(raw, modality, layout, "test")
+
+
+def training_frames(layout: TokenLayout, task: str, contents: list[np.ndarray]) -> np.ndarray:
+    """The undelayed sequence of a whole sample, written out by hand from the rule of the design."""
+    template = builtin_tasks()[task]
+    tail = np.full((layout.max_delay, layout.num_streams), layout.pad_id, dtype=np.int64)
+    parts = [special_frame(layout.sos_eos_id, layout), special_frame(layout.task_id(task), layout)]
+    for (entry, is_target), content in zip(template.entries, contents, strict=True):
+        parts += [special_frame(layout.marker_id(entry.modality), layout), content]
+        parts += [special_frame(layout.sos_eos_id, layout)] if is_target else []
+        parts.append(tail)
+    return np.concatenate(parts)
+
+
+def shift(frames: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """Delay one sequence, keeping the tail: ``[T + max_delay, S]``; a second implementation of the rule."""
+    out = np.full((len(frames) + layout.max_delay, layout.num_streams), layout.pad_id, dtype=np.int64)
+    for s, delay in enumerate(layout.delays):
+        out[delay : delay + len(frames), s] = frames[:, s]
+    return out
+
+
+def make_prompt(
+    layout: TokenLayout,
+    task: str,
+    conditions: list[np.ndarray],
+    given: np.ndarray | None = None,
+    settings: SamplingSettings | None = None,
+    name: str = "r",
+    max_new: int = 12,
+) -> Prompt:
+    """A prompt from ready content in layout ids."""
+    template = builtin_tasks()[task]
+    target = template.targets[0]
+    settings = (settings or SamplingSettings()).resolved(target.modality)
+    tail = np.full((layout.max_delay, layout.num_streams), layout.pad_id, dtype=np.int64)
+    parts = [special_frame(layout.sos_eos_id, layout), special_frame(layout.task_id(task), layout)]
+    for entry, content in zip(template.conditions, conditions, strict=True):
+        parts += [special_frame(layout.marker_id(entry.modality), layout), content, tail]
+    parts.append(special_frame(layout.marker_id(target.modality), layout))
+    parts += [given] if given is not None else []
+    num_given = 0 if given is None else len(given)
+    return Prompt(
+        name,
+        template,
+        0,
+        np.concatenate(parts),
+        num_given,
+        settings,
+        settings.min_len,
+        settings.max_len or max_new,
+    )
+
+
+class ScriptedModel(torch.nn.Module):
+    """Gives every id a logit that is a hash of the request's own rows so far, like a model without weights.
+
+    ``bias`` maps (id, row) to an addition, or to NaN; rows are those of the token that is chosen.
+    """
+
+    def __init__(self, layout: TokenLayout, bias: dict | None = None) -> None:
+        super().__init__()
+        self.layout, self.bias = layout, bias or {}
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+    class Cache:
+        def __init__(self) -> None:
+            self.state = None
+
+        def batch_select_indices(self, keep: torch.Tensor) -> None:
+            self.state = self.state[keep]
+
+    def new_cache(self) -> ScriptedModel.Cache:
+        return self.Cache()
+
+    def cached_hidden(self, ids_BTS, *, cache, position_BT, key_mask_BK):
+        B, T, S = ids_BTS.shape
+        if cache.state is None:
+            cache.state = torch.zeros(B, dtype=torch.int64)
+        weight = torch.arange(1, S + 1)
+        mask = key_mask_BK[:, -T:]
+        for t in range(T):
+            value = (ids_BTS[:, t] * weight).sum(1) + position_BT[:, t] * 7
+            fresh = (cache.state * 31 + value) % 1000003
+            cache.state = torch.where(mask[:, t], fresh, cache.state)
+        return torch.stack([cache.state, position_BT[:, -1] + 1], dim=1)[:, None].double()
+
+    def scope_logits(self, hidden_BD, ranges):
+        state_B, row_B = hidden_BD[:, 0].long(), hidden_BD[:, 1].long()
+        out = []
+        for s, parts in enumerate(ranges):
+            if parts is None:
+                out.append(None)
+                continue
+            ids = torch.cat([torch.arange(a, b) for a, b in parts])
+            logits = ((state_B[:, None] * 131 + ids * 977 + s * 7919) % 1009).float() / 200
+            for (token, row), value in self.bias.items():
+                hit = (ids[None] == token) & ((row_B[:, None] == row) | (row is None))
+                logits = torch.where(hit, torch.tensor(float(value)), logits)
+            out.append(logits)
+        return out

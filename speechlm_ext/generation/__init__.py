@@ -1,0 +1,9 @@
+"""Generation: requests in, decoded text and speech out, many tasks in one batch.
+
+results = generate(model, [GenerationRequest("a", "tts", text="one two"), GenerationRequest("b", "asr", audio="x.wav")])
+"""
+
+from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
+from speechlm_ext.generation.run import generate
+
+__all__ = ["GenerationRequest", "GenerationResult", "SamplingSettings", "generate"]

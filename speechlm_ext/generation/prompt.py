@@ -1,0 +1,307 @@
+"""From a request to the token frames that the model is shown, and back from generated frames to content.
+
+The frames are exactly the beginning of the sequence that training assembles for the same content:
+``[sos][task]``, each condition as ``[marker] content`` and ``max_delay`` pad frames, then the target's
+marker and, for a continuation, the given beginning of its content. Delays are not applied here: frames stay
+undelayed, and the decoder places frame u of stream s in row ``u + delay[s]``. That one rule covers the
+ramp-in after a marker, the lagging codes at the end of a given beginning, and any choice of delays.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from speechlm_ext.audio import check_wave, read_audio, resample_audio
+from speechlm_ext.errors import AudioError, ConfigError, GenerationError, SpeechLMError
+from speechlm_ext.generation.request import DEFAULT_MAX_LEN, GenerationRequest, SamplingSettings, check_fields
+from speechlm_ext.layout import TokenLayout
+from speechlm_ext.tasks import TaskTemplate, resolve_task
+
+if TYPE_CHECKING:
+    from speechlm_ext.tokenizers import TokenizerSet
+
+#: A speaker prompt is cut to this many frames, the length that training crops at most.
+SPEAKER_FRAMES = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Everything the decoder needs for one target of one request; frames are in layout ids, undelayed."""
+
+    id: str
+    template: TaskTemplate
+    target: int
+    """Index of the target to produce; earlier ones are part of ``frames_PS``."""
+    frames_PS: np.ndarray
+    """int64 ``[P, S]``, ends with the target's marker or the given beginning of its content."""
+    num_given: int
+    """Frames of the target's content at the end of ``frames_PS``."""
+    settings: SamplingSettings
+    """Resolved for the target's modality."""
+    min_new: int
+    """Fewest frames to generate before the end."""
+    max_new: int
+    """Most frames to generate; the end is forced after them."""
+
+    @property
+    def modality(self) -> str:
+        """Modality of the target."""
+        return self.template.targets[self.target].modality
+
+
+def special_frame(token_id: int, layout: TokenLayout) -> np.ndarray:
+    """A frame ``[1, S]`` with a special id in stream 0 and pad in the others."""
+    frame = np.full((1, layout.num_streams), layout.pad_id, dtype=np.int64)
+    frame[0, 0] = token_id
+    return frame
+
+
+def content_frames(raw_TC: np.ndarray, modality: str, layout: TokenLayout, where: str) -> np.ndarray:
+    """Raw tokenizer ids ``[T, C]`` as layout frames int64 ``[T, S]``; streams without content hold pad.
+
+    Raises:
+        GenerationError: another number of columns than the modality has, or an id outside its range.
+    """
+    raw_TC = np.asarray(raw_TC)
+    raw_TC = raw_TC[:, None] if raw_TC.ndim == 1 else raw_TC
+    ranges = layout.content_ranges(modality)
+    live = [(s, r) for s, r in enumerate(ranges) if r is not None]
+    if raw_TC.ndim != 2 or raw_TC.shape[1] != len(live):
+        raise GenerationError(
+            f"{where}: {modality} content must have {len(live)} columns in layout {layout}, got shape "
+            f"{list(raw_TC.shape)}; the tokenizers do not belong to this model."
+        )
+    frames_TS = np.full((raw_TC.shape[0], layout.num_streams), layout.pad_id, dtype=np.int64)
+    for column, (s, (start, end)) in enumerate(live):
+        values = raw_TC[:, column].astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() >= end - start):
+            raise GenerationError(
+                f"{where}: {modality} ids in stream {s} must be in [0, {end - start}), got {values.min()} to "
+                f"{values.max()}; the tokenizers do not belong to this model."
+            )
+        frames_TS[:, s] = values + start
+    return frames_TS
+
+
+def raw_content(frames_TS: np.ndarray, modality: str, layout: TokenLayout) -> np.ndarray:
+    """Inverse of :func:`content_frames`: layout frames ``[T, S]`` to raw ids int32 ``[T, C]``."""
+    live = [(s, r[0]) for s, r in enumerate(layout.content_ranges(modality)) if r is not None]
+    return np.stack([frames_TS[:, s] - start for s, start in live], axis=1).astype(np.int32)
+
+
+def encode_field(
+    request: GenerationRequest, entry_field: str, modality: str, tokenizers: TokenizerSet
+) -> np.ndarray:
+    """Tokenize one field of a request as ``modality``: raw ids int32 ``[T, C]``.
+
+    Raises:
+        GenerationError: the model has no tokenizer for it. AudioError, TokenizerError: the content is bad.
+    """
+    where = f"request {request.id!r}"
+    if modality == "text_bpe" and tokenizers.text is not None:
+        return tokenizers.text.encode(request.text or "")
+    needs = {"ssl": ("ssl",), "codec": ("codec",), "codec_ssl": ("ssl", "codec"), "spk": ("codec",)}.get(
+        modality, ()
+    )
+    if not needs or any(getattr(tokenizers, n) is None for n in needs):
+        raise GenerationError(
+            f"{where}: the model folder has no tokenizer for {modality}; export it with tokenizers."
+        )
+    source = request.speaker_prompt if entry_field == "speaker" else request.audio
+    name = "speaker_prompt" if entry_field == "speaker" else "audio"
+    rate = getattr(tokenizers, needs[-1]).sample_rate
+    wave = load_wave(source, rate, f"{where}, {name}", request.audio_rate, request.resample)
+    if modality == "ssl":
+        return tokenizers.ssl.encode(wave)
+    if modality == "codec_ssl" or (modality == "spk" and tokenizers.ssl is not None):
+        return tokenizers.encode_codec_ssl(wave)
+    return tokenizers.codec.encode(wave)
+
+
+def load_wave(
+    source: str | Path | np.ndarray | None, rate: int, where: str, array_rate: int | None, resample: bool
+) -> np.ndarray:
+    """Read a file or take an array as float32 ``[T]`` at ``rate`` Hz.
+
+    Raises:
+        GenerationError: audio of another rate while ``resample`` is False. AudioError: it cannot be used.
+    """
+    if isinstance(source, np.ndarray):
+        wave, found = check_wave(source, where), array_rate or rate
+    elif source is None:
+        raise GenerationError(f"{where}: no recording was given.")
+    else:
+        try:
+            wave, found = read_audio(source)
+        except AudioError as error:
+            raise AudioError(f"{where}: {error}") from None
+    if found == rate:
+        return wave
+    if not resample:
+        raise GenerationError(
+            f"{where}: the recording has {found} Hz but the model's tokenizers take {rate} Hz; convert it, "
+            "or allow it with resample (--resample)."
+        )
+    return resample_audio(wave, found, rate)
+
+
+def find_task(request: GenerationRequest, tasks: tuple[TaskTemplate, ...]) -> TaskTemplate:
+    """The trained task that a request means. Raises :class:`GenerationError` if none or several do."""
+    try:
+        return resolve_task(request.task, tasks)
+    except ConfigError as error:
+        raise GenerationError(f"request {request.id!r}: {error}") from None
+
+
+def build_prompt(
+    request: GenerationRequest,
+    template: TaskTemplate,
+    layout: TokenLayout,
+    tokenizers: TokenizerSet,
+    context: int | None = None,
+) -> Prompt:
+    """Tokenize a request's fields and lay out the frames up to the first target.
+
+    Args:
+        context: rows that the model can hold, None for no limit.
+
+    Raises:
+        GenerationError: fields that the task does not take, a prompt that the context cannot hold, or lengths
+            with which the target can never end; other :class:`SpeechLMError` for content that cannot be used.
+    """
+    check_fields(request, template)
+    where = f"request {request.id!r} (task {template.name})"
+    parts = [special_frame(layout.sos_eos_id, layout), special_frame(layout.task_id(template.name), layout)]
+    tail = np.full((layout.max_delay, layout.num_streams), layout.pad_id, dtype=np.int64)
+    num_content = 0
+    for entry in template.conditions:
+        raw_TC = _encode(request, entry.field, entry.modality, tokenizers)
+        if entry.modality == "spk":
+            raw_TC = raw_TC[:SPEAKER_FRAMES]
+        content_TS = content_frames(raw_TC, entry.modality, layout, where)
+        parts += [special_frame(layout.marker_id(entry.modality), layout), content_TS, tail]
+        num_content += len(content_TS)
+    first = template.targets[0]
+    parts.append(special_frame(layout.marker_id(first.modality), layout))
+    num_given = 0
+    has_beginning = request.text if first.field == "text" else request.audio is not None
+    if not template.conditions and has_beginning:
+        given_TS = content_frames(
+            _encode(request, first.field, first.modality, tokenizers), first.modality, layout, where
+        )
+        parts.append(given_TS)
+        num_given = num_content = len(given_TS)
+    frames_PS = np.concatenate(parts)
+    return _finish(
+        request.id, template, 0, frames_PS, num_given, num_content, request.settings, layout, context, where
+    )
+
+
+def next_prompt(
+    prompt: Prompt,
+    content_TS: np.ndarray,
+    settings: SamplingSettings,
+    layout: TokenLayout,
+    context: int | None,
+) -> Prompt:
+    """Prompt for the following target of a chain, after ``content_TS`` (all frames) of the present one.
+
+    Raises:
+        GenerationError: the context cannot hold it.
+    """
+    marker = len(prompt.frames_PS) - prompt.num_given
+    tail = np.full((layout.max_delay, layout.num_streams), layout.pad_id, dtype=np.int64)
+    entry = prompt.template.targets[prompt.target + 1]
+    frames_PS = np.concatenate(
+        [
+            prompt.frames_PS[:marker],
+            content_TS,
+            special_frame(layout.sos_eos_id, layout),
+            tail,
+            special_frame(layout.marker_id(entry.modality), layout),
+        ]
+    )
+    where = f"request {prompt.id!r} (task {prompt.template.name}), target {prompt.target + 1}"
+    return _finish(
+        prompt.id,
+        prompt.template,
+        prompt.target + 1,
+        frames_PS,
+        0,
+        len(content_TS),
+        settings,
+        layout,
+        context,
+        where,
+    )
+
+
+def _encode(
+    request: GenerationRequest, entry_field: str, modality: str, tokenizers: TokenizerSet
+) -> np.ndarray:
+    try:
+        raw_TC = np.asarray(encode_field(request, entry_field, modality, tokenizers))
+    except SpeechLMError as error:
+        if f"request {request.id!r}" in str(error):
+            raise
+        raise type(error)(f"request {request.id!r}: {error}") from None
+    if raw_TC.shape[0] == 0:
+        raise GenerationError(
+            f"request {request.id!r}: {entry_field} gives no {modality} tokens; it is empty or too short."
+        )
+    return raw_TC
+
+
+def _finish(
+    request_id: str,
+    template: TaskTemplate,
+    target: int,
+    frames_PS: np.ndarray,
+    num_given: int,
+    num_content: int,
+    settings: SamplingSettings,
+    layout: TokenLayout,
+    context: int | None,
+    where: str,
+) -> Prompt:
+    modality = template.targets[target].modality
+    live = [d for d, r in zip(layout.delays, layout.content_ranges(modality), strict=True) if r is not None]
+    # Frame T - 1 of the slowest stream stands in row P + T - 1 + delay; the row before is the last one fed.
+    extra = max(max(live) - 1, layout.delays[0])
+    room = DEFAULT_MAX_LEN if context is None else context - len(frames_PS) - extra
+    least = max(settings.min_len, 1)
+    if room < least:
+        raise GenerationError(
+            f"{where}: the prompt has {len(frames_PS)} rows and at least {least} more must fit, but the "
+            f"model's context is {context}; shorten the text or audio, or min_len."
+        )
+    if settings.max_len is not None:
+        wanted = settings.max_len
+    elif settings.max_len_ratio is not None:
+        wanted = max(math.ceil(settings.max_len_ratio * num_content), 1)
+        if num_content == 0:
+            raise GenerationError(
+                f"{where}: max_len_ratio needs a prompt with content; give max_len instead."
+            )
+    else:
+        wanted = max(DEFAULT_MAX_LEN, settings.min_len)
+    if wanted < settings.min_len:
+        raise GenerationError(
+            f"{where}: the target can never end: min_len {settings.min_len} is more than {wanted}, which is "
+            f"max_len_ratio {settings.max_len_ratio} times the prompt's {num_content} frames."
+        )
+    return Prompt(
+        request_id,
+        template,
+        target,
+        frames_PS,
+        num_given,
+        settings.resolved(modality),
+        settings.min_len,
+        min(wanted, room),
+    )

@@ -1,0 +1,148 @@
+"""From requests to results: build prompts, decode them in batches, turn ids back into text and waveforms.
+
+Requests are sorted by task and prompt length, so that a batch holds little padding; results come in the order
+of the requests. What is wrong with one request is told in its own result and stops no other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from speechlm_ext.errors import GenerationError, SpeechLMError
+from speechlm_ext.generation.engine import Decoded, decode
+from speechlm_ext.generation.prompt import Prompt, build_prompt, find_task, next_prompt, raw_content
+from speechlm_ext.generation.request import GenerationRequest, GenerationResult
+
+if TYPE_CHECKING:
+    from speechlm_ext.model.speechlm import SpeechLM
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request on its way through its targets."""
+
+    index: int
+    request: GenerationRequest
+    prompt: Prompt
+    chain: tuple[np.ndarray, ...] = ()
+    seconds: float = 0.0
+
+
+def generate(
+    model: SpeechLM,
+    requests: Sequence[GenerationRequest],
+    batch_size: int = 16,
+    *,
+    progress: bool = False,
+    on_result: Callable[[int, GenerationResult], None] | None = None,
+) -> list[GenerationResult]:
+    """Serve requests.
+
+    Args:
+        model: with tokenizers; put into eval mode for the time of the call.
+        requests: any tasks together.
+        batch_size: most requests decoded at once.
+        progress: show a bar (never where the output is not a terminal).
+        on_result: called with (index in ``requests``, result) as soon as each is ready.
+
+    Returns:
+        One result per request, in order. Bad requests have ``finished == "failed"`` and ``error``.
+
+    Raises:
+        GenerationError: the model has no tokenizers or no tasks, or ``batch_size`` is not positive.
+    """
+    if batch_size < 1:
+        raise GenerationError(f"batch_size must be at least 1, got {batch_size}.")
+    if model.tokenizers is None:
+        raise GenerationError("the model has no tokenizers; load a model folder that contains tokenizers/.")
+    results: list[GenerationResult | None] = [None] * len(requests)
+    bar = tqdm(total=len(requests), unit="request", desc="generate", disable=None if progress else True)
+
+    def finish(index: int, result: GenerationResult) -> None:
+        results[index] = result
+        bar.update()
+        if on_result is not None:
+            on_result(index, result)
+
+    jobs = []
+    for index, request in enumerate(requests):
+        try:
+            template = find_task(request, model.tasks)
+            prompt = build_prompt(request, template, model.layout, model.tokenizers, model.max_positions)
+            jobs.append(_Job(index, request, prompt))
+        except SpeechLMError as error:
+            finish(index, GenerationResult(request.id, request.task, "failed", error=str(error)))
+    was_training = model.training
+    model.eval()
+    try:
+        while jobs:
+            jobs.sort(
+                key=lambda job: (job.prompt.modality, job.prompt.template.name, -len(job.prompt.frames_PS))
+            )
+            following = []
+            for first in range(0, len(jobs), batch_size):
+                batch = jobs[first : first + batch_size]
+                start = time.perf_counter()
+                decoded = decode(model, [job.prompt for job in batch])
+                seconds = time.perf_counter() - start
+                for job, one in zip(batch, decoded, strict=True):
+                    job.seconds += seconds
+                    again = _advance(job, one, model)
+                    if isinstance(again, _Job):
+                        following.append(again)
+                    else:
+                        finish(job.index, again)
+            jobs = following
+    finally:
+        model.train(was_training)
+        bar.close()
+    return [r for r in results if r is not None]
+
+
+def _advance(job: _Job, decoded: Decoded, model: SpeechLM) -> _Job | GenerationResult:
+    """What follows a decoded target: the next one of the task's chain, or the result."""
+    prompt = job.prompt
+    result = GenerationResult(
+        job.request.id,
+        prompt.template.name,
+        decoded.finished,
+        modality=prompt.modality,
+        num_given=prompt.num_given,
+        chain=job.chain,
+        logprob=decoded.logprob,
+        num_scored=decoded.num_scored,
+        seconds=job.seconds,
+        settings=prompt.settings,
+    )
+    if decoded.error is not None:
+        return replace(result, logprob=None, error=decoded.error)
+    raw_TC = raw_content(decoded.content_TS, prompt.modality, model.layout)
+    try:
+        if prompt.target + 1 < len(prompt.template.targets):
+            follow = next_prompt(
+                prompt, decoded.content_TS, job.request.settings, model.layout, model.max_positions
+            )
+            return _Job(job.index, job.request, follow, (*job.chain, raw_TC), job.seconds)
+        return _decode_content(replace(result, ids=raw_TC), model)
+    except SpeechLMError as error:
+        return replace(result, ids=raw_TC, finished="failed", error=f"request {result.id!r}: {error}")
+
+
+def _decode_content(result: GenerationResult, model: SpeechLM) -> GenerationResult:
+    """Fill in the text or the waveform of a result's ids; SSL units alone have neither."""
+    tokenizers, ids = model.tokenizers, result.ids
+    assert tokenizers is not None and ids is not None
+    if result.modality == "text_bpe" and tokenizers.text is not None:
+        return replace(result, text=str(tokenizers.text.decode(ids)))
+    if result.modality in ("codec", "codec_ssl") and tokenizers.codec is not None:
+        codes = ids[:, 1:] if result.modality == "codec_ssl" else ids
+        rate = tokenizers.codec.sample_rate
+        wav = tokenizers.decode_codec(codes) if len(codes) else np.zeros(0, np.float32)
+        return replace(result, wav=np.asarray(wav, dtype=np.float32), sample_rate=rate)
+    return result
