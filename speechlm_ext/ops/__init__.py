@@ -2,5 +2,24 @@
 
 from speechlm_ext.ops._native import OpError
 from speechlm_ext.ops.delay_pack import PackedBatch, delay_pack, delay_unpack
+from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
+from speechlm_ext.ops.multistream_embed import multistream_embed, segment_sum
+from speechlm_ext.ops.multistream_loss import MultiStreamLoss, multistream_loss
+from speechlm_ext.ops.multistream_sample import DecodeState, SampledStep, advance, multistream_sample
 
-__all__ = ["OpError", "PackedBatch", "delay_pack", "delay_unpack"]
+__all__ = [
+    "CentroidIndex",
+    "DecodeState",
+    "MultiStreamLoss",
+    "OpError",
+    "PackedBatch",
+    "SampledStep",
+    "advance",
+    "delay_pack",
+    "delay_unpack",
+    "kmeans_assign",
+    "multistream_embed",
+    "multistream_loss",
+    "multistream_sample",
+    "segment_sum",
+]

@@ -1,0 +1,36 @@
+"""multistream_embed and segment_sum in plain torch, on `F.embedding_bag` and `index_add`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def multistream_embed(
+    ids: Tensor, table: Tensor, pad_id: int, offsets: Sequence[int] | None, scale: Sequence[float] | None
+) -> Tensor:
+    """``Σ_s scale[s] · table[ids[:, s] + offsets[s]]`` over the ids that are not ``pad_id``."""
+    is_simple = offsets is None and scale is None and 0 <= pad_id < table.shape[0]
+    if is_simple:
+        return F.embedding_bag(ids, table, mode="sum", padding_idx=pad_id)
+    # The pads are dropped: with offsets no table row is free to stand for them, and a row times 0 would carry NaNs.
+    is_real = ids != pad_id
+    counts = is_real.sum(dim=1)
+    starts = counts.cumsum(dim=0) - counts
+    rows = ids
+    if offsets is not None:
+        rows = ids + torch.tensor(list(offsets), dtype=ids.dtype, device=ids.device)
+    weights = None
+    if scale is not None:
+        weights = torch.tensor(list(scale), dtype=table.dtype, device=ids.device).expand(ids.shape)[is_real]
+    return F.embedding_bag(rows[is_real], table, starts.to(ids.dtype), mode="sum", per_sample_weights=weights)
+
+
+def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
+    """``out[k] = Σ values[m]`` over the rows with ``segment_ids[m] == k``; summed in float32 or wider."""
+    dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+    out = torch.zeros(num_segments, values.shape[1], dtype=dtype, device=values.device)
+    return out.index_add(0, segment_ids, values.to(dtype)).to(values.dtype)
