@@ -1,0 +1,305 @@
+"""The training loader: an endless stream of packed batches whose whole state is one integer.
+
+Pack p holds the same samples whatever the number of ranks. With W ranks, global step g consumes packs g W to
+(g + 1) W - 1 and rank r takes the r-th of them; so ``packs_consumed`` (over all ranks) says everything about where
+training stands, and a run can be resumed exactly, at once, and on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from speechlm_ext.data.plan import PackPlan, PlanConfig, build_samples
+from speechlm_ext.data.samples import SampleTable, TaskUse
+from speechlm_ext.data.sequence import LossWeights, assemble
+from speechlm_ext.data.shards import TokenCorpus, TokenFolder
+from speechlm_ext.errors import ConfigError, PlanError
+from speechlm_ext.layout import TokenLayout
+from speechlm_ext.ops import delay_pack
+from speechlm_ext.ops.delay_pack import PackedBatch
+from speechlm_ext.tasks import TaskTemplate
+
+if TYPE_CHECKING:
+    from speechlm_ext.tokenizers import TokenizerSet
+
+Tokens = str | Path | TokenFolder | TokenCorpus | Sequence[str | Path | TokenFolder]
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What one segment of a batch is."""
+
+    id: str
+    """The utterance."""
+    task: str
+    rows: int
+    prompt: str | None
+    """Id of the utterance that serves as speaker prompt."""
+
+
+class PackLoader:
+    """Iterator over this rank's packed batches, without end; see the module's text."""
+
+    def __init__(
+        self,
+        cfg: PlanConfig,
+        tokens: Tokens | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        packs_consumed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        """Open the data and make the plan.
+
+        Args:
+            cfg: token folders, tasks, budget, seed and loss weights.
+            tokens: folders instead of ``cfg.tokens``, opened or by path.
+            rank, world: this process and how many there are.
+            packs_consumed: where to begin: packs that all ranks together have consumed.
+            num_workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+
+        Raises:
+            PlanError, ShardError, LayoutMismatchError, ConfigError: the data or the settings are impossible.
+        """
+        if world < 1 or not 0 <= rank < world:
+            raise ConfigError(f"rank must be in [0, world), got rank {rank} of {world}.")
+        if num_workers < 0:
+            raise ConfigError(f"num_workers must be >= 0, got {num_workers}.")
+        self.corpus = open_tokens(tokens if tokens is not None else cfg.tokens)
+        self.layout: TokenLayout = self.corpus.layout
+        self.samples: SampleTable = build_samples(self.corpus, cfg)
+        self.plan = PackPlan(self.samples, cfg.seed, cfg.budget, overlong=cfg.overlong)
+        self.cfg, self.rank, self.world = cfg, rank, world
+        self._prompts: tuple[int, np.ndarray] | None = None
+        self._pool = ThreadPoolExecutor(num_workers, "pack-loader") if num_workers else None
+        self._depth = 2 * num_workers
+        self._ahead: deque[Future[PackedBatch]] = deque()
+        self._consumed = 0
+        self.packs_consumed = packs_consumed
+
+    @property
+    def packs_consumed(self) -> int:
+        """Packs that all ranks together have consumed: the loader's whole state. Assign it to go anywhere."""
+        return self._consumed
+
+    @packs_consumed.setter
+    def packs_consumed(self, value: int) -> None:
+        if value < 0:
+            raise ConfigError(f"packs_consumed must be >= 0, got {value}.")
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        self._consumed = int(value)
+
+    @property
+    def packs_per_epoch(self) -> int:
+        """Packs in an epoch, over all ranks."""
+        return self.plan.packs_per_epoch
+
+    @property
+    def tasks(self) -> list[TaskTemplate]:
+        """The templates of the tasks that are trained, each once."""
+        return list({t.name: t for t in self.samples.templates}.values())
+
+    @property
+    def max_length(self) -> int:
+        """Most rows that a sample can have in any epoch."""
+        return int(self.samples.max_lengths().max())
+
+    @cached_property
+    def tokenizers(self) -> TokenizerSet | None:
+        """The tokenizers that made the tokens, from the first folder; None where it holds none."""
+        from speechlm_ext.tokenizers import TokenizerSet
+
+        folder = self.corpus.folders[0].path / "tokenizers"
+        return TokenizerSet.load(folder) if folder.is_dir() else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over all that decides which samples stand in which pack; where the folders lie does not matter."""
+        settings = asdict(self.cfg)
+        for name in ("tokens", "loss", "task_file"):
+            del settings[name]
+        content = {
+            "layout": self.layout.sha256,
+            "shards": [[s["sha256"] for s in f.index["shards"]] for f in self.corpus.folders],
+            "templates": [asdict(t) for t in self.samples.templates],
+            "settings": settings,
+            "version": 1,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def epoch(self) -> float:
+        """Epochs consumed, with the fraction."""
+        return self._consumed / self.plan.packs_per_epoch
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        if self._pool is None:
+            batch = self.load(self._consumed + self.rank)
+        else:
+            while len(self._ahead) <= self._depth:
+                pack = self._consumed + len(self._ahead) * self.world + self.rank
+                self._ahead.append(self._pool.submit(self.load, pack))
+            batch = self._ahead.popleft().result()
+        self._consumed += self.world
+        return batch
+
+    def load(self, pack: int) -> PackedBatch:
+        """Make the batch of a pack counted from the beginning of training, whatever the state."""
+        epoch, index = self.plan.locate(pack)
+        draw = self.plan.draw(epoch)
+        parts = [self._assemble(int(i), epoch, draw) for i in self.plan.epoch_packs(epoch)[index]]
+        return pack_frames(parts, self.layout)
+
+    def describe(self, pack: int) -> list[SampleInfo]:
+        """What the segments of a pack are, in their order."""
+        epoch, index = self.plan.locate(pack)
+        lengths = self.plan.lengths(epoch)
+        out = []
+        for i in self.plan.epoch_packs(epoch)[index].tolist():
+            utterance = int(self.samples.utterance[i])
+            prompt = None
+            if self.samples.needs_prompt(i):
+                prompt = self.corpus.utterance(int(self._prompt_of(epoch)[utterance]))["id"]
+            template = self.samples.templates[self.samples.task[i]]
+            out.append(
+                SampleInfo(self.corpus.utterance(utterance)["id"], template.name, int(lengths[i]), prompt)
+            )
+        return out
+
+    def close(self) -> None:
+        """Stop the threads that prepare batches."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _prompt_of(self, epoch: int) -> np.ndarray:
+        cached = self._prompts
+        if cached is None or cached[0] != epoch:
+            # Threads may both compute this at an epoch's border; they get the same, so no lock is needed.
+            cached = self._prompts = (epoch, self.samples.prompts(epoch, self.plan.draw(epoch)))
+        return cached[1]
+
+    def _assemble(self, sample: int, epoch: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
+        prompts = self._prompt_of(epoch) if self.samples.needs_prompt(sample) else None
+        return assemble_sample(self.samples, sample, self.cfg.loss, prompts, epoch, draw)
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Whole samples for evaluation, one per segment."""
+
+    batch: PackedBatch
+    ids: list[str]
+    """Utterance id of each segment."""
+    utterances: list[dict[str, Any]]
+    """What is stored about each (see :meth:`TokenFolder.utterance`)."""
+
+
+def iter_eval(
+    task: str | TaskUse,
+    tokens: Tokens,
+    *,
+    budget: int = 8192,
+    loss: LossWeights | None = None,
+    seed: int = 0,
+    prompt_frames: int = 500,
+    task_file: str | None = None,
+    limit: int | None = None,
+) -> Iterator[EvalBatch]:
+    """Every sample of a task once, in the data's order, whole and with its id.
+
+    Samples are put together as long as they fit into ``budget`` rows; one that is longer stands alone, so nothing is
+    left out. Speaker prompts are those of epoch 0.
+
+    Args:
+        task: name of a task, or a :class:`TaskUse` with filters (its factor is ignored).
+        tokens: token folders of the split.
+        limit: only the first so many samples.
+
+    Raises:
+        PlanError: the task has no data here.
+    """
+    use = replace(task, factor=1.0) if isinstance(task, TaskUse) else TaskUse(task)
+    cfg = PlanConfig(tasks=[use], seed=seed, prompt_frames=prompt_frames, task_file=task_file)
+    corpus = open_tokens(tokens)
+    samples = build_samples(corpus, cfg)
+    prompts = samples.prompts(0)
+    lengths = samples.lengths(0)
+    weights = loss or LossWeights()
+    group: list[int] = []
+    rows = 0
+    for i in range(len(samples) if limit is None else min(limit, len(samples))):
+        if group and rows + lengths[i] > budget:
+            yield _eval_batch(samples, group, weights, prompts)
+            group, rows = [], 0
+        group.append(i)
+        rows += int(lengths[i])
+    if group:
+        yield _eval_batch(samples, group, weights, prompts)
+
+
+def _eval_batch(
+    samples: SampleTable, group: list[int], weights: LossWeights, prompts: np.ndarray
+) -> EvalBatch:
+    parts = [assemble_sample(samples, i, weights, prompts, 0, 0) for i in group]
+    utterances = [samples.corpus.utterance(int(samples.utterance[i])) for i in group]
+    return EvalBatch(pack_frames(parts, samples.corpus.layout), [u["id"] for u in utterances], utterances)
+
+
+def assemble_sample(
+    samples: SampleTable, sample: int, weights: LossWeights, prompts: np.ndarray | None, epoch: int, draw: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames ``[T, S]`` and loss weights ``[T, S]`` of a sample as it is in an epoch."""
+    corpus = samples.corpus
+    number = int(samples.utterance[sample])
+    prompt = None
+    if samples.needs_prompt(sample):
+        if prompts is None:
+            raise PlanError(f"sample {sample} needs a speaker prompt.")
+        other = int(prompts[number])
+        source = corpus.utterance(other)
+        columns = [source[c] for c in (("ssl", "codec") if corpus.layout.has("codec_ssl") else ("codec",))]
+        shortest = min(len(c) for c in columns)
+        prompt = np.concatenate([c[:shortest] for c in columns], axis=1)[
+            samples.crop(sample, other, epoch, draw)
+        ]
+    template = samples.templates[samples.task[sample]]
+    return assemble(template, corpus.utterance(number), corpus.layout, prompt, weights)
+
+
+def pack_frames(parts: Sequence[tuple[np.ndarray, np.ndarray]], layout: TokenLayout) -> PackedBatch:
+    """Delay and pack assembled samples, one segment each; the trailing pad frames take up the delays."""
+    frames, weights = zip(*parts, strict=True)
+    offsets = np.cumsum([0] + [len(f) for f in frames])
+    return delay_pack(
+        (torch.from_numpy(np.concatenate(frames)), torch.from_numpy(offsets)),
+        delays=layout.delays,
+        pad_ids=[layout.pad_id] * layout.num_streams,
+        loss_weight=torch.from_numpy(np.concatenate(weights)),
+        tail="trim",
+    )
+
+
+def open_tokens(tokens: Tokens) -> TokenCorpus:
+    """Open token folders given in any form. Raises :class:`ShardError` or :class:`LayoutMismatchError`."""
+    if isinstance(tokens, TokenCorpus):
+        return tokens
+    if isinstance(tokens, (str, Path, TokenFolder)):
+        tokens = [tokens]
+    return TokenCorpus([t if isinstance(t, TokenFolder) else TokenFolder.open(t) for t in tokens])

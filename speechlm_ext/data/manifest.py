@@ -1,0 +1,216 @@
+"""Reading ``manifest.jsonl``: one JSON object per line, one utterance per object.
+
+Known keys are ``id``, ``audio``, ``text``, ``speaker``, ``lang``, ``dataset``, ``start`` and ``duration``; a line
+needs an ``id`` and at least one of ``audio`` and ``text``. Audio paths are relative to the manifest's own folder,
+so a folder of recordings can be moved as a whole. Other keys are kept out of the way: ignored, but counted, so
+that a misspelt ``speakr`` does not pass unseen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speechlm_ext.errors import ManifestError
+
+KEYS = ("id", "audio", "text", "speaker", "lang", "dataset", "start", "duration")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line of a manifest."""
+
+    id: str
+    """Unique in its data set."""
+    audio: Path | None = None
+    """Absolute path of the recording, or None for text alone."""
+    text: str | None = None
+    """Transcript or plain text, or None for audio alone."""
+    speaker: str | None = None
+    """Who speaks; speaker prompts are drawn from utterances with the same one."""
+    lang: str | None = None
+    """Language code, free of choice."""
+    dataset: str = ""
+    """Name of the data set; default the manifest's file name without its ending."""
+    start: float | None = None
+    """Where the utterance begins in the recording, in seconds; default its beginning."""
+    duration: float | None = None
+    """How long it lasts, in seconds; default to the recording's end."""
+    line: int = 0
+    """Line number in the manifest, from 1."""
+    manifest: str = ""
+    """The manifest that it stands in, for messages."""
+
+    @property
+    def where(self) -> str:
+        """``file:line`` and id, for messages."""
+        return f"{self.manifest}:{self.line}: utterance {self.id!r}"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An item that was left out, and why."""
+
+    id: str | None
+    """The item's id where it could be read."""
+    manifest: str
+    line: int
+    reason: str
+
+
+@dataclass
+class Manifest:
+    """What :func:`scan_manifest` found."""
+
+    utterances: list[Utterance] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    unknown_keys: Counter[str] = field(default_factory=Counter)
+    """How often each key was met that means nothing here."""
+
+
+def read_manifest(path: str | Path, *, check_audio: bool = True) -> list[Utterance]:
+    """Read a manifest and insist that every line is good.
+
+    Args:
+        path: a UTF-8 file with one JSON object per line; blank lines are skipped.
+        check_audio: also insist that every audio file exists.
+
+    Returns:
+        The utterances in the file's order.
+
+    Raises:
+        ManifestError: the file is missing or empty, or a line is not good; the message names file and line.
+    """
+    manifest = Manifest()
+    for item in _scan(Path(path), check_audio, manifest.unknown_keys):
+        if isinstance(item, Rejected):
+            raise ManifestError(f"{item.manifest}:{item.line}: {item.reason}")
+        manifest.utterances.append(item)
+    return manifest.utterances
+
+
+def scan_manifest(path: str | Path, *, check_audio: bool = True) -> Manifest:
+    """Read a manifest and collect its bad lines beside the good ones.
+
+    Raises:
+        ManifestError: the file is missing or has no line at all; bad lines raise nothing.
+    """
+    manifest = Manifest()
+    for item in _scan(Path(path), check_audio, manifest.unknown_keys):
+        if isinstance(item, Rejected):
+            manifest.rejected.append(item)
+        else:
+            manifest.utterances.append(item)
+    return manifest
+
+
+def _scan(path: Path, check_audio: bool, unknown: Counter[str]) -> Iterator[Utterance | Rejected]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(
+            f"manifest {path} cannot be read ({error.strerror or error}); expected a file with one JSON object per line."
+        ) from None
+    first_line: dict[str, int] = {}
+    empty = True
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        empty = False
+        row_id: str | None = None
+        try:
+            row = _parse(raw)
+            row_id = _text(row, "id", number_too=True)
+            if row_id is None:
+                raise ManifestError("no 'id'; every line needs an id that is unique in its manifest.")
+            if row_id in first_line:
+                raise ManifestError(
+                    f"id {row_id!r} stands already in line {first_line[row_id]}; ids must be unique."
+                )
+            utterance = _utterance(row, row_id, path, number, check_audio)
+        except ManifestError as error:
+            yield Rejected(row_id, str(path), number, str(error))
+            continue
+        first_line[row_id] = number
+        unknown.update(k for k in row if k not in KEYS)
+        yield utterance
+    if empty:
+        raise ManifestError(f"manifest {path} is empty; expected one JSON object per line, e.g. "
+                            '{"id": "a1", "audio": "a1.wav", "text": "hello"}.')  # fmt: skip
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ManifestError(
+            f"not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); save the manifest as UTF-8."
+        ) from None
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise ManifestError(f"not JSON ({error}); expected one object per line.") from None
+    if not isinstance(row, dict):
+        raise ManifestError(f"expected a JSON object, got {type(row).__name__}.")
+    return row
+
+
+def _text(row: dict[str, Any], key: str, number_too: bool = False) -> str | None:
+    value = row.get(key)
+    if isinstance(value, int) and not isinstance(value, bool) and number_too:
+        value = str(value)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.strip():
+        raise ManifestError(
+            f"{key!r} must be a string that is not blank, got {value!r}; mend it or leave the key out."
+        )
+    return value
+
+
+def _seconds(row: dict[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    if not good or (key == "duration" and value == 0):
+        raise ManifestError(
+            f"{key!r} must be a number of seconds, {'> 0' if key == 'duration' else '>= 0'}, got {value!r}."
+        )
+    return float(value)
+
+
+def _utterance(row: dict[str, Any], row_id: str, path: Path, line: int, check_audio: bool) -> Utterance:
+    audio, text = _text(row, "audio"), _text(row, "text")
+    if audio is None and text is None:
+        raise ManifestError(
+            f"utterance {row_id!r} has neither 'audio' nor 'text'; it needs one of them or both."
+        )
+    try:
+        # JSON can hold lone surrogates, which no file and no tokenizer takes.
+        "".join(v for v in row.values() if isinstance(v, str)).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ManifestError(
+            f"utterance {row_id!r} holds a lone surrogate, which is not Unicode text; mend it."
+        ) from None
+    file = None if audio is None else path.absolute().parent / audio
+    if file is not None and check_audio and not file.is_file():
+        raise ManifestError(
+            f"utterance {row_id!r}: audio file {file} does not exist; paths are relative to the manifest's folder."
+        )
+    return Utterance(
+        id=row_id,
+        audio=file,
+        text=text,
+        speaker=_text(row, "speaker", number_too=True),
+        lang=_text(row, "lang"),
+        dataset=_text(row, "dataset") or path.stem,
+        start=_seconds(row, "start"),
+        duration=_seconds(row, "duration"),
+        line=line,
+        manifest=str(path),
+    )

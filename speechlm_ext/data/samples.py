@@ -1,0 +1,283 @@
+"""Samples: which utterance is trained as which task, how often in an epoch, and with which speaker prompt.
+
+A sample is a (task, utterance) pair; utterances are stored once however many tasks use them. Everything random
+here is a pure function of (seed, epoch, draw), so any epoch can be entered directly. ``draw`` is 0 except where
+the packer asks for another throw, see :mod:`speechlm_ext.data.plan`.
+
+Speaker prompts: in each epoch every speaker's utterances are put in a random ring and each one is prompted by the
+next. So a prompt is never the utterance itself, every utterance serves equally often, and an epoch's total number
+of prompt frames does not change. A speaker with a single utterance has no honest prompt (a crop of the target
+would give the answer away): such samples are refused and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from speechlm_ext.data.sequence import content_columns, content_length, sequence_length
+from speechlm_ext.data.shards import TokenCorpus
+from speechlm_ext.errors import PlanError
+from speechlm_ext.tasks import TaskTemplate
+
+#: Neighbours in length among which a fractional factor draws its extra copies, so that their rows hardly vary.
+_STRATUM = 64
+
+
+@dataclass(frozen=True)
+class TaskUse:
+    """A task and how much of it to train."""
+
+    task: str
+    """Name of a task template, e.g. ``codec_ssl_asr``."""
+    factor: float = 1.0
+    """How often each sample is used in an epoch; 2.5 is twice each and a random half once more."""
+    datasets: list[str] | None = None
+    """Only utterances of these data sets; default all."""
+    langs: list[str] | None = None
+    """Only utterances in these languages; default all."""
+
+
+@dataclass(frozen=True)
+class Eligible:
+    """How many utterances a task use took and why it left others."""
+
+    task: str
+    samples: int
+    filtered: int
+    """Outside the chosen data sets or languages."""
+    lacking: int
+    """Without a modality that the task needs."""
+    no_prompt: int
+    """Without another utterance of the same speaker to prompt with."""
+    overlong: int = 0
+    """Longer than the budget and dropped on request."""
+
+
+class SampleTable:
+    """All samples of a training run.
+
+    Attributes:
+        task, utterance: int64 ``[n]``: index into ``templates``, and into the corpus.
+        factor: float64 ``[n]`` copies per epoch.
+        eligible: one account per task use.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        uses: Sequence[TaskUse],
+        templates: Mapping[str, TaskTemplate],
+        *,
+        dataset_factors: Mapping[str, float] | None = None,
+        seed: int = 0,
+        prompt_frames: int = 500,
+    ) -> None:
+        """Pair tasks with utterances.
+
+        Args:
+            templates: the known task templates by name.
+            dataset_factors: factor per data set, multiplied with the task's; default 1.
+            prompt_frames: most frames of a speaker prompt.
+
+        Raises:
+            PlanError: an unknown task, data set or factor, a task that the layout cannot hold, or one without data.
+        """
+        self.corpus, self.seed, self.prompt_frames = corpus, seed, prompt_frames
+        self.templates = [self._template(use, templates) for use in uses]
+        if not uses:
+            raise PlanError(f"no task was given; name at least one of {self._feasible(templates)}.")
+        if prompt_frames < 1:
+            raise PlanError(f"prompt_frames must be >= 1, got {prompt_frames}.")
+        per_dataset = self._dataset_factors(dataset_factors or {})
+        speech = content_length(
+            "codec_ssl" if corpus.layout.has("codec_ssl") else "codec", corpus.lengths, corpus.layout
+        )
+        self._speech_len = speech.astype(np.int64)
+        # Utterances that can prompt: with a speaker and speech, where the speaker has at least two of them.
+        pool = (corpus.speaker >= 0) & (speech > 0)
+        count = np.bincount(corpus.speaker[pool], minlength=1)
+        self._pool = np.flatnonzero(pool & (count[np.maximum(corpus.speaker, 0)] > 1))
+        promptable = np.zeros(len(corpus), bool)
+        promptable[self._pool] = True
+        parts, self.eligible = [], []
+        for number, (use, template) in enumerate(zip(uses, self.templates, strict=True)):
+            wanted = self._filter(use)
+            whole, prompted = wanted.copy(), np.ones(len(corpus), bool)
+            for entry, _ in template.entries:
+                if entry.modality == "spk":
+                    prompted = promptable
+                else:
+                    for column in content_columns(entry.modality, corpus.layout):
+                        whole &= corpus.lengths[column] > 0
+            chosen = np.flatnonzero(whole & prompted)
+            account = Eligible(
+                use.task,
+                len(chosen),
+                int((~wanted).sum()),
+                int((wanted & ~whole).sum()),
+                int((whole & ~prompted).sum()),
+            )
+            self.eligible.append(account)
+            factors = use.factor * per_dataset[corpus.dataset[chosen]]
+            if not (factors > 0).any():
+                raise PlanError(
+                    f"task {use.task!r} has no data: of {len(corpus)} utterances {account.filtered} are outside its data "
+                    f"sets and languages, {account.lacking} lack a modality, {account.no_prompt} have no other utterance "
+                    f"of their speaker to prompt with, and the factor of {account.samples} is 0. Leave the task out or "
+                    "add data."
+                )
+            parts.append((np.full(len(chosen), number), chosen, factors))
+        self.task, self.utterance, self.factor = (np.concatenate([p[k] for p in parts]) for k in range(3))
+        self._uses_prompt = np.array([any(e.modality == "spk" for e, _ in t.entries) for t in self.templates])
+        self.task_of_use = [use.task for use in uses]
+        self.is_fixed = bool((self.factor == np.floor(self.factor)).all() and not self._uses_prompt.any())
+        """Whether every epoch has the same samples with the same lengths."""
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    # ---- lengths, prompts, copies -------------------------------------------------------------------------------
+    def lengths(self, epoch: int, draw: int = 0) -> np.ndarray:
+        """Rows of each sample in an epoch, int64 ``[n]``."""
+        prompt_len = None
+        if self._uses_prompt.any():
+            prompt_len = np.minimum(self._speech_len[self.prompts(epoch, draw)], self.prompt_frames)
+        return self._lengths(prompt_len)
+
+    def max_lengths(self) -> np.ndarray:
+        """Most rows that each sample can have in any epoch, int64 ``[n]``."""
+        if not self._uses_prompt.any():
+            return self._lengths(None)
+        # The longest other utterance of the speaker: the longest, or the second longest for the longest itself.
+        pool = self._pool[np.lexsort((self._speech_len[self._pool], self.corpus.speaker[self._pool]))]
+        speaker = self.corpus.speaker[pool]
+        last = (
+            np.flatnonzero(np.append(speaker[1:] != speaker[:-1], True))
+            if len(pool)
+            else np.zeros(0, np.int64)
+        )
+        group = np.searchsorted(speaker[last], speaker)
+        longest = np.zeros(len(self.corpus), np.int64)
+        longest[pool] = self._speech_len[pool[last]][group]
+        longest[pool[last]] = self._speech_len[pool[last - 1]]
+        return self._lengths(np.minimum(longest, self.prompt_frames))
+
+    def _lengths(self, prompt_len: np.ndarray | None) -> np.ndarray:
+        out = np.zeros(len(self), np.int64)
+        for number, template in enumerate(self.templates):
+            mine = self.task == number
+            at = self.utterance[mine]
+            columns = {c: v[at].astype(np.int64) for c, v in self.corpus.lengths.items()}
+            if prompt_len is not None:
+                columns["spk"] = prompt_len[at]
+            out[mine] = sequence_length(template, columns, self.corpus.layout)
+        return out
+
+    def prompts(self, epoch: int, draw: int = 0) -> np.ndarray:
+        """Which utterance prompts each utterance in an epoch, int64 over the corpus; itself where none can."""
+        pool = self._pool
+        rng = np.random.default_rng([self.seed, epoch, draw, 1])
+        pool = pool[np.lexsort((rng.random(len(pool)), self.corpus.speaker[pool]))]
+        following = np.arange(len(self.corpus))
+        if len(pool):
+            speaker = self.corpus.speaker[pool]
+            first = np.flatnonzero(np.append(True, speaker[1:] != speaker[:-1]))
+            last = np.append(first[1:], len(pool)) - 1
+            following[pool[:-1]] = pool[1:]
+            following[pool[last]] = pool[first]
+        return following
+
+    def crop(self, sample: int, prompt: int, epoch: int, draw: int = 0) -> slice:
+        """Which frames of utterance ``prompt`` are shown to ``sample``: at most ``prompt_frames``, at a random place."""
+        spare = int(self._speech_len[prompt]) - self.prompt_frames
+        if spare <= 0:
+            return slice(0, int(self._speech_len[prompt]))
+        start = int(np.random.default_rng([self.seed, epoch, draw, 2, sample]).integers(spare + 1))
+        return slice(start, start + self.prompt_frames)
+
+    def needs_prompt(self, sample: int) -> bool:
+        """Whether the sample's task has a speaker prompt."""
+        return bool(self._uses_prompt[self.task[sample]])
+
+    def copies(self, epoch: int, draw: int = 0) -> np.ndarray:
+        """How often each sample is used in an epoch, int64 ``[n]``.
+
+        A factor's whole part is given to each sample; of its fraction exactly the rounded share of the samples with
+        that factor gets one more, drawn evenly over the lengths.
+        """
+        whole = np.floor(self.factor).astype(np.int64)
+        rng = np.random.default_rng([self.seed, epoch, draw, 3])
+        typical = self._lengths(self._speech_len) if (self.factor != whole).any() else None
+        for factor in np.unique(self.factor[self.factor != whole]):
+            assert typical is not None
+            group = np.flatnonzero(self.factor == factor)
+            group = group[np.argsort(typical[group], kind="stable")]
+            group = group[np.lexsort((rng.random(len(group)), np.arange(len(group)) // _STRATUM))]
+            share = factor - np.floor(factor)
+            wanted = round(share * len(group))
+            # Evenly spaced picks along the order above, from a random place on.
+            at = np.floor((np.arange(wanted) + rng.random()) * (len(group) / max(wanted, 1))).astype(np.int64)
+            whole[group[at]] += 1
+        return whole
+
+    def drop(self, keep: np.ndarray) -> None:
+        """Keep only the samples of the mask ``keep``; the others count as overlong in ``eligible``."""
+        gone = np.bincount(self.task[~keep], minlength=len(self.templates))
+        self.eligible = [
+            Eligible(e.task, e.samples - int(g), e.filtered, e.lacking, e.no_prompt, e.overlong + int(g))
+            for e, g in zip(self.eligible, gone, strict=True)
+        ]
+        self.task, self.utterance, self.factor = self.task[keep], self.utterance[keep], self.factor[keep]
+
+    # ---- checks -------------------------------------------------------------------------------------------------
+    def _feasible(self, templates: Mapping[str, TaskTemplate]) -> str:
+        layout = self.corpus.layout
+        return ", ".join(
+            t.name for t in templates.values() if all(layout.has(e.modality) for e, _ in t.entries)
+        )
+
+    def _template(self, use: TaskUse, templates: Mapping[str, TaskTemplate]) -> TaskTemplate:
+        template = templates.get(use.task)
+        if template is None:
+            raise PlanError(
+                f"task {use.task!r} is not known; this layout can hold {self._feasible(templates)}."
+            )
+        lacking = [e.modality for e, _ in template.entries if not self.corpus.layout.has(e.modality)]
+        if lacking:
+            raise PlanError(
+                f"task {use.task!r} needs {' and '.join(lacking)}, which layout {self.corpus.layout} cannot hold; it can "
+                f"hold {self._feasible(templates)}."
+            )
+        self.corpus.layout.task_id(template.name)
+        if not 0 < use.factor < float("inf"):
+            raise PlanError(
+                f"task {use.task!r}: factor must be > 0, got {use.factor}; leave the task out instead."
+            )
+        return template
+
+    def _dataset_factors(self, given: Mapping[str, float]) -> np.ndarray:
+        names = self.corpus.datasets
+        for name, factor in given.items():
+            if name not in names:
+                raise PlanError(f"dataset_factors names {name!r}, but the data sets are {names}.")
+            if not 0 <= factor < float("inf"):
+                raise PlanError(f"dataset_factors: {name!r} must be >= 0, got {factor}.")
+        return np.array([float(given.get(name, 1.0)) for name in names])
+
+    def _filter(self, use: TaskUse) -> np.ndarray:
+        keep = np.ones(len(self.corpus), bool)
+        for what, wanted, names, index in (
+            ("data set", use.datasets, self.corpus.datasets, self.corpus.dataset),
+            ("language", use.langs, self.corpus.langs, self.corpus.lang),
+        ):
+            if wanted is not None:
+                unknown = [w for w in wanted if w not in names]
+                if unknown:
+                    raise PlanError(
+                        f"task {use.task!r}: no {what} {unknown[0]!r} in the data; there are {names}."
+                    )
+                keep &= np.isin(index, [names.index(w) for w in wanted])
+        return keep

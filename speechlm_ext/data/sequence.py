@@ -1,0 +1,199 @@
+"""From the tokens of an utterance to the frames of one training sequence, undelayed, in layout ids.
+
+``[sos][task]``, then for each condition and target ``[marker] content [eos if target]`` and ``max_delay`` pad
+frames, which are the room that delayed streams run out into. A special token stands in stream 0 with pad in the
+others. Raw id r of a stream becomes ``start + r`` of that stream's interval, so code 0 is a real code and never
+pad. What is learnt is written per token as a weight: 0 means "given", everything else scales that token's loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from speechlm_ext.errors import ConfigError, LayoutError, ShardError
+from speechlm_ext.layout import TokenLayout
+from speechlm_ext.tasks import TaskTemplate
+
+#: A count of frames, or an array of counts: lengths of many utterances are computed at once.
+Lengths = TypeVar("Lengths", int, np.ndarray)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each kind of token counts in the loss."""
+
+    text: float = 1.0
+    """Weight of a text token (and of a g2p token)."""
+    ssl: float = 0.5
+    """Weight of an SSL unit."""
+    codec: float = 0.5
+    """Weight of a frame's codec codes together; each of K codebooks gets 1/K of it (0.0625 each for 8)."""
+    special: float = 1.0
+    """Weight of the special tokens that are learnt: the end of a target; with ``region: all`` markers and task too."""
+    region: Literal["target", "all"] = "target"
+    """What is learnt: ``target`` only what the task produces, ``all`` the conditions too."""
+
+    def __post_init__(self) -> None:
+        for name in ("text", "ssl", "codec", "special"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"loss weight {name!r} must be a number >= 0, got {value!r}.")
+        if self.region not in ("target", "all"):
+            raise ConfigError(f"loss region must be 'target' or 'all', got {self.region!r}.")
+
+    def of_streams(self, modality: str, layout: TokenLayout) -> np.ndarray:
+        """Weight of one frame of ``modality`` content in each stream, float32 ``[S]``; 0 where the stream is pad."""
+        out = np.zeros(layout.num_streams, np.float32)
+        for s, span in enumerate(layout.content_ranges(modality)):
+            if span is not None:
+                out[s] = self._of_interval(span, layout)
+        return out
+
+    def _of_interval(self, span: tuple[int, int], layout: TokenLayout) -> float:
+        if layout.num_codebooks and layout.interval("codec")[0] <= span[0] < layout.interval("codec")[1]:
+            return self.codec / layout.num_codebooks
+        return self.ssl if layout.has("ssl") and span == layout.interval("ssl") else self.text
+
+
+def content_columns(modality: str, layout: TokenLayout) -> tuple[str, ...]:
+    """Which stored token columns make up ``modality`` content: of ``text_bpe``, ``ssl``, ``codec``.
+
+    A speaker prompt is whatever a speech frame is in this layout: codec_ssl where it has SSL units, else codec.
+    """
+    if modality == "codec_ssl" or (modality == "spk" and layout.has("codec_ssl")):
+        return ("ssl", "codec")
+    return ("codec",) if modality == "spk" else (modality,)
+
+
+def content_length(modality: str, lengths: Mapping[str, Lengths], layout: TokenLayout) -> Lengths:
+    """Frames of ``modality`` content; codec_ssl is as long as the shorter of its two.
+
+    Args:
+        lengths: frames (an int, or an int array over utterances) per column ``text_bpe``, ``ssl``, ``codec``, and
+            ``spk`` for the speaker prompt.
+    """
+    if modality == "spk":
+        return lengths["spk"]
+    columns = content_columns(modality, layout)
+    out = lengths[columns[0]]
+    for column in columns[1:]:
+        out = np.minimum(out, lengths[column]) if isinstance(out, np.ndarray) else min(out, lengths[column])
+    return out
+
+
+def sequence_length(template: TaskTemplate, lengths: Mapping[str, Lengths], layout: TokenLayout) -> Lengths:
+    """Rows of the sequence that :func:`assemble` makes, exactly.
+
+    Args:
+        template: the task.
+        lengths: frames per stored column, see :func:`content_length`; arrays give an array.
+        layout: gives the number of pad frames after each part.
+
+    Returns:
+        Number of frames T, an int or an int array like those given.
+    """
+    total = 2 + len(template.entries) * (1 + layout.max_delay) + len(template.targets)
+    parts = [content_length(entry.modality, lengths, layout) for entry, _ in template.entries]
+    return sum(parts[1:], parts[0] + total)
+
+
+def assemble(
+    template: TaskTemplate,
+    utterance: Mapping[str, Any],
+    layout: TokenLayout,
+    prompt: np.ndarray | None = None,
+    weights: LossWeights = LossWeights(),  # noqa: B008 - frozen
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write one sample as frames.
+
+    Args:
+        template: the task: its conditions and targets in order.
+        utterance: raw int ids ``[T, C]`` under ``text_bpe``, ``ssl``, ``codec``; ``id`` for messages.
+        layout: where ids lie and how many pad frames follow each part.
+        prompt: raw speech frames ``[T, C]`` of another utterance for ``spk`` (SSL first where the layout has it).
+        weights: loss weight per modality, and which region is learnt.
+
+    Returns:
+        ``frames`` int64 ``[T, S]`` in layout ids, not delayed yet, and ``loss_weight`` float32 ``[T, S]``, 0 where
+        nothing is to be learnt. The first row is never a label and has weight 0.
+
+    Raises:
+        ShardError: the utterance lacks a modality, has another number of streams, or ids outside their interval.
+        LayoutError: the layout cannot hold a modality of the task.
+    """
+    learn_all = weights.region == "all"
+    parts = [
+        (e.modality, is_target, _content(e.modality, utterance, layout, prompt))
+        for e, is_target in template.entries
+    ]
+    total = 2 + sum(1 + len(c) + is_target + layout.max_delay for _, is_target, c in parts)
+    frames_TS = np.full((total, layout.num_streams), layout.pad_id, np.int64)
+    weight_TS = np.zeros((total, layout.num_streams), np.float32)
+    frames_TS[0, 0] = layout.sos_eos_id
+    frames_TS[1, 0] = layout.task_id(template.name)
+    weight_TS[1, 0] = weights.special * learn_all
+    at = 2
+    for modality, is_target, raw_TC in parts:
+        frames_TS[at, 0] = layout.marker_id(modality)
+        weight_TS[at, 0] = weights.special * learn_all
+        at += 1
+        span = slice(at, at + len(raw_TC))
+        for column, (stream, start, _) in enumerate(_live(modality, layout)):
+            frames_TS[span, stream] = raw_TC[:, column]
+            frames_TS[span, stream] += start
+        if is_target or learn_all:
+            weight_TS[span] = weights.of_streams(modality, layout)
+        at = span.stop
+        if is_target:
+            frames_TS[at, 0] = layout.sos_eos_id
+            weight_TS[at, 0] = weights.special
+            at += 1
+        at += layout.max_delay
+    return frames_TS, weight_TS
+
+
+def _live(modality: str, layout: TokenLayout) -> Iterator[tuple[int, int, int]]:
+    """``(stream, start, end)`` of every stream that content of ``modality`` fills."""
+    for stream, span in enumerate(layout.content_ranges(modality)):
+        if span is not None:
+            yield stream, span[0], span[1]
+
+
+def _content(
+    modality: str, utterance: Mapping[str, Any], layout: TokenLayout, prompt: np.ndarray | None
+) -> np.ndarray:
+    """Raw ids ``[T, C]`` of one part, checked against the layout."""
+    where = f"utterance {utterance.get('id', '?')!r}"
+    if modality == "spk":
+        if prompt is None:
+            raise LayoutError(f"{where}: the task needs a speaker prompt and none was given.")
+        columns = [prompt]
+    else:
+        columns = [utterance.get(name) for name in content_columns(modality, layout)]
+        if any(c is None for c in columns):
+            raise ShardError(
+                f"{where} has no {modality} tokens; tokenize its audio and text, or leave the task out."
+            )
+    columns = [np.asarray(c) for c in columns]
+    columns = [c[:, None] if c.ndim == 1 else c for c in columns]
+    shortest = min(len(c) for c in columns)
+    raw_TC = columns[0] if len(columns) == 1 else np.concatenate([c[:shortest] for c in columns], axis=1)
+    live = list(_live(modality, layout))
+    if raw_TC.shape[1] != len(live):
+        raise ShardError(
+            f"{where}: {modality} content has {raw_TC.shape[1]} streams but layout {layout} has {len(live)} for it; the "
+            "tokens were made with other tokenizers."
+        )
+    if len(raw_TC):
+        low, high = raw_TC.min(axis=0), raw_TC.max(axis=0)
+        for column, (stream, start, end) in enumerate(live):
+            if low[column] < 0 or high[column] >= end - start:
+                raise ShardError(
+                    f"{where}: {modality} ids of stream {stream} must be in [0, {end - start}), got {low[column]} to "
+                    f"{high[column]}; the tokens were made with other tokenizers."
+                )
+    return raw_TC

@@ -1,0 +1,388 @@
+"""Token folders: what ``speechlm tokenize`` writes and everything later reads.
+
+A folder holds ``token_layout.json``, ``tokenizers/``, ``shard-00000.parquet`` …, ``lengths.npz`` (frames, speaker,
+data set, language, shard and row of every utterance) and ``index.json``, which is written last: a folder without
+it is not finished. The index has every shard's rows, size and sha256, so a cut-off copy is found at opening.
+Ids in shards are raw, from 0. A shard is read when it is first asked for and then stays in memory as two flat
+arrays per column, of 16 bits where the vocabulary allows it: about 1 MB for 10 minutes of 9 streams at 50 Hz.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from speechlm_ext.errors import ShardError
+from speechlm_ext.layout import TokenLayout
+from speechlm_ext.utils.io import atomic_path, atomic_write_json, sha256_file
+
+INDEX = "index.json"
+LENGTHS = "lengths.npz"
+FORMAT = "speechlm-tokens"
+VERSION = 1
+#: Stored token columns; codec_ssl content is made of two of them.
+COLUMNS = ("text_bpe", "ssl", "codec")
+_META_LAYOUT = b"speechlm.layout_sha256"
+_META_INPUTS = b"speechlm.inputs_sha256"
+_META_REJECTED = b"speechlm.rejected"
+
+_SCHEMA = pa.schema(
+    [("id", pa.string()), ("dataset", pa.string()), ("speaker", pa.string()), ("lang", pa.string())]
+    + [("text", pa.string()), ("duration", pa.float64())]
+    + [(c, pa.list_(pa.int32())) for c in COLUMNS]
+    + [(f"{c}_len", pa.int32()) for c in COLUMNS]
+)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.parquet"
+
+
+# ---- writing --------------------------------------------------------------------------------------------------
+def write_shard(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    layout: TokenLayout,
+    inputs_sha256: str = "",
+    rejected: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write one shard atomically.
+
+    Args:
+        path: its final name.
+        rows: per utterance ``id``, ``dataset``, ``speaker``, ``lang``, ``text``, ``duration`` and int arrays
+            ``[T, C]`` (or None) under ``text_bpe``, ``ssl``, ``codec``.
+        inputs_sha256: hash over what the shard was made from; a restart compares it.
+        rejected: items of this shard that were left out.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    for row in rows:
+        for name in ("id", "dataset", "speaker", "lang", "text", "duration"):
+            columns[name].append(row.get(name))
+        for name in COLUMNS:
+            ids = row.get(name)
+            columns[name].append(None if ids is None else np.ascontiguousarray(ids, np.int32).reshape(-1))
+            columns[f"{name}_len"].append(0 if ids is None else len(ids))
+    schema = _SCHEMA.with_metadata(
+        {
+            _META_LAYOUT: layout.sha256.encode(),
+            _META_INPUTS: inputs_sha256.encode(),
+            _META_REJECTED: json.dumps(list(rejected)).encode(),
+        }
+    )
+    table = pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+@dataclass(frozen=True)
+class ShardHead:
+    """What a shard says about itself."""
+
+    rows: int
+    layout_sha256: str
+    inputs_sha256: str
+    rejected: list[dict[str, Any]]
+
+
+def read_head(path: Path) -> ShardHead | None:
+    """A shard's own description, or None where there is no readable shard of ours."""
+    try:
+        meta = pq.read_metadata(path)
+        keys = meta.metadata or {}
+        return ShardHead(
+            meta.num_rows,
+            keys[_META_LAYOUT].decode(),
+            keys[_META_INPUTS].decode(),
+            json.loads(keys[_META_REJECTED]),
+        )
+    except (OSError, KeyError, ValueError, pa.ArrowException):
+        return None
+
+
+def write_index(
+    folder: Path, layout: TokenLayout, num_shards: int, extra: Mapping[str, Any] | None = None
+) -> int:
+    """Write ``lengths.npz`` and then ``index.json`` over the first ``num_shards`` shards of ``folder``.
+
+    Returns:
+        Number of utterances.
+
+    Raises:
+        ShardError: a shard is missing, unreadable or of another layout. StorageError: the disk is full.
+    """
+    names: dict[str, dict[str, int]] = {"dataset": {}, "speaker": {}, "lang": {}}
+    parts: dict[str, list[np.ndarray]] = {}
+    shards = []
+    for number in range(num_shards):
+        path = folder / shard_name(number)
+        head = read_head(path)
+        if head is None or head.layout_sha256 != layout.sha256:
+            raise ShardError(
+                f"{path} is missing, damaged, or of another layout than {layout}; run `speechlm tokenize` again, it "
+                "writes the shards that are not there."
+            )
+        table = pq.read_table(path, columns=[*names, *(f"{c}_len" for c in COLUMNS)])
+        for key, known in names.items():
+            values = table[key].to_pylist()
+            ids = [-1 if v is None else known.setdefault(v, len(known)) for v in values]
+            parts.setdefault(key, []).append(np.array(ids, np.int32))
+        for column in COLUMNS:
+            parts.setdefault(column, []).append(table[f"{column}_len"].to_numpy().astype(np.int32))
+        parts.setdefault("shard", []).append(np.full(head.rows, number, np.int32))
+        parts.setdefault("row", []).append(np.arange(head.rows, dtype=np.int32))
+        shards.append(
+            {"name": path.name, "rows": head.rows, "size": path.stat().st_size, "sha256": sha256_file(path)}
+        )
+    arrays = {key: np.concatenate(value) for key, value in parts.items()}
+    with atomic_path(folder / LENGTHS) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    layout.save(folder)
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layout_sha256": layout.sha256,
+        "num_utterances": len(arrays["row"]),
+        "frames": {c: int(arrays[c].sum()) for c in COLUMNS},
+        "lengths": {"size": (folder / LENGTHS).stat().st_size, "sha256": sha256_file(folder / LENGTHS)},
+        "shards": shards,
+        "names": {key: list(known) for key, known in names.items()},
+        **(extra or {}),
+    }
+    atomic_write_json(folder / INDEX, index)
+    return len(arrays["row"])
+
+
+# ---- reading --------------------------------------------------------------------------------------------------
+class _Shard:
+    """One shard in memory: per token column the ids of all rows on end and where each row begins."""
+
+    def __init__(self, path: Path, rows: int) -> None:
+        try:
+            table = pq.read_table(path, memory_map=True)
+        except (OSError, pa.ArrowException) as error:
+            raise ShardError(f"shard {path} cannot be read ({error}); {_WAY_OUT}") from None
+        if table.num_rows != rows:
+            raise ShardError(f"shard {path} has {table.num_rows} rows, its index says {rows}; {_WAY_OUT}")
+        self.plain = {
+            n: table[n].combine_chunks() for n in ("id", "dataset", "speaker", "lang", "text", "duration")
+        }
+        self.tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for name in COLUMNS:
+            column = (
+                pa.concat_arrays(table[name].chunks) if table[name].num_chunks != 1 else table[name].chunk(0)
+            )
+            flat = column.values.to_numpy(zero_copy_only=True)
+            small = flat.size == 0 or (flat.min() >= 0 and flat.max() <= np.iinfo(np.uint16).max)
+            self.tokens[name] = (
+                flat.astype(np.uint16) if small else flat.copy(),
+                column.offsets.to_numpy().copy(),
+            )
+
+
+_WAY_OUT = (
+    "it is truncated, damaged or was replaced. Copy the folder again, or delete the shard and index.json and run "
+    "`speechlm tokenize` again: it makes only what is missing."
+)
+
+
+class TokenFolder:
+    """A finished token folder, opened for reading; see the module's text.
+
+    Attributes:
+        path: the folder.
+        layout: its token layout.
+        lengths: int32 ``[n]`` frames per utterance under ``text_bpe``, ``ssl`` and ``codec``; 0 where it has none.
+        speaker, dataset, lang: int32 ``[n]`` index into ``names["speaker"]`` …, -1 where there is none.
+        names: the names that those indices mean.
+        index: the content of ``index.json``.
+    """
+
+    def __init__(
+        self, path: Path, layout: TokenLayout, index: dict[str, Any], arrays: dict[str, np.ndarray]
+    ) -> None:
+        self.path = path
+        self.layout = layout
+        self.index = index
+        self.names: dict[str, list[str]] = index["names"]
+        self.lengths = {c: arrays[c] for c in COLUMNS}
+        self.speaker, self.dataset, self.lang = arrays["speaker"], arrays["dataset"], arrays["lang"]
+        self._shard, self._row = arrays["shard"], arrays["row"]
+        self._loaded: dict[int, _Shard] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> TokenFolder:
+        """Open and check a folder: index, layout, each shard's size and layout hash.
+
+        Args:
+            verify: also read every byte and compare each shard's sha256.
+
+        Raises:
+            ShardError: not a finished token folder, or a file in it is missing, truncated or of another layout.
+            LayoutError: the layout file is damaged.
+        """
+        path = Path(path)
+        if not (path / INDEX).is_file():
+            what = "was not finished; run the same `speechlm tokenize` again, it continues where it stopped"
+            if not any(path.glob("shard-*.parquet")):
+                what = "is not a token folder; give the `out` folder of `speechlm tokenize`"
+            raise ShardError(f"{path} has no {INDEX}: it {what}.")
+        try:
+            index = json.loads((path / INDEX).read_text("utf-8"))
+            if index["format"] != FORMAT or index["version"] != VERSION:
+                raise ShardError(
+                    f"{path / INDEX} is {index['format']} version {index['version']}; this release reads {FORMAT} "
+                    f"version {VERSION}. Use the release that wrote it, or tokenize again."
+                )
+            shards, names, frames = index["shards"], index["names"], index["lengths"]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ShardError):
+                raise
+            raise ShardError(
+                f"{path / INDEX} is damaged ({type(error).__name__}: {error}); {_WAY_OUT}"
+            ) from None
+        layout = TokenLayout.load(path)
+        if layout.sha256 != index["layout_sha256"]:
+            raise ShardError(
+                f"{path}: the index was written for layout {index['layout_sha256'][:8]} but token_layout.json is {layout}; "
+                "files of two folders were mixed. Tokenize again into an empty folder."
+            )
+        _check_file(path / LENGTHS, frames, verify)
+        for shard in shards:
+            _check_file(path / shard["name"], shard, verify)
+            head = read_head(path / shard["name"])
+            if head is None:
+                raise ShardError(f"shard {path / shard['name']} cannot be read; {_WAY_OUT}")
+            if head.layout_sha256 != layout.sha256:
+                raise ShardError(
+                    f"shard {path / shard['name']} was written with layout {head.layout_sha256[:8]} but the folder has "
+                    f"{layout}; their ids mean different things. Tokenize again into an empty folder."
+                )
+        try:
+            with np.load(path / LENGTHS, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in (*COLUMNS, *names, "shard", "row")}
+        except (OSError, KeyError, ValueError) as error:
+            raise ShardError(f"{path / LENGTHS} is damaged ({error}); {_WAY_OUT}") from None
+        return cls(path, layout, index, arrays)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Every utterance's id, in order."""
+        out: list[str] = []
+        for number in range(len(self.index["shards"])):
+            out += self._get(number).plain["id"].to_pylist()
+        return out
+
+    def utterance(self, i: int) -> dict[str, Any]:
+        """Everything stored about utterance ``i``.
+
+        Returns:
+            ``id``, ``dataset``, ``speaker``, ``lang``, ``text``, ``duration`` (seconds), and raw ids int32
+            ``text_bpe [T, 1]``, ``ssl [T, 1]``, ``codec [T, K]``; None for what the utterance does not have.
+
+        Raises:
+            ShardError: its shard cannot be read.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path} has {len(self)} utterances, asked for number {i}.")
+        shard, row = self._get(int(self._shard[i])), int(self._row[i])
+        out: dict[str, Any] = {name: column[row].as_py() for name, column in shard.plain.items()}
+        for name in COLUMNS:
+            width = self.layout.num_codebooks if name == "codec" else 1
+            length = int(self.lengths[name][i])
+            flat, offsets = shard.tokens[name]
+            ids = flat[offsets[row] : offsets[row + 1]]
+            if ids.size != length * width:
+                raise ShardError(f"{self.path}: utterance {out['id']!r} has {ids.size} {name} ids, {length * width} were "
+                                 f"expected; {_WAY_OUT}")  # fmt: skip
+            out[name] = ids.astype(np.int32).reshape(length, width) if length else None
+        return out
+
+    def _get(self, number: int) -> _Shard:
+        shard = self._loaded.get(number)
+        if shard is None:
+            entry = self.index["shards"][number]
+            shard = self._loaded[number] = _Shard(self.path / entry["name"], entry["rows"])
+        return shard
+
+
+def _check_file(path: Path, entry: Mapping[str, Any], verify: bool) -> None:
+    if not path.is_file():
+        raise ShardError(f"{path} is missing, though {INDEX} names it; {_WAY_OUT}")
+    size = path.stat().st_size
+    if size != entry["size"]:
+        raise ShardError(f"{path} has {size} bytes, its index says {entry['size']}; {_WAY_OUT}")
+    if verify and sha256_file(path) != entry["sha256"]:
+        raise ShardError(f"{path}: content does not match the sha256 in {INDEX}; {_WAY_OUT}")
+
+
+class TokenCorpus:
+    """Several token folders of one layout as one list of utterances, folder after folder.
+
+    Attributes as in :class:`TokenFolder`; a speaker is the same person only within one data set.
+    """
+
+    def __init__(self, folders: Sequence[TokenFolder]) -> None:
+        if not folders:
+            raise ShardError(
+                "no token folder was given; give at least one `out` folder of `speechlm tokenize`."
+            )
+        self.folders = list(folders)
+        self.layout = folders[0].layout
+        for other in folders[1:]:
+            self.layout.require_same(
+                other.layout, f"token folder {folders[0].path}", f"token folder {other.path}"
+            )
+        self._start = np.cumsum([0] + [len(f) for f in folders])
+        self.lengths = {c: np.concatenate([f.lengths[c] for f in folders]) for c in COLUMNS}
+        self.datasets: list[str] = []
+        self.langs: list[str] = []
+        self.dataset = np.concatenate([_merge(f.dataset, f.names["dataset"], self.datasets) for f in folders])
+        self.lang = np.concatenate([_merge(f.lang, f.names["lang"], self.langs) for f in folders])
+        # (data set, speaker) pairs, numbered; -1 stays "nobody".
+        names: list[str] = []
+        local = np.concatenate([_merge(f.speaker, f.names["speaker"], names) for f in folders]).astype(
+            np.int64
+        )
+        pair = np.where(local < 0, -1, self.dataset.astype(np.int64) * max(len(names), 1) + local)
+        self.speaker = np.where(pair < 0, -1, np.unique(pair, return_inverse=True)[1] - int((pair < 0).any()))
+
+    @classmethod
+    def open(cls, paths: Sequence[str | Path]) -> TokenCorpus:
+        """Open the folders; errors are those of :meth:`TokenFolder.open` and :class:`LayoutMismatchError`."""
+        return cls([TokenFolder.open(p) for p in paths])
+
+    def __len__(self) -> int:
+        return int(self._start[-1])
+
+    def utterance(self, i: int) -> dict[str, Any]:
+        """As :meth:`TokenFolder.utterance`, counted over all folders."""
+        folder = int(np.searchsorted(self._start, i, side="right")) - 1
+        return self.folders[folder].utterance(int(i - self._start[folder]))
+
+
+def _merge(indices: np.ndarray, names: Sequence[str], known: list[str]) -> np.ndarray:
+    """Renumber one folder's name indices into the list ``known``, which grows."""
+    position = {name: k for k, name in enumerate(known)}
+    table = []
+    for name in names:
+        if name not in position:
+            position[name] = len(known)
+            known.append(name)
+        table.append(position[name])
+    return np.array([*table, -1], np.int32)[indices]
