@@ -19,7 +19,9 @@ from speechlm_ext.utils.io import atomic_path
 SUPPORTED = "wav, flac, ogg, mp3 and g722"
 
 
-def read_audio(path: str | Path, sample_rate: int | None = None, *, resample: bool = True) -> tuple[np.ndarray, int]:
+def read_audio(
+    path: str | Path, sample_rate: int | None = None, *, resample: bool = True
+) -> tuple[np.ndarray, int]:
     """Read a recording as one channel.
 
     Args:
@@ -81,7 +83,9 @@ def check_wave(wave: np.ndarray, name: str = "waveform") -> np.ndarray:
     """
     wave = np.asarray(wave)
     if wave.ndim != 1:
-        raise AudioError(f"{name}: expected one channel [T], got shape {list(wave.shape)}; average the channels first.")
+        raise AudioError(
+            f"{name}: expected one channel [T], got shape {list(wave.shape)}; average the channels first."
+        )
     if wave.size == 0:
         raise AudioError(f"{name}: expected at least one sample, got none.")
     if np.issubdtype(wave.dtype, np.integer):
@@ -125,7 +129,9 @@ def _read_g722(path: Path) -> tuple[np.ndarray, int]:
     try:
         import av
     except ImportError as error:
-        raise AudioError(f"audio file {path}: reading g722 needs PyAV; install it with `pip install av`.") from error
+        raise AudioError(
+            f"audio file {path}: reading g722 needs PyAV; install it with `pip install av`."
+        ) from error
     try:
         with av.open(str(path), format="g722") as container:
             frames = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]

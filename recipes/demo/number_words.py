@@ -32,7 +32,9 @@ _WORDS = {
 NUMBER_WORDS = {lang: dict(zip(_KEYS, words.split(), strict=True)) for lang, words in _WORDS.items()}
 
 #: language → {name of the recording under ``digits/``: the word heard in it}, for composed strings.
-RECORDED_WORDS = {lang: {k: w for k, w in words.items() if "-" not in w} for lang, words in NUMBER_WORDS.items()}
+RECORDED_WORDS = {
+    lang: {k: w for k, w in words.items() if "-" not in w} for lang, words in NUMBER_WORDS.items()
+}
 RECORDED_WORDS["fr"].pop("80", None)
 
 _DIGITS = re.compile(r"\d+")

@@ -56,7 +56,9 @@ class DataConfig:
         default_factory=lambda: {"en": 2000, "es": 500, "fr": 500, "it": 500, "ru": 500}
     )
     """Composed strings per language for training."""
-    test_numbers: dict[str, int] = field(default_factory=lambda: {"en": 40, "es": 10, "fr": 10, "it": 10, "ru": 10})
+    test_numbers: dict[str, int] = field(
+        default_factory=lambda: {"en": 40, "es": 10, "fr": 10, "it": 10, "ru": 10}
+    )
     """Composed strings per language that are held out."""
     words: tuple[int, int] = (2, 5)
     """Fewest and most words of a string."""
@@ -85,7 +87,9 @@ class Prompt:
     text: str
 
 
-def prepare(out_dir: str | Path, debs_dir: str | Path | None = None, config: DataConfig | None = None) -> Manifests:
+def prepare(
+    out_dir: str | Path, debs_dir: str | Path | None = None, config: DataConfig | None = None
+) -> Manifests:
     """Write wavs, ``train.jsonl``, ``test.jsonl`` and ``about.json`` into ``out_dir``.
 
     A folder that already holds the result of the same settings is left as it is.
@@ -149,11 +153,20 @@ def fetch_packages(cache: Path) -> None:
         '{"id": …, "audio": "path", "text": …, "speaker": …, "lang": …}.'
     )
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise ConfigError(f"apt-get and dpkg-deb are needed to get {len(missing)} packages but are not here. {way_out}")
+        raise ConfigError(
+            f"apt-get and dpkg-deb are needed to get {len(missing)} packages but are not here. {way_out}"
+        )
     state = (cache / "apt").resolve()
     for sub in ("lists/partial", "cache/archives/partial"):
         (state / sub).mkdir(parents=True, exist_ok=True)
-    private = ["-o", f"Dir::State::lists={state}/lists", "-o", f"Dir::Cache={state}/cache", "-o", "Debug::NoLocking=1"]
+    private = [
+        "-o",
+        f"Dir::State::lists={state}/lists",
+        "-o",
+        f"Dir::Cache={state}/cache",
+        "-o",
+        "Debug::NoLocking=1",
+    ]
     attempts = [[["apt-get", "download", *missing]]]
     attempts += [[["apt-get", *private, "update"], ["apt-get", *private, "download", *missing]]]
     last = ""
@@ -179,11 +192,15 @@ def unpack_packages(cache: Path, folder: Path) -> Path:
     for package in PACKAGES:
         debs = sorted(cache.glob(f"{package}_*.deb"))
         if not debs:
-            raise ConfigError(f"no {package}_*.deb in {cache}; give the folder of all {len(PACKAGES)} packages.")
+            raise ConfigError(
+                f"no {package}_*.deb in {cache}; give the folder of all {len(PACKAGES)} packages."
+            )
         done = subprocess.run(["dpkg-deb", "-x", str(debs[-1]), str(folder)], capture_output=True, text=True)
         if done.returncode != 0:
             reason = done.stderr.strip()
-            raise ConfigError(f"{debs[-1]} cannot be unpacked ({reason}); remove it and run the same command again.")
+            raise ConfigError(
+                f"{debs[-1]} cannot be unpacked ({reason}); remove it and run the same command again."
+            )
     return folder
 
 
@@ -193,10 +210,14 @@ def read_prompts(root: Path, lang: str) -> tuple[list[Prompt], str, list[str]]:
     Returns:
         prompts sorted by key, the speaker's name, and notes on what was left out.
     """
-    folder = next((p for p in sorted((root / "usr/share/asterisk/sounds").glob(f"{lang}_*")) if p.is_dir()), None)
+    folder = next(
+        (p for p in sorted((root / "usr/share/asterisk/sounds").glob(f"{lang}_*")) if p.is_dir()), None
+    )
     documents = sorted((root / f"usr/share/doc/asterisk-core-sounds-{lang}").glob("core-sounds-*.txt*"))
     if folder is None or not documents:
-        raise ManifestError(f"the unpacked packages in {root} hold no {lang} recordings or transcripts; fetch them again.")
+        raise ManifestError(
+            f"the unpacked packages in {root} hold no {lang} recordings or transcripts; fetch them again."
+        )
     data = documents[0].read_bytes()
     text = (gzip.decompress(data) if documents[0].suffix == ".gz" else data).decode("utf-8-sig")
     entries: dict[str, list[str]] = {}
@@ -226,7 +247,11 @@ def read_prompts(root: Path, lang: str) -> tuple[list[Prompt], str, list[str]]:
     notes = [f"{lang}: {count} recordings left out: {why}" for why, count in sorted(dropped.items())]
     notes += [
         f"{lang}: the transcript list names {key} twice ({', '.join(sorted(set(texts)))}); "
-        + ("the word heard was written by hand" if key.removeprefix("digits/") in RECORDED_WORDS[lang] else "not used")
+        + (
+            "the word heard was written by hand"
+            if key.removeprefix("digits/") in RECORDED_WORDS[lang]
+            else "not used"
+        )
         for key, texts in sorted(entries.items())
         if len(set(texts)) > 1
     ]
@@ -236,7 +261,9 @@ def read_prompts(root: Path, lang: str) -> tuple[list[Prompt], str, list[str]]:
 # ---- the two data sets ----------------------------------------------------------------------------------------------
 def _add_prompts(rows, notes, prompts, speaker, lang, out_dir, config, rng) -> None:
     counts = Counter(p.text for p in prompts)
-    eligible = [p.key for p in prompts if counts[p.text] == 1 and not p.key.startswith(("digits/", "letters/"))]
+    eligible = [
+        p.key for p in prompts if counts[p.text] == 1 and not p.key.startswith(("digits/", "letters/"))
+    ]
     held_out = set(rng.permutation(eligible)[: round(len(prompts) * config.test_prompts)].tolist())
     too_long = 0
     for prompt in prompts:
@@ -254,10 +281,15 @@ def _add_prompts(rows, notes, prompts, speaker, lang, out_dir, config, rng) -> N
 def _add_numbers(rows, prompts, speaker, lang, out_dir, config, rng) -> None:
     paths = {p.key: p.path for p in prompts}
     words = {word: f"digits/{key}" for key, word in RECORDED_WORDS[lang].items() if f"digits/{key}" in paths}
-    voice = _Voice({word: trim_silence(read_audio(paths[key], SAMPLE_RATE)[0]) for word, key in words.items()})
+    voice = _Voice(
+        {word: trim_silence(read_audio(paths[key], SAMPLE_RATE)[0]) for word, key in words.items()}
+    )
     vocabulary = sorted(words)
     seen: set[tuple[str, ...]] = set()
-    for split, count in (("test", config.test_numbers.get(lang, 0)), ("train", config.train_numbers.get(lang, 0))):
+    for split, count in (
+        ("test", config.test_numbers.get(lang, 0)),
+        ("train", config.train_numbers.get(lang, 0)),
+    ):
         for index in range(count):
             while True:
                 length = int(rng.integers(config.words[0], config.words[1] + 1))
@@ -284,7 +316,9 @@ class _Voice:
         return self._cache[word, percent]
 
 
-def compose(string: tuple[str, ...], voice: _Voice, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
+def compose(
+    string: tuple[str, ...], voice: _Voice, config: DataConfig, rng: np.random.Generator
+) -> np.ndarray:
     """Put word recordings together to one float32 waveform ``[T]`` at 16 kHz."""
     percent = round(100 * config.speed)
     percent = int(rng.integers(-percent, percent + 1))
@@ -316,7 +350,9 @@ def trim_silence(wave: np.ndarray, threshold_db: float = 42.0, margin: float = 0
     return wave
 
 
-def _write(out_dir: Path, name: str, wave: np.ndarray, text: str, speaker: str, lang: str, dataset: str) -> dict:
+def _write(
+    out_dir: Path, name: str, wave: np.ndarray, text: str, speaker: str, lang: str, dataset: str
+) -> dict:
     # Plain writes: thousands of small files, and the manifest that names them appears only when all are there.
     soundfile.write(out_dir / "wav" / f"{name}.wav", wave, SAMPLE_RATE, subtype="PCM_16")
     duration = round(len(wave) / SAMPLE_RATE, 3)
@@ -330,7 +366,9 @@ def _about(rows: dict[str, list[dict]], notes: list[str], settings: dict) -> dic
         for key in sorted({(r["dataset"], r["lang"]) for r in items}):
             chosen = [r["duration"] for r in items if (r["dataset"], r["lang"]) == key]
             minutes = round(sum(chosen) / 60, 2)
-            table.append({"split": split, "dataset": key[0], "lang": key[1], "count": len(chosen), "minutes": minutes})
+            table.append(
+                {"split": split, "dataset": key[0], "lang": key[1], "count": len(chosen), "minutes": minutes}
+            )
     return {
         "composed": "The data set 'numbers' is composed: strings of number words put together from single recorded words "
         "of each voice, with varied gaps, speed, gain and faint noise. The held-out strings do not occur in training; "
@@ -344,9 +382,13 @@ def _about(rows: dict[str, list[dict]], notes: list[str], settings: dict) -> dic
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--debs-dir", type=Path, default=None, help="folder with the .deb files (default: download)")
+    parser.add_argument(
+        "--debs-dir", type=Path, default=None, help="folder with the .deb files (default: download)"
+    )
     arguments = parser.parse_args()
     for manifest in prepare(arguments.out_dir, arguments.debs_dir):
         print(manifest)
