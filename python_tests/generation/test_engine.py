@@ -188,14 +188,3 @@ def test_bad_logits_fail_their_request_only(value):
     np.testing.assert_array_equal(fine.rows_RS, decode(ScriptedModel(layout), [long])[0].rows_RS)
 
 
-def test_logprob_is_that_of_the_tokens():
-    layout = make_layout("ssl")
-    prompt = make_prompt(layout, "textlm", [], settings=SamplingSettings(seed=3, temperature=1.0, max_len=8))
-    model = ScriptedModel(layout)
-    one = decode(model, [prompt])[0]
-    forced = decode(model, [prompt], [one.content_TS])[0]
-    extra = forced.num_scored - one.num_scored
-    assert extra == (1 if one.finished == "max_len" else 0)
-    if extra == 0:
-        assert forced.logprob == pytest.approx(one.logprob, abs=1e-5)
-    assert one.logprob < 0

@@ -1,6 +1,6 @@
 """Generation: requests in, decoded text and speech out, many tasks in one batch.
 
-results = generate(model, [GenerationRequest("a", "tts", text="one two"), GenerationRequest("b", "asr", audio="x.wav")])
+results = generate(model, [GenerationRequest("a", "tts", text="one two")])
 """
 
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings

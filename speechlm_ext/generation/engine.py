@@ -17,6 +17,7 @@ Axes: B requests, R delayed rows, P prompt frames, S streams, K cached rows, D h
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.prompt import Prompt
-from speechlm_ext.generation.sampling import SamplingTensors, choose, counter_uniform, masked_logprob
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.ops.multistream_sample import DecodeState, advance, multistream_sample
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
@@ -62,40 +63,69 @@ def delayed_rows(frames_PS: np.ndarray, num_rows: int, layout: TokenLayout, unkn
     return rows_RS
 
 
-class _Scope:
-    """Which ids each stream's logits are asked for in a batch, and which of them each request may choose."""
+def _new_state(prompts: list[Prompt], layout: TokenLayout, device: torch.device) -> DecodeState:
+    """The sampler's state before the first row: scopes, masks, settings and lengths of every request.
 
-    def __init__(self, prompts: list[Prompt], layout: TokenLayout, device: torch.device) -> None:
-        content_B = [layout.content_ranges(p.modality) for p in prompts]
-        eos = (layout.sos_eos_id, layout.sos_eos_id + 1)
-        self.ranges: list[list[tuple[int, int]] | None] = []
-        self.ids: list[Tensor | None] = []
-        self.allowed: list[Tensor | None] = []
-        for s in range(layout.num_streams):
-            wanted = {r for content in content_B if (r := content[s]) is not None}
-            # Ascending, so that the first column among equals is the lowest id.
-            ranges = sorted(wanted | ({eos} if s == 0 else set()))
-            self.ranges.append(ranges if wanted else None)
-            ids_V = np.concatenate([np.arange(a, b) for a, b in ranges]) if wanted else None
-            self.ids.append(None if ids_V is None else torch.from_numpy(ids_V).to(device))
-            if ids_V is None:
-                self.allowed.append(None)
-                continue
-            allowed_BV = np.zeros((len(prompts), len(ids_V)), dtype=bool)
-            for b, content in enumerate(content_B):
-                if (r := content[s]) is not None:
-                    allowed_BV[b] = (ids_V >= r[0]) & (ids_V < r[1])
-            self.allowed.append(torch.from_numpy(allowed_BV).to(device))
-        has_BS = np.array([[r is not None for r in content] for content in content_B])
-        self.has_content_BS = torch.from_numpy(has_BS).to(device)
-        slowest = [max(d for d, has in zip(layout.delays, row, strict=True) if has) for row in has_BS]
-        self.slowest_B = torch.tensor(slowest, device=device)
+    Each stream's columns are the union of what the batch's requests may choose there, in ascending order, so
+    that the first column among equals is the lowest id. Frames are counted from the target's first one,
+    a given beginning included.
+    """
+    content_B = [layout.content_ranges(p.modality) for p in prompts]
+    eos = (layout.sos_eos_id, layout.sos_eos_id + 1)
+    scope_ids, allowed = [], []
+    for s in range(layout.num_streams):
+        wanted = {r for content in content_B if (r := content[s]) is not None}
+        # A stream that no request uses has one column that is never read.
+        unused = (layout.pad_id, layout.pad_id + 1)
+        ranges = sorted(wanted | {eos} if s == 0 else wanted or {unused})
+        ids_V = np.concatenate([np.arange(start, end) for start, end in ranges])
+        allowed_BV = np.zeros((len(prompts), len(ids_V)), dtype=bool)
+        for b, content in enumerate(content_B):
+            if (r := content[s]) is not None:
+                allowed_BV[b] = (ids_V >= r[0]) & (ids_V < r[1])
+                allowed_BV[b] |= (s == 0) & (ids_V == layout.sos_eos_id)
+        scope_ids.append(torch.from_numpy(ids_V).to(device))
+        allowed.append(torch.from_numpy(allowed_BV).to(device))
+    settings = [p.settings for p in prompts]
 
-    def select(self, keep_B: Tensor) -> None:
-        """Drop requests."""
-        self.allowed = [None if a is None else a[keep_B] for a in self.allowed]
-        self.has_content_BS = self.has_content_BS[keep_B]
-        self.slowest_B = self.slowest_B[keep_B]
+    def per_stream(values: list) -> Tensor:
+        return torch.tensor(values, device=device)[:, None]
+
+    def per_request(values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    first = min(layout.delays)
+    state = DecodeState.new(
+        len(prompts),
+        scope_ids=scope_ids,
+        delays=layout.delays,
+        pad_ids=[layout.pad_id] * layout.num_streams,
+        eos_id=layout.sos_eos_id,
+        temperature=per_stream([0.0 if s.greedy else s.temperature for s in settings]),
+        top_k=per_stream([s.top_k or 0 for s in settings]),
+        top_p=per_stream([1.0 if s.top_p is None else s.top_p for s in settings]),
+        seed=per_request([s.seed for s in settings]),
+        min_frames=per_request([p.num_given + p.min_new for p in prompts]),
+        max_frames=per_request([p.num_given + p.max_new for p in prompts]),
+        active=torch.tensor([[r is not None for r in content] for content in content_B], device=device),
+        rng_offset=per_request([p.target << 32 for p in prompts]),
+        allowed=allowed,
+        device=device,
+    )
+    return dataclasses.replace(state, step=per_request([p.num_given + first for p in prompts]))
+
+
+def _select(state: DecodeState, keep_B: Tensor) -> DecodeState:
+    """The state of some requests of the batch."""
+    tensors = {
+        f.name: value[keep_B]
+        for f in dataclasses.fields(state)
+        if isinstance(value := getattr(state, f.name), Tensor)
+    }
+    allowed = (
+        None if state.allowed is None else tuple(None if a is None else a[keep_B] for a in state.allowed)
+    )
+    return dataclasses.replace(state, **tensors, allowed=allowed)
 
 
 @torch.inference_mode()
@@ -105,8 +135,8 @@ def decode(model: SpeechLM, prompts: list[Prompt], teacher: list[np.ndarray] | N
     Args:
         model: a :class:`SpeechLM` in eval mode; its device is used.
         prompts: any tasks and lengths together.
-        teacher: for each prompt the content int64 ``[T, S]`` (layout ids) to force instead of choosing; the
-            log-probabilities are then those of this content and its end.
+        teacher: for each prompt the content int64 ``[T, S]`` (layout ids) to force instead of choosing;
+            nothing is scored then.
 
     Returns:
         One :class:`Decoded` per prompt, in order. A request whose logits are not finite is ``failed``; the
@@ -115,50 +145,40 @@ def decode(model: SpeechLM, prompts: list[Prompt], teacher: list[np.ndarray] | N
     if not prompts:
         return []
     layout, device = model.layout, next(model.parameters()).device
-    state = _State(prompts, layout, device, teacher)
+    batch = _Batch(prompts, layout, device, teacher)
     cache = model.new_cache()
-    prefix_B = [delayed_rows(p.frames_PS, len(p.frames_PS) + state.first, layout) for p in prompts]
-    longest = max(len(rows) for rows in prefix_B)
+    longest = max(len(rows) for rows in batch.prefix)
     ids_BRS = torch.full((len(prompts), longest, layout.num_streams), layout.pad_id, dtype=torch.int64)
     key_mask_BK = torch.zeros((len(prompts), longest), dtype=torch.bool)
     position_BR = torch.zeros((len(prompts), longest), dtype=torch.int64)
-    for b, rows in enumerate(prefix_B):
+    for b, rows in enumerate(batch.prefix):
         ids_BRS[b, longest - len(rows) :] = torch.from_numpy(rows)
         key_mask_BK[b, longest - len(rows) :] = True
         position_BR[b, longest - len(rows) :] = torch.arange(len(rows))
     ids_BRS, key_mask_BK, position_BR = ids_BRS.to(device), key_mask_BK.to(device), position_BR.to(device)
+    position_B = position_BR[:, -1]
     hidden_BRD = model.cached_hidden(ids_BRS, cache=cache, position_BT=position_BR, key_mask_BK=key_mask_BK)
     hidden_BD = hidden_BRD[:, -1]
     while True:
-        row_BS = state.step(model.scope_logits(hidden_BD, state.scope.ranges))
-        active_B = state.active_B
+        row_BS, active_B = batch.step(model.scope_logits(hidden_BD, batch.ranges))
         num_active = int(active_B.sum())
         if num_active == 0:
-            return state.collect(prefix_B)
+            return batch.collect()
         if num_active <= len(active_B) // 2:
             # Half of the batch is done: go on with the rest only.
             keep_B = active_B.nonzero()[:, 0]
             cache.batch_select_indices(keep_B)
-            key_mask_BK, row_BS = key_mask_BK[keep_B], row_BS[keep_B]
-            state.select(keep_B)
+            key_mask_BK, row_BS, position_B = key_mask_BK[keep_B], row_BS[keep_B], position_B[keep_B]
+            batch.select(keep_B)
         key_mask_BK = torch.cat([key_mask_BK, key_mask_BK.new_ones(len(key_mask_BK), 1)], dim=1)
+        position_B = position_B + 1
         hidden_BD = model.cached_hidden(
-            row_BS[:, None], cache=cache, position_BT=state.row_B[:, None] - 1, key_mask_BK=key_mask_BK
+            row_BS[:, None], cache=cache, position_BT=position_B[:, None], key_mask_BK=key_mask_BK
         )[:, -1]
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """How a request came to its end: rows generated, the end's frame, whether the model chose it."""
-
-    steps: int
-    end: int
-    chose_end: bool
-    failed: bool
-
-
-class _State:
-    """Where each request of a batch stands: its row, its end, and the tokens so far."""
+class _Batch:
+    """The requests of one batch: their known rows, the sampler's state, and the rows generated so far."""
 
     def __init__(
         self,
@@ -167,133 +187,74 @@ class _State:
         device: torch.device,
         teacher: list[np.ndarray] | None,
     ) -> None:
-        self.prompts, self.layout, self.device = prompts, layout, device
-        self.first = min(layout.delays)
+        self.prompts, self.layout = prompts, layout
+        self.has_teacher = teacher is not None
+        self.state = _new_state(prompts, layout, device)
+        self.ranges = [_as_ranges(ids, layout.pad_id) for ids in self.state.scope_ids]
         self.delay_S = torch.tensor(layout.delays, device=device)
-        self.scope = _Scope(prompts, layout, device)
-        self.sampling = SamplingTensors.of([p.settings for p in prompts], device)
-        self.target_B = torch.tensor([p.target for p in prompts], device=device)
-        self.prompt_B = torch.tensor([len(p.frames_PS) for p in prompts], device=device)
-        self.start_B = self.prompt_B - torch.tensor([p.num_given for p in prompts], device=device)
-        self.row_B = self.prompt_B + self.first
-        self.min_end_B = self.prompt_B + torch.tensor([p.min_new for p in prompts], device=device)
-        limits = [p.max_new for p in prompts] if teacher is None else [len(t) for t in teacher]
-        self.limit_B = self.prompt_B + torch.tensor(limits, device=device)
-        self.end_B = self.limit_B.clone()
-        self.chose_end_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        self.failed_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        first, lag = min(layout.delays), layout.max_delay - min(layout.delays)
+        self.prefix = [delayed_rows(p.frames_PS, len(p.frames_PS) + first, layout) for p in prompts]
+        # Rows after the prefix in which something is known beforehand (-1: to be chosen).
+        if teacher is None:
+            known = [
+                delayed_rows(p.frames_PS, len(p.frames_PS) + layout.max_delay, layout)[-lag:]
+                if lag
+                else np.empty((0, layout.num_streams), dtype=np.int64)
+                for p in prompts
+            ]
+        else:
+            known = [_forced_rows(p, t, layout) for p, t in zip(prompts, teacher, strict=True)]
+        known_BRS = np.full((len(prompts), max(map(len, known)), layout.num_streams), -1, dtype=np.int64)
+        for b, rows in enumerate(known):
+            known_BRS[b, : len(rows)] = rows
+        self.known_BRS = torch.from_numpy(known_BRS).to(device)
         self.active_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        # Rows in which some stream still stands in the prompt.
-        lag = layout.max_delay - self.first
-        ramp = [delayed_rows(p.frames_PS, len(p.frames_PS) + layout.max_delay, layout) for p in prompts]
-        self.ramp_BRS = (
-            torch.from_numpy(np.stack([r[len(r) - lag :] for r in ramp])).to(device) if lag else None
-        )
-        self.teacher_BTS = None
-        if teacher is not None:
-            padded = np.full(
-                (len(prompts), max(map(len, teacher)) + 1, layout.num_streams), layout.pad_id, np.int64
-            )
-            for b, content_TS in enumerate(teacher):
-                padded[b, : len(content_TS)] = content_TS
-                padded[b, len(content_TS), 0] = layout.sos_eos_id
-            self.teacher_BTS = torch.from_numpy(padded).to(device)
         self.origin = list(range(len(prompts)))
         self.steps = 0
-        # Per row: which requests it holds, their tokens, and their log-probabilities (NaN: not scored).
+        # Per row: which requests it holds, their tokens, and their log-probabilities (NaN: not chosen).
         self.history: list[tuple[list[int], Tensor, Tensor]] = []
         self.outcome: dict[int, _Outcome] = {}
 
-    def step(self, logits: list[Tensor | None]) -> Tensor:
-        """Fill the present row from the streams' logits, move on by one, and return it: int64 ``[B, S]``."""
-        layout, pad = self.layout, self.layout.pad_id
-        frame_BS = self.row_B[:, None] - self.delay_S
-        uniform_BS = self._uniform()
-        columns, score_columns = [], []
-        for s in range(layout.num_streams):
-            u_B = frame_BS[:, s]
-            token_B = torch.full_like(u_B, pad)
-            score_B = torch.full((len(u_B),), torch.nan, dtype=torch.float32, device=self.device)
-            ids_V, allowed_BV, logits_BV = self.scope.ids[s], self.scope.allowed[s], logits[s]
-            free_B = (
-                (u_B >= self.prompt_B) & (u_B < self.end_B) & self.scope.has_content_BS[:, s] & self.active_B
-            )
-            at_end_B = (u_B == self.end_B) if s == 0 else torch.zeros_like(free_B)
-            if ids_V is not None and allowed_BV is not None and logits_BV is not None:
-                # The end of taught content is scored like a token; an end forced by the length is not.
-                scored_B = free_B if self.teacher_BTS is None else free_B | (at_end_B & self.active_B)
-                if s == 0:
-                    may_end_B = u_B >= self.min_end_B if self.teacher_BTS is None else torch.ones_like(free_B)
-                    allowed_BV = allowed_BV | (may_end_B[:, None] & (ids_V == layout.sos_eos_id))
-                logprob_BV, bad_B = masked_logprob(logits_BV, allowed_BV)
-                self.failed_B = self.failed_B | (bad_B & scored_B)
-                if self.teacher_BTS is None:
-                    column_B = choose(logprob_BV, self.sampling, uniform_BS[:, s])
-                    chosen_B = ids_V[column_B]
-                else:
-                    index_B = (u_B - self.prompt_B).clamp(0, self.teacher_BTS.shape[1] - 1)
-                    chosen_B = self.teacher_BTS[torch.arange(len(u_B), device=self.device), index_B, s]
-                    column_B = torch.searchsorted(ids_V, chosen_B.contiguous()).clamp_max(len(ids_V) - 1)
-                score_B = torch.where(scored_B, logprob_BV.gather(1, column_B[:, None])[:, 0], score_B)
-                token_B = torch.where(free_B, chosen_B, token_B)
-                if s == 0:
-                    ended_B = free_B & (chosen_B == layout.sos_eos_id)
-                    self.end_B = torch.where(ended_B, u_B, self.end_B)
-                    self.chose_end_B = self.chose_end_B | ended_B
-            if s == 0:
-                token_B = token_B.masked_fill(at_end_B, layout.sos_eos_id)
-            columns.append(token_B)
-            score_columns.append(score_B)
-        row_BS = torch.stack(columns, dim=1)
-        if self.ramp_BRS is not None and self.steps < self.ramp_BRS.shape[1]:
-            known_BS = self.ramp_BRS[:, self.steps]
+    def step(self, logits: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Fill the present row from the streams' logits and move on by one.
+
+        Returns:
+            ``(row_BS int64, active_B bool)``: the row, and which requests are not complete.
+        """
+        state = self.state
+        unused_B1 = torch.zeros((len(self.origin), 1), device=state.step.device)
+        sampled = multistream_sample([unused_B1 if x is None else x for x in logits], state)
+        frame_BS = state.step[:, None] - self.delay_S
+        # Streams ahead of stream 0 stop at the longest length by themselves: it is known beforehand.
+        past_BS = frame_BS >= state.max_frames[:, None]
+        past_BS[:, 0] = False
+        row_BS = sampled.tokens.masked_fill(past_BS, self.layout.pad_id)
+        chosen_BS = sampled.is_content & ~past_BS
+        chosen_BS[:, 0] &= frame_BS[:, 0] < state.max_frames
+        if self.steps < self.known_BRS.shape[1]:
+            known_BS = self.known_BRS[:, self.steps]
             row_BS = torch.where(known_BS >= 0, known_BS, row_BS)
-        self._keep(row_BS, torch.stack(score_columns, dim=1))
-        return row_BS
-
-    def _uniform(self) -> Tensor:
-        """Draws of this row, counted from the target's first row, float64 ``[B, S]``."""
-        row_B = self.row_B - self.prompt_B - self.first
-        return counter_uniform(self.sampling.seed_B, self.target_B, row_B, self.layout.num_streams)
-
-    def _keep(self, row_BS: Tensor, score_BS: Tensor) -> None:
-        """Store the row, close what is complete or has failed, and move on."""
-        owed_B = torch.where(self.end_B > self.start_B, self.end_B - 1 + self.scope.slowest_B, 0)
-        last_B = torch.maximum(self.end_B + self.delay_S[0], owed_B)
-        done_B = self.active_B & ((self.row_B >= last_B) | self.failed_B)
-        self.history.append((self.origin, row_BS, score_BS))
+            chosen_BS = chosen_BS & (known_BS < 0)
+        self.history.append((self.origin, row_BS, sampled.logprob.masked_fill(~chosen_BS, torch.nan)))
+        self.steps += 1
+        self.state = advance(state, row_BS)
+        # Content of no frames owes no ramp-out; the state's own test waits for one.
+        empty_B = self.state.finish == 0
+        done_B = self.active_B & (self.state.is_done | empty_B | sampled.failed)
         self.active_B = self.active_B & ~done_B
         for b in done_B.nonzero()[:, 0].tolist():
             self.outcome[self.origin[b]] = _Outcome(
-                self.steps + 1, int(self.end_B[b]), bool(self.chose_end_B[b]), bool(self.failed_B[b])
+                self.steps, int(self.state.finish[b]), bool(sampled.failed[b] & ~empty_B[b])
             )
-        self.row_B = self.row_B + 1
-        self.steps += 1
+        return row_BS, self.active_B
 
     def select(self, keep_B: Tensor) -> None:
         """Go on with some requests only."""
-        for name in (
-            "target_B",
-            "prompt_B",
-            "start_B",
-            "row_B",
-            "min_end_B",
-            "limit_B",
-            "end_B",
-            "chose_end_B",
-            "failed_B",
-            "active_B",
-        ):
-            setattr(self, name, getattr(self, name)[keep_B])
-        if self.ramp_BRS is not None:
-            self.ramp_BRS = self.ramp_BRS[keep_B]
-        if self.teacher_BTS is not None:
-            self.teacher_BTS = self.teacher_BTS[keep_B]
-        self.sampling = self.sampling.select(keep_B)
-        self.scope.select(keep_B)
+        self.state = _select(self.state, keep_B)
+        self.known_BRS, self.active_B = self.known_BRS[keep_B], self.active_B[keep_B]
         self.origin = [self.origin[b] for b in keep_B.tolist()]
 
-    def collect(self, prefix_B: list[np.ndarray]) -> list[Decoded]:
+    def collect(self) -> list[Decoded]:
         """Undelay every request's rows into content frames."""
         rows: list[list[np.ndarray]] = [[] for _ in self.prompts]
         scores: list[list[np.ndarray]] = [[] for _ in self.prompts]
@@ -304,32 +265,58 @@ class _State:
             for b, origin in enumerate(origins):
                 rows[origin].append(row_RBS[:, b])
                 scores[origin].append(score_RBS[:, b])
-        results = []
-        for origin, prompt in enumerate(self.prompts):
-            outcome = self.outcome[origin]
-            end = outcome.end
-            rows_RS = np.concatenate([prefix_B[origin], np.concatenate(rows[origin])[: outcome.steps]])
-            score_RS = np.concatenate(scores[origin])[: outcome.steps]
-            if outcome.failed:
-                message = (
-                    f"request {prompt.id!r}: the model's logits are not finite in row {len(rows_RS) - 1}."
-                )
-                results.append(Decoded(rows_RS[:0], rows_RS, "failed", float("nan"), 0, message))
-                continue
-            start = len(prompt.frames_PS) - prompt.num_given
-            content_TS = np.full((end - start, rows_RS.shape[1]), self.layout.pad_id, dtype=np.int64)
-            scored, total = 0, 0.0
-            for s, delay in enumerate(self.layout.delays):
-                # A stream without content may lie outside the rows; it stays pad.
-                part = rows_RS[start + delay : end + delay, s]
-                content_TS[: len(part), s] = part
-                u_R = np.arange(len(prefix_B[origin]), len(rows_RS)) - delay
-                # Streams ahead of stream 0 may have chosen codes past an end they did not know of.
-                mine = ~np.isnan(score_RS[:, s]) & (u_R < end + (s == 0))
-                scored, total = scored + int(mine.sum()), total + float(score_RS[mine, s].sum())
-            finished = "eos" if outcome.chose_end or self.teacher_BTS is not None else "max_len"
-            results.append(Decoded(content_TS, rows_RS, finished, total, scored))
-        return results
+        return [
+            self._collect_one(origin, np.concatenate(rows[origin]), np.concatenate(scores[origin]))
+            for origin in range(len(self.prompts))
+        ]
+
+    def _collect_one(self, origin: int, new_RS: np.ndarray, score_RS: np.ndarray) -> Decoded:
+        prompt, outcome, layout = self.prompts[origin], self.outcome[origin], self.layout
+        rows_RS = np.concatenate([self.prefix[origin], new_RS[: outcome.steps]])
+        score_RS = score_RS[: outcome.steps]
+        if outcome.failed:
+            message = f"request {prompt.id!r}: the model's logits are not finite in row {len(rows_RS) - 1}."
+            return Decoded(rows_RS[:0], rows_RS, "failed", float("nan"), 0, message)
+        start = len(prompt.frames_PS) - prompt.num_given
+        content_TS = np.full((outcome.frames, layout.num_streams), layout.pad_id, dtype=np.int64)
+        num_scored, logprob = 0, 0.0
+        for s, delay in enumerate(layout.delays):
+            # A stream without content may lie outside the rows; it stays pad.
+            part = rows_RS[start + delay : start + outcome.frames + delay, s]
+            content_TS[: len(part), s] = part
+            frame_R = np.arange(len(self.prefix[origin]), len(rows_RS)) - delay - start
+            # Streams ahead of stream 0 may have chosen codes past an end they did not know of.
+            mine = ~np.isnan(score_RS[:, s]) & (frame_R < outcome.frames + (s == 0))
+            num_scored, logprob = num_scored + int(mine.sum()), logprob + float(score_RS[mine, s].sum())
+        ended = self.has_teacher or outcome.frames < prompt.num_given + prompt.max_new
+        return Decoded(content_TS, rows_RS, "eos" if ended else "max_len", logprob, num_scored)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a request came to its end: rows generated, content frames, whether its logits were unusable."""
+
+    steps: int
+    frames: int
+    failed: bool
+
+
+def _as_ranges(ids_V: Tensor, pad_id: int) -> list[tuple[int, int]] | None:
+    """Ascending ids as ``(start, end)`` ranges; None for the one column of a stream that nobody uses."""
+    ids = ids_V.cpu().numpy()
+    if len(ids) == 1 and ids[0] == pad_id:
+        return None
+    parts = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
+    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
+def _forced_rows(prompt: Prompt, content_TS: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """All rows after the prefix when the target's remaining content is given: int64 ``[R, S]``."""
+    check_teacher(content_TS, prompt, layout)
+    tail = np.full((layout.max_delay + 1, layout.num_streams), layout.pad_id, dtype=np.int64)
+    tail[0, 0] = layout.sos_eos_id
+    frames = np.concatenate([prompt.frames_PS, content_TS, tail])
+    return delayed_rows(frames, len(frames), layout)[len(prompt.frames_PS) + min(layout.delays) :]
 
 
 def check_teacher(content_TS: np.ndarray, prompt: Prompt, layout: TokenLayout) -> None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
 
 
+#: Prompts are built, sorted and decoded in windows of this many batches, so that results come early.
+WINDOW = 8
+
+
 @dataclass(eq=False)
 class _Job:
     """A request on its way through its targets."""
@@ -70,39 +74,55 @@ def generate(
         if on_result is not None:
             on_result(index, result)
 
-    jobs = []
-    for index, request in enumerate(requests):
-        try:
-            template = find_task(request, model.tasks)
-            prompt = build_prompt(request, template, model.layout, model.tokenizers, model.max_positions)
-            jobs.append(_Job(index, request, prompt))
-        except SpeechLMError as error:
-            finish(index, GenerationResult(request.id, request.task, "failed", error=str(error)))
     was_training = model.training
     model.eval()
     try:
-        while jobs:
-            jobs.sort(
-                key=lambda job: (job.prompt.modality, job.prompt.template.name, -len(job.prompt.frames_PS))
-            )
-            following = []
-            for first in range(0, len(jobs), batch_size):
-                batch = jobs[first : first + batch_size]
-                start = time.perf_counter()
-                decoded = decode(model, [job.prompt for job in batch])
-                seconds = time.perf_counter() - start
-                for job, one in zip(batch, decoded, strict=True):
-                    job.seconds += seconds
-                    again = _advance(job, one, model)
-                    if isinstance(again, _Job):
-                        following.append(again)
-                    else:
-                        finish(job.index, again)
-            jobs = following
+        for first in range(0, len(requests), WINDOW * batch_size):
+            jobs = []
+            for index in range(first, min(first + WINDOW * batch_size, len(requests))):
+                job = _prepare(index, requests[index], model)
+                if isinstance(job, _Job):
+                    jobs.append(job)
+                else:
+                    finish(index, job)
+            while jobs:
+                jobs = _decode_jobs(jobs, model, batch_size, finish)
     finally:
         model.train(was_training)
         bar.close()
     return [r for r in results if r is not None]
+
+
+def _prepare(index: int, request: GenerationRequest, model: SpeechLM) -> _Job | GenerationResult:
+    """Build a request's prompt, or say in a result why it cannot be served."""
+    assert model.tokenizers is not None
+    try:
+        template = find_task(request, model.tasks)
+        prompt = build_prompt(request, template, model.layout, model.tokenizers, model.max_positions)
+    except SpeechLMError as error:
+        return GenerationResult(request.id, request.task, "failed", error=str(error))
+    return _Job(index, request, prompt)
+
+
+def _decode_jobs(
+    jobs: list[_Job], model: SpeechLM, batch_size: int, finish: Callable[[int, GenerationResult], None]
+) -> list[_Job]:
+    """Decode one target of every job; returns the jobs that have another target to come."""
+    jobs = sorted(jobs, key=lambda job: (job.prompt.template.name, -len(job.prompt.frames_PS)))
+    following = []
+    for first in range(0, len(jobs), batch_size):
+        batch = jobs[first : first + batch_size]
+        start = time.perf_counter()
+        decoded = decode(model, [job.prompt for job in batch])
+        seconds = time.perf_counter() - start
+        for job, one in zip(batch, decoded, strict=True):
+            job.seconds += seconds
+            after = _advance(job, one, model)
+            if isinstance(after, _Job):
+                following.append(after)
+            else:
+                finish(job.index, after)
+    return following
 
 
 def _advance(job: _Job, decoded: Decoded, model: SpeechLM) -> _Job | GenerationResult:

@@ -188,6 +188,9 @@ def multistream_sample(logits: Sequence[Tensor], state: DecodeState) -> SampledS
             f"multistream_sample: logits[{s}] must be float {list(shape)}; got {describe(stream_logits)}",
         )
     minus_inf = float("-inf")
+    stream = torch.arange(num_streams, device=state.step.device)
+    # All streams' numbers at once: the generator is many tiny operations.
+    number = reference.uniform(state.seed[:, None], (state.rng_offset + state.step)[:, None], stream)
     tokens, logprobs, contents = [], [], []
     failed = torch.zeros_like(state.active[:, 0])
     finish = state.finish
@@ -205,9 +208,8 @@ def multistream_sample(logits: Sequence[Tensor], state: DecodeState) -> SampledS
             content = state.active[:, 0] & (frame >= 0) & (finish < 0)
         else:
             content = state.active[:, s] & (frame >= 0) & ((finish < 0) | (frame < finish))
-        number = reference.uniform(state.seed, state.rng_offset + state.step, s)
         column, logprob, bad = reference.sample_rows(
-            row, state.temperature[:, s], state.top_k[:, s], state.top_p[:, s], number
+            row, state.temperature[:, s], state.top_k[:, s], state.top_p[:, s], number[:, s]
         )
         bad = bad & content
         failed = failed | bad

@@ -28,8 +28,8 @@ def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def uniform(seed: Tensor, step: Tensor, stream: int) -> Tensor:
-    """Uniform float64 numbers in [0, 1) for each request: ``seed`` and ``step`` are int64 ``[B]``."""
+def uniform(seed: Tensor, step: Tensor, stream: int | Tensor) -> Tensor:
+    """Uniform float64 numbers in [0, 1): int64 ``seed``, ``step`` and ``stream`` that broadcast to one shape."""
     zero = torch.zeros_like(seed)
     counter = [step & _MASK32, (step >> 32) & _MASK32, zero + stream, zero]
     words = philox(counter, [seed & _MASK32, (seed >> 32) & _MASK32])
