@@ -37,9 +37,9 @@ class Utterance:
     dataset: str = ""
     """Name of the data set; default the manifest's file name without its ending."""
     start: float | None = None
-    """Where the utterance begins in the recording, in seconds; default its beginning."""
+    """Where the utterance begins in the recording, in seconds; without it the whole recording is the utterance."""
     duration: float | None = None
-    """How long it lasts, in seconds; default to the recording's end."""
+    """How long it lasts from ``start``, in seconds; default to the recording's end. Without ``start`` it is only said."""
     line: int = 0
     """Line number in the manifest, from 1."""
     manifest: str = ""
