@@ -1,0 +1,101 @@
+// The delay_pack kernels on plain memory, against a loop that follows the definition.
+#include <random>
+
+#include "common/parallel.h"
+#include "delay_pack/delay_pack.h"
+#include "tests/check.h"
+
+namespace speechlm {
+namespace {
+
+struct Case {
+  std::vector<int64_t> lengths;
+  std::vector<int64_t> delays;
+  bool trim;
+};
+
+template <typename Id>
+void compare(const Case& c, int threads) {
+  const int64_t n = static_cast<int64_t>(c.lengths.size());
+  const int64_t S = static_cast<int64_t>(c.delays.size());
+  std::vector<int64_t> table{0};
+  for (int64_t length : c.lengths) table.push_back(table.back() + length);
+  const int64_t frames = table.back();
+  table.insert(table.end(), c.delays.begin(), c.delays.end());
+  for (int64_t s = 0; s < S; ++s) table.push_back(-1 - s);
+  for (int64_t s = 0; s < S; ++s) table.push_back(1000 * s);
+  const auto shape = delay_pack_shape(table.data(), static_cast<int64_t>(table.size()), n, S, frames, c.trim);
+
+  std::mt19937 random(static_cast<unsigned>(frames + S));
+  std::vector<Id> ids(frames * S);
+  std::vector<float> weight(frames * S);
+  for (auto& id : ids) id = static_cast<Id>(random() % 1000);
+  for (auto& w : weight) w = static_cast<float>(random() % 1000);
+  std::vector<Id> out(shape.num_rows * S, 777), labels(shape.num_rows * S, 777);
+  std::vector<float> out_weight(shape.num_rows * S, -5);
+  std::vector<int32_t> position(shape.num_rows, -5), cu(n + 1, -5);
+  DelayPackArgs<Id> args;
+  args.shape = shape;
+  args.meta = DelayPackMeta::at(table.data(), shape);
+  args.ids = ids.data();
+  args.weight = weight.data();
+  args.out_ids = out.data();
+  args.out_labels = labels.data();
+  args.out_weight = out_weight.data();
+  args.out_position = position.data();
+  args.out_cu_seqlens = cu.data();
+  delay_pack_cpu(args, threads);
+
+  int64_t row = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    EXPECT(cu[i] == row);
+    const int64_t rows = c.lengths[i] + shape.tail;
+    for (int64_t t = 0; t < rows; ++t, ++row) {
+      EXPECT(position[row] == t);
+      for (int64_t s = 0; s < S; ++s) {
+        auto at = [&](int64_t time, bool is_label) {
+          const int64_t frame = time - c.delays[s];
+          const bool real = time < rows && frame >= 0 && frame < c.lengths[i];
+          const int64_t from = (args.meta.offsets[i] + frame) * S + s;
+          if (is_label) EXPECT(out_weight[row * S + s] == (real ? weight[from] : 0.0f));
+          return real ? static_cast<Id>(ids[from] + 1000 * s) : static_cast<Id>(-1 - s);
+        };
+        EXPECT(out[row * S + s] == at(t, false));
+        EXPECT(labels[row * S + s] == at(t + 1, true));
+      }
+    }
+  }
+  EXPECT(row == shape.num_rows);
+  EXPECT(cu[n] == row);
+}
+
+TEST(delay_pack_matches_its_definition) {
+  const std::vector<Case> cases = {
+      {{5, 0, 3}, {0, 1, 2}, false},    {{5, 0, 3}, {0, 1, 2}, true},      {{1, 2, 3000, 1}, {4, 0, 9}, false},
+      {{2000}, {0}, false},             {{7, 900, 2}, {3, 3, 3, 3}, true}, {{0, 0}, {2, 5}, false},
+      {{0, 0}, {2, 5}, true},           {{}, {1}, false},                  {std::vector<int64_t>(999, 2), {0, 1}, false},
+      {{20000}, {0, 1, 2, 3, 4, 5, 6, 7, 8}, false},
+  };
+  for (const Case& c : cases) {
+    for (int threads : {1, 3}) {
+      compare<int32_t>(c, threads);
+      compare<int64_t>(c, threads);
+    }
+  }
+}
+
+TEST(delay_pack_refuses_bad_tables) {
+  auto shape_of = [](std::vector<int64_t> table, int64_t segments, int64_t frames) {
+    return testing::error_of(
+        [&] { delay_pack_shape(table.data(), static_cast<int64_t>(table.size()), segments, 1, frames, false); });
+  };
+  EXPECT(shape_of({0, 4, 0, 0, 0}, 1, 4).empty());
+  EXPECT(shape_of({0, 4, 0, 0}, 1, 4).find("table has 4 entries") != std::string::npos);
+  EXPECT(shape_of({0, 5, 4, 0, 0, 0}, 2, 4).find("offsets[2] = 4 after 5") != std::string::npos);
+  EXPECT(shape_of({0, 4, -1, 0, 0}, 1, 4).find("delays[0]") != std::string::npos);
+  EXPECT(shape_of({0, 4, 2147483647, 0, 0}, 1, 4).find("2^31 - 1 rows") != std::string::npos);
+  EXPECT(shape_of({0, 9223372036854775807, 0, 0, 0}, 1, 4).find("last offset") != std::string::npos);
+}
+
+}  // namespace
+}  // namespace speechlm

@@ -1,0 +1,308 @@
+"""delay_pack against its plain-torch reference, its inverse, and hand-written blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import speechlm_ext as sx
+from speechlm_ext.ops.reference import delay_pack as reference
+
+FIELDS = ("ids", "labels", "loss_weight", "position", "cu_seqlens")
+
+# (delays, frames of each segment): regular, awkward, and the smallest.
+SHAPES = {
+    "speech": ([0, 1, 2, 3, 4, 5, 6, 7, 8], [37, 5, 210]),
+    "parallel": ([0, 0, 0], [4, 9]),
+    "acoustic_delay": ([0, 1, 1, 1], [13, 1, 2]),
+    "no_stream_at_zero": ([2, 5], [3, 0, 7]),
+    "delays_fall": ([3, 0, 2, 1, 7], [31, 47, 123]),
+    "one_stream": ([0], [5, 0, 1]),
+    "one_delayed_stream": ([4], [2, 9]),
+    "all_empty": ([0, 2], [0, 0]),
+    "shorter_than_delay": ([0, 6], [2, 3, 1]),
+    "many_streams": (list(range(37)), [11, 64]),
+    "many_small": ([0, 1], [1, 2, 0] * 300),
+    "several_tiles": ([0, 1, 2], [5000, 1, 3000]),
+}
+
+
+def make_segments(lengths, num_streams, dtype, device="cpu"):
+    return [torch.randint(1, 1000, (n, num_streams), dtype=dtype, device=device) for n in lengths]
+
+
+def assert_same(batch, expected):
+    for name, want in zip(FIELDS, expected, strict=True):
+        got = getattr(batch, name)
+        assert got.dtype == want.dtype, name
+        torch.testing.assert_close(got, want.to(got.device), rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("tail", ["keep", "trim"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_reference(shape, dtype, weighted, tail, device):
+    delays, lengths = SHAPES[shape]
+    segments = make_segments(lengths, len(delays), dtype, device)
+    settings = dict(
+        delays=delays,
+        pad_ids=[-7 - s for s in range(len(delays))],
+        id_offsets=[100 * s for s in range(len(delays))],
+        loss_weight=[torch.rand(s.shape, device=device) for s in segments] if weighted else None,
+        tail=tail,
+    )
+    expected = reference.delay_pack(segments, **settings)
+    assert_same(sx.ops.delay_pack(segments, **settings), expected)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    if weighted:
+        settings["loss_weight"] = torch.cat(settings["loss_weight"])
+    assert_same(sx.ops.delay_pack((torch.cat(segments), offsets), **settings), expected)
+
+
+def test_block_by_hand():
+    codes = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    weight = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
+    batch = sx.ops.delay_pack(
+        [codes, codes[:1]],
+        delays=[0, 1, 2],
+        pad_ids=[90, 91, 92],
+        id_offsets=[0, 10, 20],
+        loss_weight=[weight, weight[:1]],
+    )
+    assert batch.ids.tolist() == [
+        [1, 91, 92],
+        [4, 12, 92],
+        [7, 15, 23],
+        [90, 18, 26],
+        [90, 91, 29],
+        [1, 91, 92],
+        [90, 12, 92],
+        [90, 91, 23],
+    ]
+    assert batch.labels.tolist() == [
+        [4, 12, 92],
+        [7, 15, 23],
+        [90, 18, 26],
+        [90, 91, 29],
+        [90, 91, 92],
+        [90, 12, 92],
+        [90, 91, 23],
+        [90, 91, 92],
+    ]
+    expected_weight = [
+        [0.4, 0.2, 0],
+        [0.7, 0.5, 0.3],
+        [0, 0.8, 0.6],
+        [0, 0, 0.9],
+        [0, 0, 0],
+        [0, 0.2, 0],
+        [0, 0, 0.3],
+        [0, 0, 0],
+    ]
+    torch.testing.assert_close(batch.loss_weight, torch.tensor(expected_weight))
+    assert batch.position.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 5, 8]
+
+
+def test_trim_is_lossless_after_pad_frames():
+    codes = torch.arange(1, 16).view(5, 3)
+    padded = torch.cat([codes, torch.zeros(2, 3, dtype=torch.int64)])
+    batch = sx.ops.delay_pack([padded], delays=[0, 1, 2], pad_ids=[0, 0, 0], tail="trim")
+    assert batch.ids.tolist() == sx.ops.delay_pack([codes], delays=[0, 1, 2], pad_ids=[0, 0, 0]).ids.tolist()
+    (back,) = sx.ops.delay_unpack(batch.ids, batch.cu_seqlens, delays=[0, 1, 2])
+    assert torch.equal(back, codes)
+
+
+id_values = st.one_of(st.integers(0, 50), st.integers(-(2**63), 2**63 - 1))
+
+
+@st.composite
+def ragged(draw):
+    num_streams = draw(st.integers(1, 6))
+    delays = draw(st.lists(st.integers(0, 9), min_size=num_streams, max_size=num_streams))
+    pads = draw(st.lists(id_values, min_size=num_streams, max_size=num_streams))
+    lengths = draw(st.lists(st.integers(0, 12), max_size=5))
+    rows = st.lists(id_values, min_size=num_streams, max_size=num_streams)
+    frames = [draw(st.lists(rows, min_size=n, max_size=n)) for n in lengths]
+    segments = [torch.tensor(f, dtype=torch.int64).reshape(-1, num_streams) for f in frames]
+    return delays, pads, segments
+
+
+@settings(max_examples=150, deadline=None)
+@given(ragged())
+def test_roundtrip(case):
+    delays, pads, segments = case
+    batch = sx.ops.delay_pack(segments, delays=delays, pad_ids=pads)
+    back = sx.ops.delay_unpack(batch.ids, batch.cu_seqlens, delays=delays)
+    assert len(back) == len(segments)
+    for got, want in zip(back, segments, strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(back, reference.delay_unpack(batch.ids, batch.cu_seqlens, delays=delays), strict=True):
+        assert torch.equal(got, want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ragged())
+def test_packed_equals_unpacked(case):
+    """A block of many segments is its segments' own blocks, one after the other: nothing leaks."""
+    delays, pads, segments = case
+    together = sx.ops.delay_pack(segments, delays=delays, pad_ids=pads)
+    alone = [sx.ops.delay_pack([s], delays=delays, pad_ids=pads) for s in segments]
+    for name in ("ids", "labels", "loss_weight", "position"):
+        if alone:
+            assert torch.equal(getattr(together, name), torch.cat([getattr(a, name) for a in alone])), name
+
+
+def test_unpack_of_trimmed_block_drops_the_cut_frames(device):
+    segments = make_segments([9, 1, 30], 3, torch.int64, device)
+    batch = sx.ops.delay_pack(segments, delays=[1, 0, 4], pad_ids=[0, 0, 0], tail="trim")
+    back = sx.ops.delay_unpack(batch.ids, batch.cu_seqlens, delays=[1, 0, 4])
+    assert [len(b) for b in back] == [5, 0, 26]
+    for got, want in zip(back, segments, strict=True):
+        assert torch.equal(got, want[: len(got)])
+
+
+def test_non_contiguous_input_and_threads():
+    flat = torch.randint(0, 1000, (7, 60_000)).T[:, ::2]
+    offsets = [0, 20_000, 20_000, 60_000]
+    weight = torch.rand(4, 60_000).T
+    settings = dict(delays=[3, 0, 1, 2], pad_ids=[0] * 4)
+    segments = [flat[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    weights = [weight[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    expected = reference.delay_pack(segments, loss_weight=weights, **settings)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert_same(sx.ops.delay_pack((flat, offsets), loss_weight=weight, **settings), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_segments():
+    batch = sx.ops.delay_pack([], delays=[0, 1], pad_ids=[0, 0])
+    assert batch.ids.shape == (0, 2) and batch.cu_seqlens.tolist() == [0]
+    assert sx.ops.delay_unpack(batch.ids, batch.cu_seqlens, delays=[0, 1]) == []
+
+
+def test_two_segments_as_a_tuple_are_a_list():
+    a, b = make_segments([3, 4], 2, torch.int64)
+    settings = dict(delays=[0, 1], pad_ids=[0, 0])
+    assert torch.equal(sx.ops.delay_pack((a, b), **settings).ids, sx.ops.delay_pack([a, b], **settings).ids)
+
+
+def test_int32_pad_and_offsets_reach_the_limits():
+    segment = torch.tensor([[2**31 - 1], [-(2**31)]], dtype=torch.int32)
+    batch = sx.ops.delay_pack([segment], delays=[1], pad_ids=[2**31 - 1])
+    assert batch.ids.flatten().tolist() == [2**31 - 1, 2**31 - 1, -(2**31)]
+
+
+IDS = torch.zeros(4, 2, dtype=torch.int64)
+GOOD = dict(delays=[0, 1], pad_ids=[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sx.ops.delay_pack([IDS.float()], **GOOD), r"segments\[0\] must be int32 or int64 .* float32 \[4, 2\]"),
+        (lambda: sx.ops.delay_pack([IDS, IDS.int()], **GOOD), r"segments\[1\] is int32"),
+        (lambda: sx.ops.delay_pack([IDS, IDS[:, :1]], **GOOD), r"segments\[1\] has 1 streams but delays has 2"),
+        (lambda: sx.ops.delay_pack([IDS[0]], **GOOD), r"segments\[0\] must be"),
+        (lambda: sx.ops.delay_pack([[1, 2]], **GOOD), r"segments\[0\] must be a tensor; got a list"),
+        (lambda: sx.ops.delay_pack([IDS], delays=[0, -1], pad_ids=[0, 0]), "delays must be 0 or more"),
+        (lambda: sx.ops.delay_pack([IDS], delays=[], pad_ids=[]), "at least one value"),
+        (lambda: sx.ops.delay_pack([IDS], delays=[0, 1], pad_ids=[0]), "pad_ids must have 2 values"),
+        (lambda: sx.ops.delay_pack([IDS], **GOOD, id_offsets=[1]), "id_offsets must have 2 values"),
+        (lambda: sx.ops.delay_pack([IDS.int()], delays=[0, 1], pad_ids=[0, 2**40]), r"pad_ids\[1\] = .* does not fit"),
+        (lambda: sx.ops.delay_pack([IDS], **GOOD, tail="drop"), 'tail must be "keep" or "trim"'),
+        (lambda: sx.ops.delay_pack((IDS, [0, 3, 2, 4]), **GOOD), r"offsets must not fall; offsets\[2\] = 2 after 3"),
+        (lambda: sx.ops.delay_pack((IDS, [0, 3]), **GOOD), "last offset must be the number of frames, 4; got 3"),
+        (lambda: sx.ops.delay_pack((IDS, [1, 4]), **GOOD), "must start at 0; got 1"),
+        (lambda: sx.ops.delay_pack((IDS, [0, 9]), **GOOD), "last offset"),
+        (lambda: sx.ops.delay_pack((IDS, []), **GOOD), "offsets"),
+        (lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[IDS]), r"loss_weight must be float \[4, 2\]"),
+        (lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[]), "0 entries for 1 segments"),
+        (lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[torch.ones(3, 2)]), r"loss_weight\[0\] has 3 frames"),
+        (lambda: sx.ops.delay_pack([IDS], delays=[0, 2**31 - 1], pad_ids=[0, 0]), "more than cu_seqlens"),
+        (lambda: sx.ops.delay_unpack(IDS, [0, 5], delays=[0, 1]), "must end at the number of rows, 4; got 5"),
+        (lambda: sx.ops.delay_unpack(IDS, [0, 3, 1, 4], delays=[0, 1]), "must not fall"),
+        (lambda: sx.ops.delay_unpack(IDS, [2, 4], delays=[0, 1]), "must start at 0"),
+        (lambda: sx.ops.delay_unpack(IDS, [0, 4], delays=[0, 1, 2]), "2 streams but delays has 3"),
+        (lambda: sx.ops.delay_unpack(IDS, [0, 4], delays=[0, -1]), "delays must be 0 or more"),
+    ],
+)
+def test_rejects_bad_input(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "delay_" in str(error.value)
+
+
+def test_native_layer_checks_for_itself():
+    """The compiled functions never trust their caller: a wrong tensor is named, nothing is written."""
+    from speechlm_ext.ops._native import native
+
+    table = torch.tensor([0, 4, 0, 1, 0, 0, 0, 0])
+    out = [torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2)]
+    tail = [torch.zeros(5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 1, 0]
+
+    def call(ids=IDS, weight=None, table=table, out=out, tail=tail):
+        native.delay_pack(ids, weight, table, table, 1, False, *out, *tail)
+
+    call()
+    with pytest.raises(ValueError, match="ids must be contiguous"):
+        call(ids=torch.zeros(2, 4, dtype=torch.int64).T)
+    with pytest.raises(ValueError, match=r"ids must be int32 or int64; got uint8 \[4, 2\] on cpu"):
+        call(ids=IDS.to(torch.uint8))
+    with pytest.raises(ValueError, match=r"out_ids must have size 5 in dimension 0; got int64 \[4, 2\]"):
+        call(out=[IDS, *out[1:]])
+    with pytest.raises(ValueError, match="position must have 1 dimensions"):
+        call(tail=[torch.zeros(5, 1, dtype=torch.int32), *tail[1:]])
+    with pytest.raises(ValueError, match="the table has 3 entries"):
+        call(table=torch.tensor([0, 4, 0]))
+    with pytest.raises(ValueError, match="loss_weight must be a torch.Tensor; got a int"):
+        call(weight=3)
+    with pytest.raises(ValueError, match="ids must be on cpu"):
+        call(ids=IDS.to("meta"))
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_opcheck(trim, device):
+    flat = torch.randint(0, 9, (12, 3), device=device)
+    offsets = torch.tensor([0, 5, 12])
+    args = (flat, offsets, [0, 1, 2], [0, 0, 0], [1, 2, 3], torch.rand(12, 3, device=device), trim)
+    torch.library.opcheck(torch.ops.speechlm_ext.delay_pack.default, args)
+    torch.library.opcheck(torch.ops.speechlm_ext.delay_unpack.default, (flat, offsets, [0, 1, 2], 8))
+
+
+def test_compile_and_fake(device):
+    def step(flat, offsets, weight):
+        batch = sx.ops.delay_pack((flat, offsets), delays=[0, 1, 3], pad_ids=[0, 0, 0], loss_weight=weight)
+        return batch.ids * 2, batch.labels, batch.loss_weight.sum(), batch.position, batch.cu_seqlens
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_frames in (6, 17):
+        flat = torch.randint(1, 50, (num_frames, 3), device=device)
+        offsets = torch.tensor([0, 4, num_frames])
+        weight = torch.rand(num_frames, 3, device=device)
+        for got, want in zip(compiled(flat, offsets, weight), step(flat, offsets, weight), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_batch_moves_as_a_whole():
+    batch = sx.ops.delay_pack([IDS], **GOOD).to("meta")
+    assert all(getattr(batch, name).device.type == "meta" for name in FIELDS)
+
+
+@pytest.mark.cuda
+def test_cuda_uses_the_current_stream_and_captures():
+    flat = torch.randint(1, 50, (500, 9), device="cuda")
+    settings = dict(delays=list(range(9)), pad_ids=[0] * 9)
+    expected = reference.delay_pack([flat], **settings)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        batch = sx.ops.delay_pack([flat], **settings)
+    stream.synchronize()
+    assert_same(batch, expected)
