@@ -1,0 +1,6 @@
+"""The speech language model: any causal LM as backbone, summed stream embeddings, one shared head."""
+
+from speechlm_ext.model.config import LossSettings, ModelConfig
+from speechlm_ext.model.speechlm import SpeechLM
+
+__all__ = ["LossSettings", "ModelConfig", "SpeechLM"]

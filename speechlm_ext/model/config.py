@@ -1,0 +1,88 @@
+"""What a model is made of, as it stands in a model folder's ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speechlm_ext.errors import CheckpointError, ConfigError
+from speechlm_ext.tasks import Entry, TaskTemplate
+
+CONFIG_NAME = "config.json"
+MODEL_TYPE = "speechlm"
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How the multi-stream cross-entropy is computed; modality weights belong to the data."""
+
+    scope: str = "own"
+    """Ids over which each stream's softmax runs: ``full`` vocabulary, ``codec`` (all codebooks, as ESPnet-SpeechLM
+    trains), or each stream's ``own`` intervals."""
+    z_loss: float = 0.0
+    """Weight of ``logsumexp²``, which keeps logits from drifting."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread over the scope."""
+    softcap: float | None = None
+    """Soft bound on the logits, ``softcap · tanh(logits / softcap)``."""
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("full", "codec", "own"):
+            raise ConfigError(f"loss.scope must be 'full', 'codec' or 'own', got {self.scope!r}.")
+        if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
+            raise ConfigError(
+                f"loss.label_smoothing must be in [0, 1) and loss.z_loss >= 0, got {self.label_smoothing} and {self.z_loss}."
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A SpeechLM without its weights and its token layout."""
+
+    backbone: dict[str, Any]
+    """The transformers configuration of the backbone, as its ``to_dict()`` gives it."""
+    tasks: tuple[TaskTemplate, ...] = ()
+    """The tasks that the model is trained for."""
+    loss: LossSettings = field(default_factory=LossSettings)
+    """Settings of the loss."""
+    tie_head: bool = False
+    """Whether the head shares the embedding table."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``config.json``."""
+        return {"model_type": MODEL_TYPE, **asdict(self)}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ModelConfig:
+        """Read ``config.json`` of a model folder.
+
+        Raises:
+            CheckpointError: the folder or the file is missing, or is not that of a SpeechLM.
+        """
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} is not a model folder: it has no {CONFIG_NAME}. Expected a checkpoint such as "
+                f"runs/NAME/checkpoints/step-001000, or an export of save_pretrained."
+            )
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            if data.pop("model_type", None) != MODEL_TYPE:
+                raise CheckpointError(f"{path}: model_type is not {MODEL_TYPE!r}; this is another kind of model.")
+            tasks = tuple(
+                TaskTemplate(
+                    t["name"],
+                    t["id"],
+                    t["kind"],
+                    tuple(Entry(**e) for e in t["conditions"]),
+                    tuple(Entry(**e) for e in t["targets"]),
+                )
+                for t in data["tasks"]
+            )
+            return cls(data["backbone"], tasks, LossSettings(**data["loss"]), data["tie_head"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path}: not a SpeechLM config ({type(error).__name__}: {error}).") from None

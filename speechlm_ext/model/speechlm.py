@@ -1,0 +1,305 @@
+"""SpeechLM: a causal LM over several parallel token streams.
+
+The input of a position is the sum of its streams' embeddings (pads contribute exactly zero), the body is
+any causal LM of transformers, and one head serves all streams. Training reads packed rows; generation
+reads left-padded batches with a key/value cache.
+
+Axes: N packed positions, B batch, T frames, S streams, D hidden, V vocabulary, K keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache
+
+from speechlm_ext.errors import CheckpointError, ConfigError
+from speechlm_ext.layout import TokenLayout
+from speechlm_ext.model.attention import NAME as ATTENTION
+from speechlm_ext.model.attention import Packing, choose_attention
+from speechlm_ext.model.config import CONFIG_NAME, ModelConfig
+from speechlm_ext.model.head import MultiStreamHead
+from speechlm_ext.ops import MultiStreamLoss, multistream_embed
+from speechlm_ext.utils.io import atomic_path, atomic_write_json
+
+if TYPE_CHECKING:
+    from speechlm_ext.tasks import TaskTemplate
+    from speechlm_ext.tokenizers import TokenizerSet
+
+WEIGHTS_NAME = "model.safetensors"
+TOKENIZERS_NAME = "tokenizers"
+
+
+class SpeechLM(nn.Module):
+    """A speech language model with its token layout and, where known, its tokenizers.
+
+    Args:
+        config: backbone, tasks and loss settings.
+        layout: what the ids mean; its vocabulary sizes the embedding table and the head.
+        tokenizers: turn text and audio into raw ids and back; needed by :meth:`generate` only.
+
+    Raises:
+        ConfigError: the backbone's configuration is not a causal LM's.
+    """
+
+    def __init__(self, config: ModelConfig, layout: TokenLayout, tokenizers: TokenizerSet | None = None) -> None:
+        super().__init__()
+        self.config, self.layout, self.tokenizers = config, layout, tokenizers
+        settings = {k: v for k, v in config.backbone.items() if k != "model_type"}
+        try:
+            backbone_config = AutoConfig.for_model(config.backbone["model_type"], **settings)
+            backbone_config.vocab_size = layout.vocab_size
+            backbone_config.pad_token_id = None
+            backbone_config.use_cache = False
+            self.backbone = AutoModel.from_config(backbone_config, attn_implementation=ATTENTION)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the backbone's configuration does not make a transformers causal LM "
+                f"({type(error).__name__}: {error}). Give model_type and its settings, e.g. model_type: llama."
+            ) from None
+        # The table is ours: the backbone is always given summed embeddings.
+        self.backbone.set_input_embeddings(nn.Identity())
+        D = backbone_config.hidden_size
+        self.embedding = nn.Parameter(torch.empty(layout.vocab_size, D))
+        self.head = MultiStreamHead(
+            layout.vocab_size,
+            D,
+            layout.num_streams,
+            layout.scopes(config.loss.scope),
+            config.loss,
+            weight=self.embedding if config.tie_head else None,
+        )
+        self.init_tables(float(getattr(backbone_config, "initializer_range", 0.02)))
+
+    # ---- properties ---------------------------------------------------------------------------------------------
+    @property
+    def tasks(self) -> tuple[TaskTemplate, ...]:
+        """The tasks that the model is trained for."""
+        return self.config.tasks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence, in frames, that the backbone was configured for."""
+        return int(self.backbone.config.max_position_embeddings)
+
+    def num_parameters(self) -> int:
+        """Number of trainable values, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def init_tables(self, std: float) -> None:
+        """Draw embedding, head and stream vectors from N(0, std²); the pad's row is zero."""
+        nn.init.normal_(self.embedding, std=std)
+        nn.init.normal_(self.head.weight, std=std)
+        if self.head.stream_embed is not None:
+            nn.init.normal_(self.head.stream_embed, std=std)
+        self.embedding[self.layout.pad_id].zero_()
+
+    # ---- forward ------------------------------------------------------------------------------------------------
+    def embed(self, ids: Tensor) -> Tensor:
+        """Sum of the streams' embeddings: int ``[..., S]`` -> float ``[..., D]``."""
+        flat = multistream_embed(ids.reshape(-1, ids.shape[-1]), self.embedding, pad_id=self.layout.pad_id)
+        return flat.view(*ids.shape[:-1], -1)
+
+    def hidden(self, ids_NS: Tensor, position_N: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Last hidden states of a packed row.
+
+        Args:
+            ids_NS: int ``[N, S]`` delayed ids.
+            position_N: int ``[N]``, restarting at 0 in each segment.
+            cu_seqlens: int32 ``[n+1]`` segment bounds.
+
+        Returns:
+            float ``[N, D]``.
+        """
+        embedded = self.embed(ids_NS)[None]
+        kernel, _ = choose_attention(embedded.device, embedded.dtype)
+        packing = Packing.build(cu_seqlens, kernel)
+        out = self.backbone(
+            inputs_embeds=embedded, position_ids=position_N[None].long(), use_cache=False, packing=packing
+        )
+        return out.last_hidden_state[0]
+
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        loss_weight: Tensor,
+        position: Tensor,
+        cu_seqlens: Tensor,
+        reduction: str = "sum",
+    ) -> MultiStreamLoss:
+        """Loss of a packed batch; the arguments are the fields of :class:`speechlm_ext.ops.PackedBatch`.
+
+        Args:
+            ids, labels: int ``[N, S]``.
+            loss_weight: float32 ``[N, S]``, 0 where nothing is learnt.
+            position: int ``[N]``.
+            cu_seqlens: int32 ``[n+1]``.
+            reduction: ``sum``, or ``none`` to get each token's loss as well.
+        """
+        return self.head(self.hidden(ids, position, cu_seqlens), labels, loss_weight, reduction)
+
+    # ---- generation ---------------------------------------------------------------------------------------------
+    def new_cache(self) -> Cache:
+        """An empty key/value cache for :meth:`cached_hidden`."""
+        return DynamicCache(config=self.backbone.config)
+
+    def cached_hidden(self, ids_BTS: Tensor, *, cache: Cache, position_BT: Tensor, key_mask_BK: Tensor) -> Tensor:
+        """Hidden states of the next T rows of a left-padded batch, with earlier keys from the cache.
+
+        Args:
+            ids_BTS: int ``[B, T, S]`` delayed ids; pad rows on the left of shorter requests.
+            cache: updated in place.
+            position_BT: int ``[B, T]``.
+            key_mask_BK: bool ``[B, K]`` over all keys so far, these T included: False for padding.
+
+        Returns:
+            float ``[B, T, D]``.
+        """
+        embedded = self.embed(ids_BTS)
+        T, K = ids_BTS.shape[1], key_mask_BK.shape[1]
+        query = torch.arange(K - T, K, device=ids_BTS.device)
+        key = torch.arange(K, device=ids_BTS.device)
+        mask = (key[None] <= query[:, None])[None] & key_mask_BK[:, None]
+        # A padding row may look at itself, so that no row of the softmax is empty.
+        mask = mask | (key[None] == query[:, None])[None]
+        out = self.backbone(
+            inputs_embeds=embedded,
+            attention_mask=mask[:, None],
+            position_ids=position_BT,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state
+
+    def scope_logits(
+        self, hidden_BD: Tensor, ranges: Sequence[Sequence[tuple[int, int]] | None]
+    ) -> list[Tensor | None]:
+        """Logits of the next ids over chosen ranges; see :meth:`MultiStreamHead.scope_logits`."""
+        return self.head.scope_logits(hidden_BD, ranges)
+
+    def generate(self, requests: Sequence[Any], batch_size: int = 16) -> list[Any]:
+        """Serve :class:`speechlm_ext.generation.GenerationRequest` s; see :func:`speechlm_ext.generation.generate`."""
+        from speechlm_ext.generation import generate
+
+        return generate(self, requests, batch_size=batch_size)
+
+    # ---- files --------------------------------------------------------------------------------------------------
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a model folder: ``config.json``, ``model.safetensors``, ``token_layout.json``, ``tokenizers/``.
+
+        Raises:
+            StorageError: the disk is full or the folder cannot be written.
+        """
+        folder = Path(folder)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        if self.config.tie_head:
+            state.pop("head.weight")
+        with atomic_path(folder / WEIGHTS_NAME) as temporary:
+            save_file(state, temporary, metadata={"format": "pt", "layout": self.layout.sha256})
+        self.layout.save(folder)
+        if self.tokenizers is not None:
+            self.tokenizers.save(folder / TOKENIZERS_NAME)
+        atomic_write_json(folder / CONFIG_NAME, self.config.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> SpeechLM:
+        """Load a model folder; strict: every weight must be there and nothing else.
+
+        Raises:
+            CheckpointError: not a model folder, or its weights are missing, truncated or of another shape.
+            LayoutError, LayoutMismatchError: its layout is damaged or is not the one of its tokenizers.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"model folder {folder} does not exist. Give a checkpoint (runs/NAME/checkpoints/step-…) or an export."
+            )
+        config, layout = ModelConfig.load(folder), TokenLayout.load(folder)
+        tokenizers = None
+        if (folder / TOKENIZERS_NAME).is_dir():
+            from speechlm_ext.tokenizers import TokenizerSet
+
+            tokenizers = TokenizerSet.load(folder / TOKENIZERS_NAME)
+            fingerprints = dict(layout.tokenizers)
+            for modality, found in tokenizers.fingerprints().items():
+                if fingerprints.get(modality) != found:
+                    raise CheckpointError(
+                        f"{folder}: its {modality} tokenizer has fingerprint {found[:16]}, its token layout names "
+                        f"{str(fingerprints.get(modality))[:16]}. The folder was put together from two models."
+                    )
+        model = cls(config, layout, tokenizers)
+        weights = folder / WEIGHTS_NAME
+        try:
+            state = load_file(weights)
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: the folder is incomplete.") from None
+        except Exception as error:  # safetensors raises its own type for damaged files
+            raise CheckpointError(f"{weights} cannot be read ({error}); it is damaged or truncated.") from None
+        if config.tie_head:
+            state["head.weight"] = state["embedding"]
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"{weights} does not fit {folder / CONFIG_NAME}: {error}") from None
+        return model.to(device).eval()
+
+    @torch.no_grad()
+    def load_backbone(self, folder: str | Path) -> None:
+        """Start from a pretrained causal LM: copy its body, and its text rows into the table and the head.
+
+        New rows (special, ssl, codec ids) are drawn at the mean and standard deviation of the pretrained table.
+
+        Args:
+            folder: a transformers causal-LM folder whose tokenizer is this model's text tokenizer.
+
+        Raises:
+            CheckpointError: the folder cannot be loaded, or its sizes are not this model's.
+        """
+        try:
+            pretrained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"backbone {folder} cannot be loaded as a causal LM: {error}") from None
+        body = pretrained.get_decoder()
+        table = pretrained.get_input_embeddings().weight
+        out = pretrained.get_output_embeddings()
+        head = table if out is None else out.weight
+        body.set_input_embeddings(nn.Identity())
+        start, end = self.layout.interval("text_bpe")
+        rows = min(end - start, table.shape[0])
+        if table.shape[1] != self.embedding.shape[1] or end - start > table.shape[0]:
+            raise CheckpointError(
+                f"backbone {folder} has a table of {tuple(table.shape)}, but the layout has {end - start} text ids and "
+                f"the model a width of {self.embedding.shape[1]}. Use the backbone's own tokenizer and configuration."
+            )
+        try:
+            self.backbone.load_state_dict(body.state_dict(), strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"backbone {folder} does not fit the model's configuration: {error}") from None
+        for ours, theirs in ((self.embedding, table), (self.head.weight, head)):
+            ours.copy_(torch.randn_like(ours) * theirs.std() + theirs.mean(0))
+            ours[start : start + rows].copy_(theirs[:rows])
+        self.embedding[self.layout.pad_id].zero_()
+
+
+def backbone_settings(folder: str | Path) -> dict[str, Any]:
+    """The transformers configuration of a local backbone folder as plain data.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        return AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    raise CheckpointError(f"backbone {folder}: no transformers configuration there; expected a folder with config.json.")

@@ -1,0 +1,118 @@
+"""DeepSpeed set up for speech language models, on CPU (gloo) as on GPU (NCCL).
+
+Notable choices: torch's AdamW is handed to DeepSpeed, so that no operator is compiled at run time; the
+learning rate is a pure function of the step; parameters are grouped into decayed matrices and the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import torch
+from torch import nn
+
+from speechlm_ext.errors import ConfigError
+from speechlm_ext.training.config import TrainConfig
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed for the device at hand.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_DISABLE_CONFIG_PRINT", "1")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"training needs DeepSpeed, which cannot be imported ({error}): pip install 'speechlm_ext[train]'"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Without this DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start (minutes, and files
+    # in the home folder); gloo does the same job.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def init_distributed() -> tuple[int, int, torch.device]:
+    """Join the process group that torchrun describes, or make one of a single process.
+
+    Returns:
+        ``(rank, world, device)``.
+    """
+    deepspeed = import_deepspeed()
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        torch.cuda.set_device(local)
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def set_threads(config: TrainConfig) -> int:
+    """Give each process of this machine its share of the cores; returns the number of threads."""
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_world)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices of the body are decayed; tables, head, norms, biases and stream vectors are not.
+
+    A table's row is touched only when its id occurs: decay would shrink rare ids towards zero.
+    """
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        body_matrix = parameter.ndim >= 2 and name.startswith("backbone.")
+        (decayed if body_matrix else plain).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_engine(model: nn.Module, config: TrainConfig) -> Any:
+    """Wrap ``model`` in a DeepSpeed engine with torch's AdamW."""
+    deepspeed = import_deepspeed()
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
+    world = torch.distributed.get_world_size()
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.accumulation,
+        "train_batch_size": config.accumulation * world,
+        # Clipping to the global norm; the loss is already the mean over all that the step learns.
+        "gradient_clipping": settings.clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return engine
