@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from python_tests.generation.tools import (
 )
 from speechlm_ext.generation.engine import decode
 from speechlm_ext.generation.request import SamplingSettings
+from speechlm_ext.tasks import builtin_tasks
 
 GREEDY = SamplingSettings(greedy=True)
 LAYOUTS = [
@@ -44,8 +47,6 @@ TASKS = {
 
 
 def sample(layout, task, rng, num_target=6, num_condition=5):
-    from speechlm_ext.tasks import builtin_tasks
-
     entries = builtin_tasks()[task].entries
     return [
         random_content(layout, entry.modality, num_target if is_target else num_condition, rng)
@@ -59,57 +60,51 @@ def strip_tail(rows, layout):
 
 
 @pytest.mark.parametrize("kind, delays", LAYOUTS)
-@pytest.mark.parametrize("num_target", [0, 1, 2, 6])
-@pytest.mark.parametrize("num_given", [0, 1, 2, 6])
-def test_forced_rows_equal_training_rows(kind, delays, num_target, num_given):
+def test_forced_rows_equal_training_rows(kind, delays):
+    """Every task, empty to long targets, with and without a given beginning, all in one batch."""
     layout, rng = make_layout(kind, delays), np.random.default_rng(3)
     prompts, teacher, expected = [], [], []
-    for task in TASKS[kind]:
+    for task, num_target, num_given in itertools.product(TASKS[kind], (0, 1, 2, 6), (0, 1, 2, 6)):
         contents = sample(layout, task, rng, num_given + num_target)
-        given = contents[-1][:num_given]
         if num_given and len(contents) > 1:
             continue
-        prompts.append(make_prompt(layout, task, contents[:-1], given if num_given else None, name=task))
+        given = contents[-1][:num_given] if num_given else None
+        prompts.append(make_prompt(layout, task, contents[:-1], given))
         teacher.append(contents[-1][num_given:])
         expected.append((contents[-1], shift(training_frames(layout, task, contents), layout)))
     for one, (content, rows) in zip(decode(ScriptedModel(layout), prompts, teacher), expected, strict=True):
         np.testing.assert_array_equal(one.rows_RS, strip_tail(rows, layout))
         np.testing.assert_array_equal(one.content_TS, content)
-        assert one.finished == "eos"
+        assert one.finished == "eos" and one.num_scored == 0
 
 
 @pytest.mark.parametrize("kind, delays", LAYOUTS)
-@pytest.mark.parametrize("settings", [GREEDY, SamplingSettings(seed=5, top_k=5), SamplingSettings(top_p=0.7)])
-def test_free_rows_equal_training_rows_of_the_same_content(kind, delays, settings):
+def test_free_rows_equal_training_rows_of_the_same_content(kind, delays):
     layout, rng = make_layout(kind, delays), np.random.default_rng(4)
-    model = ScriptedModel(layout)
-    ends = set()
-    for task in TASKS[kind]:
-        for number in range(6):
-            contents = sample(layout, task, rng)
-            given = contents[-1][:number] if len(contents) == 1 else None
-            prompt = make_prompt(layout, task, contents[:-1], given, settings, max_new=5 + number)
-            one = decode(model, [prompt])[0]
-            ends.add(one.finished)
-            rows = strip_tail(
-                shift(training_frames(layout, task, [*contents[:-1], one.content_TS]), layout), layout
-            )
-            ahead = [s for s, d in enumerate(delays) if d < delays[0]]
-            if ahead and one.finished == "eos":
-                # A stream ahead of stream 0 cannot know of an end that stream 0 has not chosen yet.
-                keep = [s for s in range(layout.num_streams) if s not in ahead]
-                np.testing.assert_array_equal(one.rows_RS[:, keep], rows[:, keep])
+    choices = (GREEDY, SamplingSettings(seed=5, top_k=5), SamplingSettings(top_p=0.7))
+    prompts, samples = [], []
+    for task, number, settings in itertools.product(TASKS[kind], range(4), choices):
+        contents = sample(layout, task, rng)
+        given = contents[-1][:number] if len(contents) == 1 else None
+        prompts.append(make_prompt(layout, task, contents[:-1], given, settings, max_new=5 + number))
+        samples.append((task, contents[:-1], given))
+    decoded = decode(ScriptedModel(layout), prompts)
+    for prompt, one, (task, conditions, given) in zip(prompts, decoded, samples, strict=True):
+        frames = training_frames(layout, task, [*conditions, one.content_TS])
+        rows = strip_tail(shift(frames, layout), layout)
+        # A stream ahead of stream 0 cannot know of an end that stream 0 has not chosen yet.
+        ahead = [s for s, d in enumerate(delays) if d < delays[0] and one.finished == "eos"]
+        keep = [s for s in range(layout.num_streams) if s not in ahead]
+        np.testing.assert_array_equal(one.rows_RS[:, keep], rows[:, keep])
+        for s, ids in enumerate(layout.content_ranges(prompt.modality)):
+            column = one.content_TS[:, s]
+            if ids is None:
+                assert (column == layout.pad_id).all()
             else:
-                np.testing.assert_array_equal(one.rows_RS, rows)
-            for s, ids in enumerate(layout.content_ranges(prompt.modality)):
-                column = one.content_TS[:, s]
-                if ids is None:
-                    assert (column == layout.pad_id).all()
-                else:
-                    assert ((column >= ids[0]) & (column < ids[1])).all()
-            if given is not None:
-                np.testing.assert_array_equal(one.content_TS[:number], given)
-    assert "max_len" in ends
+                assert ((column >= ids[0]) & (column < ids[1])).all()
+        if given is not None:
+            np.testing.assert_array_equal(one.content_TS[: len(given)], given)
+    assert {one.finished for one in decoded} == {"max_len", "eos"}
 
 
 def test_end_of_segment_has_no_stray_row():
@@ -186,5 +181,3 @@ def test_bad_logits_fail_their_request_only(value):
     broken, fine = decode(model, [short, long])
     assert broken.finished == "failed" and "short" in broken.error and "not finite" in broken.error
     np.testing.assert_array_equal(fine.rows_RS, decode(ScriptedModel(layout), [long])[0].rows_RS)
-
-

@@ -244,7 +244,7 @@ class _Batch:
         self.active_B = self.active_B & ~done_B
         for b in done_B.nonzero()[:, 0].tolist():
             self.outcome[self.origin[b]] = _Outcome(
-                self.steps, int(self.state.finish[b]), bool(sampled.failed[b] & ~empty_B[b])
+                self.steps, int(self.state.finish[b]), bool(sampled.failed[b])
             )
         return row_BS, self.active_B
 

@@ -1,0 +1,186 @@
+"""The generate command: one request, a file of requests, resuming, and errors."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from python_tests.generation.conftest import make_wave
+from speechlm_ext.audio import write_wav
+from speechlm_ext.errors import ConfigError, GenerationError, StorageError
+from speechlm_ext.generation import records
+from speechlm_ext.generation.cli import GenerateConfig, read_requests, run_generate
+
+
+@pytest.fixture
+def recording(tmp_path):
+    write_wav(tmp_path / "in.wav", make_wave(0.3, 2), 16000)
+    return tmp_path / "in.wav"
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_text_to_speech(model_folder, model, tmp_path, capsys):
+    out = tmp_path / "new" / "out.wav"
+    cfg = GenerateConfig(
+        model_folder, "codec_ssl_plain_tts", text="one two", output=out, max_len=9, min_len=9
+    )
+    assert run_generate(cfg) == 0
+    wave, rate = soundfile.read(out)
+    codec = model.tokenizers.codec
+    assert rate == 16000 and len(wave) == len(codec.decode(np.zeros((9, 3), np.int32)))
+    captured = capsys.readouterr()
+    assert captured.out == "" and "out.wav" in captured.err
+
+
+def test_speech_to_text_and_continuations(model_folder, recording, tmp_path, capsys):
+    assert run_generate(GenerateConfig(model_folder, "asr", audio=recording, max_len=5)) == 0
+    first = capsys.readouterr().out
+    cfg = GenerateConfig(model_folder, "asr", audio=recording, max_len=5, output=tmp_path / "t.txt")
+    assert run_generate(cfg) == 0
+    assert capsys.readouterr().out == first == (tmp_path / "t.txt").read_text("utf-8")
+    assert run_generate(GenerateConfig(model_folder, "textlm", text="four fi", max_len=5)) == 0
+    assert capsys.readouterr().out.startswith("four fi")
+    out = tmp_path / "more.wav"
+    cfg = GenerateConfig(model_folder, "codec_ssl_audiolm", audio=recording, output=out, max_len=9, min_len=9)
+    assert run_generate(cfg) == 0
+    assert soundfile.info(out).duration > soundfile.info(recording).duration + 0.1
+
+
+def test_requests_resume_without_redoing(model_folder, model, recording, tmp_path, monkeypatch):
+    lines = [
+        {"id": "a", "task": "asr", "audio": "in.wav", "max_len": 4},
+        {"id": "b/1", "task": "codec_ssl_plain_tts", "text": "one", "settings": {"seed": 3}, "max_len": 6},
+        {"id": "c", "task": "codec_ssl_audiolm", "lang": "en", "min_len": 5},
+        {"id": "bad", "task": "asr", "audio": "none.wav"},
+    ]
+    path, folder = write_lines(tmp_path / "r.jsonl", lines), tmp_path / "out"
+    cfg = GenerateConfig(model_folder, requests=path, output_dir=folder, batch_size=2, max_len=7)
+    whole = GenerateConfig(model_folder, requests=path, output_dir=tmp_path / "whole", max_len=7)
+    assert run_generate(whole) == 1
+
+    # Stop after two results, in the middle of a line.
+    add = records.ResultsFolder.add
+
+    def stop(self, request, result):
+        if len(self.records) == 2:
+            with open(self.folder / records.PARTIAL, "a") as file:
+                file.write('{"id": "half')
+            raise KeyboardInterrupt
+        return add(self, request, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records.ResultsFolder, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_generate(cfg)
+    assert not (folder / records.RESULTS).exists()
+
+    asked = []
+
+    def count(self, request, result):
+        asked.append(request.id)
+        return add(self, request, result)
+
+    monkeypatch.setattr(records.ResultsFolder, "add", count)
+    assert run_generate(cfg) == 1
+    # One of the two kept records is the failed request, which is tried again.
+    assert len(asked) == 3 and "bad" in asked
+    mine, theirs = read_lines(folder / records.RESULTS), read_lines(tmp_path / "whole" / records.RESULTS)
+    assert [r["id"] for r in mine] == ["a", "b/1", "c", "bad"]
+    for one, other in zip(mine, theirs, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0} or one["logprob"] == pytest.approx(
+            other["logprob"]
+        )
+        assert one["ids"] == other["ids"] and one["text"] == other["text"]
+    assert not (folder / records.PARTIAL).exists()
+    by_id = {r["id"]: r for r in mine}
+    assert by_id["bad"]["finished"] == "failed" and "none.wav" in by_id["bad"]["error"]
+    assert by_id["b/1"]["settings"]["seed"] == 3 and by_id["b/1"]["settings"]["max_len"] == 6
+    assert by_id["c"]["settings"]["max_len"] == 7 and by_id["c"]["request"]["lang"] == "en"
+    wave, _ = soundfile.read(folder / by_id["b/1"]["audio"], dtype="float32")
+    ids = np.array(by_id["b/1"]["ids"], dtype=np.int32)
+    np.testing.assert_allclose(wave, model.tokenizers.decode_codec(ids[:, 1:]), atol=1e-4)
+
+    asked.clear()
+    run_generate(cfg)
+    assert asked == ["bad"]
+    lines[0]["max_len"] = 3
+    write_lines(path, lines)
+    asked.clear()
+    run_generate(cfg)
+    assert sorted(asked) == ["a", "bad"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "holds no requests"),
+        (b'{"id": "a", "task": "asr"\n', "line 1: not JSON"),
+        (b'{"id": "a", "task": "asr"}\n{"id": "a", "task": "asr"}\n', "line 2: id 'a' stands on line 1"),
+        (b'{"id": "a", "task": "asr", "tempo": 1}\n', r"unknown keys \['tempo'\]"),
+        (b'{"id": "a"}\n', "task missing"),
+        (b"[1]\n", "expected a JSON object"),
+        (b'{"id": "a", "task": "asr", "top_k": 0}\n', "line 1.*top_k"),
+        (b'{"id": "a", "task": "asr", "audio": 5}\n', "audio must be a path"),
+        (b'\xff{"id": "a"}\n', "not UTF-8"),
+    ],
+)
+def test_bad_request_files(content, message, tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(content)
+    cfg = GenerateConfig(tmp_path, requests=tmp_path / "r.jsonl", output_dir=tmp_path)
+    with pytest.raises(GenerationError, match=message):
+        read_requests(cfg.requests, cfg)
+    with pytest.raises(GenerationError, match="cannot be read"):
+        read_requests(tmp_path / "none.jsonl", cfg)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "give a task"),
+        ({"task": "asr", "output_dir": "x"}, "output_dir goes with requests"),
+        ({"requests": "r.jsonl"}, "needs output_dir"),
+        ({"requests": "r.jsonl", "output_dir": "x", "text": "a"}, "text cannot be given"),
+        ({"task": "asr", "batch_size": 0}, "batch_size"),
+        ({"task": "asr", "dtype": "int8"}, "dtype"),
+    ],
+)
+def test_bad_configs(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        GenerateConfig(tmp_path, **options)
+
+
+def test_bad_single_requests(model_folder, tmp_path):
+    with pytest.raises(ConfigError, match="-o out.wav"):
+        run_generate(GenerateConfig(model_folder, "codec_ssl_plain_tts", text="one"))
+    with pytest.raises(GenerationError, match="audio is missing"):
+        run_generate(GenerateConfig(model_folder, "asr"))
+    with pytest.raises(ConfigError, match="device"):
+        run_generate(GenerateConfig(model_folder, "asr", device="toaster"))
+    results = tmp_path / "results.jsonl"
+    results.write_text("no record\n")
+    (tmp_path / "r.jsonl").write_text('{"id": "a", "task": "textlm"}\n')
+    with pytest.raises(GenerationError, match="line 1: not a generation record"):
+        run_generate(GenerateConfig(model_folder, requests=tmp_path / "r.jsonl", output_dir=tmp_path))
+
+
+def test_a_full_disk_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="could not write"):
+        records.ResultsFolder(tmp_path / "file" / "out", "m", "h")
+
+
+def test_file_names_are_safe_and_different():
+    names = [records.file_stem(i) for i in ("a-1", "a/1", "a_1", "../x", "ü", "x" * 300)]
+    assert names[0] == "a-1" and names[2] == "a_1" and len(set(names)) == 6
+    assert all("/" not in n and not n.startswith(".") and len(n) < 120 for n in names)
