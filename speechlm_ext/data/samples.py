@@ -61,6 +61,7 @@ class SampleTable:
 
     Attributes:
         task, utterance: int64 ``[n]``: index into ``templates``, and into the corpus.
+        speech_lengths: int64 frames of speech of every utterance of the corpus.
         factor: float64 ``[n]`` copies per epoch.
         eligible: one account per task use.
     """
@@ -95,7 +96,7 @@ class SampleTable:
         speech = content_length(
             "codec_ssl" if corpus.layout.has("codec_ssl") else "codec", corpus.lengths, corpus.layout
         )
-        self._speech_len = speech.astype(np.int64)
+        self.speech_lengths = speech.astype(np.int64)
         # Utterances that can prompt: with a speaker and speech, where the speaker has at least two of them.
         pool = (corpus.speaker >= 0) & (speech > 0)
         count = np.bincount(corpus.speaker[pool], minlength=1)
@@ -144,7 +145,7 @@ class SampleTable:
         """Rows of each sample in an epoch, int64 ``[n]``."""
         prompt_len = None
         if self._uses_prompt.any():
-            prompt_len = np.minimum(self._speech_len[self.prompts(epoch, draw)], self.prompt_frames)
+            prompt_len = np.minimum(self.speech_lengths[self.prompts(epoch, draw)], self.prompt_frames)
         return self._lengths(prompt_len)
 
     def max_lengths(self) -> np.ndarray:
@@ -152,7 +153,7 @@ class SampleTable:
         if not self._uses_prompt.any():
             return self._lengths(None)
         # The longest other utterance of the speaker: the longest, or the second longest for the longest itself.
-        pool = self._pool[np.lexsort((self._speech_len[self._pool], self.corpus.speaker[self._pool]))]
+        pool = self._pool[np.lexsort((self.speech_lengths[self._pool], self.corpus.speaker[self._pool]))]
         speaker = self.corpus.speaker[pool]
         last = (
             np.flatnonzero(np.append(speaker[1:] != speaker[:-1], True))
@@ -161,8 +162,8 @@ class SampleTable:
         )
         group = np.searchsorted(speaker[last], speaker)
         longest = np.zeros(len(self.corpus), np.int64)
-        longest[pool] = self._speech_len[pool[last]][group]
-        longest[pool[last]] = self._speech_len[pool[last - 1]]
+        longest[pool] = self.speech_lengths[pool[last]][group]
+        longest[pool[last]] = self.speech_lengths[pool[last - 1]]
         return self._lengths(np.minimum(longest, self.prompt_frames))
 
     def _lengths(self, prompt_len: np.ndarray | None) -> np.ndarray:
@@ -192,9 +193,9 @@ class SampleTable:
 
     def crop(self, sample: int, prompt: int, epoch: int, draw: int = 0) -> slice:
         """Which frames of utterance ``prompt`` are shown to ``sample``: at most ``prompt_frames``, at a random place."""
-        spare = int(self._speech_len[prompt]) - self.prompt_frames
+        spare = int(self.speech_lengths[prompt]) - self.prompt_frames
         if spare <= 0:
-            return slice(0, int(self._speech_len[prompt]))
+            return slice(0, int(self.speech_lengths[prompt]))
         start = int(np.random.default_rng([self.seed, epoch, draw, 2, sample]).integers(spare + 1))
         return slice(start, start + self.prompt_frames)
 
@@ -210,7 +211,7 @@ class SampleTable:
         """
         whole = np.floor(self.factor).astype(np.int64)
         rng = np.random.default_rng([self.seed, epoch, draw, 3])
-        typical = self._lengths(self._speech_len) if (self.factor != whole).any() else None
+        typical = self._lengths(self.speech_lengths) if (self.factor != whole).any() else None
         for factor in np.unique(self.factor[self.factor != whole]):
             assert typical is not None
             group = np.flatnonzero(self.factor == factor)
