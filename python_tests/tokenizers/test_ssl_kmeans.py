@@ -1,0 +1,118 @@
+"""MFCC units on real recordings: features against a direct formula, units that depend on content, not on level."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from python_tests.data_fixtures import waves
+from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
+from speechlm_ext.tokenizers import MFCCKMeans, SSLConfig, load_tokenizer
+from speechlm_ext.tokenizers.kmeans import assign, cluster_means, fit_kmeans
+from speechlm_ext.tokenizers.mfcc import MFCC, deltas
+from speechlm_ext.tokenizers.ssl_kmeans import average_frames
+
+
+def test_units_of_real_recordings(ssl):
+    units = [ssl.encode(wave)[:, 0] for wave in waves()]
+    assert len(set(np.concatenate(units))) >= 45  # of 50: no collapse
+    changes = np.mean(units[8][1:] != units[8][:-1])
+    assert 0.2 < changes < 0.9  # neither constant nor noise
+
+
+@pytest.mark.parametrize("num_samples", [1, 320, 321, 16000, 60 * 16000])
+def test_number_of_frames_is_the_codecs(ssl, codec, num_samples):
+    wave = np.resize(waves()[5], num_samples)
+    units = ssl.encode(wave)
+    assert units.shape == (-(-num_samples // 320), 1) and units.dtype == np.int32
+    if num_samples <= 16000:
+        assert len(units) == len(codec.encode(wave))
+
+
+def test_same_sound_same_units(ssl):
+    """A pause in front moves the units and does not change them (away from the edge)."""
+    wave = waves()[8]
+    plain = ssl.encode(wave)[:, 0]
+    moved = ssl.encode(np.concatenate([np.zeros(3200, np.float32), wave]))[:, 0]
+    assert (plain[5:] == moved[15:]).mean() > 0.97
+
+
+def test_mfcc_against_a_direct_computation():
+    wave = waves()[0]
+    features = MFCC(16000)(wave)
+    assert features.shape == (-(-len(wave) // 160), 39)
+    frame, half = 40, 200
+    padded = np.pad(wave, 512)
+    part = padded[512 + frame * 160 - half : 512 + frame * 160 + half] * np.hanning(401)[:400]
+    spectrum = np.abs(np.fft.rfft(part, 512)) * 2 / np.hanning(401)[:400].sum()
+    mel = MFCC(16000)._mel
+    bands = np.log(mel.filters_MF.numpy() @ spectrum + 1e-5)
+    cepstra = [
+        np.sqrt((1 if k == 0 else 2) / 40) * (bands * np.cos(np.pi / 40 * (np.arange(40) + 0.5) * k)).sum()
+        for k in range(13)
+    ]
+    np.testing.assert_allclose(features[frame, :13], cepstra, rtol=1e-3, atol=1e-3)
+
+
+def test_deltas_of_a_ramp_are_its_slope():
+    ramp = torch.arange(10.0)[:, None] * torch.tensor([[1.0, -2.0]])
+    torch.testing.assert_close(deltas(ramp)[2:-2], torch.tensor([[1.0, -2.0]]).expand(6, -1))
+
+
+def test_average_frames_repeats_the_last():
+    x = torch.tensor([[1.0], [3.0], [5.0]])
+    torch.testing.assert_close(average_frames(x, 2), torch.tensor([[2.0], [5.0]]))
+
+
+def test_save_load_and_determinism(ssl, tmp_path):
+    ssl.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, MFCCKMeans) and loaded.fingerprint == ssl.fingerprint
+    np.testing.assert_array_equal(loaded.encode(waves()[2]), ssl.encode(waves()[2]))
+    again = MFCCKMeans.fit(waves(), SSLConfig(num_clusters=50))
+    assert again.fingerprint == ssl.fingerprint
+    assert MFCCKMeans.fit(waves(), SSLConfig(num_clusters=50), seed=1).fingerprint != ssl.fingerprint
+
+
+def test_refusals(ssl):
+    with pytest.raises(AudioError, match="at least one sample"):
+        ssl.encode(np.zeros(0, np.float32))
+    with pytest.raises(AudioError, match="not a finite number"):
+        ssl.encode(np.full(10, np.inf, np.float32))
+    with pytest.raises(TokenizerError, match="cannot be decoded to sound"):
+        ssl.decode(np.zeros((3, 1), np.int32))
+    with pytest.raises(TokenizerError, match=r"200 units need .* got 50 \(1\.0 s of audio\).*at most 50"):
+        MFCCKMeans.fit([waves()[8][:16000]])
+    with pytest.raises(ConfigError, match="num_clusters must be at least 1"):
+        SSLConfig(num_clusters=0)
+    with pytest.raises(ConfigError, match="multiple of 100 Hz"):
+        SSLConfig(sample_rate=11025)
+
+
+# ---- the K-Means underneath -----------------------------------------------------------------------------------------
+def test_kmeans_finds_separate_clusters():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    x = torch.cat([c + 0.1 * torch.randn(50, 2, generator=generator) for c in centres])
+    found = fit_kmeans(x, 4, seed=0)
+    distance = torch.cdist(centres, found)
+    assert distance.min(1).values.max() < 0.1 and sorted(distance.argmin(1).tolist()) == [0, 1, 2, 3]
+
+
+def test_assign_ties_go_to_the_lowest_index():
+    x = torch.zeros(2, 2)
+    assert assign(x, torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])).tolist() == [0, 0]
+
+
+def test_empty_clusters_are_reseeded():
+    x = torch.tensor([[0.0], [1.0], [50.0]])
+    centroids = torch.tensor([[0.5], [1000.0]])
+    labels = assign(x, centroids)
+    assert labels.tolist() == [0, 0, 0]
+    torch.testing.assert_close(cluster_means(x, labels, centroids)[1], torch.tensor([50.0]))
+
+
+def test_fewer_distinct_rows_than_clusters():
+    x = torch.zeros(20, 3)
+    assert torch.equal(fit_kmeans(x, 5, seed=0), torch.zeros(5, 3))

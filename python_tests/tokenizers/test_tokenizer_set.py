@@ -1,0 +1,89 @@
+"""The set of tokenizers: storage, layout, and codec_ssl frames."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from python_tests.data_fixtures import waves
+from speechlm_ext.errors import TokenizerError
+from speechlm_ext.tokenizers import MFCCKMeans, SSLConfig, Tokenizer, TokenizerSet, register_tokenizer
+
+
+def test_protocol(tokenizer_set):
+    for slot in ("text", "ssl", "codec"):
+        assert isinstance(getattr(tokenizer_set, slot), Tokenizer)
+
+
+def test_save_and_load(tokenizer_set, tmp_path):
+    tokenizer_set.save(tmp_path)
+    loaded = TokenizerSet.load(tmp_path)
+    assert loaded.fingerprints() == tokenizer_set.fingerprints()
+    assert sorted(loaded.fingerprints()) == ["codec", "ssl", "text_bpe"]
+    TokenizerSet(text=tokenizer_set.text).save(tmp_path / "only_text")
+    only = TokenizerSet.load(tmp_path / "only_text")
+    assert only.codec is None and only.ssl is None and only.text.fingerprint == tokenizer_set.text.fingerprint
+    with pytest.raises(TokenizerError, match="no tokenizer in"):
+        TokenizerSet.load(tmp_path / "nothing")
+
+
+def test_layout(tokenizer_set):
+    layout = tokenizer_set.make_layout("demo")
+    assert layout.num_streams == 9 and layout.delays == tuple(range(9))
+    assert layout.interval("ssl") == (256, 306) and layout.interval("codec7") == (306 + 7 * 64, 306 + 8 * 64)
+    assert dict(layout.tokenizers) == tokenizer_set.fingerprints()
+    assert TokenizerSet(text=tokenizer_set.text).make_layout().num_streams == 1
+    assert tokenizer_set.make_layout("demo", delays=[0] + [1] * 8).max_delay == 1
+
+
+def test_codec_ssl_frames(tokenizer_set):
+    wave = waves()[4]
+    frames = tokenizer_set.encode_codec_ssl(wave)
+    assert frames.dtype == np.int32 and frames.shape == (-(-len(wave) // 320), 9)
+    np.testing.assert_array_equal(frames[:, :1], tokenizer_set.ssl.encode(wave))
+    np.testing.assert_array_equal(frames[:, 1:], tokenizer_set.codec.encode(wave))
+    np.testing.assert_array_equal(
+        tokenizer_set.decode_codec(frames[:, 1:]), tokenizer_set.codec.decode(frames[:, 1:])
+    )
+
+
+class _Shifted:
+    """The SSL units with some frames cut, as another encoder's padding would."""
+
+    kind, modality, sample_rate, frame_rate, vocab_sizes, fingerprint = (
+        "cut",
+        "ssl",
+        16000,
+        50.0,
+        (50,),
+        "0" * 64,
+    )
+
+    def __init__(self, ssl, cut):
+        self._ssl, self._cut = ssl, cut
+
+    def encode(self, x):
+        return self._ssl.encode(x)[: -self._cut]
+
+
+def test_codec_ssl_lengths_may_differ_by_one(tokenizer_set):
+    wave = waves()[4]
+    whole = tokenizer_set.encode_codec_ssl(wave)
+    one = TokenizerSet(ssl=_Shifted(tokenizer_set.ssl, 1), codec=tokenizer_set.codec).encode_codec_ssl(wave)
+    np.testing.assert_array_equal(one, whole[:-1])
+    with pytest.raises(TokenizerError, match="46 ssl frames but 48 codec frames"):
+        TokenizerSet(ssl=_Shifted(tokenizer_set.ssl, 2), codec=tokenizer_set.codec).encode_codec_ssl(wave)
+
+
+def test_refusals(tokenizer_set):
+    with pytest.raises(
+        TokenizerError, match="codec slot needs a tokenizer of modality 'codec', got 'mfcc-kmeans'"
+    ):
+        TokenizerSet(codec=tokenizer_set.ssl)
+    with pytest.raises(TokenizerError, match="needs a codec tokenizer"):
+        TokenizerSet(text=tokenizer_set.text).decode_codec(np.zeros((1, 8), np.int32))
+    slow = MFCCKMeans.fit(waves(), SSLConfig(num_clusters=5, frames_per_token=4))
+    with pytest.raises(TokenizerError, match="ssl 16000 Hz at 25 frames/s and codec 16000 Hz at 50"):
+        TokenizerSet(ssl=slow, codec=tokenizer_set.codec).encode_codec_ssl(waves()[0])
+    with pytest.raises(TokenizerError, match="already MFCCKMeans"):
+        register_tokenizer("mfcc-kmeans", _Shifted)
