@@ -1,0 +1,175 @@
+"""Making records: results are matched with the manifest, and speech is heard by the judge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from speechlm_ext.audio import read_audio, write_wav
+from speechlm_ext.data.manifest import Utterance, read_manifest
+from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
+from speechlm_ext.generation.records import file_stem
+
+if TYPE_CHECKING:
+    from speechlm_ext.evaluation.judge import Judge
+    from speechlm_ext.evaluation.run import EvaluateConfig
+
+#: Clips given to the judge at a time.
+JUDGE_BATCH = 8
+
+
+def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> list[Record]:
+    """Make the records of all results of ``cfg``.
+
+    A result is ``asr`` where its target is text and its request had audio, ``tts`` where its target is speech and
+    its request had text; others (continuations) are not scored. With ``cfg.originals`` every ``tts`` item whose
+    utterance has a recording adds a ``recording`` record, and with ``cfg.model`` a ``codec`` record.
+
+    Args:
+        judge: hears speech; None skips it.
+        why_not: reason for a missing judge.
+
+    Raises:
+        RecordError: a results file is malformed, or an ``asr`` result has no reference in the manifests.
+        ManifestError: a manifest that cannot be used.
+    """
+    assert cfg.out is not None
+    out = Path(cfg.out)
+    utterances = {u.id: u for path in cfg.manifest for u in read_manifest(path)}
+    records: list[Record] = []
+    speech: list[Record] = []
+    for path in cfg.results:
+        for where, row in read_jsonl(Path(path), "results file"):
+            record = _from_result(where, row, Path(path), out, utterances, cfg.lang)
+            if record is not None:
+                (speech if record.kind == "tts" else records).append(record)
+    if cfg.originals:
+        heard = {
+            r.id: utterances[r.id]
+            for r in speech
+            if r.id in utterances and utterances[r.id].audio is not None
+        }
+        speech += [_original(u, out, cfg.lang) for u in heard.values()]
+        if cfg.model is not None:
+            speech += _resynthesis(list(heard.values()), Path(cfg.model), out, cfg.lang)
+    return records + _listen(speech, judge, why_not, out)
+
+
+def utterance_id(request_id: str, utterances: dict[str, Utterance]) -> str:
+    """The utterance that a request is about: its own id, or what follows the first dot (``asr.u1`` -> ``u1``)."""
+    if request_id in utterances:
+        return request_id
+    return request_id.partition(".")[2] if request_id.partition(".")[2] in utterances else request_id
+
+
+def _from_result(
+    where: str, row: Any, results: Path, out: Path, utterances: dict[str, Utterance], lang: str
+) -> Record | None:
+    try:
+        request, modality = row["request"], row["modality"]
+        identity = utterance_id(row["id"], utterances)
+        found = utterances.get(identity)
+        common: dict[str, Any] = {
+            "id": identity,
+            "lang": request.get("lang") or (found.lang if found else None) or lang,
+            "dataset": found.dataset if found else "",
+            "task": row["task"],
+            "ids": {"file": _relative(results, out), "id": row["id"]},
+            "finished": row["finished"],
+            "settings": row["settings"],
+            "model": row["model"],
+        }
+        audio = None if row["audio"] is None else _relative(results.parent / row["audio"], out)
+        failed = f"generation failed: {row['error']}" if row["finished"] == "failed" else None
+        text, source = request["text"], request["audio"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecordError(f"{where}: not a result of `speechlm generate` ({error!r}).") from None
+    if source is not None and (modality in ("text_bpe", "g2p") or (failed and text is None)):
+        if found is None or found.text is None:
+            raise RecordError(
+                f"{where}: no reference text for {row['id']!r} in the manifests; its id must be an utterance's id, "
+                "or NAME.ID."
+            )
+        # A failed item stays in the score as an empty transcript: every word of it is an error.
+        return Record(
+            kind="asr", reference=found.text, hypothesis="" if failed else row["text"] or "", **common
+        )
+    if text is not None and modality not in ("text_bpe", "g2p") and source is None:
+        if failed or audio is None:
+            return Record(kind="tts", reference=text, hypothesis="", **common)
+        return Record(
+            kind="tts", reference=text, hypothesis=None, skipped="not heard yet", audio=audio, **common
+        )
+    return None
+
+
+def _original(utterance: Utterance, out: Path, lang: str) -> Record:
+    assert utterance.audio is not None
+    return Record(
+        utterance.id,
+        "recording",
+        utterance.text or "",
+        None,
+        lang=utterance.lang or lang,
+        dataset=utterance.dataset,
+        audio=_relative(utterance.audio, out),
+        skipped="not heard yet",
+    )
+
+
+def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: str) -> list[Record]:
+    """Encode and decode recordings with the model's codec, into ``out/resynthesis/``."""
+    from speechlm_ext.model.speechlm import TOKENIZERS_NAME
+    from speechlm_ext.tokenizers import TokenizerSet
+
+    codec = TokenizerSet.load(model / TOKENIZERS_NAME).codec
+    if codec is None:
+        return []
+    records = []
+    for utterance in tqdm(utterances, desc="codec resynthesis", unit="utt", disable=None):
+        path = out / "resynthesis" / f"{file_stem(utterance.id)}.wav"
+        wave = codec.decode(codec.encode(read_utterance(utterance, codec.sample_rate)))
+        write_wav(path, wave, codec.sample_rate)
+        records.append(replace(_original(utterance, out, lang), kind="codec", audio=_relative(path, out)))
+    return records
+
+
+def read_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
+    """The recording of an utterance, cut to its ``start`` and ``duration``: float32 ``[T]``."""
+    assert utterance.audio is not None
+    wave, rate = read_audio(utterance.audio, sample_rate)
+    if utterance.start is None:
+        return wave
+    first = round(utterance.start * rate)
+    last = len(wave) if utterance.duration is None else first + round(utterance.duration * rate)
+    return wave[first:last]
+
+
+def _listen(records: list[Record], judge: Judge | None, why_not: str | None, out: Path) -> list[Record]:
+    """Let the judge hear every record that waits for it."""
+    if judge is None:
+        return [r if r.hypothesis is not None else replace(r, skipped=why_not) for r in records]
+    done = list(records)
+    todo = [i for i, r in enumerate(records) if r.hypothesis is None]
+    todo.sort(key=lambda i: records[i].lang)
+    about = judge.describe()
+    with tqdm(total=len(todo), desc="judge", unit="clip", disable=None) as bar:
+        for first in range(0, len(todo), JUDGE_BATCH):
+            batch = todo[first : first + JUDGE_BATCH]
+            waves = [read_audio(out / str(records[i].audio), 16000)[0] for i in batch]
+            texts = judge.transcribe(waves, [records[i].lang for i in batch], 16000)
+            for i, wave, text in zip(batch, waves, texts, strict=True):
+                seconds = round(len(wave) / 16000, 3)
+                done[i] = replace(records[i], hypothesis=text, skipped=None, judge=about, seconds=seconds)
+            bar.update(len(batch))
+    return done
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return os.path.relpath(path, folder)

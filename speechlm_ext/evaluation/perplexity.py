@@ -1,0 +1,142 @@
+"""Perplexity per modality of each task's targets on a held-out token folder.
+
+``exp(Σ nll / count)`` over the tokens of one modality, every token with weight 1, whatever weights training
+used. The nll is the model's own, over its configured softmax scope. A text's end token is counted as text, as
+usual for language models; the end of speech and markers are counted apart, as ``special``. Text perplexity is
+also given per word and per character, which do not depend on the tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from speechlm_ext.data.sequence import LossWeights
+from speechlm_ext.errors import LayoutMismatchError
+
+if TYPE_CHECKING:
+    from speechlm_ext.layout import TokenLayout
+    from speechlm_ext.model.speechlm import SpeechLM
+
+MODALITIES = ("text", "ssl", "codec", "special")
+
+
+@dataclass
+class Sum:
+    """Negative log-likelihood in nats and how many tokens it is of."""
+
+    nll: float = 0.0
+    count: int = 0
+
+    def to_dict(self) -> dict[str, float]:
+        """Perplexity with its parts."""
+        mean = self.nll / self.count
+        return {"ppl": math.exp(min(mean, 700.0)), "nll": self.nll, "count": self.count}
+
+
+def classify(labels_NS: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """Index into :data:`MODALITIES` of each label id, int8 ``[N, S]``; ends of text are counted as ``special`` here."""
+    kinds = np.full(labels_NS.shape, MODALITIES.index("special"), np.int8)
+    for interval in layout.intervals:
+        name = "codec" if interval.name.startswith("codec") else interval.name
+        name = "text" if name in ("text_bpe", "g2p") else name
+        if name in MODALITIES and name != "special":
+            kinds[(labels_NS >= interval.start) & (labels_NS < interval.end)] = MODALITIES.index(name)
+    return kinds
+
+
+def perplexity(
+    model: SpeechLM,
+    tokens: str | Path | Sequence[str],
+    tasks: Iterable[str] | None = None,
+    *,
+    limit: int | None = None,
+    budget: int = 4096,
+) -> dict[str, dict[str, Any]]:
+    """Perplexity of each task's targets.
+
+    Args:
+        model: its layout must be that of the tokens.
+        tokens: held-out token folders.
+        tasks: names of tasks; default those that the model was trained for and that have data here.
+        limit: only the first so many samples of each task.
+        budget: most rows in one forward pass.
+
+    Returns:
+        ``{task: {modality: {"ppl", "nll", "count"}, "samples": n}}``; text targets add ``text_per_word`` and
+        ``text_per_char``; speech targets add ``audio``, all SSL and codec tokens together.
+
+    Raises:
+        LayoutMismatchError: the tokens were made with other tokenizers than the model's.
+        PlanError: a named task has no data here.
+    """
+    from speechlm_ext.data.loader import open_tokens
+    from speechlm_ext.errors import PlanError
+
+    corpus = open_tokens(tokens)
+    if model.layout.sha256 != corpus.layout.sha256:
+        raise LayoutMismatchError(
+            f"the model has layout {model.layout} but the tokens {corpus.layout}: "
+            f"{model.layout.first_difference(corpus.layout)}. Tokenize with the model's tokenizers."
+        )
+    out = {}
+    for task in tasks if tasks is not None else [t.name for t in model.tasks]:
+        try:
+            out[task] = _task_perplexity(model, corpus, task, limit, budget)
+        except PlanError:
+            if tasks is not None:
+                raise
+    return out
+
+
+def _task_perplexity(
+    model: SpeechLM, corpus: Any, task: str, limit: int | None, budget: int
+) -> dict[str, Any]:
+    import torch
+
+    from speechlm_ext.data.loader import iter_eval
+
+    # One unit for every token: codec's weight is shared by its codebooks, so it is their number.
+    unit = LossWeights(text=1.0, ssl=1.0, codec=float(max(1, model.layout.num_codebooks)), special=1.0)
+    template = next(t for t in model.tasks if t.name == task)
+    target_is_text = template.targets[-1].modality in ("text_bpe", "g2p")
+    sums = {name: Sum() for name in MODALITIES}
+    samples = words = chars = 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for part in iter_eval(task, corpus, budget=budget, loss=unit, limit=limit):
+            batch = part.batch.to(model.device)
+            loss = model(
+                batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens, reduction="none"
+            )
+            nll_NS = loss.token_nll.double().cpu().numpy()
+            live_NS = batch.loss_weight.cpu().numpy() > 0
+            kinds_NS = classify(batch.labels.cpu().numpy(), model.layout)
+            for index, name in enumerate(MODALITIES):
+                chosen = live_NS & (kinds_NS == index)
+                sums[name].nll += float(nll_NS[chosen].sum())
+                sums[name].count += int(chosen.sum())
+            samples += len(part.ids)
+            texts = [u["text"] or "" for u in part.utterances]
+            words += sum(len(t.split()) + 1 for t in texts)
+            chars += sum(len(t) + 1 for t in texts)
+    model.train(was_training)
+    if target_is_text:
+        text, end = sums["text"], sums.pop("special")
+        sums["text"] = Sum(text.nll + end.nll, text.count + end.count)
+    result: dict[str, Any] = {name: s.to_dict() for name, s in sums.items() if s.count}
+    if target_is_text:
+        nll = sums["text"].nll
+        result["text_per_word"] = Sum(nll, words).to_dict()
+        result["text_per_char"] = Sum(nll, chars).to_dict()
+    elif sums["ssl"].count + sums["codec"].count:
+        both = Sum(sums["ssl"].nll + sums["codec"].nll, sums["ssl"].count + sums["codec"].count)
+        result["audio"] = both.to_dict()
+    result["samples"] = samples
+    return result
