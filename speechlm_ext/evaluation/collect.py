@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from speechlm_ext.audio import read_audio, write_wav
 from speechlm_ext.data.manifest import Utterance, read_manifest
+from speechlm_ext.evaluation.judge import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
 from speechlm_ext.generation.records import file_stem
+from speechlm_ext.tasks import builtin_tasks
 
 if TYPE_CHECKING:
     from speechlm_ext.evaluation.judge import Judge
@@ -22,14 +24,15 @@ if TYPE_CHECKING:
 
 #: Clips given to the judge at a time.
 JUDGE_BATCH = 8
+WAITING = "not heard yet"
 
 
 def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> list[Record]:
     """Make the records of all results of ``cfg``.
 
-    A result is ``asr`` where its target is text and its request had audio, ``tts`` where its target is speech and
-    its request had text; others (continuations) are not scored. With ``cfg.originals`` every ``tts`` item whose
-    utterance has a recording adds a ``recording`` record, and with ``cfg.model`` a ``codec`` record.
+    A result is ``asr`` where its target is text and its request had audio, ``tts`` where its target is speech
+    and its request had text; others (continuations) are not scored. With ``cfg.originals`` every ``tts`` item
+    whose utterance has a recording adds a ``recording`` record, and with ``cfg.model`` a ``codec`` record.
 
     Args:
         judge: hears speech; None skips it.
@@ -62,10 +65,9 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
 
 
 def utterance_id(request_id: str, utterances: dict[str, Utterance]) -> str:
-    """The utterance that a request is about: its own id, or what follows the first dot (``asr.u1`` -> ``u1``)."""
-    if request_id in utterances:
-        return request_id
-    return request_id.partition(".")[2] if request_id.partition(".")[2] in utterances else request_id
+    """The utterance that a request is about: its own id, or what follows its first dot (``asr.u1`` -> ``u1``)."""
+    rest = request_id.partition(".")[2]
+    return rest if request_id not in utterances and rest in utterances else request_id
 
 
 def _from_result(
@@ -86,31 +88,46 @@ def _from_result(
             "model": row["model"],
         }
         audio = None if row["audio"] is None else _relative(results.parent / row["audio"], out)
-        failed = f"generation failed: {row['error']}" if row["finished"] == "failed" else None
+        failed = row["finished"] == "failed"
         text, source = request["text"], request["audio"]
     except (KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{where}: not a result of `speechlm generate` ({error!r}).") from None
-    if source is not None and (modality in ("text_bpe", "g2p") or (failed and text is None)):
+    kind = _kind(row["task"], modality, text is not None, source is not None)
+    if kind == "asr":
         if found is None or found.text is None:
             raise RecordError(
-                f"{where}: no reference text for {row['id']!r} in the manifests; its id must be an utterance's id, "
-                "or NAME.ID."
+                f"{where}: no reference text for {row['id']!r} in the manifests; its id must be an utterance's "
+                "id, or NAME.ID."
             )
         # A failed item stays in the score as an empty transcript: every word of it is an error.
         return Record(
             kind="asr", reference=found.text, hypothesis="" if failed else row["text"] or "", **common
         )
-    if text is not None and modality not in ("text_bpe", "g2p") and source is None:
+    if kind == "tts":
         if failed or audio is None:
             return Record(kind="tts", reference=text, hypothesis="", **common)
-        return Record(
-            kind="tts", reference=text, hypothesis=None, skipped="not heard yet", audio=audio, **common
-        )
+        return Record(kind="tts", reference=text, hypothesis=None, skipped=WAITING, audio=audio, **common)
     return None
 
 
+def _kind(task: str, modality: str | None, has_text: bool, has_audio: bool) -> str | None:
+    """``asr``, ``tts`` or None (not scored) by what a request had and its target is; a failed one by its task."""
+    if modality is None:
+        template = builtin_tasks().get(task)
+        kind = template.kind if template else task
+        return kind if kind in ("asr", "tts") else None
+    if modality in ("text_bpe", "g2p"):
+        return "asr" if has_audio else None
+    return "tts" if has_text else None
+
+
 def _original(utterance: Utterance, out: Path, lang: str) -> Record:
-    assert utterance.audio is not None
+    """The recording itself as a record that waits for the judge; a part of a longer file is cut out first."""
+    path = utterance.audio
+    assert path is not None
+    if utterance.start is not None:
+        path = out / "recordings" / f"{file_stem(utterance.id)}.wav"
+        write_wav(path, read_utterance(utterance, SAMPLE_RATE), SAMPLE_RATE)
     return Record(
         utterance.id,
         "recording",
@@ -118,8 +135,8 @@ def _original(utterance: Utterance, out: Path, lang: str) -> Record:
         None,
         lang=utterance.lang or lang,
         dataset=utterance.dataset,
-        audio=_relative(utterance.audio, out),
-        skipped="not heard yet",
+        audio=_relative(path, out),
+        skipped=WAITING,
     )
 
 
@@ -162,10 +179,10 @@ def _listen(records: list[Record], judge: Judge | None, why_not: str | None, out
     with tqdm(total=len(todo), desc="judge", unit="clip", disable=None) as bar:
         for first in range(0, len(todo), JUDGE_BATCH):
             batch = todo[first : first + JUDGE_BATCH]
-            waves = [read_audio(out / str(records[i].audio), 16000)[0] for i in batch]
-            texts = judge.transcribe(waves, [records[i].lang for i in batch], 16000)
+            waves = [read_audio(out / str(records[i].audio), SAMPLE_RATE)[0] for i in batch]
+            texts = judge.transcribe(waves, [records[i].lang for i in batch], SAMPLE_RATE)
             for i, wave, text in zip(batch, waves, texts, strict=True):
-                seconds = round(len(wave) / 16000, 3)
+                seconds = round(len(wave) / SAMPLE_RATE, 3)
                 done[i] = replace(records[i], hypothesis=text, skipped=None, judge=about, seconds=seconds)
             bar.update(len(batch))
     return done

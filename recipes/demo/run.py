@@ -1,0 +1,294 @@
+"""The demo: from recordings to a judged SpeechLM, stage by stage.
+
+    python recipes/demo/run.py [--out runs/demo] [--data FOLDER] [--quick] [--stage NAME | --from NAME]
+
+Every stage prints the public command that it runs, so that each can be repeated by hand. A stage is skipped when
+it has finished before with the same inputs; ``--stage`` runs one again, ``--from`` that one and all after it. A
+training run that was stopped goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import own_data  # noqa: E402
+import prepare_data  # noqa: E402
+import report as demo_report  # noqa: E402
+from make_requests import make_requests  # noqa: E402
+
+from speechlm_ext.errors import ConfigError, SpeechLMError  # noqa: E402
+from speechlm_ext.evaluation.machine import commit_of  # noqa: E402
+from speechlm_ext.tokenizers import TokenizerSet  # noqa: E402
+from speechlm_ext.utils.io import atomic_write_json, sha256_file  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+RECIPE = HERE.parent / "demo.yaml"
+TOKENIZE_RECIPE = HERE / "tokenize.yaml"
+STATE = "stages.json"
+JUDGE_WINDOW_S = 10.0
+STAGES = {
+    "data": "get the recordings and write train and test manifests",
+    "tokenize": "fit the tokenizers and turn recordings and texts into tokens",
+    "plan": "say what training will see and need",
+    "train": "train the model",
+    "generate": "transcribe, speak and continue held-out items",
+    "evaluate": "score: word errors, the judge's hearing, perplexity",
+    "report": "write metrics.json and report.html",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    out: Path
+    data: Path | None
+    quick: bool
+    debs: Path | None
+    recipe: Path
+    steps: int | None
+
+    @property
+    def own(self) -> bool:
+        """Whether the recordings are the user's."""
+        return self.data is not None
+
+    def checkpoint(self) -> Path:
+        """The newest checkpoint. Raises :class:`ConfigError` if there is none."""
+        found = sorted((self.out / "model" / "checkpoints").glob("step-*"))
+        if not found:
+            raise ConfigError(f"no checkpoint in {self.out / 'model'}; run the train stage first.")
+        return found[-1]
+
+
+# ---- the stages -----------------------------------------------------------------------------------------------------
+def stage_data(o: Options) -> None:
+    """Recordings to ``data/train.jsonl`` and ``data/test.jsonl``."""
+    if o.data is not None:
+        print("  " + own_data.prepare_own(o.data, o.out / "data"))
+        return
+    config = None
+    if o.quick:
+        config = prepare_data.DataConfig(
+            train_numbers={"en": 60, "es": 5}, test_numbers={"en": 4, "es": 2}, max_seconds=3.0
+        )
+    print(f"  prepare_data.prepare({str(o.out / 'data')!r})")
+    prepare_data.prepare(o.out / "data", o.debs, config)
+
+
+def stage_tokenize(o: Options) -> None:
+    """Manifests to token folders; the test split takes the train split's tokenizers."""
+    for split in ("train", "test"):
+        manifest = json.dumps([str(o.out / "data" / f"{split}.jsonl")])
+        arguments = ["--manifest", manifest, "--out", str(o.out / "tokens" / split)]
+        if split == "test":
+            arguments += ["--tokenizers", str(o.out / "tokens" / "train" / "tokenizers")]
+        config = ["--config", str(TOKENIZE_RECIPE)] if TOKENIZE_RECIPE.is_file() else []
+        speechlm("tokenize", *config, *arguments)
+
+
+def stage_plan(o: Options) -> None:
+    """Print the plan of the training run."""
+    speechlm("plan", *_train_arguments(o))
+
+
+def stage_train(o: Options) -> None:
+    """Train, or go on with a run that was stopped."""
+    speechlm("train", *_train_arguments(o))
+
+
+def _train_arguments(o: Options) -> list[str]:
+    arguments = ["--config", str(o.recipe), "--run_dir", str(o.out / "model")]
+    arguments += ["--data.tokens", json.dumps([str(o.out / "tokens" / "train")])]
+    if o.own:
+        arguments += ["--data.overlong", "drop"]
+    steps = o.steps or (30 if o.quick else None)
+    return arguments + (["--steps", str(steps), "--log_every", "5"] if steps else [])
+
+
+def stage_generate(o: Options) -> None:
+    """Serve the requests for held-out items."""
+    codec = TokenizerSet.load(o.out / "tokens" / "train" / "tokenizers").codec
+    requests = o.out / "requests.jsonl"
+    test = o.out / "data" / "test.jsonl"
+    make_requests(test, requests, codec.frame_rate, o.own, limit=3 if o.quick else None)
+    speechlm(
+        *("generate", "--model", str(o.checkpoint()), "--requests", str(requests)),
+        *("--output_dir", str(o.out / "generated"), "--batch_size", "32"),
+        accept=(0, 1),
+    )
+
+
+def stage_evaluate(o: Options) -> None:
+    """Score the results and the model."""
+    speechlm(
+        *("evaluate", "--results", json.dumps([str(o.out / "generated" / "results.jsonl")])),
+        *("--manifest", json.dumps([str(o.out / "data" / "test.jsonl")])),
+        *("--model", str(o.checkpoint()), "--tokens", json.dumps([str(o.out / "tokens" / "test")])),
+        *("--out", str(o.out / "eval"), "--cache_dir", str(o.out.parent / "cache")),
+        *("--judge_window_s", str(JUDGE_WINDOW_S)),
+    )
+
+
+def stage_report(o: Options) -> None:
+    """Write ``metrics.json`` and ``report.html`` from what the other stages left."""
+    demo_report.write(o.out, o.own, read_state(o.out))
+
+
+RUN: dict[str, Callable[[Options], None]] = {name: globals()[f"stage_{name}"] for name in STAGES}
+#: What a stage writes; removed before it runs on other inputs, so that nothing old is taken for new.
+WRITES = {
+    "data": (),
+    "tokenize": ("tokens",),
+    "train": ("model",),
+    "generate": ("generated", "requests.jsonl", "beginnings", "parts"),
+    "evaluate": ("eval",),
+}
+
+
+def speechlm(*arguments: str, accept: tuple[int, ...] = (0,)) -> None:
+    """Run ``speechlm …`` as a user would. Raises :class:`ConfigError` when it does not succeed."""
+    print(f"  $ speechlm {shlex.join(arguments)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", "speechlm_ext.cli", *arguments]).returncode
+    if code not in accept:
+        raise ConfigError(f"`speechlm {arguments[0]}` ended with code {code}; its message stands above.")
+
+
+# ---- what is done already -------------------------------------------------------------------------------------------
+def read_state(out: Path) -> dict[str, Any]:
+    """What each stage did: its key, seconds and commit."""
+    try:
+        return json.loads((out / STATE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def stage_keys(o: Options) -> dict[str, str]:
+    """A hash per stage over everything that it depends on, the stages before it included."""
+    files = {
+        "data": [HERE / "prepare_data.py", HERE / "number_words.py", HERE / "own_data.py"],
+        "tokenize": [TOKENIZE_RECIPE],
+        "train": [o.recipe],
+        "generate": [HERE / "make_requests.py"],
+    }
+    if o.data is not None:
+        files["data"] += sorted(o.data.glob("*.jsonl"))
+    keys, before = {}, json.dumps([str(o.data), o.quick, str(o.debs)])
+    for name in STAGES:
+        parts = [before, name, str(o.steps) if name == "train" else ""]
+        parts += [sha256_file(f) for f in files.get(name, []) if f.is_file()]
+        keys[name] = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        # Nothing depends on the printed plan.
+        before = before if name == "plan" else keys[name]
+    return keys
+
+
+def run_stages(o: Options, chosen: list[str], force: list[str]) -> None:
+    """Run the chosen stages that are not done, or are forced, and note each.
+
+    Raises:
+        SpeechLMError: a stage failed; those before it are kept.
+    """
+    o.out.mkdir(parents=True, exist_ok=True)
+    state, keys = read_state(o.out), stage_keys(o)
+    for number, name in enumerate(STAGES, 1):
+        if name not in chosen:
+            continue
+        entry = state.get(name, {})
+        head = f"[{number}/{len(STAGES)}] {name}: {STAGES[name]}"
+        same = entry.get("key") == keys[name]
+        if same and entry.get("done") and name not in force and name != "report":
+            print(f"{head} — done before ({entry['seconds']:.0f} s)", flush=True)
+            continue
+        print(head, flush=True)
+        if not same or (name in force and name != "tokenize"):
+            for path in WRITES.get(name, ()):
+                _remove(o.out / path)
+        state[name] = {"key": keys[name], "done": False}
+        atomic_write_json(o.out / STATE, state)
+        started = time.perf_counter()
+        RUN[name](o)
+        # A resumed training run counts the time before the stop as well.
+        seconds = max(time.perf_counter() - started, _logged_seconds(o.out) if name == "train" else 0.0)
+        state[name] = {
+            "key": keys[name],
+            "done": True,
+            "seconds": round(seconds, 1),
+            "commit": commit_of(HERE),
+        }
+        atomic_write_json(o.out / STATE, state)
+        if name == "report":
+            demo_report.write(o.out, o.own, state)  # once more, with its own time in the table
+        print(f"  {seconds:.1f} s", flush=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _logged_seconds(out: Path) -> float:
+    from speechlm_ext.training.log import read_log
+
+    rows = read_log(out / "model")
+    return float(rows[-1]["seconds"]) if rows else 0.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and run; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for everything that is written"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=None,
+        help="your own recordings: a folder with manifest.jsonl (5 %% are held out), or train.jsonl and test.jsonl",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny data and training: checks that everything runs"
+    )
+    parser.add_argument(
+        "--debs", type=Path, default=None, help="folder with the Debian packages, instead of a download"
+    )
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="training recipe")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps, instead of the recipe's")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--stage", choices=list(STAGES), help="run only this stage, also if it is done")
+    some.add_argument("--from", dest="first", choices=list(STAGES), help="run this stage and all after it")
+    a = parser.parse_args(argv)
+    names = list(STAGES)
+    chosen = [a.stage] if a.stage else names
+    force = [a.stage] if a.stage else (names[names.index(a.first) :] if a.first else [])
+    options = Options(a.out, a.data or None, a.quick, a.debs, a.recipe, a.steps)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    started = time.perf_counter()
+    try:
+        run_stages(options, chosen, force)
+    except SpeechLMError as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{time.perf_counter() - started:.0f} s in all. Report: {options.out / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
