@@ -1,0 +1,105 @@
+"""The command line: ``speechlm VERB``. Each verb is a dataclass of settings and a function, both in the verb's room.
+
+``--config recipe.yaml`` fills the settings from a file, dotted options override them, unknown keys fail. A verb's
+modules are imported only when it is called, so ``speechlm --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from speechlm_ext.errors import SpeechLMError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's settings and function live."""
+
+    module: str
+    config: str
+    function: str
+    help: str
+
+
+VERBS = {
+    "doctor": Verb("speechlm_ext.doctor", "DoctorConfig", "run_doctor", "what is installed, compiled and will be used, and why"),
+    "tokenize": Verb("speechlm_ext.data.tokenize", "TokenizeConfig", "run_tokenize", "recordings and texts -> token shards"),
+    "plan": Verb("speechlm_ext.data.report", "PlanReportConfig", "run_plan", "what a training run would see and need, before it holds a machine"),
+    "train": Verb("speechlm_ext.training", "TrainConfig", "run_train", "train a model on token shards, or go on with a run"),
+    "generate": Verb("speechlm_ext.generation.cli", "GenerateConfig", "run_generate", "text or speech from a model"),
+    "evaluate": Verb("speechlm_ext.evaluation.run", "EvaluateConfig", "run_evaluate", "scores of a model, or of stored records"),
+    "layout": Verb("speechlm_ext.layout_diff", "LayoutConfig", "run_layout", "show a token layout, or the first difference of two"),
+}
+
+USAGE = "usage: speechlm VERB [--config FILE.yaml] [--option VALUE …]\n\nverbs:\n" + "\n".join(
+    f"  {name:<10} {verb.help}" for name, verb in VERBS.items()
+)
+
+
+def build_parser(name: str) -> Any:
+    """The argument parser of one verb."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    verb = VERBS[name]
+    config = getattr(importlib.import_module(verb.module), verb.config)
+    parser = ArgumentParser(prog=f"speechlm {name}", description=config.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(config, None, as_group=False)
+    return parser
+
+
+def _options(argv: Sequence[str]) -> list[str]:
+    """Options as the parser knows them: ``--top-k`` is ``--top_k``, ``-o`` is ``--output``."""
+    options = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if word == "-o":
+            word = "--output"
+        elif name.startswith("--"):
+            word = name[:2] + name[2:].replace("-", "_") + equals + value
+        options.append(word)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 1 interrupted, 2 a mistake that the message explains."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{USAGE}\n\n'speechlm VERB --help' explains a verb's settings.")
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"speechlm_ext {version('speechlm_ext')}")
+        return 0
+    if name not in VERBS:
+        print(f"speechlm: error: unknown verb {name!r}.\n{USAGE}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("speechlm_ext").setLevel(logging.INFO)
+    verb = VERBS[name]
+    try:
+        parser = build_parser(name)
+        values = parser.parse_args(_options(rest))
+        values.pop("config", None)
+        config = getattr(importlib.import_module(verb.module), verb.config)
+        settings = parser.instantiate(values)
+        result = getattr(importlib.import_module(verb.module), verb.function)(config(**vars(settings)))
+    except SpeechLMError as error:
+        print(f"speechlm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("speechlm: interrupted; what was saved is intact, the same command goes on from there.", file=sys.stderr)
+        return 1
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
