@@ -17,19 +17,20 @@ Axes: B requests, R delayed rows, P prompt frames, S streams, K cached rows, D h
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.prompt import Prompt
+from speechlm_ext.generation.state import as_ranges, new_state, select_state
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.ops.multistream_sample import DecodeState, advance, multistream_sample
+from speechlm_ext.ops.multistream_sample import advance, multistream_sample
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
@@ -61,71 +62,6 @@ def delayed_rows(frames_PS: np.ndarray, num_rows: int, layout: TokenLayout, unkn
         known = np.where(u_R < 0, layout.pad_id, frames_PS[np.clip(u_R, 0, len(frames_PS) - 1), s])
         rows_RS[:, s] = np.where(u_R >= len(frames_PS), unknown, known)
     return rows_RS
-
-
-def _new_state(prompts: list[Prompt], layout: TokenLayout, device: torch.device) -> DecodeState:
-    """The sampler's state before the first row: scopes, masks, settings and lengths of every request.
-
-    Each stream's columns are the union of what the batch's requests may choose there, in ascending order, so
-    that the first column among equals is the lowest id. Frames are counted from the target's first one,
-    a given beginning included.
-    """
-    content_B = [layout.content_ranges(p.modality) for p in prompts]
-    eos = (layout.sos_eos_id, layout.sos_eos_id + 1)
-    scope_ids, allowed = [], []
-    for s in range(layout.num_streams):
-        wanted = {r for content in content_B if (r := content[s]) is not None}
-        # A stream that no request uses has one column that is never read.
-        unused = (layout.pad_id, layout.pad_id + 1)
-        ranges = sorted(wanted | {eos} if s == 0 else wanted or {unused})
-        ids_V = np.concatenate([np.arange(start, end) for start, end in ranges])
-        allowed_BV = np.zeros((len(prompts), len(ids_V)), dtype=bool)
-        for b, content in enumerate(content_B):
-            if (r := content[s]) is not None:
-                allowed_BV[b] = (ids_V >= r[0]) & (ids_V < r[1])
-                allowed_BV[b] |= (s == 0) & (ids_V == layout.sos_eos_id)
-        scope_ids.append(torch.from_numpy(ids_V).to(device))
-        allowed.append(torch.from_numpy(allowed_BV).to(device))
-    settings = [p.settings for p in prompts]
-
-    def per_stream(values: list) -> Tensor:
-        return torch.tensor(values, device=device)[:, None]
-
-    def per_request(values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    first = min(layout.delays)
-    state = DecodeState.new(
-        len(prompts),
-        scope_ids=scope_ids,
-        delays=layout.delays,
-        pad_ids=[layout.pad_id] * layout.num_streams,
-        eos_id=layout.sos_eos_id,
-        temperature=per_stream([0.0 if s.greedy else s.temperature for s in settings]),
-        top_k=per_stream([s.top_k or 0 for s in settings]),
-        top_p=per_stream([1.0 if s.top_p is None else s.top_p for s in settings]),
-        seed=per_request([s.seed for s in settings]),
-        min_frames=per_request([p.num_given + p.min_new for p in prompts]),
-        max_frames=per_request([p.num_given + p.max_new for p in prompts]),
-        active=torch.tensor([[r is not None for r in content] for content in content_B], device=device),
-        rng_offset=per_request([p.target << 32 for p in prompts]),
-        allowed=allowed,
-        device=device,
-    )
-    return dataclasses.replace(state, step=per_request([p.num_given + first for p in prompts]))
-
-
-def _select(state: DecodeState, keep_B: Tensor) -> DecodeState:
-    """The state of some requests of the batch."""
-    tensors = {
-        f.name: value[keep_B]
-        for f in dataclasses.fields(state)
-        if isinstance(value := getattr(state, f.name), Tensor)
-    }
-    allowed = (
-        None if state.allowed is None else tuple(None if a is None else a[keep_B] for a in state.allowed)
-    )
-    return dataclasses.replace(state, **tensors, allowed=allowed)
 
 
 @torch.inference_mode()
@@ -189,8 +125,9 @@ class _Batch:
     ) -> None:
         self.prompts, self.layout = prompts, layout
         self.has_teacher = teacher is not None
-        self.state = _new_state(prompts, layout, device)
-        self.ranges = [_as_ranges(ids, layout.pad_id) for ids in self.state.scope_ids]
+        self.state = new_state(prompts, layout, device)
+        self.ranges = [as_ranges(ids, layout.pad_id) for ids in self.state.scope_ids]
+        self.ranges += [None] * (layout.num_streams - len(self.ranges))
         self.delay_S = torch.tensor(layout.delays, device=device)
         first, lag = min(layout.delays), layout.max_delay - min(layout.delays)
         self.prefix = [delayed_rows(p.frames_PS, len(p.frames_PS) + first, layout) for p in prompts]
@@ -221,21 +158,28 @@ class _Batch:
         Returns:
             ``(row_BS int64, active_B bool)``: the row, and which requests are not complete.
         """
-        state = self.state
-        unused_B1 = torch.zeros((len(self.origin), 1), device=state.step.device)
-        sampled = multistream_sample([unused_B1 if x is None else x for x in logits], state)
-        frame_BS = state.step[:, None] - self.delay_S
+        state, used = self.state, len(self.state.delays)
+        unread_B1 = torch.zeros((len(self.origin), 1), device=state.step.device)
+        sampled = multistream_sample([unread_B1 if x is None else x for x in logits[:used]], state)
+        frame_BS = state.step[:, None] - self.delay_S[:used]
         # Streams ahead of stream 0 stop at the longest length by themselves: it is known beforehand.
         past_BS = frame_BS >= state.max_frames[:, None]
         past_BS[:, 0] = False
-        row_BS = sampled.tokens.masked_fill(past_BS, self.layout.pad_id)
         chosen_BS = sampled.is_content & ~past_BS
         chosen_BS[:, 0] &= frame_BS[:, 0] < state.max_frames
+        row_BS, logprob_BS, chosen_BS = (
+            F.pad(x, (0, len(self.delay_S) - used), value=fill)
+            for x, fill in (
+                (sampled.tokens.masked_fill(past_BS, self.layout.pad_id), self.layout.pad_id),
+                (sampled.logprob, 0.0),
+                (chosen_BS, False),
+            )
+        )
         if self.steps < self.known_BRS.shape[1]:
             known_BS = self.known_BRS[:, self.steps]
             row_BS = torch.where(known_BS >= 0, known_BS, row_BS)
             chosen_BS = chosen_BS & (known_BS < 0)
-        self.history.append((self.origin, row_BS, sampled.logprob.masked_fill(~chosen_BS, torch.nan)))
+        self.history.append((self.origin, row_BS, logprob_BS.masked_fill(~chosen_BS, torch.nan)))
         self.steps += 1
         self.state = advance(state, row_BS)
         # Content of no frames owes no ramp-out; the state's own test waits for one.
@@ -250,7 +194,7 @@ class _Batch:
 
     def select(self, keep_B: Tensor) -> None:
         """Go on with some requests only."""
-        self.state = _select(self.state, keep_B)
+        self.state = select_state(self.state, keep_B)
         self.known_BRS, self.active_B = self.known_BRS[keep_B], self.active_B[keep_B]
         self.origin = [self.origin[b] for b in keep_B.tolist()]
 
@@ -299,15 +243,6 @@ class _Outcome:
     steps: int
     frames: int
     failed: bool
-
-
-def _as_ranges(ids_V: Tensor, pad_id: int) -> list[tuple[int, int]] | None:
-    """Ascending ids as ``(start, end)`` ranges; None for the one column of a stream that nobody uses."""
-    ids = ids_V.cpu().numpy()
-    if len(ids) == 1 and ids[0] == pad_id:
-        return None
-    parts = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
-    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
 def _forced_rows(prompt: Prompt, content_TS: np.ndarray, layout: TokenLayout) -> np.ndarray:
