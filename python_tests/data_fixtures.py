@@ -1,7 +1,8 @@
-"""Real recordings for tests: a dozen short English prompts (16 kHz FLAC, CC-BY-SA, see ``assets/speech/NOTICE``).
+"""Real recordings for tests: a dozen short English prompts (16 kHz FLAC, CC-BY-SA, see
+``assets/speech/NOTICE``).
 
-They lie in the repository, so no test needs a network. ``debian_packages()`` gives the demo's whole material where
-the packages can be had, and skips the test with the reason elsewhere.
+They lie in the repository, so no test needs a network. ``debian_packages()`` gives the demo's whole material
+where the packages can be had, and skips the test with the reason elsewhere.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def waves() -> tuple[np.ndarray, ...]:
 
 
 def debian_packages(cache: Path) -> Path:
-    """Folder with the demo's Debian packages, downloaded into ``cache``; skips the test where that is impossible."""
+    """Folder with the demo's Debian packages, downloaded into ``cache``; skips the test where that is
+    impossible."""
     from speechlm_ext.errors import ConfigError
 
     recipe = demo_module("prepare_data")

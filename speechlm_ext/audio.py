@@ -50,8 +50,8 @@ def read_audio(
     if sample_rate is not None and rate != sample_rate:
         if not resample:
             raise AudioError(
-                f"audio file {path} has sampling rate {rate} Hz but {sample_rate} Hz was expected; convert it, or allow "
-                "resampling."
+                f"audio file {path} has sampling rate {rate} Hz but {sample_rate} Hz was expected; convert "
+                "it, or allow resampling."
             )
         wave, rate = resample_audio(wave, rate, sample_rate), sample_rate
     return np.ascontiguousarray(wave, dtype=np.float32), rate
@@ -79,7 +79,7 @@ def check_wave(wave: np.ndarray, name: str = "waveform") -> np.ndarray:
         name: what to call it in an error.
 
     Raises:
-        AudioError: not one-dimensional, empty, or with samples that are not finite.
+        AudioError: not one-dimensional, empty, or with samples that are not finite or absurdly large.
     """
     wave = np.asarray(wave)
     if wave.ndim != 1:
@@ -95,8 +95,14 @@ def check_wave(wave: np.ndarray, name: str = "waveform") -> np.ndarray:
     if not finite.all():
         first = int(np.argmin(finite))
         raise AudioError(
-            f"{name}: sample {first} of {wave.size} is {wave[first]}, not a finite number ({int((~finite).sum())} such "
-            "samples); the recording is damaged, write it again or leave it out."
+            f"{name}: sample {first} of {wave.size} is {wave[first]}, not a finite number "
+            f"({int((~finite).sum())} such samples); the recording is damaged, write it again or leave it "
+            "out."
+        )
+    peak = float(np.abs(wave).max())
+    if peak > 100:
+        raise AudioError(
+            f"{name}: the largest sample is {peak:g} but samples lie in [-1, 1]; divide 16-bit PCM by 32768 first."
         )
     return wave
 
@@ -119,8 +125,8 @@ def _read_soundfile(path: Path) -> tuple[np.ndarray, int]:
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         # soundfile wants a sampling rate for headerless ".raw" files and says so with a TypeError.
         raise AudioError(
-            f"audio file {path} cannot be read ({str(error).strip()}); {SUPPORTED} are supported, convert other formats "
-            "first."
+            f"audio file {path} cannot be read ({str(error).strip()}); {SUPPORTED} are supported, convert "
+            "other formats first."
         ) from error
     return wave_TC, int(rate)
 

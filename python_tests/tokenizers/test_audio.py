@@ -117,6 +117,8 @@ def test_check_wave():
     with pytest.raises(AudioError, match="sample 1 of 2 is inf"):
         check_wave(np.array([0.0, np.inf]))
     np.testing.assert_array_equal(check_wave(np.array([-32768, 16384], np.int16)), [-1.0, 0.5])
+    with pytest.raises(AudioError, match="largest sample is 20000 .* divide 16-bit PCM by 32768"):
+        check_wave(np.array([0.0, -20000.0]))
     with pytest.raises(AudioError, match="positive"):
         resample_audio(np.zeros(4, np.float32), 16000, 0)
 

@@ -26,7 +26,8 @@ def test_round_trip_of_real_recordings(codec, index):
     codes = codec.encode(wave)
     sound = codec.decode(codes)
     original = codec.analyse(wave)
-    # The quantiser alone: the log-mel that the codes stand for. A codec that outputs the mean has an error above 1.
+    # The quantiser alone: the log-mel that the codes stand for. A codec that outputs the mean has an error
+    # above 1.
     assert rmse(codec.log_mel(codes), original) < 0.30
     # After phase reconstruction and a second analysis little may be added to that.
     assert rmse(codec.analyse(sound), original) < 0.38

@@ -1,4 +1,5 @@
-"""MFCC units on real recordings: features against a direct formula, units that depend on content, not on level."""
+"""MFCC units on real recordings: features against a direct formula, units that depend on content, not on
+level."""
 
 from __future__ import annotations
 
@@ -90,7 +91,7 @@ def test_refusals(ssl):
         SSLConfig(sample_rate=11025)
 
 
-# ---- the K-Means underneath -----------------------------------------------------------------------------------------
+# ---- the K-Means underneath --------------------------------------------------------------------------------
 def test_kmeans_finds_separate_clusters():
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])

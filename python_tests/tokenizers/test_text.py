@@ -107,7 +107,8 @@ def test_refusals(text):
 
 @pytest.fixture
 def hf_folder(tmp_path):
-    """A byte-level BPE as Llama-like models use it, trained on the recordings' transcripts, in Hugging Face's format."""
+    """A byte-level BPE as Llama-like models use it, trained on the recordings' transcripts, in Hugging Face's
+    format."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 

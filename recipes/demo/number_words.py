@@ -1,10 +1,10 @@
 """Number words of the demo's five languages, and the spelling-out of digits in transcripts.
 
-``RECORDED_WORDS[lang]`` maps a recording ``digits/<key>`` of that voice to the word that is heard in it. It is
-written out here rather than read from the packages' transcripts because those have slips (the Spanish list
+``RECORDED_WORDS[lang]`` maps a recording ``digits/<key>`` of that voice to the word that is heard in it. It
+is written out here rather than read from the packages' transcripts because those have slips (the Spanish list
 calls two recordings ``digits/0``). French 17–19, 70, 80 and 90 are left out of composed strings: written
-without hyphens they are the same words as "dix" + "sept" or "quatre" + "vingt", so text and sound would
-not determine each other.
+without hyphens they are the same words as "dix" + "sept" or "quatre" + "vingt", so text and sound would not
+determine each other.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import re
 _KEYS = [str(n) for n in range(20)] + [str(n) for n in range(20, 100, 10)]
 
 _WORDS = {
-    "en": "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety",
-    "es": "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis "
-    "diecisiete dieciocho diecinueve veinte treinta cuarenta cincuenta sesenta setenta ochenta noventa",
+    "en": "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety",
+    "es": "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince "
+    "dieciséis diecisiete dieciocho diecinueve veinte treinta cuarenta cincuenta sesenta setenta ochenta "
+    "noventa",
     "fr": "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize "
     "dix-sept dix-huit dix-neuf vingt trente quarante cinquante soixante soixante-dix quatre-vingts "
     "quatre-vingt-dix",
-    "it": "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici sedici "
-    "diciassette diciotto diciannove venti trenta quaranta cinquanta sessanta settanta ottanta novanta",
+    "it": "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici "
+    "quindici sedici diciassette diciotto diciannove venti trenta quaranta cinquanta sessanta settanta "
+    "ottanta novanta",
     "ru": "ноль один два три четыре пять шесть семь восемь девять десять одиннадцать двенадцать тринадцать "
     "четырнадцать пятнадцать шестнадцать семнадцать восемнадцать девятнадцать двадцать тридцать сорок "
     "пятьдесят шестьдесят семьдесят восемьдесят девяносто",
@@ -47,7 +49,8 @@ def normalise(text: str, lang: str) -> str | None:
     """Lower-case ``text`` to words only, the way the demo writes and scores every transcript.
 
     Numbers of the table above become words, typographic apostrophes become ``'``, hyphens and all other
-    punctuation become spaces, dots inside abbreviations vanish (``A.M.`` → ``am``), and runs of spaces become one.
+    punctuation become spaces, dots inside abbreviations vanish (``A.M.`` → ``am``), and runs of spaces become
+    one.
 
     Returns:
         the normalised text, or None where it cannot be known how the text was read out: another number, a

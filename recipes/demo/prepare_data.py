@@ -1,12 +1,14 @@
-"""The demo's data: real telephone prompts of five voices, and spoken numbers composed from the same recordings.
+"""The demo's data: real telephone prompts of five voices, and spoken numbers composed from the same
+recordings.
 
-``prompts`` are the transcribed recordings of the Debian packages ``asterisk-core-sounds-{en,es,fr,it,ru}`` (16 kHz
-studio speech, one voice per language). ``numbers`` are strings of 2–5 number words put together from each
-voice's own digit recordings, with varied gaps, speed, gain and faint noise. They are composed, not read as
-strings, and ``about.json`` and the report say so. Test strings never occur as text in training; the single words do.
+``prompts`` are the transcribed recordings of the Debian packages ``asterisk-core-sounds-{en,es,fr,it,ru}``
+(16 kHz studio speech, one voice per language). ``numbers`` are strings of 2–5 number words put together from
+each voice's own digit recordings, with varied gaps, speed, gain and faint noise. They are composed, not read
+as strings, and ``about.json`` and the report say so. Test strings never occur as text in training; the single
+words do.
 
-The packages are fetched with ``apt-get download`` and unpacked with ``dpkg-deb -x``: no root, nothing installed.
-The same seed gives the same files.
+The packages are fetched with ``apt-get download`` and unpacked with ``dpkg-deb -x``: no root, nothing
+installed. The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -96,7 +98,8 @@ def prepare(
 
     Args:
         out_dir: output folder; audio paths in the manifests are relative to it.
-        debs_dir: folder with the ``.deb`` files; None fetches them into ``out_dir/../cache`` with ``apt-get download``.
+        debs_dir: folder with the ``.deb`` files; None fetches them into ``out_dir/../cache`` with ``apt-get
+            download``.
         config: what to compose and hold out.
 
     Returns:
@@ -134,7 +137,7 @@ def prepare(
     return manifests
 
 
-# ---- packages -------------------------------------------------------------------------------------------------------
+# ---- packages ----------------------------------------------------------------------------------------------
 def fetch_packages(cache: Path) -> None:
     """Download the packages that ``cache`` does not hold yet, without root.
 
@@ -258,7 +261,7 @@ def read_prompts(root: Path, lang: str) -> tuple[list[Prompt], str, list[str]]:
     return prompts, folder.name, notes
 
 
-# ---- the two data sets ----------------------------------------------------------------------------------------------
+# ---- the two data sets -------------------------------------------------------------------------------------
 def _add_prompts(rows, notes, prompts, speaker, lang, out_dir, config, rng) -> None:
     counts = Counter(p.text for p in prompts)
     eligible = [
@@ -335,7 +338,8 @@ def compose(
 
 
 def trim_silence(wave: np.ndarray, threshold_db: float = 42.0, margin: float = 0.02) -> np.ndarray:
-    """Cut what lies more than ``threshold_db`` below the loudest 10 ms at both ends, and fade 5 ms in and out."""
+    """Cut what lies more than ``threshold_db`` below the loudest 10 ms at both ends, and fade 5 ms in and
+    out."""
     hop = SAMPLE_RATE // 100
     usable = len(wave) // hop * hop
     if usable == 0:
@@ -353,7 +357,8 @@ def trim_silence(wave: np.ndarray, threshold_db: float = 42.0, margin: float = 0
 def _write(
     out_dir: Path, name: str, wave: np.ndarray, text: str, speaker: str, lang: str, dataset: str
 ) -> dict:
-    # Plain writes: thousands of small files, and the manifest that names them appears only when all are there.
+    # Plain writes: thousands of small files, and the manifest that names them appears only when all are
+    # there.
     soundfile.write(out_dir / "wav" / f"{name}.wav", wave, SAMPLE_RATE, subtype="PCM_16")
     duration = round(len(wave) / SAMPLE_RATE, 3)
     row = {"id": name, "audio": f"wav/{name}.wav", "text": text, "speaker": speaker, "lang": lang}
@@ -370,9 +375,10 @@ def _about(rows: dict[str, list[dict]], notes: list[str], settings: dict) -> dic
                 {"split": split, "dataset": key[0], "lang": key[1], "count": len(chosen), "minutes": minutes}
             )
     return {
-        "composed": "The data set 'numbers' is composed: strings of number words put together from single recorded words "
-        "of each voice, with varied gaps, speed, gain and faint noise. The held-out strings do not occur in training; "
-        "the recordings of the single words do. The data set 'prompts' is real recordings, unchanged.",
+        "composed": "The data set 'numbers' is composed: strings of number words put together from single "
+        "recorded words of each voice, with varied gaps, speed, gain and faint noise. The held-out strings "
+        "do not occur in training; the recordings of the single words do. The data set 'prompts' is real "
+        "recordings, unchanged.",
         "source": "Debian packages asterisk-core-sounds-{en,es,fr,it,ru}-g722",
         "licences": LICENCES,
         "counts": table,

@@ -1,7 +1,7 @@
 """Tokenizers: text and sound to ids and back, behind one small protocol.
 
-:class:`TokenizerSet` holds up to one tokenizer per modality and is what token folders, checkpoints and servers carry
-(``tokenizers/{text,ssl,codec}/``).
+:class:`TokenizerSet` holds up to one tokenizer per modality and is what token folders, checkpoints and
+servers carry (``tokenizers/{text,ssl,codec}/``).
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class TokenizerSet:
             tokenizer = getattr(self, slot)
             if tokenizer is not None and tokenizer.modality != modality:
                 raise TokenizerError(
-                    f"the {slot} slot needs a tokenizer of modality {modality!r}, got {tokenizer.kind!r} of {tokenizer.modality!r}."
+                    f"the {slot} slot needs a tokenizer of modality {modality!r}, got {tokenizer.kind!r} of "
+                    f"{tokenizer.modality!r}."
                 )
 
     def save(self, folder: str | Path) -> None:
@@ -98,22 +99,25 @@ class TokenizerSet:
         )
 
     def encode_codec_ssl(self, wave: np.ndarray) -> np.ndarray:
-        """SSL unit and codec codes of a waveform, frame by frame: int32 ``[T, 1 + num_codebooks]``, SSL in column 0.
+        """SSL unit and codec codes of a waveform, frame by frame: int32 ``[T, 1 + num_codebooks]``, SSL in
+        column 0.
 
         Raises:
-            TokenizerError: a tokenizer is missing, rates differ, or the two lengths differ by more than one frame.
+            TokenizerError: a tokenizer is missing, rates differ, or the two lengths differ by more than one
+                frame.
         """
         ssl, codec = self._require("ssl"), self._require("codec")
         if (ssl.sample_rate, ssl.frame_rate) != (codec.sample_rate, codec.frame_rate):
             raise TokenizerError(
-                f"codec_ssl needs equal rates, got ssl {ssl.sample_rate} Hz at {ssl.frame_rate:g} frames/s and codec "
-                f"{codec.sample_rate} Hz at {codec.frame_rate:g}; fit both with the same sample_rate and frames_per_token."
+                f"codec_ssl needs equal rates, got ssl {ssl.sample_rate} Hz at {ssl.frame_rate:g} frames/s "
+                f"and codec {codec.sample_rate} Hz at {codec.frame_rate:g}; fit both with the same "
+                "sample_rate and frames_per_token."
             )
         units, codes = ssl.encode(wave), codec.encode(wave)
         if abs(len(units) - len(codes)) > 1:
             raise TokenizerError(
-                f"codec_ssl: {len(units)} ssl frames but {len(codes)} codec frames for {len(wave)} samples; the tokenizers count "
-                "frames differently, use a matching pair."
+                f"codec_ssl: {len(units)} ssl frames but {len(codes)} codec frames for {len(wave)} samples; "
+                "the tokenizers count frames differently, use a matching pair."
             )
         length = min(len(units), len(codes))
         return np.concatenate([units[:length], codes[:length]], axis=1).astype(np.int32)

@@ -1,8 +1,9 @@
 """The one protocol behind every tokenizer, the registry of kinds, and how an artefact is stored and hashed.
 
-An artefact is a folder with ``tokenizer.json`` (its kind, its settings) and at most one safetensors file plus, for
-text, the vocabulary's own files. Nothing is pickled. The fingerprint is a sha256 over the settings and every array or
-file in a fixed order, so it is the same before saving and after loading, and a layout can name the tokenizer by it.
+An artefact is a folder with ``tokenizer.json`` (its kind, its settings) and at most one safetensors file
+plus, for text, the vocabulary's own files. Nothing is pickled. The fingerprint is a sha256 over the settings
+and every array or file in a fixed order, so it is the same before saving and after loading, and a layout can
+name the tokenizer by it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Tokenizer(Protocol):
     """Turns text or sound into ids and back."""
 
     kind: str
-    """Name in the registry: ``sentencepiece``, ``huggingface``, ``mfcc-kmeans``, ``rvq-kmeans``, or your own."""
+    """Name in the registry: ``sentencepiece``, ``huggingface``, ``mfcc-kmeans``, ``rvq-kmeans``, or yours."""
     modality: str
     """``text_bpe``, ``ssl`` or ``codec``."""
     vocab_sizes: tuple[int, ...]
@@ -65,7 +66,7 @@ class Tokenizer(Protocol):
         ...
 
 
-_REGISTRY: dict[str, type] = {}
+_REGISTRY: dict[str, Any] = {}
 
 
 def register_tokenizer(kind: str, cls: type) -> None:
@@ -92,7 +93,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     kind = read_config(folder)["kind"]
     if kind not in _REGISTRY:
         raise TokenizerError(
-            f"{folder} holds a tokenizer of kind {kind!r}; known are {sorted(_REGISTRY)}. Import the module that registers it."
+            f"{folder} holds a tokenizer of kind {kind!r}; known are {sorted(_REGISTRY)}. Import the module "
+            f"that registers it."
         )
     return _REGISTRY[kind].load(folder)
 
@@ -110,21 +112,21 @@ def check_ids(ids: Any, vocab_sizes: tuple[int, ...], what: str) -> np.ndarray:
         ids = ids[:, None]
     if ids.ndim != 2 or ids.shape[1] != len(vocab_sizes) or not np.issubdtype(ids.dtype, np.integer):
         raise TokenizerError(
-            f"{what}: expected integer ids [T, {len(vocab_sizes)}], got {ids.dtype} {list(ids.shape)}; ids are raw, "
-            "without layout offsets or delays."
+            f"{what}: expected integer ids [T, {len(vocab_sizes)}], got {ids.dtype} {list(ids.shape)}; ids "
+            "are raw, without layout offsets or delays."
         )
     ids = ids.astype(np.int64)
     wrong = np.argwhere((ids < 0) | (ids >= np.asarray(vocab_sizes)))
     if len(wrong):
         t, s = (int(i) for i in wrong[0])
         raise TokenizerError(
-            f"{what}: id {ids[t, s]} at frame {t}, stream {s} is outside [0, {vocab_sizes[s]}); remove layout offsets and "
-            "special ids first."
+            f"{what}: id {ids[t, s]} at frame {t}, stream {s} is outside [0, {vocab_sizes[s]}); remove "
+            "layout offsets and special ids first."
         )
     return ids
 
 
-# ---- artefacts ------------------------------------------------------------------------------------------------------
+# ---- artefacts ---------------------------------------------------------------------------------------------
 def fingerprint(kind: str, config: Mapping[str, Any], blobs: Mapping[str, bytes]) -> str:
     """sha256 over kind, settings and named bytes, in sorted order."""
     digest = hashlib.sha256()
@@ -201,6 +203,6 @@ def require_fingerprint(folder: str | Path, stored: str, computed: str) -> None:
     """Refuse an artefact whose content is not what was saved. Raises :class:`TokenizerError`."""
     if stored != computed:
         raise TokenizerError(
-            f"{folder}: content does not match its own sha256 ({computed[:12]}… against {stored[:12]}…); it was edited or "
-            "damaged after saving, copy it again."
+            f"{folder}: content does not match its own sha256 ({computed[:12]}… against {stored[:12]}…); it "
+            "was edited or damaged after saving, copy it again."
         )

@@ -1,7 +1,7 @@
 """K-Means fit and assignment as the tokenizers need them: small, seeded, on the CPU.
 
-Lloyd's algorithm from k-means++ starts; a cluster that becomes empty takes the point that lies farthest from its
-own centroid. Everything depends on the input and the seed alone.
+Lloyd's algorithm from k-means++ starts; a cluster that becomes empty takes the point that lies farthest from
+its own centroid. Everything depends on the input and the seed alone.
 """
 
 from __future__ import annotations
@@ -9,11 +9,16 @@ from __future__ import annotations
 import torch
 
 from speechlm_ext.errors import TokenizerError
+from speechlm_ext.ops.kmeans_assign import kmeans_assign
 
 
-def assign(x_NF: torch.Tensor, centroids_KF: torch.Tensor) -> torch.Tensor:
-    """Nearest centroid of each row by Euclidean distance, int64 ``[N]``; ties go to the lowest index."""
-    return (0.5 * centroids_KF.square().sum(1) - x_NF @ centroids_KF.T).argmin(1)
+def assign(x_NF: torch.Tensor, centroids_KF: torch.Tensor, *, exact: bool = True) -> torch.Tensor:
+    """Nearest centroid of each row by Euclidean distance, int64 ``[N]``; ties go to the lowest index.
+
+    ``exact`` gives the float64 argmin, the same on every machine; a fit can do without.
+    """
+    labels = kmeans_assign(x_NF, centroids_KF, mode="exact" if exact else "fast")
+    return torch.as_tensor(labels).long()
 
 
 def fit_kmeans(
@@ -32,14 +37,14 @@ def fit_kmeans(
     num_rows = x_NF.shape[0]
     if num_rows < num_clusters:
         raise TokenizerError(
-            f"{what}: {num_clusters} clusters need at least as many frames, got {num_rows}. Give more audio to fit on, or "
-            f"ask for at most {num_rows} clusters."
+            f"{what}: {num_clusters} clusters need at least as many frames, got {num_rows}. Give more audio "
+            f"to fit on, or ask for at most {num_rows} clusters."
         )
     generator = torch.Generator().manual_seed(seed)
     centroids_KF = _plus_plus(x_NF, num_clusters, generator)
     labels = torch.full((num_rows,), -1)
     for _ in range(iterations):
-        new_labels = assign(x_NF, centroids_KF)
+        new_labels = assign(x_NF, centroids_KF, exact=False)
         if torch.equal(new_labels, labels):
             break
         labels = new_labels

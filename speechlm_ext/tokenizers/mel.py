@@ -1,13 +1,16 @@
-"""Log-mel analysis and its inversion: what the codec and the SSL units hear, and how codes become sound again.
+"""Log-mel analysis and its inversion: what the codec and the SSL units hear, and how codes become sound
+again.
 
-Analysis: magnitude STFT (Hann window of 40 ms, hop 10 ms), triangular mel bands (HTK scale), ``log(mel + floor)``.
-The floor is high on purpose: detail far below the speech level is inaudible, yet in logarithms it varies as much
-as the speech does and would take most of the codes.
+Analysis: magnitude STFT (Hann window of 40 ms, hop 10 ms), triangular mel bands (HTK scale), ``log(mel +
+floor)``.
+The floor is high on purpose: detail far below the speech level is inaudible, yet in logarithms it varies as
+much as the speech does and would take most of the codes.
 
-Inversion: bands → magnitudes with the pseudo-inverse of the filterbank and a few multiplicative least-squares steps
-that keep them positive, then fast Griffin-Lim (Perraudin, Balazs and Søndergaard, 2013) for the phase.
+Inversion: bands → magnitudes with the pseudo-inverse of the filterbank and a few multiplicative least-squares
+steps that keep them positive, then fast Griffin-Lim (Perraudin, Balazs and Søndergaard, 2013) for the phase.
 
-Frames: a waveform of ``n`` samples has ``ceil(n / hop)`` frames; frame ``i`` is centred on sample ``i * hop``.
+Frames: a waveform of ``n`` samples has ``ceil(n / hop)`` frames; frame ``i`` is centred on sample ``i *
+hop``.
 """
 
 from __future__ import annotations
@@ -48,13 +51,14 @@ class MelConfig:
     def __post_init__(self) -> None:
         if not 0 < self.hop <= self.window // 2 <= self.n_fft // 2:
             raise ConfigError(
-                f"mel analysis needs 0 < hop <= window / 2 and window <= n_fft, got hop {self.hop}, window {self.window}, "
-                f"n_fft {self.n_fft}."
+                f"mel analysis needs 0 < hop <= window / 2 and window <= n_fft, got hop {self.hop}, window "
+                f"{self.window}, n_fft {self.n_fft}."
             )
         if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2 or self.num_mels < 1 or self.floor <= 0:
             raise ConfigError(
-                f"mel bands need 0 <= f_min < f_max <= {self.sample_rate / 2:g} Hz, num_mels >= 1 and floor > 0, got "
-                f"f_min {self.f_min}, f_max {self.f_max}, num_mels {self.num_mels}, floor {self.floor}."
+                f"mel bands need 0 <= f_min < f_max <= {self.sample_rate / 2:g} Hz, num_mels >= 1 and floor "
+                f"> 0, got f_min {self.f_min}, f_max {self.f_max}, num_mels {self.num_mels}, floor "
+                f"{self.floor}."
             )
 
 
@@ -91,6 +95,10 @@ class MelSpectrogram:
 
     def encode(self, wave: np.ndarray) -> torch.Tensor:
         """Analyse float32 ``wave [n]`` (n >= 1); returns log-mel ``[ceil(n / hop), num_mels]`` float32."""
+        with one_thread():
+            return self._encode(wave)
+
+    def _encode(self, wave: np.ndarray) -> torch.Tensor:
         num_frames = self.num_frames(len(wave))
         padded = torch.zeros(num_frames * self.config.hop)
         padded[: len(wave)] = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
@@ -127,7 +135,8 @@ class MelSpectrogram:
         return self._istft(magnitude_TF * angles, length).clamp(-1, 1).numpy()
 
     def magnitude(self, log_mel_TM: torch.Tensor, steps: int = 8) -> torch.Tensor:
-        """Estimate STFT magnitudes ``[T, n_fft / 2 + 1]`` (in STFT units, >= 0) whose mel bands are the given ones."""
+        """Estimate STFT magnitudes ``[T, n_fft / 2 + 1]`` (in STFT units, >= 0) whose mel bands are the given
+        ones."""
         mel_TM = (log_mel_TM.exp() - self.config.floor).clamp_min(0.0)
         start_TF = (mel_TM @ self._inverse_FM.T).clamp_min(1e-7)
         target_TF = mel_TM @ self.filters_MF

@@ -1,7 +1,8 @@
-"""MFCC features for SSL units: 13 cepstra with their first and second differences, every 10 ms, 39 numbers a frame.
+"""MFCC features for SSL units: 13 cepstra with their first and second differences, every 10 ms, 39 numbers a
+frame.
 
-They are what HuBERT's first iteration clustered (Hsu et al., 2021): speech content without any model. Cepstra are
-the orthonormal DCT-II of 40 log-mel bands (25 ms window), differences are regressions over ±2 frames.
+They are what HuBERT's first iteration clustered (Hsu et al., 2021): speech content without any model. Cepstra
+are the orthonormal DCT-II of 40 log-mel bands (25 ms window), differences are regressions over ±2 frames.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """``rvq-kmeans``: a codec without training or downloads, residual K-Means over log-mel frames.
 
-``frames_per_token`` consecutive 10 ms log-mel frames make one token frame (2: 50 Hz, 4: 25 Hz). Stage ``s`` quantises
-what stages ``0..s-1`` left over, with its own codebook. Encoding keeps the ``beam`` best partial codes instead of the
-single best, which lowers the error by about an eighth at no cost in decoding. Decoding sums the chosen centroids and
-turns the mel frames into sound (:mod:`speechlm_ext.tokenizers.mel`).
+``frames_per_token`` consecutive 10 ms log-mel frames make one token frame (2: 50 Hz, 4: 25 Hz). Stage ``s``
+quantises what stages ``0..s-1`` left over, with its own codebook. Encoding keeps the ``beam`` best partial
+codes instead of the single best, which lowers the error by about an eighth at no cost in decoding. Decoding
+sums the chosen centroids and turns the mel frames into sound (:mod:`speechlm_ext.tokenizers.mel`).
 
-Frames: a waveform of ``n`` samples has ``ceil(n / (hop * frames_per_token))`` frames and decodes to that many times
-``hop * frames_per_token`` samples; the end of the last frame is silence that was not in the input.
+Frames: a waveform of ``n`` samples has ``ceil(n / (hop * frames_per_token))`` frames and decodes to that many
+times ``hop * frames_per_token`` samples; the end of the last frame is silence that was not in the input.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class RVQConfig:
                 raise ConfigError(f"rvq-kmeans codec: {name} must be at least 1, got {getattr(self, name)}.")
         if self.griffin_lim_iterations < 0 or not 0 <= self.griffin_lim_momentum < 1:
             raise ConfigError(
-                "rvq-kmeans codec: griffin_lim_iterations must be >= 0 and griffin_lim_momentum in [0, 1), got "
-                f"{self.griffin_lim_iterations} and {self.griffin_lim_momentum}."
+                "rvq-kmeans codec: griffin_lim_iterations must be >= 0 and griffin_lim_momentum in [0, 1), "
+                f"got {self.griffin_lim_iterations} and {self.griffin_lim_momentum}."
             )
 
 
@@ -85,8 +85,8 @@ class RVQKMeansCodec:
         expected = (config.num_codebooks, config.codebook_size, width)
         if tuple(codebooks.shape) != expected or tuple(mean.shape) != (width,):
             raise TokenizerError(
-                f"rvq-kmeans codec: expected codebooks {list(expected)} and mean [{width}], got {list(codebooks.shape)} and "
-                f"{list(mean.shape)}."
+                f"rvq-kmeans codec: expected codebooks {list(expected)} and mean [{width}], got "
+                f"{list(codebooks.shape)} and {list(mean.shape)}."
             )
         self.config = config
         self.mean_F = mean.float().contiguous()
@@ -125,9 +125,10 @@ class RVQKMeansCodec:
             x_NF = x_NF[order[: config.max_fit_frames]]
         if len(x_NF) < config.codebook_size:
             raise TokenizerError(
-                f"rvq-kmeans codec: {config.codebook_size} codes need at least as many frames, got {len(x_NF)} "
-                f"({len(x_NF) * config.mel.hop * config.frames_per_token / config.mel.sample_rate:.1f} s of audio). Give more "
-                f"audio to fit on, or set codebook_size to at most {len(x_NF)}."
+                f"rvq-kmeans codec: {config.codebook_size} codes need at least as many frames, got "
+                f"{len(x_NF)} "
+                f"({len(x_NF) * config.mel.hop * config.frames_per_token / config.mel.sample_rate:.1f} s of "
+                f"audio). Give more audio to fit on, or set codebook_size to at most {len(x_NF)}."
             )
         mean_F = x_NF.mean(0)
         rest_NF = x_NF - mean_F
@@ -138,11 +139,12 @@ class RVQKMeansCodec:
                 rest_NF, config.codebook_size, seed=seed + stage, iterations=config.fit_iterations, what=what
             )
             books.append(book)
-            rest_NF = rest_NF - book[assign(rest_NF, book)]
+            rest_NF = rest_NF - book[assign(rest_NF, book, exact=False)]
         return cls(config, mean_F, torch.stack(books))
 
     def encode(self, x: np.ndarray) -> np.ndarray:
-        """Codes of a float32 waveform ``[n]`` at ``sample_rate``: int32 ``[ceil(n / frame_samples), num_codebooks]``.
+        """Codes of a float32 waveform ``[n]`` at ``sample_rate``: int32 ``[ceil(n / frame_samples),
+        num_codebooks]``.
 
         Raises:
             AudioError: an empty or unusable waveform.
@@ -168,7 +170,7 @@ class RVQKMeansCodec:
         )
 
     def log_mel(self, codes_TS: np.ndarray) -> torch.Tensor:
-        """Log-mel ``[T * frames_per_token, num_mels]`` that the codes stand for, before any phase is found."""
+        """Log-mel ``[T * frames_per_token, num_mels]`` that the codes stand for, before phase."""
         codes = torch.from_numpy(np.ascontiguousarray(codes_TS, dtype=np.int64))
         stages = torch.arange(self.config.num_codebooks)
         features_TF = self.codebooks_SKF[stages, codes].sum(1) + self.mean_F
@@ -207,7 +209,8 @@ class RVQKMeansCodec:
 
 
 def stack_frames(log_mel_TM: torch.Tensor, count: int) -> torch.Tensor:
-    """Join each ``count`` consecutive frames: ``[T, M]`` → ``[ceil(T / count), count * M]``; the last is repeated."""
+    """Join each ``count`` consecutive frames: ``[T, M]`` → ``[ceil(T / count), count * M]``; the last is
+    repeated."""
     missing = -len(log_mel_TM) % count
     if missing:
         log_mel_TM = torch.cat([log_mel_TM, log_mel_TM[-1:].expand(missing, -1)])
@@ -219,7 +222,8 @@ def beam_search(
 ) -> torch.Tensor:
     """Residual codes of each row, int64 ``[N, S]``, keeping the ``beam`` best partial sums at every stage.
 
-    ``beam=1`` is the greedy search. Rows go in chunks, so memory stays near ``chunk * beam * (K + F)`` floats.
+    ``beam=1`` is the greedy search. Rows go in chunks, so memory stays near ``chunk * beam * (K + F)``
+    floats.
     """
     squares_SK = codebooks_SKF.square().sum(2)
     found = []

@@ -1,7 +1,8 @@
 """``mfcc-kmeans``: discrete units of speech content by K-Means over MFCCs, the first iteration of HuBERT.
 
-``frames_per_token`` frames of 10 ms are averaged to one unit frame (2: 50 Hz), each feature is normalised by the mean and
-deviation of the fit's data, and the nearest of ``num_clusters`` centroids is the unit. Units say what is heard, not
+``frames_per_token`` frames of 10 ms are averaged to one unit frame (2: 50 Hz), each feature is normalised by
+the mean and deviation of the fit's data, and the nearest of ``num_clusters`` centroids is the unit. Units say
+what is heard, not
 how: they cannot be decoded to sound.
 
 Frames: ``ceil(n / (hop * frames_per_token))``, the same rule as the codec's, so codec_ssl frames match.
@@ -46,7 +47,8 @@ class SSLConfig:
                 raise ConfigError(f"mfcc-kmeans units: {name} must be at least 1, got {getattr(self, name)}.")
         if self.sample_rate < 8000 or self.sample_rate % 100:
             raise ConfigError(
-                f"mfcc-kmeans units: sample_rate must be a multiple of 100 Hz from 8000 Hz, got {self.sample_rate}."
+                f"mfcc-kmeans units: sample_rate must be a multiple of 100 Hz from 8000 Hz, got "
+                f"{self.sample_rate}."
             )
 
 
@@ -68,8 +70,8 @@ class MFCCKMeans:
         shapes = [tuple(mean.shape), tuple(scale.shape), tuple(centroids.shape)]
         if shapes != [(NUM_FEATURES,), (NUM_FEATURES,), (config.num_clusters, NUM_FEATURES)]:
             raise TokenizerError(
-                f"mfcc-kmeans units: expected mean and scale [{NUM_FEATURES}] and centroids [{config.num_clusters}, "
-                f"{NUM_FEATURES}], got {shapes}."
+                f"mfcc-kmeans units: expected mean and scale [{NUM_FEATURES}] and centroids "
+                f"[{config.num_clusters}, {NUM_FEATURES}], got {shapes}."
             )
         self.config = config
         self.mean_F, self.scale_F = mean.float().contiguous(), scale.float().contiguous()
@@ -107,9 +109,9 @@ class MFCCKMeans:
             x_NF = x_NF[order[: config.max_fit_frames]]
         if len(x_NF) < config.num_clusters:
             raise TokenizerError(
-                f"mfcc-kmeans units: {config.num_clusters} units need at least as many frames, got {len(x_NF)} "
-                f"({len(x_NF) * config.frames_per_token / 100:.1f} s of audio). Give more audio to fit on, or set num_clusters "
-                f"to at most {len(x_NF)}."
+                f"mfcc-kmeans units: {config.num_clusters} units need at least as many frames, got "
+                f"{len(x_NF)} ({len(x_NF) * config.frames_per_token / 100:.1f} s of audio). Give more audio "
+                f"to fit on, or set num_clusters to at most {len(x_NF)}."
             )
         mean_F = x_NF.mean(0)
         scale_F = x_NF.std(0, correction=0).clamp_min(1e-5)
@@ -137,7 +139,8 @@ class MFCCKMeans:
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Units cannot become sound: always raises :class:`TokenizerError`."""
         raise TokenizerError(
-            "mfcc-kmeans units hold no voice and cannot be decoded to sound; generate codec or codec_ssl frames instead."
+            "mfcc-kmeans units hold no voice and cannot be decoded to sound; generate codec or codec_ssl "
+            "frames instead."
         )
 
     @cached_property
@@ -165,7 +168,8 @@ class MFCCKMeans:
 
 
 def average_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
-    """Mean of each ``count`` consecutive frames, ``[ceil(T / count), F]``; the last frame is repeated to fill up."""
+    """Mean of each ``count`` consecutive frames, ``[ceil(T / count), F]``; the last frame is repeated to fill
+    up."""
     missing = -len(x_TF) % count
     if missing:
         x_TF = torch.cat([x_TF, x_TF[-1:].expand(missing, -1)])

@@ -1,9 +1,10 @@
 """Text tokenizers: SentencePiece trained on the user's own transcripts, or any fast Hugging Face tokenizer.
 
-SentencePiece is trained without normalisation (``identity``: no case folding, no NFKC, spaces kept), so ``decode(encode(x))
-== x`` for every string; clean the transcripts before, if they should be clean. ``byte_fallback`` is on: a character that
-was never seen becomes its UTF-8 bytes, and nothing is ever "unknown". One exception is SentencePiece's own: the character
-U+2581 (▁) stands for the space and comes back as one.
+SentencePiece is trained without normalisation (``identity``: no case folding, no NFKC, spaces kept), so
+``decode(encode(x)) == x`` for every string; clean the transcripts before, if they should be clean.
+``byte_fallback`` is on: a character that was never seen becomes its UTF-8 bytes, and nothing is ever
+"unknown". One exception is SentencePiece's own: the character U+2581 (▁) stands for the space and comes back
+as one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class TextConfig:
             )
         if self.vocab_size < _NUM_BYTES + 2:
             raise ConfigError(
-                f"text tokenizer: vocab_size must be at least {_NUM_BYTES + 2} (256 bytes are always in it), got {self.vocab_size}."
+                f"text tokenizer: vocab_size must be at least {_NUM_BYTES + 2} (256 bytes are always in "
+                f"it), got {self.vocab_size}."
             )
 
 
@@ -78,14 +80,15 @@ class SentencePieceText:
         lines = [line for text in texts for line in text.splitlines() if line.strip()]
         if not lines:
             raise TokenizerError(
-                "text tokenizer: no text to train on; the manifest's lines need a 'text' field that is not empty."
+                "text tokenizer: no text to train on; the manifest's lines need a 'text' field that is not "
+                "empty."
             )
         # One id for "unknown", the bytes, and every character that occurs (the space always).
         least = 1 + _NUM_BYTES + len({" "}.union(*lines))
         if config.vocab_size < least:
             raise TokenizerError(
-                f"text tokenizer: the texts have {least - 1 - _NUM_BYTES} different characters, so vocab_size must be at least "
-                f"{least}, got {config.vocab_size}."
+                f"text tokenizer: the texts have {least - 1 - _NUM_BYTES} different characters, so "
+                f"vocab_size must be at least {least}, got {config.vocab_size}."
             )
         return cls(_train(lines, config, config.vocab_size), config)
 
@@ -212,7 +215,8 @@ def check_text(x: Any) -> str:
         x.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"text tokenizer: character {error.start} is a lone surrogate and no valid text; read the file as UTF-8."
+            f"text tokenizer: character {error.start} is a lone surrogate and no valid text; read the file "
+            f"as UTF-8."
         ) from None
     return x
 
@@ -252,8 +256,8 @@ def _train(lines: list[str], config: TextConfig, vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         raise TokenizerError(
-            f"text tokenizer: SentencePiece cannot train {config.model_type} with {vocab_size} ids on {len(lines)} lines "
-            f"({str(error).strip().splitlines()[-1]}); ask for another vocab_size."
+            f"text tokenizer: SentencePiece cannot train {config.model_type} with {vocab_size} ids on "
+            f"{len(lines)} lines ({str(error).strip().splitlines()[-1]}); ask for another vocab_size."
         ) from None
     return model.getvalue()
 
