@@ -1,9 +1,9 @@
 """Putting samples into packs: a pure function of lengths, budget and seed, O(n log n).
 
-Best fit over bins bucketed by their free rows, with a bit set that finds the tightest bin in one step. Samples
-arrive in random order, so a pack mixes tasks and lengths; only the shortest ones are held back and dropped into
-the gaps at the end, longest first. That keeps packs random and almost full. Measured on speech-like lengths
-(105 to 1560) with 8192 rows on one Zen 3 core: 1M samples in 1.6 s, 99.8 % full.
+Packs are filled one after the other. Samples come in random order as long as they fit; what then stays free is
+filled with the longest samples that fit into it, found in one step by a bit set over the lengths that are left. So
+a pack is a random mixture of lengths and tasks, and still almost full. Measured on speech-like lengths (105 to
+1560 rows) with 8192 rows a pack on one Zen 3 core: 1M samples in 2.3 s, 99.8 % full.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ import heapq
 
 import numpy as np
 
-#: Share of the rows that is held back to fill gaps.
-FILLER = 0.3
-
 
 def pack_random(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[list[int]]:
-    """Pack in random order, the shortest samples last.
+    """Pack in random order.
 
     Args:
         lengths: rows of each sample, int ``[n]``, each in [1, budget].
@@ -27,22 +24,58 @@ def pack_random(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> l
     Returns:
         For each pack the indices into ``lengths``; each index stands in exactly one.
     """
-    order = rng.permutation(len(lengths))
-    ascending = np.argsort(lengths[order], kind="stable")
-    held = np.cumsum(lengths[order][ascending]) <= FILLER * lengths.sum()
-    filler = order[ascending[held]]
-    mask = np.ones(len(order), bool)
-    mask[ascending[held]] = False
-    return _best_fit(np.concatenate([order[mask], filler[::-1]]), lengths, budget)
+    order: list[int] = rng.permutation(len(lengths)).tolist()
+    rows: list[int] = lengths.tolist()
+    remaining = _ByLength(order, rows)
+    packs: list[list[int]] = []
+    pack: list[int] = []
+    left = budget
+    for item in order:
+        if remaining.taken[item]:
+            continue
+        if rows[item] > left:
+            while (filler := remaining.longest(left)) >= 0:
+                pack.append(filler)
+                left -= rows[filler]
+            packs.append(pack)
+            pack, left = [], budget
+            if remaining.taken[item]:
+                continue
+        remaining.taken[item] = 1
+        pack.append(item)
+        left -= rows[item]
+    if pack:
+        packs.append(pack)
+    return packs
 
 
 def pack_tight(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[list[int]]:
-    """Pack longest first (best-fit decreasing): how many packs it takes depends on the lengths alone.
+    """Pack longest first into the fullest pack with room (best-fit decreasing): as few packs as well may be.
 
-    Arguments and result are those of :func:`pack_random`; ``rng`` decides among equal lengths.
+    How many it takes depends on the lengths alone. Arguments and result are those of :func:`pack_random`; ``rng``
+    decides among equal lengths.
     """
     order = rng.permutation(len(lengths))
-    return _best_fit(order[np.argsort(-lengths[order], kind="stable")], lengths, budget)
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    packs: list[list[int]] = []
+    with_free: list[list[int]] = [[] for _ in range(budget + 1)]
+    free_rows = _BitSet(budget)
+    for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        free = free_rows.first_from(length)
+        if free < 0:
+            chosen, free = len(packs), budget
+            packs.append([item])
+        else:
+            chosen = with_free[free].pop()
+            packs[chosen].append(item)
+            if not with_free[free]:
+                free_rows.remove(free)
+        left = free - length
+        if left:
+            if not with_free[left]:
+                free_rows.add(left)
+            with_free[left].append(chosen)
+    return packs
 
 
 def split_to(packs: list[list[int]], count: int) -> list[list[int]]:
@@ -60,44 +93,75 @@ def split_to(packs: list[list[int]], count: int) -> list[list[int]]:
     return packs
 
 
-def _best_fit(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[list[int]]:
-    packs: list[list[int]] = []
-    with_free: list[list[int]] = [[] for _ in range(budget + 1)]  # bins by free rows
-    # Bit f of word w is set when some bin has 64 w + f free rows; bit w of `words` when word w is not zero.
-    word = [0] * (budget // 64 + 1)
-    words = 0
-    for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        w = length >> 6
-        tail = word[w] >> (length & 63)
-        if tail:
-            free = length + (tail & -tail).bit_length() - 1
-        else:
-            rest = words >> (w + 1)
-            if rest:
-                w = w + (rest & -rest).bit_length()
-                low = word[w]
-                free = (w << 6) + (low & -low).bit_length() - 1
-            else:
-                free = -1
-        if free < 0:
-            chosen = len(packs)
-            packs.append([item])
-            free = budget
-        else:
-            bucket = with_free[free]
-            chosen = bucket.pop()
-            packs[chosen].append(item)
-            if not bucket:
-                w = free >> 6
-                word[w] &= ~(1 << (free & 63))
-                if not word[w]:
-                    words &= ~(1 << w)
-        left = free - length
-        if left:
-            bucket = with_free[left]
-            if not bucket:
-                w = left >> 6
-                word[w] |= 1 << (left & 63)
-                words |= 1 << w
-            bucket.append(chosen)
-    return packs
+class _BitSet:
+    """Numbers in [0, limit] in two levels of bits: the next or last member from a number on in one step."""
+
+    def __init__(self, limit: int) -> None:
+        self._word = [0] * (limit // 64 + 1)
+        self._words = 0  # bit w is set when word w is not zero
+
+    def add(self, number: int) -> None:
+        self._word[number >> 6] |= 1 << (number & 63)
+        self._words |= 1 << (number >> 6)
+
+    def remove(self, number: int) -> None:
+        self._word[number >> 6] &= ~(1 << (number & 63))
+        if not self._word[number >> 6]:
+            self._words &= ~(1 << (number >> 6))
+
+    def first_from(self, number: int) -> int:
+        """The least member that is at least ``number``, or -1."""
+        w = number >> 6
+        high = self._word[w] >> (number & 63)
+        if high:
+            return number + (high & -high).bit_length() - 1
+        rest = self._words >> (w + 1)
+        if not rest:
+            return -1
+        w += (rest & -rest).bit_length()
+        low = self._word[w]
+        return (w << 6) + (low & -low).bit_length() - 1
+
+    def last_to(self, number: int) -> int:
+        """The greatest member that is at most ``number``, or -1."""
+        w = number >> 6
+        low = self._word[w] & ((2 << (number & 63)) - 1)
+        if not low:
+            rest = self._words & ((1 << w) - 1)
+            if not rest:
+                return -1
+            w = rest.bit_length() - 1
+            low = self._word[w]
+        return (w << 6) + low.bit_length() - 1
+
+
+class _ByLength:
+    """The items that are left, by length. Items that were taken otherwise are skipped when they come up."""
+
+    def __init__(self, order: list[int], rows: list[int]) -> None:
+        self.taken = bytearray(len(rows))
+        self._rows = rows
+        self._limit = max(rows, default=0)
+        self._items: list[list[int]] = [[] for _ in range(self._limit + 1)]
+        for item in order:
+            self._items[rows[item]].append(item)
+        self._lengths = _BitSet(self._limit)
+        for length, items in enumerate(self._items):
+            if items:
+                self._lengths.add(length)
+
+    def longest(self, most: int) -> int:
+        """Take the longest item of at most ``most`` rows and return it; -1 where there is none."""
+        most = min(most, self._limit)
+        while most > 0:
+            length = self._lengths.last_to(most)
+            if length < 0:
+                return -1
+            items = self._items[length]
+            while items:
+                item = items.pop()
+                if not self.taken[item]:
+                    self.taken[item] = 1
+                    return item
+            self._lengths.remove(length)
+        return -1

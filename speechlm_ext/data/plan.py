@@ -21,8 +21,11 @@ from speechlm_ext.data.shards import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.tasks import load_tasks
 
+#: Epochs that are packed to find P, unless an epoch has so many samples that one says it all.
 _PROBES = 4
-_DRAWS = 64
+_LARGE = 50_000
+#: Throws of the dice for an epoch before giving up; the later ones also try the tighter packing.
+_DRAWS = 16
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,7 @@ class PackPlan:
                 if len(longest)
                 else "there is no sample to pack; check the manifest, the tasks and their filters."
             )
-        fixed = not isinstance(samples, SampleTable) or samples.is_fixed
-        needs = []
-        for epoch in range(1 if fixed else _PROBES):
-            items, lengths = self._items(epoch, 0)
-            if not len(items):
-                raise PlanError(
-                    "no sample is drawn in an epoch; all factors are too small for so few samples."
-                )
-            needs.append((len(self._tight(lengths, epoch)), len(items)))
-        slack = 0 if fixed else max(1, max(n for n, _ in needs) // 500)
-        self.packs_per_epoch = min(max(n for n, _ in needs) + slack, min(k for _, k in needs))
+        self.packs_per_epoch = self._count_packs()
         """P, the same in every epoch."""
         self._cache: dict[int, tuple[list[np.ndarray], int]] = {}
         self._lock = threading.Lock()
@@ -144,13 +137,29 @@ class PackPlan:
                 self._cache[epoch] = self._make(epoch)
             return self._cache[epoch]
 
+    def _count_packs(self) -> int:
+        """P: the most that a few epochs need, and a little more where the data is large enough not to mind."""
+        if self._size_of_epoch() == 0:
+            raise PlanError("no sample is drawn in an epoch; all factors are too small for so few samples.")
+        large = self._size_of_epoch() >= _LARGE
+        counts = []
+        for epoch in range(1 if large else _PROBES):
+            _, lengths = self._items(epoch, 0)
+            counts.append(len(pack_random(lengths, self.budget, self._rng(epoch, 0))))
+            if not large:
+                # Longest first is the way out of an epoch whose throws are unlucky, so it must fit.
+                counts.append(len(pack_tight(lengths, self.budget, self._rng(epoch, 0))))
+        fixed = not isinstance(self._samples, SampleTable) or self._samples.is_fixed
+        slack = max(counts) // 500 if fixed else max(1, max(counts) // 500)
+        return min(max(counts) + slack, self._size_of_epoch())
+
     def _make(self, epoch: int) -> tuple[list[np.ndarray], int]:
         for draw in range(_DRAWS):
             items, lengths = self._items(epoch, draw)
-            rng = np.random.default_rng([self.seed, epoch, draw, 0])
+            rng = self._rng(epoch, draw)
             packs = pack_random(lengths, self.budget, rng)
-            if len(packs) > self.packs_per_epoch:
-                packs = self._tight(lengths, epoch)
+            if len(packs) > self.packs_per_epoch and draw >= _DRAWS // 4:
+                packs = pack_tight(lengths, self.budget, rng)
             if len(packs) > self.packs_per_epoch:
                 continue
             packs = split_to(packs, self.packs_per_epoch)
@@ -161,8 +170,16 @@ class PackPlan:
             "larger budget or whole factors."
         )
 
-    def _tight(self, lengths: np.ndarray, epoch: int) -> list[list[int]]:
-        return pack_tight(lengths, self.budget, np.random.default_rng([self.seed, epoch, 4]))
+    def _rng(self, epoch: int, draw: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, epoch, draw, 0])
+
+    def _size_of_epoch(self) -> int:
+        """Copies of samples in an epoch: the same in each."""
+        return (
+            int(self._samples.copies(0).sum())
+            if isinstance(self._samples, SampleTable)
+            else len(self._usable)
+        )
 
     def _items(self, epoch: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
         """The sample of every copy in an epoch, and its rows."""
