@@ -163,6 +163,8 @@ def test_bad_configs(options, message, tmp_path):
 def test_bad_single_requests(model_folder, tmp_path):
     with pytest.raises(ConfigError, match="-o out.wav"):
         run_generate(GenerateConfig(model_folder, "codec_ssl_plain_tts", text="one"))
+    with pytest.raises(GenerationError, match="names several trained tasks"):
+        run_generate(GenerateConfig(model_folder, "tts", text="one"))
     with pytest.raises(GenerationError, match="audio is missing"):
         run_generate(GenerateConfig(model_folder, "asr"))
     with pytest.raises(ConfigError, match="device"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from speechlm_ext.audio import write_wav
 from speechlm_ext.errors import ConfigError, GenerationError
+from speechlm_ext.generation.prompt import find_task
 from speechlm_ext.generation.records import ResultsFolder
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
 from speechlm_ext.generation.run import generate
@@ -116,8 +117,8 @@ def run_generate(cfg: GenerateConfig) -> int:
         resample=cfg.resample,
     )
     model = load_model(cfg)
-    template = next((t for t in model.tasks if cfg.task in (t.name, t.kind)), None)
-    if template is not None and template.targets[-1].modality.startswith("codec") and cfg.output is None:
+    template = find_task(request, model.tasks)
+    if template.targets[-1].modality.startswith("codec") and cfg.output is None:
         raise ConfigError(f"task {cfg.task!r} makes speech; say where to write it with -o out.wav.")
     _write_one(generate(model, [request])[0], cfg.output)
     return 0

@@ -145,7 +145,7 @@ def load_wave(
     if not resample:
         raise GenerationError(
             f"{where}: the recording has {found} Hz but the model's tokenizers take {rate} Hz; convert it, "
-            "or allow it with resample (--resample)."
+            "or allow it with resample (--resample true)."
         )
     return resample_audio(wave, found, rate)
 
