@@ -324,7 +324,7 @@ class TokenLayout:
             )
         except FileNotFoundError:
             raise LayoutError(f"no {FILE_NAME} at {path}; is this a token folder, checkpoint or model folder?") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, LayoutError):
                 raise
             raise LayoutError(f"{path}: not a token layout ({type(error).__name__}: {error}).") from None

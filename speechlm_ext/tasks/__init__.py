@@ -68,12 +68,20 @@ def parse_templates(text: str, where: str, allowed_ids: Iterable[int]) -> dict[s
     for number, row in enumerate(rows):
         keys = {"name", "id", "kind", "conditions", "targets"}
         if not isinstance(row, dict) or set(row) != keys:
-            got = sorted(row) if isinstance(row, dict) else type(row).__name__
+            got = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
             raise ConfigError(f"{where}: task {number} must have exactly the keys {sorted(keys)}, got {got}.")
         name = row["name"]
+        if not isinstance(name, str) or not name or not isinstance(row["kind"], str):
+            raise ConfigError(
+                f"{where}: task {number}: name and kind must be words, got {name!r} and {row['kind']!r}; quote numbers."
+            )
         sides = []
         for side in ("conditions", "targets"):
             entries = []
+            if not isinstance(row[side], list):
+                raise ConfigError(
+                    f"{where}: task {name!r}, {side}: expected a list of [field, modality], got {row[side]!r}."
+                )
             for item in row[side]:
                 if not (isinstance(item, list) and len(item) == 2 and item[0] in FIELDS and item[1] in MODALITIES):
                     raise ConfigError(
@@ -84,13 +92,13 @@ def parse_templates(text: str, where: str, allowed_ids: Iterable[int]) -> dict[s
             sides.append(tuple(entries))
         if not sides[1]:
             raise ConfigError(f"{where}: task {name!r} has no target; a task must produce something.")
-        if row["id"] not in allowed:
+        if not isinstance(row["id"], int) or row["id"] not in allowed:
             raise ConfigError(
                 f"{where}: task {name!r} has id {row['id']!r}; expected one of {min(allowed)} to {max(allowed)}."
             )
         if name in tasks or row["id"] in {t.id for t in tasks.values()}:
             raise ConfigError(f"{where}: task name {name!r} or id {row['id']} stands twice; give it another.")
-        tasks[name] = TaskTemplate(name, row["id"], str(row["kind"]), sides[0], sides[1])
+        tasks[name] = TaskTemplate(name, row["id"], row["kind"], sides[0], sides[1])
     return tasks
 
 
