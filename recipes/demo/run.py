@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import own_data  # noqa: E402
 import prepare_data  # noqa: E402
@@ -32,7 +34,7 @@ from make_requests import make_requests  # noqa: E402
 from speechlm_ext.errors import ConfigError, SpeechLMError  # noqa: E402
 from speechlm_ext.evaluation.machine import commit_of  # noqa: E402
 from speechlm_ext.tokenizers import TokenizerSet  # noqa: E402
-from speechlm_ext.utils.io import atomic_write_json, sha256_file  # noqa: E402
+from speechlm_ext.utils.io import atomic_write_json, atomic_write_text, sha256_file  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "demo.yaml"
@@ -101,8 +103,12 @@ def stage_tokenize(o: Options) -> None:
 
 
 def stage_plan(o: Options) -> None:
-    """Print the plan of the training run."""
-    speechlm("plan", *_train_arguments(o))
+    """Print the plan of the training run: the recipe's ``data`` part with the demo's token folder."""
+    data = yaml.safe_load(o.recipe.read_text("utf-8"))["data"] | {"tokens": [str(o.out / "tokens" / "train")]}
+    if o.own:
+        data["overlong"] = "drop"
+    atomic_write_text(o.out / "plan.yaml", yaml.safe_dump({"data": data}, sort_keys=False))
+    speechlm("plan", "--config", str(o.out / "plan.yaml"))
 
 
 def stage_train(o: Options) -> None:

@@ -27,6 +27,7 @@ from speechlm_ext.utils.io import atomic_write_json, storage_error
 
 STATE_NAME = "trainer_state.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
+LATEST = "latest"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -155,12 +156,21 @@ def _write(
         if folder.exists():  # a checkpoint of the same step from before a restart
             shutil.rmtree(folder)
         os.replace(temporary, folder)
+        _point_latest(folder)
     except SafetensorError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise storage_error(OSError(28 if "No space" in str(error) else 5, str(error)), folder) from error
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise storage_error(error, folder) from error
+
+
+def _point_latest(folder: Path) -> None:
+    """Let the link ``latest`` beside the checkpoint name it."""
+    link = folder.parent / f".latest-{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    os.replace(link, folder.parent / LATEST)
 
 
 def read_state(folder: Path) -> TrainerState:
@@ -212,6 +222,17 @@ def load_weights(model: SpeechLM, folder: Path) -> dict[str, Tensor]:
     return weights
 
 
+def _make_moments(engine: Any) -> None:
+    """Let ZeRO 1 and 2 have their moments before the first step, which is when they would make them."""
+    partitions = getattr(engine.optimizer, "single_partition_of_fp32_groups", None)
+    if partitions is None:
+        return
+    inner = _torch_optimizer(engine)
+    for flat in partitions:
+        inner.state[flat] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
 def load_optimizer(engine: Any, model: SpeechLM, folder: Path, weights: dict[str, Tensor], state: TrainerState) -> None:
     """Put a checkpoint's moments, step counter and fp32 masters into a fresh engine; all ranks call it.
 
@@ -220,6 +241,7 @@ def load_optimizer(engine: Any, model: SpeechLM, folder: Path, weights: dict[str
     """
     moments = _load_tensors(folder / OPTIMIZER_NAME)
     inner = _torch_optimizer(engine)
+    _make_moments(engine)
     for name, parameter in model.named_parameters():
         parts = {key: moments.get(f"{key}.{name}") for key in MOMENTS}
         if any(value is None for value in parts.values()):

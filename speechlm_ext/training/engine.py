@@ -102,13 +102,15 @@ def build_engine(model: nn.Module, config: TrainConfig) -> Any:
         fused=True,
     )
     world = torch.distributed.get_world_size()
+    # bf16 needs fp32 masters, which DeepSpeed keeps well only in its ZeRO optimizers; stage 1 gives the same result.
+    stage = max(config.zero_stage, 1) if config.precision == "bf16" else config.zero_stage
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.accumulation,
         "train_batch_size": config.accumulation * world,
         # Clipping to the global norm; the loss is already the mean over all that the step learns.
         "gradient_clipping": settings.clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.precision == "bf16"},
         "steps_per_print": 10**9,

@@ -1,0 +1,55 @@
+"""Do a list of training runs in a process of its own; the tests start it, also under torchrun.
+
+``drive.py TOKENS JSON``: the JSON is a list of settings that differ from the tiny ones, each with ``run_dir``. What
+became of each run is printed as one JSON list: null, or the error's text.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import config  # noqa: E402
+
+from speechlm_ext.errors import SpeechLMError  # noqa: E402
+from speechlm_ext.training import run_train, train  # noqa: E402
+
+WRITE_LINE = train._write_line
+
+
+class _Stop(Exception):
+    """Ends a run as a crash would, right after a step."""
+
+
+def do(tokens: Path, changes: dict) -> str | None:
+    stop_at, slow = changes.pop("stop_at", None), changes.pop("slow", 0)
+    budget, hidden = changes.pop("budget", None), changes.pop("hidden_size", None)
+    settings = config(Path(changes.pop("run_dir")), tokens, **changes)
+    if budget:
+        settings = replace(settings, data=replace(settings.data, budget=budget))
+    if hidden:
+        settings = replace(settings, model=replace(settings.model, hidden_size=hidden))
+
+    def write_line(log, meter, engine, names, state, lr):  # type: ignore[no-untyped-def]
+        if stop_at is not None and state.step > stop_at:
+            raise _Stop
+        WRITE_LINE(log, meter, engine, names, state, lr)
+        time.sleep(slow)
+
+    train._write_line = write_line
+    try:
+        run_train(settings)
+    except _Stop:
+        return None
+    except SpeechLMError as error:
+        return str(error)
+    return None
+
+
+if __name__ == "__main__":
+    results = [do(Path(sys.argv[1]), changes) for changes in json.loads(sys.argv[2])]
+    print("RESULTS " + json.dumps(results))
