@@ -12,7 +12,7 @@ import torch
 from python_tests.data_fixtures import waves
 from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
 from speechlm_ext.tokenizers import RVQConfig, RVQKMeansCodec, load_tokenizer
-from speechlm_ext.tokenizers.mel import MelConfig, MelSpectrogram
+from speechlm_ext.tokenizers.mel import MelConfig, MelSpectrogram, one_thread
 from speechlm_ext.tokenizers.rvq import beam_search
 
 
@@ -196,3 +196,18 @@ def test_mel_of_a_tone():
     centre = (mel.filters_MF[peak] * torch.arange(321)).sum() / mel.filters_MF[peak].sum() * 25
     assert abs(float(centre) - 1000) < 60 and 0.5 < float(bands[peak]) < 2.2
     assert float(bands[peak + 12 :].max()) < 0.01 and float(bands[: peak - 12].max()) < 0.01
+
+
+def test_one_thread_is_restored_after_overlapping_uses():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = one_thread(), one_thread()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_num_threads() == 1
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -15,9 +15,8 @@ hop``.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -163,15 +162,37 @@ class MelSpectrogram:
         return torch.istft(spectrum_TF.T, c.n_fft, c.hop, c.window, self._window, center=True, length=length)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread inside: its FFTs of short frames are up to 30 times slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+class _OneThread:
+    """Run torch on one thread inside: its FFTs of short frames are up to 30 times slower on several.
+
+    The thread count is the process's, so overlapping uses are counted: the first sets it, the last restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._threads = 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._depth == 0:
+                self._threads = torch.get_num_threads()
+                torch.set_num_threads(1)
+            self._depth += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                torch.set_num_threads(self._threads)
+
+
+_ONE_THREAD = _OneThread()
+
+
+def one_thread() -> _OneThread:
+    """The shared guard; see :class:`_OneThread`."""
+    return _ONE_THREAD
 
 
 def _hz_to_mel(hz: float) -> float:
