@@ -99,7 +99,9 @@ class CMakeBuild(build_ext):
             subprocess.run(configure, check=True)
             subprocess.run([find_tool("cmake"), "--build", str(build_dir), "--parallel", jobs], check=True)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"speechlm_ext: the native build failed (exit {error.returncode}); see above") from None
+            raise SystemExit(
+                f"speechlm_ext: the native build failed (exit {error.returncode}); see above"
+            ) from None
         target.parent.mkdir(parents=True, exist_ok=True)
         built = build_dir / "lib" / target.name
         # A new file, not an overwrite: a running process may have the old one mapped.

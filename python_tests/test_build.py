@@ -36,7 +36,9 @@ def configure(build: Path, env: dict[str, str] | None = None, **options: str) ->
 def test_module_needs_no_torch_no_driver_and_no_second_openmp():
     if shutil.which("readelf") is None:
         pytest.skip("readelf is not installed")
-    out = subprocess.run(["readelf", "-d", native.__file__], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        ["readelf", "-d", native.__file__], capture_output=True, text=True, check=True
+    ).stdout
     needed = re.findall(r"NEEDED.*\[(.+?)\]", out)
     assert needed, out
     foreign = [n for n in needed if re.search(r"torch|c10|cuda|gomp|omp", n)]

@@ -12,8 +12,7 @@
 #include <cuda_runtime.h>
 
 // SX_LAUNCH(kernel<T>, grid, block, dynamic_smem_bytes, stream, args...)
-#define SX_LAUNCH(kernel, grid, block, smem, stream, ...) \
-  kernel<<<(grid), (block), (smem), (stream)>>>(__VA_ARGS__)
+#define SX_LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<(grid), (block), (smem), (stream)>>>(__VA_ARGS__)
 // SX_SHARED(float, tile, 256) declares static shared memory; SX_DYNAMIC_SHARED(float, tile) the dynamic part.
 #define SX_SHARED(type, name, count) __shared__ type name[count]
 #define SX_DYNAMIC_SHARED(type, name)                                \

@@ -43,8 +43,8 @@ struct TensorView {
   Device device = Device::kOther;
   int device_index = -1;  // -1 on the CPU
   std::vector<int64_t> sizes;
-  std::vector<int64_t> strides;    // in elements
-  std::string not_a_tensor;        // the Python type's name when the argument was no tensor at all
+  std::vector<int64_t> strides;  // in elements
+  std::string not_a_tensor;      // the Python type's name when the argument was no tensor at all
 
   int64_t rank() const { return static_cast<int64_t>(sizes.size()); }
 
@@ -92,12 +92,11 @@ struct TensorView {
       wanted += (wanted.empty() ? "" : " or ") + std::string(name_of(d));
     }
     SX_CHECK(dtype_ok, name, " must be ", wanted, "; got ", describe());
-    SX_CHECK(rank() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(),
-             " dimensions; got ", describe());
+    SX_CHECK(rank() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions; got ",
+             describe());
     size_t d = 0;
     for (int64_t size : shape) {
-      SX_CHECK(size < 0 || sizes[d] == size, name, " must have size ", size, " in dimension ", d, "; got ",
-               describe());
+      SX_CHECK(size < 0 || sizes[d] == size, name, " must have size ", size, " in dimension ", d, "; got ", describe());
       ++d;
     }
     SX_CHECK(is_contiguous(), name, " must be contiguous; got ", describe(), " with other strides");

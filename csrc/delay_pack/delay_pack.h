@@ -47,12 +47,12 @@ struct DelayPackMeta {
 template <typename Id>
 struct DelayPackArgs {
   DelayPackShape shape;
-  DelayPackMeta meta;       // memory of the device that runs the kernel
-  const Id* ids = nullptr;  // [num_frames, S]
-  const float* weight = nullptr;  // [num_frames, S]; null: 1 for every id
-  Id* out_ids = nullptr;          // [num_rows, S]
-  Id* out_labels = nullptr;       // [num_rows, S]
-  float* out_weight = nullptr;    // [num_rows, S]
+  DelayPackMeta meta;                 // memory of the device that runs the kernel
+  const Id* ids = nullptr;            // [num_frames, S]
+  const float* weight = nullptr;      // [num_frames, S]; null: 1 for every id
+  Id* out_ids = nullptr;              // [num_rows, S]
+  Id* out_labels = nullptr;           // [num_rows, S]
+  float* out_weight = nullptr;        // [num_rows, S]
   int32_t* out_position = nullptr;    // [num_rows]
   int32_t* out_cu_seqlens = nullptr;  // [n+1]
 };
@@ -93,8 +93,7 @@ SX_HOST_DEVICE inline Id wrapping_add(Id id, int64_t offset) {
 }
 
 // The segment that holds `row`: the last i in [lo, hi) whose first row, offsets[i] + i * tail, is at most `row`.
-SX_HOST_DEVICE inline int64_t find_segment(const int64_t* offsets, int64_t tail, int64_t row, int64_t lo,
-                                           int64_t hi) {
+SX_HOST_DEVICE inline int64_t find_segment(const int64_t* offsets, int64_t tail, int64_t row, int64_t lo, int64_t hi) {
   while (hi - lo > 1) {
     const int64_t middle = lo + (hi - lo) / 2;
     if (offsets[middle] + middle * tail <= row) {

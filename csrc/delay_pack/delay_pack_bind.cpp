@@ -14,7 +14,8 @@ constexpr auto kIds = {DType::kInt32, DType::kInt64};
 
 void require_cuda_build(const char* op) {
 #ifndef SPEECHLM_HAVE_CUDA
-  SX_CHECK(false, op, ": this build has no CUDA kernels (`speechlm doctor` tells why); install with nvcc on PATH and "
+  SX_CHECK(false, op,
+           ": this build has no CUDA kernels (`speechlm doctor` tells why); install with nvcc on PATH and "
            "SPEECHLM_CUDA=ON, or move the tensors to the CPU");
 #else
   (void)op;
@@ -58,8 +59,8 @@ void delay_pack(const TensorView& ids, const std::optional<TensorView>& weight, 
   const int64_t S = ids.sizes[1];
   host_table.expect("delay_pack: host_table", {DType::kInt64}, Device::kCpu, {-1});
   table.expect("delay_pack: table", {DType::kInt64}, on, {host_table.sizes[0]});
-  const DelayPackShape shape = delay_pack_shape(host_table.ptr<int64_t>(), host_table.sizes[0], num_segments, S,
-                                                ids.sizes[0], trim);
+  const DelayPackShape shape =
+      delay_pack_shape(host_table.ptr<int64_t>(), host_table.sizes[0], num_segments, S, ids.sizes[0], trim);
   if (weight) weight->expect("delay_pack: loss_weight", {DType::kFloat32}, on, {ids.sizes[0], S});
   out_ids.expect("delay_pack: out_ids", {ids.dtype}, on, {shape.num_rows, S});
   out_labels.expect("delay_pack: out_labels", {ids.dtype}, on, {shape.num_rows, S});
@@ -115,8 +116,8 @@ void bind_delay_pack(py::module_& m) {
   m.def("delay_pack", &delay_pack, py::arg("ids"), py::arg("loss_weight").none(true), py::arg("host_table"),
         py::arg("table"), py::arg("num_segments"), py::arg("trim"), py::arg("out_ids"), py::arg("out_labels"),
         py::arg("out_weight"), py::arg("position"), py::arg("cu_seqlens"), py::arg("threads"), py::arg("stream"));
-  m.def("delay_unpack", &delay_unpack, py::arg("ids"), py::arg("host_table"), py::arg("table"),
-        py::arg("num_segments"), py::arg("out"), py::arg("threads"), py::arg("stream"));
+  m.def("delay_unpack", &delay_unpack, py::arg("ids"), py::arg("host_table"), py::arg("table"), py::arg("num_segments"),
+        py::arg("out"), py::arg("threads"), py::arg("stream"));
 }
 
 }  // namespace speechlm

@@ -73,8 +73,8 @@ class Packer {
     }
   }
 
-  // One stream after the other: the tile stays in L1, and the loop's body is a load, an add and a store. A row's weights
-  // belong to the row before it, whose labels they weigh.
+  // One stream after the other: the tile stays in L1, and the loop's body is a load, an add and a store. A row's
+  // weights belong to the row before it, whose labels they weigh.
   void inner_rows(int64_t begin, int64_t end, int64_t first, const Id* ids, const float* weight) const {
     const int64_t rows = end - begin;
     for (int64_t s = 0; s < S_; ++s) {
@@ -118,9 +118,8 @@ DelayPackShape delay_pack_shape(const int64_t* table, int64_t table_len, int64_t
                                 int64_t num_frames, bool trim) {
   SX_CHECK(num_segments >= 0, "delay_pack: offsets must have at least one entry");
   SX_CHECK(num_streams >= 1, "delay_pack: ids must have at least one stream; got ", num_streams);
-  SX_CHECK(table_len == num_segments + 1 + 3 * num_streams, "delay_pack: the table has ", table_len,
-           " entries; ", num_segments, " segments and ", num_streams, " streams need ",
-           num_segments + 1 + 3 * num_streams);
+  SX_CHECK(table_len == num_segments + 1 + 3 * num_streams, "delay_pack: the table has ", table_len, " entries; ",
+           num_segments, " segments and ", num_streams, " streams need ", num_segments + 1 + 3 * num_streams);
   DelayPackShape shape;
   shape.num_segments = num_segments;
   shape.num_streams = num_streams;
@@ -162,8 +161,7 @@ DelayPackShape delay_unpack_shape(const int64_t* cu_seqlens, const int64_t* out_
     SX_CHECK(delays[s] >= 0, "delay_unpack: delays[", s, "] must be 0 or more frames; got ", delays[s]);
     shape.max_delay = std::max(shape.max_delay, delays[s]);
   }
-  SX_CHECK(cu_seqlens[0] == 0 && out_offsets[0] == 0, "delay_unpack: cu_seqlens must start at 0; got ",
-           cu_seqlens[0]);
+  SX_CHECK(cu_seqlens[0] == 0 && out_offsets[0] == 0, "delay_unpack: cu_seqlens must start at 0; got ", cu_seqlens[0]);
   for (int64_t i = 0; i < num_segments; ++i) {
     const int64_t rows = cu_seqlens[i + 1] - cu_seqlens[i];
     SX_CHECK(rows >= 0, "delay_unpack: cu_seqlens must not fall; cu_seqlens[", i + 1, "] = ", cu_seqlens[i + 1],
@@ -172,8 +170,8 @@ DelayPackShape delay_unpack_shape(const int64_t* cu_seqlens, const int64_t* out_
              "delay_unpack: segment ", i, " has ", rows, " rows, which does not fit its ",
              out_offsets[i + 1] - out_offsets[i], " frames");
   }
-  SX_CHECK(cu_seqlens[num_segments] == num_rows, "delay_unpack: cu_seqlens must end at the number of rows, ",
-           num_rows, "; got ", cu_seqlens[num_segments]);
+  SX_CHECK(cu_seqlens[num_segments] == num_rows, "delay_unpack: cu_seqlens must end at the number of rows, ", num_rows,
+           "; got ", cu_seqlens[num_segments]);
   SX_CHECK(out_offsets[num_segments] == num_frames, "delay_unpack: the output has ", num_frames, " frames; ",
            out_offsets[num_segments], " are needed");
   return shape;

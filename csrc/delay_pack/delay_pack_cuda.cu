@@ -11,8 +11,7 @@ constexpr int kThreads = 256;
 constexpr int kTileElements = 2048;
 
 template <typename Id>
-__global__ void __launch_bounds__(kThreads)
-    delay_pack_kernel(const DelayPackArgs<Id> a, const int tile_rows) {
+__global__ void __launch_bounds__(kThreads) delay_pack_kernel(const DelayPackArgs<Id> a, const int tile_rows) {
   const DelayPackShape& shape = a.shape;
   const int S = static_cast<int>(shape.num_streams);
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -55,8 +54,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Id>
-__global__ void __launch_bounds__(kThreads)
-    delay_unpack_kernel(const DelayUnpackArgs<Id> a, const int tile_rows) {
+__global__ void __launch_bounds__(kThreads) delay_unpack_kernel(const DelayUnpackArgs<Id> a, const int tile_rows) {
   const int S = static_cast<int>(a.shape.num_streams);
   const int64_t num_tiles = (a.shape.num_frames + tile_rows - 1) / tile_rows;
   for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {

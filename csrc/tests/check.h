@@ -37,7 +37,7 @@ std::string error_of(const Body& body) {
 }  // namespace speechlm::testing
 
 #define EXPECT(condition) speechlm::testing::expect((condition), #condition, __FILE__, __LINE__)
-#define TEST(name)                                                         \
-  static void test_##name();                                               \
+#define TEST(name)                                                          \
+  static void test_##name();                                                \
   static const speechlm::testing::Registrar reg_##name(#name, test_##name); \
   static void test_##name()

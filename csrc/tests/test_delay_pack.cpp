@@ -71,9 +71,15 @@ void compare(const Case& c, int threads) {
 
 TEST(delay_pack_matches_its_definition) {
   const std::vector<Case> cases = {
-      {{5, 0, 3}, {0, 1, 2}, false},    {{5, 0, 3}, {0, 1, 2}, true},      {{1, 2, 3000, 1}, {4, 0, 9}, false},
-      {{2000}, {0}, false},             {{7, 900, 2}, {3, 3, 3, 3}, true}, {{0, 0}, {2, 5}, false},
-      {{0, 0}, {2, 5}, true},           {{}, {1}, false},                  {std::vector<int64_t>(999, 2), {0, 1}, false},
+      {{5, 0, 3}, {0, 1, 2}, false},
+      {{5, 0, 3}, {0, 1, 2}, true},
+      {{1, 2, 3000, 1}, {4, 0, 9}, false},
+      {{2000}, {0}, false},
+      {{7, 900, 2}, {3, 3, 3, 3}, true},
+      {{0, 0}, {2, 5}, false},
+      {{0, 0}, {2, 5}, true},
+      {{}, {1}, false},
+      {std::vector<int64_t>(999, 2), {0, 1}, false},
       {{20000}, {0, 1, 2, 3, 4, 5, 6, 7, 8}, false},
   };
   for (const Case& c : cases) {

@@ -37,7 +37,9 @@ def assert_same(batch, expected):
     for name, want in zip(FIELDS, expected, strict=True):
         got = getattr(batch, name)
         assert got.dtype == want.dtype, name
-        torch.testing.assert_close(got, want.to(got.device), rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got, want.to(got.device), rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("tail", ["keep", "trim"])
@@ -140,7 +142,9 @@ def test_roundtrip(case):
     assert len(back) == len(segments)
     for got, want in zip(back, segments, strict=True):
         assert torch.equal(got, want)
-    for got, want in zip(back, reference.delay_unpack(batch.ids, batch.cu_seqlens, delays=delays), strict=True):
+    for got, want in zip(
+        back, reference.delay_unpack(batch.ids, batch.cu_seqlens, delays=delays), strict=True
+    ):
         assert torch.equal(got, want)
 
 
@@ -207,25 +211,43 @@ GOOD = dict(delays=[0, 1], pad_ids=[0, 0])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sx.ops.delay_pack([IDS.float()], **GOOD), r"segments\[0\] must be int32 or int64 .* float32 \[4, 2\]"),
+        (
+            lambda: sx.ops.delay_pack([IDS.float()], **GOOD),
+            r"segments\[0\] must be int32 or int64 .* float32 \[4, 2\]",
+        ),
         (lambda: sx.ops.delay_pack([IDS, IDS.int()], **GOOD), r"segments\[1\] is int32"),
-        (lambda: sx.ops.delay_pack([IDS, IDS[:, :1]], **GOOD), r"segments\[1\] has 1 streams but delays has 2"),
+        (
+            lambda: sx.ops.delay_pack([IDS, IDS[:, :1]], **GOOD),
+            r"segments\[1\] has 1 streams but delays has 2",
+        ),
         (lambda: sx.ops.delay_pack([IDS[0]], **GOOD), r"segments\[0\] must be"),
         (lambda: sx.ops.delay_pack([[1, 2]], **GOOD), r"segments\[0\] must be a tensor; got a list"),
         (lambda: sx.ops.delay_pack([IDS], delays=[0, -1], pad_ids=[0, 0]), "delays must be 0 or more"),
         (lambda: sx.ops.delay_pack([IDS], delays=[], pad_ids=[]), "at least one value"),
         (lambda: sx.ops.delay_pack([IDS], delays=[0, 1], pad_ids=[0]), "pad_ids must have 2 values"),
         (lambda: sx.ops.delay_pack([IDS], **GOOD, id_offsets=[1]), "id_offsets must have 2 values"),
-        (lambda: sx.ops.delay_pack([IDS.int()], delays=[0, 1], pad_ids=[0, 2**40]), r"pad_ids\[1\] = .* does not fit"),
+        (
+            lambda: sx.ops.delay_pack([IDS.int()], delays=[0, 1], pad_ids=[0, 2**40]),
+            r"pad_ids\[1\] = .* does not fit",
+        ),
         (lambda: sx.ops.delay_pack([IDS], **GOOD, tail="drop"), 'tail must be "keep" or "trim"'),
-        (lambda: sx.ops.delay_pack((IDS, [0, 3, 2, 4]), **GOOD), r"offsets must not fall; offsets\[2\] = 2 after 3"),
-        (lambda: sx.ops.delay_pack((IDS, [0, 3]), **GOOD), "last offset must be the number of frames, 4; got 3"),
+        (
+            lambda: sx.ops.delay_pack((IDS, [0, 3, 2, 4]), **GOOD),
+            r"offsets must not fall; offsets\[2\] = 2 after 3",
+        ),
+        (
+            lambda: sx.ops.delay_pack((IDS, [0, 3]), **GOOD),
+            "last offset must be the number of frames, 4; got 3",
+        ),
         (lambda: sx.ops.delay_pack((IDS, [1, 4]), **GOOD), "must start at 0; got 1"),
         (lambda: sx.ops.delay_pack((IDS, [0, 9]), **GOOD), "last offset"),
         (lambda: sx.ops.delay_pack((IDS, []), **GOOD), "offsets"),
         (lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[IDS]), r"loss_weight must be float \[4, 2\]"),
         (lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[]), "0 entries for 1 segments"),
-        (lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[torch.ones(3, 2)]), r"loss_weight\[0\] has 3 frames"),
+        (
+            lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[torch.ones(3, 2)]),
+            r"loss_weight\[0\] has 3 frames",
+        ),
         (lambda: sx.ops.delay_pack([IDS], delays=[0, 2**31 - 1], pad_ids=[0, 0]), "more than cu_seqlens"),
         (lambda: sx.ops.delay_unpack(IDS, [0, 5], delays=[0, 1]), "must end at the number of rows, 4; got 5"),
         (lambda: sx.ops.delay_unpack(IDS, [0, 3, 1, 4], delays=[0, 1]), "must not fall"),

@@ -90,7 +90,11 @@ def test_compiles():
     [
         (torch.zeros(3, 2), {}, "ids must be int32 or int64"),
         (torch.zeros(3, dtype=torch.int64), {}, r"ids must be int32 or int64 \[N, S\]"),
-        (torch.tensor([[1, 2], [3, 20]]), {}, r"ids\[1, 1\] \(row 1, stream 1\) is 20; the table has rows 0 to 19"),
+        (
+            torch.tensor([[1, 2], [3, 20]]),
+            {},
+            r"ids\[1, 1\] \(row 1, stream 1\) is 20; the table has rows 0 to 19",
+        ),
         (torch.tensor([[1, -2]]), {}, r"ids\[0, 1\]"),
         (torch.tensor([[1, 12]]), dict(offsets=[0, 10]), "with offset 10 row 22"),
         (torch.tensor([[1, 2]]), dict(offsets=[0]), "offsets must have 2 values"),

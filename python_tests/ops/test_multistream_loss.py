@@ -111,9 +111,12 @@ def test_statistics_per_stream():
 def test_chunks_change_nothing(monkeypatch):
     scopes, parts, targets, weights = make_case("full_and_own", num_rows=64)
     hidden, weight, embed, bias = parts
-    run = lambda: sx.ops.multistream_loss(  # noqa: E731
-        hidden, weight, targets, weights, scopes=scopes, stream_embed=embed, bias=bias
-    )
+
+    def run():
+        return sx.ops.multistream_loss(
+            hidden, weight, targets, weights, scopes=scopes, stream_embed=embed, bias=bias
+        )
+
     whole = torch.autograd.grad(run().loss_sum, parts)
     monkeypatch.setattr(internals, "_MIN_ROWS", 7)
     monkeypatch.setattr(internals, "_CHUNK_BYTES", {"cpu": 1})
@@ -166,9 +169,10 @@ def test_narrow_dtypes_sum_in_float32(dtype):
 
 def test_under_autocast_and_no_grad():
     scopes, parts, targets, weights = make_case("full_and_own", dtype=torch.float32)
-    call = lambda: sx.ops.multistream_loss(  # noqa: E731
-        parts[0], parts[1], targets, weights, scopes=scopes
-    ).loss_sum
+
+    def call():
+        return sx.ops.multistream_loss(parts[0], parts[1], targets, weights, scopes=scopes).loss_sum
+
     plain = call()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(call(), plain)
@@ -197,7 +201,11 @@ TWO = [[(0, 10)], [(0, 10)]]
         ((H, W, T, L), dict(scopes=[[(0, 10)], []]), r"scopes\[1\] is empty"),
         ((H, W, T, L), dict(scopes=[[(0, 10)], [(3, 11)]]), r"scopes\[1\] has \(3, 11\)"),
         ((H, W, T, L), dict(scopes=[[(0, 10)], [(3, 6), (5, 8)]]), r"intervals of scopes\[1\] overlap"),
-        ((H, W, T, L), dict(scopes=[[(0, 10)], [(3, 6)]]), r"targets\[0, 1\] \(row 0, stream 1\) is id 0, outside"),
+        (
+            (H, W, T, L),
+            dict(scopes=[[(0, 10)], [(3, 6)]]),
+            r"targets\[0, 1\] \(row 0, stream 1\) is id 0, outside",
+        ),
         ((H, W, T, L), dict(stream_embed=W), r"stream_embed must be \[2, 4\]"),
         ((H, W, T, L), dict(bias=W), r"bias must be \[10\]"),
         ((H, W, T, L), dict(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\)"),

@@ -15,7 +15,12 @@ SCOPES = [torch.tensor([EOS, 10, 11, 12]), torch.tensor([20, 21]), torch.tensor(
 
 def make_state(batch_size=2, delays=(0, 1, 2), **options):
     return DecodeState.new(
-        batch_size, scope_ids=SCOPES, delays=delays, pad_ids=PADS, eos_id=EOS, **{"temperature": 0.0, **options}
+        batch_size,
+        scope_ids=SCOPES,
+        delays=delays,
+        pad_ids=PADS,
+        eos_id=EOS,
+        **{"temperature": 0.0, **options},
     )
 
 
@@ -44,7 +49,12 @@ def test_philox_known_answers():
     assert words == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0]
     parts = [torch.tensor([w]) for w in pi]
-    assert [int(w) for w in internals.philox(parts[:4], parts[4:])] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+    assert [int(w) for w in internals.philox(parts[:4], parts[4:])] == [
+        0xD16CFE09,
+        0x94FDCCEB,
+        0x5001E420,
+        0x24126EA1,
+    ]
 
 
 def test_greedy_takes_the_lowest_index_among_equals():
@@ -58,7 +68,11 @@ def test_frequencies_follow_the_softmax():
     numbers = internals.uniform(torch.full((count,), 7), torch.arange(count), 3)
     assert float(numbers.min()) >= 0 and float(numbers.max()) < 1
     column, logprob, failed = internals.sample_rows(
-        logits.expand(count, 4), torch.full((count,), 0.7), torch.zeros(count).long(), torch.ones(count), numbers
+        logits.expand(count, 4),
+        torch.full((count,), 0.7),
+        torch.zeros(count).long(),
+        torch.ones(count),
+        numbers,
     )
     expected = (logits / 0.7).softmax(0)
     frequency = torch.bincount(column, minlength=4) / count
@@ -102,7 +116,9 @@ def test_tokens_do_not_depend_on_the_batch():
     together = torch.stack([multistream_sample(logits, advance_by(state, n)).tokens for n in range(5)])
     order = [4, 0, 2]
     part = make_state(3, seed=seeds[order], **settings)
-    alone = torch.stack([multistream_sample([x[order] for x in logits], advance_by(part, n)).tokens for n in range(5)])
+    alone = torch.stack(
+        [multistream_sample([x[order] for x in logits], advance_by(part, n)).tokens for n in range(5)]
+    )
     assert torch.equal(together[:, order], alone)
     assert len(together[:, :, 0].unique()) > 1
 
@@ -140,20 +156,28 @@ def test_no_delay_and_a_delayed_first_stream():
 
 
 def test_length_limits_per_request():
-    state = make_state(3, temperature=1.0, min_frames=torch.tensor([4, 0, 2]), max_frames=torch.tensor([4, 0, 6]))
+    state = make_state(
+        3, temperature=1.0, min_frames=torch.tensor([4, 0, 2]), max_frames=torch.tensor([4, 0, 6])
+    )
     torch.manual_seed(1)
     _, state = roll(state, lambda n: make_logits(3))
     assert state.finish[0] == 4 and state.finish[1] == 0 and 2 <= int(state.finish[2]) <= 6
 
 
 def test_inactive_streams_are_fill_and_end_at_once():
-    rows, state = roll(make_state(1, active=[True, False, False]), lambda n: make_logits(1, [9.0, 0.0, 0.0, 0.0]))
+    rows, state = roll(
+        make_state(1, active=[True, False, False]), lambda n: make_logits(1, [9.0, 0.0, 0.0, 0.0])
+    )
     assert rows.tolist() == [[[EOS, 90, 91]]]
     assert bool(state.is_done)
 
 
 def test_allowed_masks_per_request():
-    allowed = [torch.tensor([[False, True, False, False], [True, False, False, True]]), None, torch.tensor([False, True])]
+    allowed = [
+        torch.tensor([[False, True, False, False], [True, False, False, True]]),
+        None,
+        torch.tensor([False, True]),
+    ]
     state = make_state(2, temperature=1.0, allowed=allowed)
     for _ in range(4):
         step = multistream_sample(make_logits(), state)
@@ -192,7 +216,10 @@ def test_logprob_is_of_the_token():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: multistream_sample(make_logits()[:2], make_state()), "logits has 2 streams, the state has 3"),
+        (
+            lambda: multistream_sample(make_logits()[:2], make_state()),
+            "logits has 2 streams, the state has 3",
+        ),
         (lambda: multistream_sample(make_logits(3), make_state(2)), r"logits\[0\] must be float \[2, 4\]"),
         (lambda: make_state(top_p=0.0), "top_p above 0"),
         (lambda: make_state(temperature=-1.0), "temperature and top_k must be 0 or more"),

@@ -60,10 +60,20 @@ def describe(value: object) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 
 
+def partition_hint(parameter: Tensor) -> str:
+    """What a one-dimensional weight most likely is; "" for any other."""
+    if parameter.dim() != 1:
+        return ""
+    return " (a parameter that ZeRO-3 has partitioned? Call this inside its module's forward)"
+
+
 def int_list(values: Sequence[int] | Tensor, name: str, length: int | None = None) -> list[int]:
     """``values`` as plain ints, checked for length; ``name`` is the argument's name with its op."""
     out = values.tolist() if isinstance(values, Tensor) else [int(v) for v in values]
-    check(length is None or len(out) == length, f"{name} must have {length} values, one per stream; got {len(out)}")
+    check(
+        length is None or len(out) == length,
+        f"{name} must have {length} values, one per stream; got {len(out)}",
+    )
     return out
 
 

@@ -94,7 +94,11 @@ def delay_pack(
     check(num_streams >= 1, "delay_pack: delays must have at least one value")
     check(min(delays) >= 0, f"delay_pack: delays must be 0 or more rows; got {delays}")
     pad_ids = int_list(pad_ids, "delay_pack: pad_ids", num_streams)
-    id_offsets = [0] * num_streams if id_offsets is None else int_list(id_offsets, "delay_pack: id_offsets", num_streams)
+    id_offsets = (
+        [0] * num_streams
+        if id_offsets is None
+        else int_list(id_offsets, "delay_pack: id_offsets", num_streams)
+    )
     check(tail in ("keep", "trim"), f'delay_pack: tail must be "keep" or "trim"; got {tail!r}')
     if isinstance(segments, tuple) and len(segments) == 2 and not _is_segment(segments[1]):
         flat, offsets = _flat_form(segments[0], segments[1], num_streams)
@@ -104,7 +108,9 @@ def delay_pack(
     for s, pad in enumerate(pad_ids):
         check(limits.min <= pad <= limits.max, f"delay_pack: pad_ids[{s}] = {pad} does not fit {flat.dtype}")
     weight = _flat_weight(loss_weight, flat, offsets)
-    outputs = torch.ops.speechlm_ext.delay_pack(flat, offsets, delays, pad_ids, id_offsets, weight, tail == "trim")
+    outputs = torch.ops.speechlm_ext.delay_pack(
+        flat, offsets, delays, pad_ids, id_offsets, weight, tail == "trim"
+    )
     return PackedBatch(*outputs)
 
 
@@ -182,10 +188,14 @@ def _list_form(segments: Sequence[Tensor], num_streams: int) -> tuple[Tensor, Te
     return segments[0] if len(segments) == 1 else torch.cat(list(segments)), offsets
 
 
-def _flat_weight(loss_weight: Sequence[Tensor] | Tensor | None, flat: Tensor, offsets: Tensor) -> Tensor | None:
+def _flat_weight(
+    loss_weight: Sequence[Tensor] | Tensor | None, flat: Tensor, offsets: Tensor
+) -> Tensor | None:
     if loss_weight is None:
         return None
-    if not isinstance(loss_weight, Tensor):
+    if isinstance(loss_weight, Tensor):
+        weight_flat = loss_weight
+    else:
         num_segments = offsets.shape[0] - 1
         check(
             len(loss_weight) == num_segments,
@@ -201,12 +211,15 @@ def _flat_weight(loss_weight: Sequence[Tensor] | Tensor | None, flat: Tensor, of
                 weight.shape[0] == expected,
                 f"delay_pack: loss_weight[{i}] has {weight.shape[0]} frames but segments[{i}] has {expected}",
             )
-        loss_weight = torch.cat(list(loss_weight)) if loss_weight else flat.new_empty(flat.shape, dtype=torch.float32)
+        empty = flat.new_empty(flat.shape, dtype=torch.float32)
+        weight_flat = torch.cat(list(loss_weight)) if len(loss_weight) else empty
     check(
-        loss_weight.is_floating_point() and loss_weight.shape == flat.shape and loss_weight.device == flat.device,
-        f"delay_pack: loss_weight must be float {list(flat.shape)} on {flat.device}; got {describe(loss_weight)}",
+        weight_flat.is_floating_point()
+        and weight_flat.shape == flat.shape
+        and weight_flat.device == flat.device,
+        f"delay_pack: loss_weight must be float {list(flat.shape)} on {flat.device}; got {describe(weight_flat)}",
     )
-    return loss_weight.detach().to(torch.float32)
+    return weight_flat.detach().to(torch.float32)
 
 
 # torch.library registration. `offsets` is a host tensor on every device: the outputs' size comes from shapes alone, so
@@ -219,7 +232,9 @@ LIBRARY.define(
 LIBRARY.define("delay_unpack(Tensor ids, Tensor cu_seqlens, int[] delays, SymInt num_frames) -> Tensor")
 
 
-def _allocate(flat: Tensor, num_segments: int, tail_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _allocate(
+    flat: Tensor, num_segments: int, tail_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows = flat.shape[0] + num_segments * tail_rows
     shape = (num_rows, flat.shape[1])
     return (

@@ -43,7 +43,10 @@ def kmeans_assign(
     check(x.dim() == 2 and x.is_floating_point(), f"{op}: x must be float [N, F]; got {describe(x)}")
     given = centroids.centroids if isinstance(centroids, CentroidIndex) else centroids
     check(
-        given.dim() == 2 and given.is_floating_point() and given.shape[0] > 0 and given.shape[1] == x.shape[1],
+        given.dim() == 2
+        and given.is_floating_point()
+        and given.shape[0] > 0
+        and given.shape[1] == x.shape[1],
         f"{op}: centroids must be float [K, {x.shape[1]}] with K >= 1 to fit x; got {describe(given)}",
     )
     check(given.device == x.device, f"{op}: x is on {x.device} but centroids is {describe(given)}")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops._native import OpError, check, describe, int_list
+from speechlm_ext.ops._native import OpError, check, describe, int_list, partition_hint
 from speechlm_ext.ops.reference import multistream_embed as reference
 
 
@@ -47,8 +47,7 @@ def multistream_embed(
     )
     check(
         table.dim() == 2 and table.is_floating_point(),
-        f"{op}: table must be float [V, D]; got {describe(table)}"
-        + (" (a parameter that ZeRO-3 has partitioned? Call this inside its module's forward)" * (table.dim() == 1)),
+        f"{op}: table must be float [V, D]; got {describe(table)}" + partition_hint(table),
     )
     check(ids.device == table.device, f"{op}: ids is {describe(ids)} but table is on {table.device}")
     num_streams = ids.shape[1]
@@ -57,7 +56,10 @@ def multistream_embed(
         if not any(offsets):
             offsets = None
     if scale is not None:
-        check(len(scale) == num_streams, f"{op}: scale must have {num_streams} values, one per stream; got {len(scale)}")
+        check(
+            len(scale) == num_streams,
+            f"{op}: scale must have {num_streams} values, one per stream; got {len(scale)}",
+        )
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_range(ids, table.shape[0], pad_id, offsets)
     if ids.numel() == 0:
@@ -80,7 +82,10 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tenso
         OpError: (a ValueError) for shapes or dtypes that do not fit, or on the CPU an id out of range.
     """
     op = "segment_sum"
-    check(values.dim() == 2 and values.is_floating_point(), f"{op}: values must be float [M, D]; got {describe(values)}")
+    check(
+        values.dim() == 2 and values.is_floating_point(),
+        f"{op}: values must be float [M, D]; got {describe(values)}",
+    )
     check(
         tuple(segment_ids.shape) == (values.shape[0],) and segment_ids.dtype in (torch.int32, torch.int64),
         f"{op}: segment_ids must be int32 or int64 [{values.shape[0]}]; got {describe(segment_ids)}",

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops._native import OpError, check, describe
+from speechlm_ext.ops._native import OpError, check, describe, partition_hint
 from speechlm_ext.ops.reference.multistream_loss import (
     Interval,
     LossOptions,
@@ -84,9 +84,15 @@ def multistream_loss(
     """
     merged = _check_arguments(hidden, weight, targets, loss_weight, scopes, stream_embed, bias)
     check(z_loss >= 0, f"multistream_loss: z_loss must be 0 or more; got {z_loss}")
-    check(0 <= label_smoothing < 1, f"multistream_loss: label_smoothing must be in [0, 1); got {label_smoothing}")
+    check(
+        0 <= label_smoothing < 1,
+        f"multistream_loss: label_smoothing must be in [0, 1); got {label_smoothing}",
+    )
     check(softcap is None or softcap > 0, f"multistream_loss: softcap must be above 0; got {softcap}")
-    check(reduction in ("sum", "none"), f'multistream_loss: reduction must be "sum" or "none"; got {reduction!r}')
+    check(
+        reduction in ("sum", "none"),
+        f'multistream_loss: reduction must be "sum" or "none"; got {reduction!r}',
+    )
     targets = targets.to(torch.int64)
     loss_weight = loss_weight.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     live = loss_weight > 0
@@ -118,13 +124,14 @@ def _check_arguments(
     """Checks shapes and gives each stream's scope as merged intervals."""
     op = "multistream_loss"
     check(
-        hidden.dim() == 2 and hidden.is_floating_point(), f"{op}: hidden must be float [N, D]; got {describe(hidden)}"
+        hidden.dim() == 2 and hidden.is_floating_point(),
+        f"{op}: hidden must be float [N, D]; got {describe(hidden)}",
     )
     num_rows, width = hidden.shape
     check(
         weight.dim() == 2 and weight.shape[1] == width and weight.is_floating_point(),
         f"{op}: weight must be float [V, {width}] to fit hidden; got {describe(weight)}"
-        + (" (a parameter that ZeRO-3 has partitioned? Call this inside its module's forward)" * (weight.dim() == 1)),
+        + partition_hint(weight),
     )
     num_streams = len(scopes)
     check(
@@ -160,7 +167,9 @@ def _check_arguments(
     return tuple(merged)
 
 
-def _check_values(targets: Tensor, loss_weight: Tensor, live: Tensor, scopes: Sequence[Sequence[Interval]]) -> None:
+def _check_values(
+    targets: Tensor, loss_weight: Tensor, live: Tensor, scopes: Sequence[Sequence[Interval]]
+) -> None:
     """Refuses weights that mean nothing and live targets that their softmax does not contain."""
     bad_weight = ~((loss_weight >= 0) & loss_weight.isfinite())
     if bool(bad_weight.any()):

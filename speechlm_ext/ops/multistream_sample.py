@@ -31,7 +31,7 @@ class DecodeState:
     """Where each of B requests stands in its segment, and how it samples. All tensors are on one device."""
 
     scope_ids: tuple[Tensor, ...]
-    """Per stream int64 ``[V_s]``: the token id of each column of that stream's logits. Stream 0's include ``eos_id``."""
+    """Per stream int64 ``[V_s]``: the id of each column of that stream's logits. Stream 0's include ``eos_id``."""
     delays: tuple[int, ...]
     """Rows by which each stream is shifted, S values."""
     pad_ids: tuple[int, ...]
@@ -120,7 +120,9 @@ class DecodeState:
             allowed=None if allowed is None else tuple(allowed),
         )
         check(
-            bool((state.temperature >= 0).all()) and bool((state.top_k >= 0).all()) and bool((state.top_p > 0).all()),
+            bool((state.temperature >= 0).all())
+            and bool((state.top_k >= 0).all())
+            and bool((state.top_p > 0).all()),
             "DecodeState: temperature and top_k must be 0 or more and top_p above 0; "
             f"got temperature {temperature}, top_k {top_k}, top_p {top_p}",
         )

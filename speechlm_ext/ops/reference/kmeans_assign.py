@@ -89,10 +89,9 @@ def _rerank(rows: Tensor, centroids: Tensor, candidates: Tensor) -> Tensor:
     )
     row, cluster = pairs[:, 0], pairs[:, 1]
     least = distances.new_full((rows.shape[0],), float("inf")).scatter_reduce(0, row, distances, "amin")
-    winner = torch.where(distances == least[row], cluster, centroids.shape[0])
-    return torch.full_like(candidates[:, 0], 0, dtype=torch.int64).fill_(centroids.shape[0]).scatter_reduce(
-        0, row, winner, "amin"
-    )
+    num_clusters = centroids.shape[0]
+    winner = torch.where(distances == least[row], cluster, num_clusters)
+    return row.new_full((rows.shape[0],), num_clusters).scatter_reduce(0, row, winner, "amin")
 
 
 def distance_to(x: Tensor, index: CentroidIndex, labels: Tensor) -> Tensor:
@@ -102,7 +101,9 @@ def distance_to(x: Tensor, index: CentroidIndex, labels: Tensor) -> Tensor:
     block = max(1, _PAIR_BYTES // (dtype.itemsize * max(1, x.shape[1])))
     for start in range(0, x.shape[0], block):
         part = labels[start : start + block].long()
-        difference = x[start : start + block].detach().to(dtype) - index.centroids.to(dtype)[part.clamp(min=0)]
+        difference = (
+            x[start : start + block].detach().to(dtype) - index.centroids.to(dtype)[part.clamp(min=0)]
+        )
         squared = difference.square().sum(dim=1)
         out[start : start + block] = torch.where(part < 0, float("nan"), squared)
     return out

@@ -106,7 +106,12 @@ def _columns(matrix: Tensor, slices: Sequence[slice]) -> Tensor:
 
 
 def _stream_pass(
-    logits: Tensor, target: Tensor, coef_loss: Tensor, coef_nll: Tensor | None, options: LossOptions, want_grad: bool
+    logits: Tensor,
+    target: Tensor,
+    coef_loss: Tensor,
+    coef_nll: Tensor | None,
+    options: LossOptions,
+    want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Cross-entropy of ``logits [R, C]``: ``(loss [R], nll [R], is_correct [R], dlogits [R, C] or None)``."""
     capped_slope = None
@@ -279,7 +284,18 @@ class MultiStreamLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, hidden, weight, stream_embed, bias, targets, live, loss_weight, scopes, options, per_token, want_grad
+        ctx,
+        hidden,
+        weight,
+        stream_embed,
+        bias,
+        targets,
+        live,
+        loss_weight,
+        scopes,
+        options,
+        per_token,
+        want_grad,
     ):
         wants = want_grad and any(ctx.needs_input_grad[:4])
         with torch.autocast(hidden.device.type, enabled=False):

@@ -89,7 +89,9 @@ def sample_rows(
             scaled = scaled.masked_fill(~keep_top(scaled, top_k, top_p), float("-inf"))
         cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
         target = number[:, None] * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+        drawn = (
+            torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+        )
         column = torch.where(is_greedy, column, drawn)
     column = column.masked_fill(failed, 0)
     logprob = logits.log_softmax(dim=-1).gather(-1, column[:, None]).squeeze(-1)

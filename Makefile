@@ -1,0 +1,74 @@
+# One command for each thing; `make help` lists them. Everything happens in .venv, made on first use.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
+ARGS   ?=
+OP     ?=
+DATA   ?=
+
+SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help venv dev build demo test test-gpu bench fmt lint doctor clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+# Stamps: a step runs again only when what it was made from has changed.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python 3.10 or later (3.11 is the tested one)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $(PYTHON) is older than 3.10; set PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "make: cannot create $(VENV); on Debian and Ubuntu: apt-get install python3-venv python3-dev"; exit 1; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created requirements.txt pyproject.toml
+	@echo "make: installing requirements into $(VENV)"
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@echo "make: building speechlm_ext"
+	@$(PIP) --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.built requirements-dev.txt
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+build: $(VENV)/.built  ## .venv with the package, built in place
+venv: build            ## the same
+dev: $(VENV)/.dev      ## .venv with the tools for tests and checks too
+
+demo: build      ## recordings to report: runs/demo/report.html (DATA=folder for your own recordings)
+	$(BIN)/python recipes/demo/run.py $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test: dev        ## the test suite, C++ parts included (ARGS= for pytest)
+	$(BIN)/python -m pytest python_tests $(ARGS)
+
+test-gpu: dev    ## the tests that need a GPU
+	$(BIN)/python -m pytest python_tests -m cuda $(ARGS)
+
+bench: dev       ## benchmarks of the ops, or of one: OP=delay_pack
+	$(BIN)/python -m pytest benchmarks/ops/$(if $(OP),bench_$(OP).py) -o python_files='bench_*.py' \
+	  --benchmark-enable --benchmark-only --benchmark-sort=name $(ARGS)
+
+fmt: dev         ## format Python and C++
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format --quiet .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+lint: dev        ## ruff, mypy and clang-format checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy speechlm_ext
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+doctor: build    ## what is installed, compiled and will be used, and why
+	@$(BIN)/speechlm doctor $(ARGS)
+
+clean:           ## remove what was built (.venv and runs stay)
+	rm -rf build dist *.egg-info speechlm_ext/_C*.so $(VENV)/.built
