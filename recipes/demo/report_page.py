@@ -1,0 +1,486 @@
+"""The demo's page: what was done, how well it came out, and items to see and hear for oneself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from speechlm_ext.data.manifest import Utterance, read_manifest
+from speechlm_ext.evaluation import media, report
+from speechlm_ext.evaluation.records import Record, read_records
+from speechlm_ext.evaluation.report import Cell, Section, num
+from speechlm_ext.layout import TokenLayout
+from speechlm_ext.training.log import read_log
+
+LANGUAGES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "ru": "Russian"}
+KINDS = {
+    "asr": "speech recognition (ASR)",
+    "tts": "generated speech (TTS), heard by the judge",
+    "codec": "codec resynthesis, heard by the judge",
+    "recording": "original recording, heard by the judge",
+}
+RATES = {"asr": "asr_wer", "tts": "tts_wer", "codec": "codec_wer", "recording": "recording_wer"}
+EXAMPLES = 8
+TRANSCRIPTS = 24
+
+
+class Inputs:
+    """What the stages left, read once; missing parts are empty, so that a report can be made at any time."""
+
+    def __init__(
+        self, out: Path, own: bool, metrics: dict[str, Any], scores: dict[str, Any], state: dict[str, Any]
+    ):
+        self.out, self.own, self.metrics, self.scores, self.state = out, own, metrics, scores, state
+        records_file = out / "eval" / "records.jsonl"
+        self.records: list[Record] = read_records(records_file) if records_file.is_file() else []
+        self.results = _json_lines(out / "generated" / "results.jsonl")
+        self.log = read_log(out / "model")
+        self.about = _json(out / "data" / "about.json")
+        test = out / "data" / "test.jsonl"
+        self.test: dict[str, Utterance] = (
+            {u.id: u for u in read_manifest(test, check_audio=False)} if test.is_file() else {}
+        )
+        layout = out / "tokens" / "train"
+        self.layout = TokenLayout.load(layout) if (layout / "token_layout.json").is_file() else None
+        config = out / "model" / "config.yaml"
+        self.config = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
+
+    def kind(self, kind: str) -> list[Record]:
+        """Records of one kind."""
+        return [r for r in self.records if r.kind == kind]
+
+
+def write_page(
+    out: Path, own: bool, metrics: dict[str, Any], scores: dict[str, Any], state: dict[str, Any]
+) -> None:
+    """Write ``report.html``. Raises :class:`StorageError` if that fails."""
+    data = Inputs(out, own, metrics, scores, state)
+    sections = [
+        Section("done", "What was done", what_was_done(data)),
+        Section("scores", "Scores", score_tables(data)),
+        Section("curves", "Learning curves", learning_curves(data)),
+        Section("listen", "Listen", listen(data)),
+        Section("transcripts", "Transcripts", transcripts(data)),
+        Section("continuations", "Continuations", continuations(data)),
+        Section("perplexity", "Perplexity", perplexity_table(data)),
+        Section("time", "Time", time_table(data)),
+        Section("method", "How it is scored", method(data)),
+        Section("origin", "Model, layout, machine", origin(data)),
+    ]
+    source = data.about.get("own", "your recordings") if own else "real telephone prompts in five languages"
+    report.render(
+        out / "report.html",
+        "From recordings to a judged speech language model",
+        sections,
+        subtitle=f"One model for recognition, synthesis and continuation, trained from scratch on {source}.",
+        summary=headline(data),
+    )
+
+
+# ---- the parts ------------------------------------------------------------------------------------------------------
+def headline(d: Inputs) -> Markup:
+    """The figures that count, with goal and verdict."""
+    m, goals = d.metrics, d.metrics["goals"]
+    items = []
+    for name, label in (("asr_wer", "ASR word errors"), ("tts_wer", "TTS word errors, by the judge")):
+        items.append(_goal_card(label, m[name], goals.get(name), m["skipped"].get(name)))
+    for name, label in (
+        ("codec_wer", "codec alone, by the judge"),
+        ("recording_wer", "the judge on recordings"),
+    ):
+        value = m[name]
+        note = "ceiling of TTS" if name == "codec_wer" else "its own errors"
+        items.append(report.card(label, "skipped" if value is None else f"{value:.1%}", note))
+    for name, label in (("textlm_ppl", "text perplexity"), ("audiolm_ppl", "audio perplexity")):
+        value = m[name]
+        items.append(
+            report.card(label, "skipped" if value is None else f"{value:.1f}", "per token, held out")
+        )
+    minutes = m["seconds_total"] / 60
+    items.append(report.card("all stages", f"{minutes:.1f} min", f"{m['machine']['cores']} CPU cores"))
+    return report.join(report.paragraph(f"Scored on {m['scored_set']}.", "soft"), report.cards(items))
+
+
+def _goal_card(label: str, value: float | None, goal: float | None, why: str | None) -> Markup:
+    if value is None:
+        return report.card(label, "skipped", why or "", "warn")
+    if goal is None:
+        return report.card(label, f"{value:.1%}")
+    reached = value <= goal
+    verdict = f"{'goal reached' if reached else 'goal missed'}: ≤ {goal:.0%}"
+    return report.card(label, f"{value:.1%}", verdict, "good" if reached else "bad")
+
+
+def what_was_done(d: Inputs) -> Markup:
+    """The data, said plainly, and the way through the pipeline."""
+    about = d.about
+    parts: list[Any] = []
+    if d.own:
+        parts.append(
+            report.paragraph(
+                f"Recordings: your folder {about.get('own', '')!r}; {about.get('how', 'see the manifests')}. "
+                "No composed data was added."
+            )
+        )
+    else:
+        parts.append(
+            report.paragraph(
+                "The recordings are studio prompts of a telephone system: one voice for each of five languages, 16 kHz "
+                f"({about.get('source', 'Debian packages')})."
+            )
+        )
+        composed = Markup("<strong>What is composed.</strong> {}").format(about.get("composed", ""))
+        parts.append(report.paragraph(composed))
+    parts.append(
+        report.paragraph(
+            "Text became SentencePiece tokens; sound became one MFCC K-Means unit and eight residual K-Means codes per "
+            "frame, all fitted on these recordings, with nothing downloaded. One Llama-style decoder, from random "
+            "weights, then learnt four tasks at once: recognition, synthesis, text and audio continuation. It was "
+            "asked about held-out items only."
+        )
+    )
+    counts = about.get("counts", [])
+    rows = [
+        (
+            c["split"],
+            c["dataset"],
+            LANGUAGES.get(c["lang"], c["lang"]),
+            num(c["count"], ",d"),
+            num(c.get("minutes"), ".1f"),
+        )
+        for c in counts
+    ]
+    if rows:
+        heads = ("split", "data set", "language", Cell("utterances", "num"), Cell("minutes", "num"))
+        parts.append(report.table(heads, rows))
+    if about.get("licences"):
+        licences = ", ".join(f"{LANGUAGES.get(k, k)} {v}" for k, v in about["licences"].items())
+        parts.append(
+            report.paragraph(
+                f"Licences of the recordings, and of the clips in this page, which are derived from them: {licences}.",
+                "soft",
+            )
+        )
+    if about.get("notes"):
+        notes = Markup("").join(Markup("<li>{}</li>").format(note) for note in about["notes"])
+        parts.append(
+            Markup(
+                '<details class="soft"><summary>What was left out, and why</summary><ul>{}</ul></details>'
+            ).format(notes)
+        )
+    return report.join(*parts)
+
+
+def score_tables(d: Inputs) -> Markup:
+    """The headline as a table, then every data set and language."""
+    errors, m = d.scores.get("errors", {}), d.metrics
+    group = "all" if d.own else "numbers/en"
+    rows = []
+    for kind, label in KINDS.items():
+        found = errors.get(kind, {}).get("groups", {}).get(group)
+        name = RATES[kind]
+        goal = m["goals"].get(name)
+        if found is None:
+            rows.append((label, Cell("skipped", "num warn"), None, None, None, m["skipped"].get(name, "")))
+            continue
+        word, char = found["wer"], found["cer"]
+        verdict: Any = ""
+        if goal is not None:
+            reached = word["rate"] <= goal
+            verdict = Cell(
+                f"{'reached' if reached else 'missed'} (≤ {goal:.0%})", "good" if reached else "bad"
+            )
+        count = Cell(f"{word['errors']} / {word['total']}", "num")
+        rows.append(
+            (label, num(word["rate"]), num(char["rate"]), count, Cell(word["utterances"], "num"), verdict)
+        )
+    heads: tuple[Any, ...] = (
+        "",
+        *(Cell(h, "num") for h in ("WER", "CER", "errors / words", "utterances")),
+        "goal",
+    )
+    parts: list[Any] = [
+        report.paragraph(
+            f"On {m['scored_set']}. The judge errs too: read its figures beside its own WER on recordings."
+        ),
+        report.table(heads, rows),
+        Markup("<h3>By data set and language</h3>"),
+    ]
+    groups = sorted(
+        {g for kind in errors.values() for g in kind["groups"] if "/" in g and not g.startswith("all/")}
+    )
+    groups.sort(key=lambda g: (g.split("/")[0] != "numbers", g.split("/")[1] != "en", g))
+    rows = []
+    for name in groups:
+        dataset, _, lang = name.partition("/")
+        row: list[Any] = [dataset, LANGUAGES.get(lang, lang)]
+        for kind in KINDS:
+            found = errors.get(kind, {}).get("groups", {}).get(name)
+            row.append(num(None if found is None else found["wer"]["rate"]))
+        asr, tts = (errors.get(k, {}).get("groups", {}).get(name) for k in ("asr", "tts"))
+        row.append(Cell(" / ".join(str(x["wer"]["utterances"] if x else 0) for x in (asr, tts)), "num"))
+        rows.append(row)
+    heads = (
+        "data set",
+        "language",
+        *(Cell(h, "num") for h in ("ASR", "TTS", "codec", "recording", "items ASR / TTS")),
+    )
+    parts.append(report.table(heads, rows))
+    parts.append(report.paragraph("Word error rates. An en dash: not measured.", "soft"))
+    for kind in ("asr", "tts"):
+        finished = errors.get(kind, {}).get("finished", {})
+        if finished:
+            how = {
+                "eos": "ended by themselves",
+                "max_len": "were cut at the longest length",
+                "failed": "failed",
+            }
+            text = ", ".join(f"{n} {how.get(k, k)}" for k, n in finished.items())
+            parts.append(report.paragraph(f"{kind.upper()} outputs: {text}.", "soft"))
+    return report.join(*parts)
+
+
+def learning_curves(d: Inputs) -> Markup:
+    """Loss and accuracy per stream."""
+    if not d.log:
+        return report.paragraph("There is no training log.", "warn")
+    names = {}
+    if d.layout is not None:
+        first = d.layout.streams[0]
+        names[first.name] = (
+            "text and ssl" if "ssl" in first.carries and "text_bpe" in first.carries else first.name
+        )
+    last = d.log[-1]
+    loss = media.curves_svg(d.log, "stream_loss", "loss (nats per token)", names)
+    accuracy = media.curves_svg(d.log, "stream_accuracy", "share of tokens predicted", names)
+    return report.join(
+        report.figure(loss, "image/svg+xml", "Training loss per stream, averaged between log lines."),
+        report.figure(
+            accuracy,
+            "image/svg+xml",
+            "Share of training tokens whose most likely guess is right, per stream.",
+        ),
+        report.paragraph(
+            f"{last['step']:,} steps in {last['seconds'] / 60:.1f} min, {last['packs_consumed']:,} packs; at the end "
+            f"{last['positions_per_second']:,.0f} positions/s and a loss of {last['loss']:.3f}.",
+            "soft",
+        ),
+    )
+
+
+def listen(d: Inputs) -> Markup:
+    """Recording, codec resynthesis and generated speech side by side."""
+    by_kind = {kind: {r.id: r for r in d.kind(kind)} for kind in ("recording", "codec", "tts")}
+    chosen = _spread([r for r in d.kind("tts") if r.audio], EXAMPLES)
+    if not chosen:
+        return report.paragraph("No speech was generated.", "warn")
+    parts: list[Any] = [
+        report.paragraph(
+            "The same sentence three times: the held-out recording; the codec's resynthesis of it, which is the best that "
+            "generated speech can sound here; and the model's own speech from the text alone. Below each: what the "
+            "judge heard, with errors coloured. The items are spread evenly over the set, not picked."
+        )
+    ]
+    labels = {"recording": "recording", "codec": "codec resynthesis", "tts": "generated"}
+    for record in chosen:
+        trio = [
+            by_kind[k][record.id] for k in labels if record.id in by_kind[k] and by_kind[k][record.id].audio
+        ]
+        longest = max((r.seconds or 0.0 for r in trio), default=0.0) or None
+        players = [
+            media.player(d.out / "eval" / str(r.audio), labels[r.kind], _heard(r), longest)
+            for r in trio
+            if (d.out / "eval" / str(r.audio)).is_file()
+        ]
+        title = f"“{record.reference}” · {_set_name(record)}"
+        parts.append(
+            Markup('<div class="example"><h3>{}</h3><div class="trio">{}</div></div>').format(
+                title, Markup("").join(players)
+            )
+        )
+    return report.join(*parts)
+
+
+def transcripts(d: Inputs) -> Markup:
+    """Reference and hypothesis of the recogniser, errors coloured."""
+    chosen = _spread(d.kind("asr"), TRANSCRIPTS)
+    if not chosen:
+        return report.paragraph("Nothing was transcribed.", "warn")
+    rows = [
+        (_set_name(r), r.reference, report.marked_words(r.reference, r.hypothesis or "", r.lang))
+        for r in chosen
+    ]
+    key = Markup(
+        '<p class="soft words"><span class="substitute">wrong <s>right</s></span> '
+        '<span class="delete">missing</span> <span class="insert">extra</span></p>'
+    )
+    return report.join(key, report.table(("set", "said", "recognised"), rows))
+
+
+def continuations(d: Inputs) -> Markup:
+    """What the model makes of the beginnings of texts and recordings."""
+    texts, players = [], []
+    for row in d.results:
+        request, identity = row["request"], row["id"].partition(".")[2]
+        known = d.test.get(identity)
+        if row["id"].startswith("textlm.") and row["text"] is not None:
+            given = request["text"] or ""
+            made = row["text"][len(given) :] if row["text"].startswith(given) else row["text"]
+            html = Markup('<span class="given">{}</span> <span class="made">{}</span>').format(given, made)
+            texts.append(
+                (LANGUAGES.get(request["lang"], request["lang"]), html, known.text if known else None)
+            )
+        if (
+            row["id"].startswith("audiolm.")
+            and row["audio"]
+            and (d.out / "generated" / row["audio"]).is_file()
+        ):
+            pair = [media.player(d.out / "generated" / row["audio"], "given beginning and continuation")]
+            if known is not None and known.audio is not None and known.audio.is_file():
+                pair.append(media.player(known.audio, "whole recording"))
+            title = f"“{known.text}”" if known else identity
+            players.append(
+                Markup('<div class="example"><h3>{}</h3><div class="trio two">{}</div></div>').format(
+                    title, Markup("").join(pair)
+                )
+            )
+    parts: list[Any] = [Markup("<h3>Text</h3>")]
+    if texts:
+        parts.append(report.table(("language", "given, then made", "the held-out text"), texts))
+    else:
+        parts.append(report.paragraph("None.", "soft"))
+    parts += [Markup("<h3>Audio</h3>"), *(players or [report.paragraph("None.", "soft")])]
+    return report.join(*parts)
+
+
+def perplexity_table(d: Inputs) -> Markup:
+    """Perplexity per task and modality."""
+    rows = []
+    for task, parts in d.scores.get("perplexity", {}).items():
+        for name, part in parts.items():
+            if isinstance(part, dict):
+                label = {"text_per_word": "text, per word", "text_per_char": "text, per character"}.get(
+                    name, name
+                )
+                rows.append((task, label, num(part["ppl"], ",.2f"), num(int(part["count"]), ",d")))
+    if not rows:
+        return report.paragraph("Perplexity was not measured.", "warn")
+    heads = ("task", "target tokens", Cell("perplexity", "num"), Cell("tokens", "num"))
+    note = (
+        "On the held-out split, targets only. “audio” is SSL units and codec codes together; “special” is the end of "
+        "speech. A text's end counts as text."
+    )
+    return report.join(report.table(heads, rows), report.paragraph(note, "soft"))
+
+
+def time_table(d: Inputs) -> Markup:
+    """Seconds per stage."""
+    seconds = d.metrics["seconds"]
+    total = d.metrics["seconds_total"]
+    rows: list[Any] = [
+        (name, num(s, ",.1f"), num(s / total if total else None, ".0%")) for name, s in seconds.items()
+    ]
+    rows.append(("all", num(total, ",.1f"), num(1.0, ".0%")))
+    heads = ("stage", Cell("seconds", "num"), Cell("share", "num"))
+    note = "Each stage starts its command afresh. Downloads of recordings are part of “data”."
+    return report.join(report.table(heads, rows, strong=[len(rows) - 1]), report.paragraph(note, "soft"))
+
+
+def method(d: Inputs) -> Markup:
+    """The rules of scoring."""
+    judge = d.metrics.get("judge") or {}
+    if judge.get("skipped") or not judge:
+        who = f"There was no judge: {judge.get('skipped', 'nothing was evaluated')}."
+    else:
+        who = (
+            f"The judge is {judge['model']} ({judge['version']}, weights from: {judge['source']}), {judge['compute_type']} on "
+            f"the CPU, greedy, language given, clips padded to {judge['window_s']:g} s. It had no part in training."
+        )
+    texts = (
+        who,
+        "Texts are compared in lower case, without punctuation. Recognisers write digits as they like (“47”, “4 7”, "
+        "“1,000”), so a string of digits is read as one number or as any succession of numbers below one hundred that it "
+        "spells, whichever has the fewest errors. No digit can become another by that.",
+        "WER is the number of wrong, missing and extra words over all items, divided by the number of reference words. "
+        "Items that failed count with every word as an error.",
+        "The raw texts, token ids, audio and settings of every item stand in eval/records.jsonl and "
+        "generated/results.jsonl; `speechlm evaluate --records` scores them again.",
+    )
+    return report.join(*(report.paragraph(text) for text in texts))
+
+
+def origin(d: Inputs) -> Markup:
+    """Everything needed to say which model this was."""
+    rows: list[Any] = [("commit", Cell(d.metrics["commit"], "mono"))]
+    commits = {e.get("commit") for e in d.state.values() if e.get("commit")}
+    if len(commits) > 1:
+        rows.append(("note", Cell(f"stages were run at {len(commits)} different commits", "warn")))
+    if d.layout is not None:
+        rows += [("token layout", d.layout.name), ("layout sha256", Cell(d.layout.sha256, "mono"))]
+        rows += [(f"{m} tokenizer sha256", Cell(h, "mono")) for m, h in d.layout.tokenizers]
+        rows.append(("streams × vocabulary", f"{d.layout.num_streams} × {d.layout.vocab_size:,} ids"))
+    model = next((r["model"] for r in d.results if r.get("model")), None)
+    if model:
+        rows.append(("weights sha256", Cell(model["sha256"], "mono")))
+    shape = d.config.get("model", {})
+    if shape:
+        rows.append(
+            (
+                "model",
+                ", ".join(f"{k} {v}" for k, v in shape.items() if not isinstance(v, dict) and v is not None),
+            )
+        )
+        optimizer = d.config.get("optimizer", {})
+        rows.append(("optimizer", ", ".join(f"{k} {v}" for k, v in optimizer.items())))
+        tasks = d.config.get("data", {}).get("tasks", [])
+        rows.append(("tasks", ", ".join(f"{t['task']} × {t['factor']:g}" for t in tasks)))
+    rows += list(d.metrics["machine"].items())
+    return report.table(("", ""), rows)
+
+
+# ---- small things ---------------------------------------------------------------------------------------------------
+def _heard(record: Record) -> Markup:
+    if record.hypothesis is None:
+        return report.paragraph(f"not judged: {record.skipped}", "soft")
+    return report.marked_words(record.reference, record.hypothesis, record.lang)
+
+
+def _set_name(record: Record) -> str:
+    return f"{record.dataset} · {LANGUAGES.get(record.lang, record.lang)}" if record.dataset else record.lang
+
+
+def _spread(records: Sequence[Record], count: int) -> list[Record]:
+    """``count`` items, half from the largest set and half from the others, evenly spaced in their order."""
+    sets: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        sets.setdefault((record.dataset, record.lang), []).append(record)
+    if not sets:
+        return []
+    largest = max(sets.values(), key=len)
+    others = [r for group in sets.values() if group is not largest for r in group]
+    first = count if not others else (count + 1) // 2
+    return _even(largest, first) + _even(others, count - first)
+
+
+def _even(records: Sequence[Record], count: int) -> list[Record]:
+    if len(records) <= count:
+        return list(records)
+    return [records[i * len(records) // count] for i in range(count)]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
