@@ -65,7 +65,7 @@ class Encoder:
             if name in row and len(row[name]) == 0:
                 length = f" ({row['duration']:.3f} s)" if name != "text_bpe" else ""
                 raise (TokenizerError if name == "text_bpe" else AudioError)(
-                    f"gives no {name} tokens{length}; it is empty or too short. Leave it out, or skip it with --skip-bad."
+                    f"gives no {name} tokens{length}; it is empty or too short. Leave it out, or give --skip-bad."
                 )
         if not any(name in row for name in ("text_bpe", "ssl", "codec")):
             raise TokenizerError(

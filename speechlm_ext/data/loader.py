@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 from speechlm_ext.data.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import SampleTable, TaskUse
 from speechlm_ext.data.sequence import LossWeights, assemble
-from speechlm_ext.data.shards import TokenCorpus, TokenFolder
+from speechlm_ext.data.shards import Tokens, open_tokens
 from speechlm_ext.errors import ConfigError, PlanError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops import delay_pack
@@ -32,8 +31,6 @@ from speechlm_ext.tasks import TaskTemplate
 
 if TYPE_CHECKING:
     from speechlm_ext.tokenizers import TokenizerSet
-
-Tokens = str | Path | TokenFolder | TokenCorpus | Sequence[str | Path | TokenFolder]
 
 
 @dataclass(frozen=True)
@@ -294,12 +291,3 @@ def pack_frames(parts: Sequence[tuple[np.ndarray, np.ndarray]], layout: TokenLay
         loss_weight=torch.from_numpy(np.concatenate(weights)),
         tail="trim",
     )
-
-
-def open_tokens(tokens: Tokens) -> TokenCorpus:
-    """Open token folders given in any form. Raises :class:`ShardError` or :class:`LayoutMismatchError`."""
-    if isinstance(tokens, TokenCorpus):
-        return tokens
-    if isinstance(tokens, (str, Path, TokenFolder)):
-        tokens = [tokens]
-    return TokenCorpus([t if isinstance(t, TokenFolder) else TokenFolder.open(t) for t in tokens])

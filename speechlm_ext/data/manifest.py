@@ -39,7 +39,7 @@ class Utterance:
     start: float | None = None
     """Where the utterance begins in the recording, in seconds; without it the whole recording is the utterance."""
     duration: float | None = None
-    """How long it lasts from ``start``, in seconds; default to the recording's end. Without ``start`` it is only said."""
+    """How long it lasts from ``start``, in seconds; default to the recording's end. Not used without ``start``."""
     line: int = 0
     """Line number in the manifest, from 1."""
     manifest: str = ""
@@ -113,7 +113,7 @@ def _scan(path: Path, check_audio: bool, unknown: Counter[str]) -> Iterator[Utte
         data = path.read_bytes()
     except OSError as error:
         raise ManifestError(
-            f"manifest {path} cannot be read ({error.strerror or error}); expected a file with one JSON object per line."
+            f"manifest {path} cannot be read ({error.strerror or error}); expected a file with one JSON object a line."
         ) from None
     first_line: dict[str, int] = {}
     empty = True

@@ -32,8 +32,8 @@ _DRAWS = 16
 class PlanConfig:
     """What is trained on, and how it is packed."""
 
-    tokens: list[str] = field(default_factory=list)
-    """Token folders (the ``out`` of ``speechlm tokenize``), all of one layout."""
+    tokens: list[str] | str = field(default_factory=list)
+    """A token folder or a list of them (the ``out`` of ``speechlm tokenize``), all of one layout."""
     tasks: list[TaskUse] = field(default_factory=list)
     """Tasks with their factors and filters."""
     dataset_factors: dict[str, float] = field(default_factory=dict)
@@ -195,12 +195,13 @@ class PackPlan:
         if isinstance(self._samples, SampleTable):
             table = self._samples
             utterance = table.corpus.utterance(int(table.utterance[worst]))
-            name = f"utterance {utterance['id']!r} of {utterance['dataset']!r} as {table.templates[table.task[worst]].name}"
+            task = table.templates[table.task[worst]].name
+            name = f"utterance {utterance['id']!r} of {utterance['dataset']!r} as {task}"
         more = int(over.sum()) - 1
         return (
             f"{name} needs {int(longest[worst])} rows but a pack holds {self.budget}; "
-            f"{more} more sample{' is' if more == 1 else 's are'} too long. Raise budget to {int(longest[worst])}, cut the "
-            "recordings, or leave them out with overlong: drop."
+            f"{more} more sample{' is' if more == 1 else 's are'} too long. Raise budget to {int(longest[worst])}, cut "
+            "the recordings, or leave them out with overlong: drop."
         )
 
 

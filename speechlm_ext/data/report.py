@@ -16,7 +16,7 @@ from speechlm_ext.data.memory import MemoryEstimate, ModelShape, estimate_memory
 from speechlm_ext.data.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import SampleTable
 from speechlm_ext.data.sequence import LossWeights, content_length
-from speechlm_ext.data.shards import TokenCorpus
+from speechlm_ext.data.shards import TokenCorpus, open_tokens
 from speechlm_ext.errors import PlanError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tasks import TaskTemplate
@@ -86,7 +86,7 @@ def run_plan(cfg: PlanReportConfig) -> PlanReport:
     Raises:
         SpeechLMError: data or settings with which training cannot work.
     """
-    report = make_report(TokenCorpus.open(cfg.data.tokens), cfg.data, cfg.model)
+    report = make_report(open_tokens(cfg.data.tokens), cfg.data, cfg.model)
     print(json.dumps(asdict(report), indent=2) if cfg.json else format_report(report))
     return report
 

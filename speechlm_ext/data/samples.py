@@ -125,10 +125,10 @@ class SampleTable:
             factors = use.factor * per_dataset[corpus.dataset[chosen]]
             if not (factors > 0).any():
                 raise PlanError(
-                    f"task {use.task!r} has no data: of {len(corpus)} utterances {account.filtered} are outside its data "
-                    f"sets and languages, {account.lacking} lack a modality, {account.no_prompt} have no other utterance "
-                    f"of their speaker to prompt with, and the factor of {account.samples} is 0. Leave the task out or "
-                    "add data."
+                    f"task {use.task!r} has no data: of {len(corpus)} utterances {account.filtered} are outside its "
+                    f"data sets and languages, {account.lacking} lack a modality, {account.no_prompt} have no other "
+                    f"utterance of their speaker to prompt with, and the factor of {account.samples} is 0. Leave the "
+                    "task out or add data."
                 )
             parts.append((np.full(len(chosen), number), chosen, factors))
         self.task, self.utterance, self.factor = (np.concatenate([p[k] for p in parts]) for k in range(3))
@@ -192,7 +192,7 @@ class SampleTable:
         return following
 
     def crop(self, sample: int, prompt: int, epoch: int, draw: int = 0) -> slice:
-        """Which frames of utterance ``prompt`` are shown to ``sample``: at most ``prompt_frames``, at a random place."""
+        """Which frames of utterance ``prompt`` a sample is shown: at most ``prompt_frames``, at a random place."""
         spare = int(self.speech_lengths[prompt]) - self.prompt_frames
         if spare <= 0:
             return slice(0, int(self.speech_lengths[prompt]))
@@ -249,8 +249,8 @@ class SampleTable:
         lacking = [e.modality for e, _ in template.entries if not self.corpus.layout.has(e.modality)]
         if lacking:
             raise PlanError(
-                f"task {use.task!r} needs {' and '.join(lacking)}, which layout {self.corpus.layout} cannot hold; it can "
-                f"hold {self._feasible(templates)}."
+                f"task {use.task!r} needs {' and '.join(lacking)}, which layout {self.corpus.layout} cannot hold; it "
+                f"can hold {self._feasible(templates)}."
             )
         self.corpus.layout.task_id(template.name)
         if not 0 < use.factor < float("inf"):

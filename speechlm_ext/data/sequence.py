@@ -185,8 +185,8 @@ def _content(
     live = list(_live(modality, layout))
     if raw_TC.shape[1] != len(live):
         raise ShardError(
-            f"{where}: {modality} content has {raw_TC.shape[1]} streams but layout {layout} has {len(live)} for it; the "
-            "tokens were made with other tokenizers."
+            f"{where}: {modality} content has {raw_TC.shape[1]} streams but layout {layout} has {len(live)} for it; "
+            "the tokens were made with other tokenizers."
         )
     if len(raw_TC):
         low, high = raw_TC.min(axis=0), raw_TC.max(axis=0)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from speechlm_ext.errors import ShardError
-from speechlm_ext.layout import TokenLayout
+from speechlm_ext.layout import FILE_NAME, TokenLayout
 from speechlm_ext.utils.io import atomic_path, atomic_write_json, sha256_file
 
 INDEX = "index.json"
@@ -256,7 +256,7 @@ class TokenFolder:
         layout = TokenLayout.load(path)
         if layout.sha256 != index["layout_sha256"]:
             raise ShardError(
-                f"{path}: the index was written for layout {index['layout_sha256'][:8]} but token_layout.json is {layout}; "
+                f"{path}: the index was made for layout {index['layout_sha256'][:8]} but {FILE_NAME} holds {layout}; "
                 "files of two folders were mixed. Tokenize again into an empty folder."
             )
         _check_file(path / LENGTHS, frames, verify)
@@ -308,8 +308,10 @@ class TokenFolder:
             flat, offsets = shard.tokens[name]
             ids = flat[offsets[row] : offsets[row + 1]]
             if ids.size != length * width:
-                raise ShardError(f"{self.path}: utterance {out['id']!r} has {ids.size} {name} ids, {length * width} were "
-                                 f"expected; {_WAY_OUT}")  # fmt: skip
+                raise ShardError(
+                    f"{self.path}: utterance {out['id']!r} has {ids.size} {name} ids, expected {length * width}; "
+                    f"{_WAY_OUT}"
+                )
             out[name] = ids.astype(np.int32).reshape(length, width) if length else None
         return out
 
@@ -386,3 +388,16 @@ def _merge(indices: np.ndarray, names: Sequence[str], known: list[str]) -> np.nd
             known.append(name)
         table.append(position[name])
     return np.array([*table, -1], np.int32)[indices]
+
+
+#: Token folders in any form.
+Tokens = str | Path | TokenFolder | TokenCorpus | Sequence[str | Path | TokenFolder]
+
+
+def open_tokens(tokens: Tokens) -> TokenCorpus:
+    """Open token folders given in any form. Raises :class:`ShardError` or :class:`LayoutMismatchError`."""
+    if isinstance(tokens, TokenCorpus):
+        return tokens
+    if isinstance(tokens, (str, Path, TokenFolder)):
+        tokens = [tokens]
+    return TokenCorpus([t if isinstance(t, TokenFolder) else TokenFolder.open(t) for t in tokens])

@@ -38,8 +38,8 @@ class TokenizeConfig:
     ``speechlm tokenize --manifest data/test.jsonl --out tokens/test --tokenizers tokens/train/tokenizers``.
     """
 
-    manifest: list[str]
-    """Manifests (JSON lines); each is a data set named after its file unless its lines say otherwise."""
+    manifest: list[str] | str
+    """A manifest (JSON lines) or a list of them; each is a data set named after its file, unless its lines name one."""
     out: str
     """The token folder to write."""
     tokenizers: str | None = None
@@ -197,12 +197,13 @@ def _finish(
 
 
 def _read_manifests(cfg: TokenizeConfig) -> tuple[list[Utterance], list[Rejected]]:
-    if not cfg.manifest:
+    manifests = [cfg.manifest] if isinstance(cfg.manifest, str) else cfg.manifest
+    if not manifests:
         raise ConfigError("no manifest was given; name at least one with --manifest.")
     utterances: list[Utterance] = []
     rejected: list[Rejected] = []
     seen: dict[tuple[str, str], Utterance] = {}
-    for path in cfg.manifest:
+    for path in manifests:
         scan = scan_manifest(path)
         if not cfg.skip_bad and scan.rejected:
             read_manifest(path)  # raises, naming the first
@@ -216,8 +217,8 @@ def _read_manifests(cfg: TokenizeConfig) -> tuple[list[Utterance], list[Rejected
                 utterances.append(utterance)
                 continue
             reason = (
-                f"id {utterance.id!r} of data set {utterance.dataset!r} stands already at {first.manifest}:{first.line}; "
-                "ids must be unique in a data set. Rename one, or give the lines another 'dataset'."
+                f"id {utterance.id!r} of data set {utterance.dataset!r} stands already at {first.manifest}:"
+                f"{first.line}. Ids must be unique in a data set. Rename one, or give the lines another 'dataset'."
             )
             if not cfg.skip_bad:
                 raise ManifestError(f"{utterance.manifest}:{utterance.line}: {reason}")
