@@ -33,7 +33,8 @@ def choose(utterances: list[Utterance], own: bool) -> dict[str, list[Utterance]]
     for utterance in utterances:
         if utterance.audio is not None and utterance.text:
             groups.setdefault((utterance.dataset, utterance.lang or ""), []).append(utterance)
-    for (dataset, lang), group in groups.items():
+    # The headline comes first, so that a limited run has some of it.
+    for (dataset, lang), group in sorted(groups.items(), key=lambda g: g[0] != ("numbers", "en")):
         if own:
             counts = OWN
         elif dataset == "numbers":

@@ -44,6 +44,7 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
     """
     assert cfg.out is not None
     out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
     utterances = {u.id: u for path in cfg.manifest for u in read_manifest(path)}
     records: list[Record] = []
     speech: list[Record] = []

@@ -92,7 +92,12 @@ def curves_svg(
                 style: dict[str, Any] = {"color": colormaps["viridis"](shade), "linewidth": 1.2}
             else:
                 style = {"color": "#d9534f", "linewidth": 2.0}
-            axes.plot(*zip(*points, strict=True), label=(names or {}).get(name, name), **style)
+            axes.plot(
+                *zip(*points, strict=True),
+                label=(names or {}).get(name, name),
+                marker="." if len(points) < 12 else None,
+                **style,
+            )
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         steps = [row["step"] for row in log]

@@ -18,6 +18,7 @@ import numpy as np
 
 from speechlm_ext.data.sequence import LossWeights
 from speechlm_ext.errors import LayoutMismatchError
+from speechlm_ext.tasks import resolve_task
 
 if TYPE_CHECKING:
     from speechlm_ext.layout import TokenLayout
@@ -73,6 +74,7 @@ def perplexity(
 
     Raises:
         LayoutMismatchError: the tokens were made with other tokenizers than the model's.
+        ConfigError: a named task is not one of the model's.
         PlanError: a named task has no data here.
     """
     from speechlm_ext.data.loader import open_tokens
@@ -103,14 +105,14 @@ def _task_perplexity(
 
     # One unit for every token: codec's weight is shared by its codebooks, so it is their number.
     unit = LossWeights(text=1.0, ssl=1.0, codec=float(max(1, model.layout.num_codebooks)), special=1.0)
-    template = next(t for t in model.tasks if t.name == task)
+    template = resolve_task(task, model.tasks)
     target_is_text = template.targets[-1].modality in ("text_bpe", "g2p")
     sums = {name: Sum() for name in MODALITIES}
     samples = words = chars = 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for part in iter_eval(task, corpus, budget=budget, loss=unit, limit=limit):
+        for part in iter_eval(template.name, corpus, budget=budget, loss=unit, limit=limit):
             batch = part.batch.to(model.device)
             loss = model(
                 batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens, reduction="none"

