@@ -1,7 +1,7 @@
 """delay_pack against its rivals: ``make bench OP=delay_pack``.
 
-Rivals, on the same inputs in the same run: the plain-torch reference; one shift loop per segment as ESPnet-SpeechLM does
-it (pad, shift, trim), with labels and weights by slicing; the same compiled by torch where that works; and a plain copy
+Rivals, on the same inputs in the same run: the plain-torch reference; one shift loop per segment as ESPnet-SpeechLM
+does it (pad, shift, trim), with labels and weights by slicing; the same compiled by torch where that works; and a plain copy
 of the bytes that the op must write, which is the machine's limit. Results are compared before anything is timed.
 ``extra_info`` carries op, shape, device, bytes written, and the fraction of the copy's speed.
 """
@@ -83,7 +83,9 @@ def test_bench(benchmark, rival, shape, device):
     }
     if rival == "loop_compiled":
         if len(segments) > 1:
-            pytest.skip("a graph per list of lengths: compiling takes minutes and is thrown away with the batch")
+            pytest.skip(
+                "a graph per list of lengths: compiling takes minutes and is thrown away with the batch"
+            )
         compiled = torch.compile(loop)
         runs[rival] = lambda: compiled(segments, weights, len(delays))
         try:

@@ -47,9 +47,12 @@ struct DelayPackMeta {
 template <typename Id>
 struct DelayPackArgs {
   DelayPackShape shape;
-  DelayPackMeta meta;                 // memory of the device that runs the kernel
-  const Id* ids = nullptr;            // [num_frames, S]
-  const float* weight = nullptr;      // [num_frames, S]; null: 1 for every id
+  DelayPackMeta meta;             // memory of the device that runs the kernel
+  const Id* ids = nullptr;        // [num_frames, S]
+  const float* weight = nullptr;  // [num_frames, S]; null: 1 for every id
+  // On the CPU segments may lie apart, which saves concatenating them: the first id (weight) of each, or null.
+  const Id* const* segment_ids = nullptr;
+  const float* const* segment_weight = nullptr;
   Id* out_ids = nullptr;              // [num_rows, S]
   Id* out_labels = nullptr;           // [num_rows, S]
   float* out_weight = nullptr;        // [num_rows, S]

@@ -50,8 +50,9 @@ class Packer {
  private:
   // Rows [begin, end) of segment i, which starts at row `first` and has `length` frames.
   void segment_tile(int64_t i, int64_t first, int64_t length, int64_t begin, int64_t end) const {
-    const Id* ids = a_.ids + a_.meta.offsets[i] * S_;
-    const float* weight = a_.weight ? a_.weight + a_.meta.offsets[i] * S_ : nullptr;
+    const int64_t before = a_.meta.offsets[i] * S_;
+    const Id* ids = a_.segment_ids ? a_.segment_ids[i] : a_.ids + before;
+    const float* weight = a_.segment_weight ? a_.segment_weight[i] : (a_.weight ? a_.weight + before : nullptr);
     const int64_t last = first + length + a_.shape.tail - 1;
     // Every stream has a frame in rows [inner_begin, inner_end).
     const int64_t inner_begin = std::clamp(first + std::max<int64_t>(a_.shape.max_delay, 1), begin, end);

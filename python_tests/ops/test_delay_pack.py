@@ -242,11 +242,14 @@ GOOD = dict(delays=[0, 1], pad_ids=[0, 0])
         (lambda: sx.ops.delay_pack((IDS, [1, 4]), **GOOD), "must start at 0; got 1"),
         (lambda: sx.ops.delay_pack((IDS, [0, 9]), **GOOD), "last offset"),
         (lambda: sx.ops.delay_pack((IDS, []), **GOOD), "offsets"),
-        (lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[IDS]), r"loss_weight must be float \[4, 2\]"),
+        (
+            lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[IDS]),
+            r"loss_weight\[0\] must be float \[4, 2\]",
+        ),
         (lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[]), "0 entries for 1 segments"),
         (
             lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[torch.ones(3, 2)]),
-            r"loss_weight\[0\] has 3 frames",
+            r"loss_weight\[0\] must be float \[4, 2\] .* got float32 \[3, 2\]",
         ),
         (lambda: sx.ops.delay_pack([IDS], delays=[0, 2**31 - 1], pad_ids=[0, 0]), "more than cu_seqlens"),
         (lambda: sx.ops.delay_unpack(IDS, [0, 5], delays=[0, 1]), "must end at the number of rows, 4; got 5"),
@@ -289,6 +292,21 @@ def test_native_layer_checks_for_itself():
     with pytest.raises(ValueError, match="ids must be on cpu"):
         call(ids=IDS.to("meta"))
 
+    def call_list(segments, weights=()):
+        native.delay_pack_segments(segments, list(weights), table, False, *out, *tail[:2], 1)
+
+    call_list([IDS], [torch.ones(4, 2)])
+    with pytest.raises(
+        ValueError, match=r"segments\[0\] must have size 4 in dimension 0; got int64 \[3, 2\]"
+    ):
+        call_list([IDS[:3]])
+    with pytest.raises(ValueError, match=r"loss_weight\[0\] must be float32; got float64"):
+        call_list([IDS], [torch.ones(4, 2).double()])
+    with pytest.raises(ValueError, match="2 weights for 1 segments"):
+        call_list([IDS], [torch.ones(4, 2)] * 2)
+    with pytest.raises(ValueError, match="segments must not be empty"):
+        call_list([])
+
 
 @pytest.mark.parametrize("trim", [False, True])
 def test_opcheck(trim, device):
@@ -296,6 +314,11 @@ def test_opcheck(trim, device):
     offsets = torch.tensor([0, 5, 12])
     args = (flat, offsets, [0, 1, 2], [0, 0, 0], [1, 2, 3], torch.rand(12, 3, device=device), trim)
     torch.library.opcheck(torch.ops.speechlm_ext.delay_pack.default, args)
+    segments, weights = list(flat.split([5, 7])), list(args[5].split([5, 7]))
+    torch.library.opcheck(
+        torch.ops.speechlm_ext.delay_pack_segments.default,
+        (segments, [0, 1, 2], [0, 0, 0], [1, 2, 3], weights, trim),
+    )
     torch.library.opcheck(torch.ops.speechlm_ext.delay_unpack.default, (flat, offsets, [0, 1, 2], 8))
 
 

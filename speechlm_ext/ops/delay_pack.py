@@ -4,11 +4,13 @@ Stream s of a segment is shifted right by ``delays[s]`` rows, so a model that pr
 stream s of a frame after stream 0 of it. The same pass adds id offsets and writes next-row labels, loss weights,
 positions and ``cu_seqlens``. No segment sees another.
 
-The list form is convenient; the flat form ``(flat, offsets)`` is what `torch.compile` captures as one graph.
+The list form reads the segments where they lie. The flat form ``(flat, offsets)`` is what `torch.compile` captures
+as one graph for any number of segments.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -100,18 +102,20 @@ def delay_pack(
         else int_list(id_offsets, "delay_pack: id_offsets", num_streams)
     )
     check(tail in ("keep", "trim"), f'delay_pack: tail must be "keep" or "trim"; got {tail!r}')
+    shifts = (delays, pad_ids, id_offsets)
     if isinstance(segments, tuple) and len(segments) == 2 and not _is_segment(segments[1]):
         flat, offsets = _flat_form(segments[0], segments[1], num_streams)
-    else:
-        flat, offsets = _list_form(segments, num_streams)  # type: ignore[arg-type]
-    limits = torch.iinfo(flat.dtype)
-    for s, pad in enumerate(pad_ids):
-        check(limits.min <= pad <= limits.max, f"delay_pack: pad_ids[{s}] = {pad} does not fit {flat.dtype}")
-    weight = _flat_weight(loss_weight, flat, offsets)
-    outputs = torch.ops.speechlm_ext.delay_pack(
-        flat, offsets, delays, pad_ids, id_offsets, weight, tail == "trim"
-    )
-    return PackedBatch(*outputs)
+        _check_pads(pad_ids, flat.dtype)
+        weight = _flat_weight(loss_weight, flat)
+        return PackedBatch(*torch.ops.speechlm_ext.delay_pack(flat, offsets, *shifts, weight, tail == "trim"))
+    if len(segments) == 0:
+        return delay_pack(
+            (torch.empty(0, num_streams, dtype=torch.int64), [0]), delays=delays, pad_ids=pad_ids, tail=tail
+        )
+    parts = _list_form(segments, num_streams)  # type: ignore[arg-type]
+    _check_pads(pad_ids, parts[0].dtype)
+    weights = _list_weight(loss_weight, parts)
+    return PackedBatch(*torch.ops.speechlm_ext.delay_pack_segments(parts, *shifts, weights, tail == "trim"))
 
 
 def delay_unpack(ids: Tensor, cu_seqlens: Tensor | Sequence[int], *, delays: Sequence[int]) -> list[Tensor]:
@@ -172,10 +176,13 @@ def _flat_form(flat: Tensor, offsets: Tensor | Sequence[int], num_streams: int) 
     return flat, host
 
 
-def _list_form(segments: Sequence[Tensor], num_streams: int) -> tuple[Tensor, Tensor]:
-    if len(segments) == 0:
-        return torch.empty(0, num_streams, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    lengths = []
+def _check_pads(pad_ids: Sequence[int], dtype: torch.dtype) -> None:
+    limits = torch.iinfo(dtype)
+    for s, pad in enumerate(pad_ids):
+        check(limits.min <= pad <= limits.max, f"delay_pack: pad_ids[{s}] = {pad} does not fit {dtype}")
+
+
+def _list_form(segments: Sequence[Tensor], num_streams: int) -> list[Tensor]:
     for i, segment in enumerate(segments):
         _check_ids(f"delay_pack: segments[{i}]", segment, num_streams)
         check(
@@ -183,43 +190,45 @@ def _list_form(segments: Sequence[Tensor], num_streams: int) -> tuple[Tensor, Te
             f"delay_pack: segments[{i}] is {describe(segment)}, but segments[0] is {describe(segments[0])}; "
             "all must have one dtype and device",
         )
-        lengths.append(segment.shape[0])
-    offsets = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-    return segments[0] if len(segments) == 1 else torch.cat(list(segments)), offsets
+    return list(segments)
 
 
-def _flat_weight(
-    loss_weight: Sequence[Tensor] | Tensor | None, flat: Tensor, offsets: Tensor
-) -> Tensor | None:
+def _list_weight(loss_weight: Sequence[Tensor] | Tensor | None, segments: list[Tensor]) -> list[Tensor]:
+    """One float32 weight per segment; none for None."""
+    if loss_weight is None:
+        return []
+    lengths = [segment.shape[0] for segment in segments]
+    if isinstance(loss_weight, Tensor):
+        flat = loss_weight
+        _check_weight(
+            "delay_pack: loss_weight", flat, [sum(lengths), segments[0].shape[1]], segments[0].device
+        )
+        return list(flat.detach().to(torch.float32).split(lengths))
+    check(
+        len(loss_weight) == len(segments),
+        f"delay_pack: loss_weight has {len(loss_weight)} entries for {len(segments)} segments",
+    )
+    for i, (weight, segment) in enumerate(zip(loss_weight, segments, strict=True)):
+        _check_weight(f"delay_pack: loss_weight[{i}]", weight, list(segment.shape), segment.device)
+    return [weight.detach().to(torch.float32) for weight in loss_weight]
+
+
+def _flat_weight(loss_weight: Sequence[Tensor] | Tensor | None, flat: Tensor) -> Tensor | None:
     if loss_weight is None:
         return None
-    if isinstance(loss_weight, Tensor):
-        weight_flat = loss_weight
-    else:
-        num_segments = offsets.shape[0] - 1
-        check(
-            len(loss_weight) == num_segments,
-            f"delay_pack: loss_weight has {len(loss_weight)} entries for {num_segments} segments",
-        )
-        for i, weight in enumerate(loss_weight):
-            check(
-                isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == flat.shape[1],
-                f"delay_pack: loss_weight[{i}] must be float [T_i, {flat.shape[1]}]; got {describe(weight)}",
-            )
-            expected = int(offsets[i + 1] - offsets[i])
-            check(
-                weight.shape[0] == expected,
-                f"delay_pack: loss_weight[{i}] has {weight.shape[0]} frames but segments[{i}] has {expected}",
-            )
-        empty = flat.new_empty(flat.shape, dtype=torch.float32)
-        weight_flat = torch.cat(list(loss_weight)) if len(loss_weight) else empty
+    weight = loss_weight if isinstance(loss_weight, Tensor) else torch.cat(list(loss_weight))
+    _check_weight("delay_pack: loss_weight", weight, list(flat.shape), flat.device)
+    return weight.detach().to(torch.float32)
+
+
+def _check_weight(name: str, weight: Tensor, shape: list[int], device: torch.device) -> None:
     check(
-        weight_flat.is_floating_point()
-        and weight_flat.shape == flat.shape
-        and weight_flat.device == flat.device,
-        f"delay_pack: loss_weight must be float {list(flat.shape)} on {flat.device}; got {describe(weight_flat)}",
+        isinstance(weight, Tensor)
+        and weight.is_floating_point()
+        and list(weight.shape) == shape
+        and weight.device == device,
+        f"{name} must be float {shape} on {device}, like the ids; got {describe(weight)}",
     )
-    return weight_flat.detach().to(torch.float32)
 
 
 # torch.library registration. `offsets` is a host tensor on every device: the outputs' size comes from shapes alone, so
@@ -229,20 +238,33 @@ LIBRARY.define(
     "delay_pack(Tensor flat, Tensor offsets, int[] delays, int[] pad_ids, int[] id_offsets, Tensor? loss_weight, "
     "bool trim) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+LIBRARY.define(
+    "delay_pack_segments(Tensor[] segments, int[] delays, int[] pad_ids, int[] id_offsets, Tensor[] loss_weight, "
+    "bool trim) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 LIBRARY.define("delay_unpack(Tensor ids, Tensor cu_seqlens, int[] delays, SymInt num_frames) -> Tensor")
 
 
-def _allocate(
-    flat: Tensor, num_segments: int, tail_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows = flat.shape[0] + num_segments * tail_rows
-    shape = (num_rows, flat.shape[1])
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _allocate(like: Tensor, num_frames: int, num_segments: int, tail_rows: int) -> _Outputs:
+    num_rows = num_frames + num_segments * tail_rows
+    shape = (num_rows, like.shape[1])
     return (
-        flat.new_empty(shape),
-        flat.new_empty(shape),
-        flat.new_empty(shape, dtype=torch.float32),
-        flat.new_empty((num_rows,), dtype=torch.int32),
-        flat.new_empty((num_segments + 1,), dtype=torch.int32),
+        like.new_empty(shape),
+        like.new_empty(shape),
+        like.new_empty(shape, dtype=torch.float32),
+        like.new_empty((num_rows,), dtype=torch.int32),
+        like.new_empty((num_segments + 1,), dtype=torch.int32),
+    )
+
+
+def _check_rows(num_rows: int) -> None:
+    check(
+        num_rows <= _MAX_ROWS,
+        f"delay_pack: the block would have {num_rows} rows, more than cu_seqlens (int32) can hold; "
+        "pack fewer segments at a time",
     )
 
 
@@ -259,17 +281,12 @@ def _delay_pack_impl(
     id_offsets: list[int],
     loss_weight: Tensor | None,
     trim: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _Outputs:
     num_segments = offsets.shape[0] - 1
     tail_rows = 0 if trim else max(delays)
-    num_rows = flat.shape[0] + num_segments * tail_rows
-    check(
-        num_rows <= _MAX_ROWS,
-        f"delay_pack: the block would have {num_rows} rows, more than cu_seqlens (int32) can hold; "
-        "pack fewer segments at a time",
-    )
+    _check_rows(flat.shape[0] + num_segments * tail_rows)
     host_table = torch.cat([offsets, torch.tensor([*delays, *pad_ids, *id_offsets], dtype=torch.int64)])
-    outputs = _allocate(flat, num_segments, tail_rows)
+    outputs = _allocate(flat, flat.shape[0], num_segments, tail_rows)
     native.delay_pack(
         flat.contiguous(),
         None if loss_weight is None else loss_weight.contiguous(),
@@ -282,6 +299,40 @@ def _delay_pack_impl(
         stream_handle(flat),
     )
     return outputs
+
+
+def _delay_pack_segments_cpu(
+    segments: list[Tensor],
+    delays: list[int],
+    pad_ids: list[int],
+    id_offsets: list[int],
+    loss_weight: list[Tensor],
+    trim: bool,
+) -> _Outputs:
+    """Reads the segments where they lie."""
+    offsets = [0, *itertools.accumulate(segment.shape[0] for segment in segments)]
+    tail_rows = 0 if trim else max(delays)
+    _check_rows(offsets[-1] + len(segments) * tail_rows)
+    table = torch.tensor([*offsets, *delays, *pad_ids, *id_offsets], dtype=torch.int64)
+    outputs = _allocate(segments[0], offsets[-1], len(segments), tail_rows)
+    ids = [segment.contiguous() for segment in segments]
+    weights = [weight.contiguous() for weight in loss_weight]
+    native.delay_pack_segments(ids, weights, table, trim, *outputs, torch.get_num_threads())
+    return outputs
+
+
+def _delay_pack_segments_cuda(
+    segments: list[Tensor],
+    delays: list[int],
+    pad_ids: list[int],
+    id_offsets: list[int],
+    loss_weight: list[Tensor],
+    trim: bool,
+) -> _Outputs:
+    """One kernel joins the segments, which is cheaper than sending a table of pointers."""
+    offsets = torch.tensor([0, *itertools.accumulate(segment.shape[0] for segment in segments)])
+    weight = torch.cat(loss_weight) if loss_weight else None
+    return _delay_pack_impl(torch.cat(segments), offsets, delays, pad_ids, id_offsets, weight, trim)
 
 
 def _delay_unpack_impl(ids: Tensor, cu_seqlens: Tensor, delays: list[int], num_frames: int) -> Tensor:
@@ -297,6 +348,8 @@ def _delay_unpack_impl(ids: Tensor, cu_seqlens: Tensor, delays: list[int], num_f
     return out
 
 
+LIBRARY.impl("delay_pack_segments", _delay_pack_segments_cpu, "CPU")
+LIBRARY.impl("delay_pack_segments", _delay_pack_segments_cuda, "CUDA")
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("delay_pack", _delay_pack_impl, _key)
     LIBRARY.impl("delay_unpack", _delay_unpack_impl, _key)
@@ -304,7 +357,13 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("speechlm_ext::delay_pack", lib=LIBRARY)
 def _delay_pack_fake(flat, offsets, delays, pad_ids, id_offsets, loss_weight, trim):  # type: ignore[no-untyped-def]
-    return _allocate(flat, offsets.shape[0] - 1, 0 if trim else max(delays))
+    return _allocate(flat, flat.shape[0], offsets.shape[0] - 1, 0 if trim else max(delays))
+
+
+@torch.library.register_fake("speechlm_ext::delay_pack_segments", lib=LIBRARY)
+def _delay_pack_segments_fake(segments, delays, pad_ids, id_offsets, loss_weight, trim):  # type: ignore[no-untyped-def]
+    num_frames = sum(segment.shape[0] for segment in segments)
+    return _allocate(segments[0], num_frames, len(segments), 0 if trim else max(delays))
 
 
 @torch.library.register_fake("speechlm_ext::delay_unpack", lib=LIBRARY)
