@@ -1,8 +1,8 @@
 """delay_pack against its rivals: ``make bench OP=delay_pack``.
 
-Rivals, on the same inputs in the same run: the plain-torch reference; one shift loop per segment as ESPnet-SpeechLM
-does it (pad, shift, trim), with labels and weights by slicing; the same compiled by torch where that works; and a plain copy
-of the bytes that the op must write, which is the machine's limit. Results are compared before anything is timed.
+Rivals, on the same inputs in the same run: the plain-torch reference; one shift loop per segment, the way
+ESPnet-SpeechLM does it, with labels and weights by slicing; the same compiled by torch where that works; and a plain
+copy of the bytes that the op must write, which is the machine's limit. Results are compared before anything is timed.
 ``extra_info`` carries op, shape, device, bytes written, and the fraction of the copy's speed.
 """
 
