@@ -137,7 +137,7 @@ def test_speaker_prompts_are_other_utterances_of_the_speaker(make_folder: MakeFo
 
 def test_factors(make_folder: MakeFolder) -> None:
     folder = make_folder(random_rows(41))
-    tasks = [TaskUse("codec_ssl_asr", factor=2.5), TaskUse("textlm", factor=0.25)]
+    tasks = [TaskUse("codec_ssl_asr", 2.5), TaskUse("textlm", 0.25), TaskUse("codec_ssl_audiolm", 0.25)]
     loader = PackLoader(config(tasks), folder)
     extras = []
     for epoch in range(3):
@@ -147,7 +147,8 @@ def test_factors(make_folder: MakeFolder) -> None:
         )
         asr = {k: v for k, v in counts.items() if k[1] == "codec_ssl_asr"}
         assert len(asr) == 41 and set(asr.values()) == {2, 3} and sum(asr.values()) == 82 + round(41 / 2)
-        assert sum(v for k, v in counts.items() if k[1] == "textlm") == round(41 / 4)
+        for task in ("textlm", "codec_ssl_audiolm"):
+            assert sum(v for k, v in counts.items() if k[1] == task) == round(41 / 4)
         extras.append({k for k, v in asr.items() if v == 3})
     assert extras[0] != extras[1]
 

@@ -206,15 +206,16 @@ class SampleTable:
     def copies(self, epoch: int, draw: int = 0) -> np.ndarray:
         """How often each sample is used in an epoch, int64 ``[n]``.
 
-        A factor's whole part is given to each sample; of its fraction exactly the rounded share of the samples with
-        that factor gets one more, drawn evenly over the lengths.
+        A factor's whole part is given to each sample; of its fraction exactly the rounded share of a task's samples
+        with that factor gets one more, drawn evenly over the lengths.
         """
         whole = np.floor(self.factor).astype(np.int64)
         rng = np.random.default_rng([self.seed, epoch, draw, 3])
         typical = self._lengths(self.speech_lengths) if (self.factor != whole).any() else None
-        for factor in np.unique(self.factor[self.factor != whole]):
+        partial = np.flatnonzero(self.factor != whole)
+        for task, factor in np.unique(np.stack([self.task[partial], self.factor[partial]], axis=1), axis=0):
             assert typical is not None
-            group = np.flatnonzero(self.factor == factor)
+            group = np.flatnonzero((self.task == task) & (self.factor == factor))
             group = group[np.argsort(typical[group], kind="stable")]
             group = group[np.lexsort((rng.random(len(group)), np.arange(len(group)) // _STRATUM))]
             share = factor - np.floor(factor)
