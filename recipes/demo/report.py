@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,22 @@ RATES = {"asr_wer": "asr", "tts_wer": "tts", "codec_wer": "codec", "recording_we
 HEADLINE = "numbers/en"
 
 
-def write(out: Path, own: bool, state: dict[str, Any]) -> dict[str, Any]:
-    """Write ``metrics.json`` and ``report.html`` into ``out``; returns the metrics."""
+def write(out: Path, own: bool, state: dict[str, Any], page: bool = True) -> dict[str, Any]:
+    """Write ``metrics.json`` and, if asked, ``report.html`` into ``out``; returns the metrics."""
     scores = _read(out / "eval" / "scores.json") or {"errors": {}, "perplexity": {}, "judge": None}
     metrics = make_metrics(scores, own, state)
     atomic_write_json(out / "metrics.json", metrics)
-    try:
+    if page:
         from report_page import write_page
-    except ImportError as error:
-        print(f"  no report.html: {error}", file=sys.stderr)
-    else:
+
         write_page(out, own, metrics, scores, state)
-    shown = {
-        k: metrics[k]
-        for k in ("asr_wer", "tts_wer", "codec_wer", "recording_wer", "textlm_ppl", "audiolm_ppl")
-    }
-    print("  " + "  ".join(f"{k} {'skipped' if v is None else format(v, '.4g')}" for k, v in shown.items()))
+        shown = {
+            k: metrics[k]
+            for k in ("asr_wer", "tts_wer", "codec_wer", "recording_wer", "textlm_ppl", "audiolm_ppl")
+        }
+        print(
+            "  " + "  ".join(f"{k} {'skipped' if v is None else format(v, '.4g')}" for k, v in shown.items())
+        )
     return metrics
 
 

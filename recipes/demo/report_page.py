@@ -144,20 +144,10 @@ def what_was_done(d: Inputs) -> Markup:
             "asked about held-out items only."
         )
     )
-    counts = about.get("counts", [])
-    rows = [
-        (
-            c["split"],
-            c["dataset"],
-            LANGUAGES.get(c["lang"], c["lang"]),
-            num(c["count"], ",d"),
-            num(c.get("minutes"), ".1f"),
-        )
-        for c in counts
-    ]
+    rows = _count_rows(about.get("counts", []))
     if rows:
-        heads = ("split", "data set", "language", Cell("utterances", "num"), Cell("minutes", "num"))
-        parts.append(report.table(heads, rows))
+        numbers = ("train", "minutes", "held out", "minutes")
+        parts.append(report.table(("data set", "language", *(Cell(n, "num") for n in numbers)), rows))
     if about.get("licences"):
         licences = ", ".join(f"{LANGUAGES.get(k, k)} {v}" for k, v in about["licences"].items())
         parts.append(
@@ -281,9 +271,9 @@ def listen(d: Inputs) -> Markup:
         return report.paragraph("No speech was generated.", "warn")
     parts: list[Any] = [
         report.paragraph(
-            "The same sentence three times: the held-out recording; the codec's resynthesis of it, which is the best that "
-            "generated speech can sound here; and the model's own speech from the text alone. Below each: what the "
-            "judge heard, with errors coloured. The items are spread evenly over the set, not picked."
+            "The same sentence three times: the held-out recording; the codec's resynthesis of it, which is the "
+            "best that generated speech can sound here; and the model's own speech from the text alone. Below each: "
+            "what the judge heard, with errors coloured. The items are spread evenly over the set, not picked."
         )
     ]
     labels = {"recording": "recording", "codec": "codec resynthesis", "tts": "generated"}
@@ -387,7 +377,7 @@ def time_table(d: Inputs) -> Markup:
     ]
     rows.append(("all", num(total, ",.1f"), num(1.0, ".0%")))
     heads = ("stage", Cell("seconds", "num"), Cell("share", "num"))
-    note = "Each stage starts its command afresh. Downloads of recordings are part of “data”."
+    note = "Each stage starts its command afresh. Downloads of recordings are part of “data”; this page is not timed."
     return report.join(report.table(heads, rows, strong=[len(rows) - 1]), report.paragraph(note, "soft"))
 
 
@@ -398,14 +388,14 @@ def method(d: Inputs) -> Markup:
         who = f"There was no judge: {judge.get('skipped', 'nothing was evaluated')}."
     else:
         who = (
-            f"The judge is {judge['model']} ({judge['version']}, weights from: {judge['source']}), {judge['compute_type']} on "
-            f"the CPU, greedy, language given, clips padded to {judge['window_s']:g} s. It had no part in training."
+            f"The judge is {judge['model']} ({judge['version']}, weights from: {judge['source']}), "
+            f"{judge['compute_type']} on the CPU, greedy, language given, clips padded to {judge['window_s']:g} s. It had no part in training."
         )
     texts = (
         who,
         "Texts are compared in lower case, without punctuation. Recognisers write digits as they like (“47”, “4 7”, "
-        "“1,000”), so a string of digits is read as one number or as any succession of numbers below one hundred that it "
-        "spells, whichever has the fewest errors. No digit can become another by that.",
+        "“1,000”), so a string of digits is read as one number or as any succession of numbers below one hundred that "
+        "it spells, whichever has the fewest errors. No digit can become another by that.",
         "WER is the number of wrong, missing and extra words over all items, divided by the number of reference words. "
         "Items that failed count with every word as an error.",
         "The raw texts, token ids, audio and settings of every item stand in eval/records.jsonl and "
@@ -441,6 +431,19 @@ def origin(d: Inputs) -> Markup:
         rows.append(("tasks", ", ".join(f"{t['task']} × {t['factor']:g}" for t in tasks)))
     rows += list(d.metrics["machine"].items())
     return report.table(("", ""), rows)
+
+
+def _count_rows(counts: Sequence[dict[str, Any]]) -> list[Any]:
+    """Utterances and minutes per data set and language, both splits in one row."""
+    found = {(c["dataset"], c["lang"], c["split"]): c for c in counts}
+    rows = []
+    for dataset, lang in dict.fromkeys((c["dataset"], c["lang"]) for c in counts):
+        row: list[Any] = [dataset, LANGUAGES.get(lang, lang)]
+        for split in ("train", "test"):
+            count = found.get((dataset, lang, split), {})
+            row += [num(count.get("count"), ",d"), num(count.get("minutes"), ".1f")]
+        rows.append(row)
+    return rows
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def run_stages(o: Options, chosen: list[str], force: list[str]) -> None:
         }
         atomic_write_json(o.out / STATE, state)
         if name == "report":
-            demo_report.write(o.out, o.own, state)  # once more, with its own time in the table
+            demo_report.write(o.out, o.own, state, page=False)  # its own time is known only now
         print(f"  {seconds:.1f} s", flush=True)
 
 

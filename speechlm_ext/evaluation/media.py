@@ -88,7 +88,7 @@ def curves_svg(
         for name in streams:
             points = [(row["step"], row[key][name]) for row in log if name in row.get(key, {})]
             if name in codecs:
-                shade = 0.15 + 0.7 * codecs.index(name) / max(1, len(codecs) - 1)
+                shade = 0.3 + 0.55 * codecs.index(name) / max(1, len(codecs) - 1)
                 style: dict[str, Any] = {"color": colormaps["viridis"](shade), "linewidth": 1.2}
             else:
                 style = {"color": "#d9534f", "linewidth": 2.0}
