@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,21 +48,28 @@ def build_parser(name: str) -> Any:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     verb = VERBS[name]
     config = getattr(importlib.import_module(verb.module), verb.config)
-    parser = ArgumentParser(prog=f"speechlm {name}", description=config.__doc__)
+    parser = ArgumentParser(allow_abbrev=False, prog=f"speechlm {name}", description=config.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(config, None, as_group=False)
     return parser
 
 
-def _options(argv: Sequence[str]) -> list[str]:
-    """Options as the parser knows them: ``--top-k`` is ``--top_k``, ``-o`` is ``--output``."""
+def _options(argv: Sequence[str], flags: Collection[str] = ()) -> list[str]:
+    """Options as the parser knows them: ``--top-k`` is ``--top_k``, ``-o`` is ``--output``.
+
+    Args:
+        flags: names of the settings that are true or false; alone on the line they mean true.
+    """
     options = []
-    for word in argv:
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
         name, equals, value = word.partition("=")
         if word == "-o":
             word = "--output"
         elif name.startswith("--"):
-            word = name[:2] + name[2:].replace("-", "_") + equals + value
+            name = name[2:].replace("-", "_")
+            word = f"--{name}{equals}{value}"
+            if name in flags and not equals and following.startswith("-"):
+                word += "=true"
         options.append(word)
     return options
 
@@ -87,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = VERBS[name]
     try:
         parser = build_parser(name)
-        values = parser.parse_args(_options(rest))
+        flags = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
+        values = parser.parse_args(_options(rest, flags))
         values.pop("config", None)
         config = getattr(importlib.import_module(verb.module), verb.config)
         settings = parser.instantiate(values)

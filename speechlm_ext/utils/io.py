@@ -82,5 +82,8 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
 
 def sha256_file(path: str | Path) -> str:
     """Return the sha256 of a file's bytes as 64 hex digits."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
