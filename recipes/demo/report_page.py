@@ -389,7 +389,8 @@ def method(d: Inputs) -> Markup:
     else:
         who = (
             f"The judge is {judge['model']} ({judge['version']}, weights from: {judge['source']}), "
-            f"{judge['compute_type']} on the CPU, greedy, language given, clips padded to {judge['window_s']:g} s. It had no part in training."
+            f"{judge['compute_type']} on the CPU, greedy, language given, clips padded to {judge['window_s']:g} s. "
+            "It had no part in training."
         )
     texts = (
         who,
