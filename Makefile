@@ -2,8 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
+PIP    := $(BIN)/pip install -qq --no-compile --disable-pip-version-check
 ARGS   ?=
+TESTS  ?= python_tests
 OP     ?=
 DATA   ?=
 
@@ -46,11 +47,11 @@ dev: $(VENV)/.dev      ## .venv with the tools for tests and checks too
 demo: build      ## recordings to report: runs/demo/report.html (DATA=folder for your own recordings)
 	$(BIN)/python recipes/demo/run.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
-test: dev        ## the test suite, C++ parts included (ARGS= for pytest)
-	$(BIN)/python -m pytest python_tests $(ARGS)
+test: dev        ## the test suite, C++ parts included (TESTS= a file or folder, ARGS= for pytest)
+	$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 test-gpu: dev    ## the tests that need a GPU
-	$(BIN)/python -m pytest python_tests -m cuda $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) -m cuda $(ARGS)
 
 bench: dev       ## benchmarks of the ops, or of one: OP=delay_pack
 	$(BIN)/python -m pytest benchmarks/ops/$(if $(OP),bench_$(OP).py) -o python_files='bench_*.py' \
