@@ -40,7 +40,8 @@ HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "demo.yaml"
 TOKENIZE_RECIPE = HERE / "tokenize.yaml"
 STATE = "stages.json"
-JUDGE_WINDOW_S = 10.0
+#: Hears the same as the full 30 s on the held-out English numbers, in about a third of the time.
+JUDGE_WINDOW_S = 15.0
 STAGES = {
     "data": "get the recordings and write train and test manifests",
     "tokenize": "fit the tokenizers and turn recordings and texts into tokens",
