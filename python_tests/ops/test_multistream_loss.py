@@ -217,3 +217,13 @@ TWO = [[(0, 10)], [(0, 10)]]
 def test_rejects_bad_input(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         sx.ops.multistream_loss(*arguments, **{"scopes": TWO, **options})
+
+
+def test_result_is_a_tuple_that_engines_can_walk():
+    """ZeRO 3 hooks a module's backward through the tensors of its output; it walks tuples, not other classes."""
+    scopes, parts, targets, weights = make_case("one_stream")
+    out = sx.ops.multistream_loss(parts[0], parts[1], targets, weights, scopes=scopes)
+    assert isinstance(out, tuple)
+    again = type(out)(*(value if value is None else value + 0 for value in out))
+    torch.testing.assert_close(again.loss_sum, out.loss_sum)
+    assert [name for name, value in zip(out._fields, out, strict=True) if value is None] == ["token_nll"]

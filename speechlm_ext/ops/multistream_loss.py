@@ -7,8 +7,7 @@ caller chooses the normaliser: divide ``loss_sum`` by what suits (tokens, frames
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +22,12 @@ from speechlm_ext.ops.reference.multistream_loss import (
 )
 
 
-@dataclass(frozen=True)
-class MultiStreamLoss:
-    """Sums over the block; only ``loss_sum`` and ``token_nll`` carry gradients."""
+class MultiStreamLoss(NamedTuple):
+    """Sums over the block; only ``loss_sum`` and ``token_nll`` carry gradients.
+
+    A named tuple because engines that partition parameters (DeepSpeed's ZeRO 3) look for tensors in a module's outputs
+    and find them in tuples, not in other classes.
+    """
 
     loss_sum: Tensor
     """Scalar, Σ weight · loss over all streams, in float32 (float64 for float64 input)."""

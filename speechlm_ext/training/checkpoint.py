@@ -87,6 +87,17 @@ def _full_moment(engine: Any, parameter: Tensor, key: str) -> Tensor:
     return safe_get_full_optimizer_state(parameter, key)
 
 
+def _link_moments(engine: Any) -> None:
+    """Let every parameter find its moments.
+
+    DeepSpeed's ZeRO 1 and 2 link them once, after the first group's first step, when later groups have none yet.
+    """
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+
+
 def _step_counters(engine: Any) -> list[Tensor]:
     states = _torch_optimizer(engine).state.values()
     return [state["step"] for state in states if "step" in state]
@@ -111,6 +122,7 @@ def save_checkpoint(engine: Any, model: SpeechLM, state: TrainerState, root: Pat
     rank = torch.distributed.get_rank()
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
+    _link_moments(engine)
     for name, parameter in model.named_parameters():
         # Gathering is collective: every rank takes part, rank 0 keeps the result.
         full = _full_parameter(engine, parameter)
