@@ -235,14 +235,13 @@ def load_weights(model: SpeechLM, folder: Path) -> dict[str, Tensor]:
 
 
 def _make_moments(engine: Any) -> None:
-    """Let ZeRO 1 and 2 have their moments before the first step, which is when they would make them."""
-    partitions = getattr(engine.optimizer, "single_partition_of_fp32_groups", None)
-    if partitions is None:
-        return
+    """Let ZeRO have its moments before the first step, which is when it would make them."""
     inner = _torch_optimizer(engine)
-    for flat in partitions:
-        inner.state[flat] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(flat) for key in MOMENTS}}
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    # The flat fp32 partitions of ZeRO 1 and 2, and those of ZeRO 3.
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        for flat in getattr(engine.optimizer, name, ()):
+            inner.state[flat] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+    _link_moments(engine)
 
 
 def load_optimizer(engine: Any, model: SpeechLM, folder: Path, weights: dict[str, Tensor], state: TrainerState) -> None:

@@ -8,6 +8,10 @@ run goes on exactly after a stop: its state is the weights, the moments and the 
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -102,6 +106,8 @@ def run_train(config: TrainConfig) -> Path:
     Raises:
         SpeechLMError: settings, data or checkpoint that cannot be used; nothing is started from zero silently.
     """
+    if config.processes > 1 and "RANK" not in os.environ:
+        return _launch(config)
     rank, world, device = init_distributed()
     threads = set_threads(config)
     run_dir = Path(config.run_dir)
@@ -144,6 +150,25 @@ def run_train(config: TrainConfig) -> Path:
     finally:
         log.close()
     return last or root / ckpt.checkpoint_name(state.step)
+
+
+def _launch(config: TrainConfig) -> Path:
+    """Start ``config.processes`` processes of this very run through torchrun and wait for them."""
+    run_dir = Path(config.run_dir)
+    find_resume(config, run_dir / CHECKPOINTS)  # fail before anything is started
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False), "utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={config.processes}", "-m", "speechlm_ext.cli", "train", "--config", str(path)]
+        code = subprocess.run(command, check=False).returncode
+    found = ckpt.list_checkpoints(run_dir / CHECKPOINTS)
+    if code != 0 or not found:
+        raise CheckpointError(
+            f"a training process ended with exit code {code}; its message stands above. What was saved in "
+            f"{run_dir / CHECKPOINTS} is intact; the same command goes on from there."
+        )
+    return found[-1]
 
 
 def _loop(
