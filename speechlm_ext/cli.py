@@ -27,13 +27,42 @@ class Verb:
 
 
 VERBS = {
-    "doctor": Verb("speechlm_ext.doctor", "DoctorConfig", "run_doctor", "what is installed, compiled and will be used, and why"),
-    "tokenize": Verb("speechlm_ext.data.tokenize", "TokenizeConfig", "run_tokenize", "recordings and texts -> token shards"),
-    "plan": Verb("speechlm_ext.data.report", "PlanReportConfig", "run_plan", "what a training run would see and need, before it holds a machine"),
-    "train": Verb("speechlm_ext.training", "TrainConfig", "run_train", "train a model on token shards, or go on with a run"),
-    "generate": Verb("speechlm_ext.generation.cli", "GenerateConfig", "run_generate", "text or speech from a model"),
-    "evaluate": Verb("speechlm_ext.evaluation.run", "EvaluateConfig", "run_evaluate", "scores of a model, or of stored records"),
-    "layout": Verb("speechlm_ext.layout_diff", "LayoutConfig", "run_layout", "show a token layout, or the first difference of two"),
+    "doctor": Verb(
+        "speechlm_ext.doctor",
+        "DoctorConfig",
+        "run_doctor",
+        "what is installed, compiled and will be used, and why",
+    ),
+    "tokenize": Verb(
+        "speechlm_ext.data.tokenize", "TokenizeConfig", "run_tokenize", "recordings and texts -> token shards"
+    ),
+    "plan": Verb(
+        "speechlm_ext.data.report",
+        "PlanReportConfig",
+        "run_plan",
+        "what a training run would see and need, before it holds a machine",
+    ),
+    "train": Verb(
+        "speechlm_ext.training",
+        "TrainConfig",
+        "run_train",
+        "train a model on token shards, or go on with a run",
+    ),
+    "generate": Verb(
+        "speechlm_ext.generation.cli", "GenerateConfig", "run_generate", "text or speech from a model"
+    ),
+    "evaluate": Verb(
+        "speechlm_ext.evaluation.run",
+        "EvaluateConfig",
+        "run_evaluate",
+        "scores of a model, or of stored records",
+    ),
+    "layout": Verb(
+        "speechlm_ext.layout_diff",
+        "LayoutConfig",
+        "run_layout",
+        "show a token layout, or the first difference of two",
+    ),
 }
 
 USAGE = "usage: speechlm VERB [--config FILE.yaml] [--option VALUE …]\n\nverbs:\n" + "\n".join(
@@ -104,7 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"speechlm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("speechlm: interrupted; what was saved is intact, the same command goes on from there.", file=sys.stderr)
+        print(
+            "speechlm: interrupted; what was saved is intact, the same command goes on from there.",
+            file=sys.stderr,
+        )
         return 1
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 

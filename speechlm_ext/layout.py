@@ -87,7 +87,9 @@ class TokenLayout:
             expected = interval.end
         names = [i.name for i in self.intervals]
         if len(set(names)) != len(names) or not names or names[0] != "special":
-            raise LayoutError(f"layout {self.name!r}: intervals must be unique and begin with 'special', got {names}.")
+            raise LayoutError(
+                f"layout {self.name!r}: intervals must be unique and begin with 'special', got {names}."
+            )
         if not self.streams:
             raise LayoutError(f"layout {self.name!r}: at least one stream is needed, got none.")
         for stream in self.streams:
@@ -99,7 +101,9 @@ class TokenLayout:
                 )
         ids = [i for _, i in self.special]
         if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= self.intervals[0].end:
-            raise LayoutError(f"layout {self.name!r}: special ids must be unique and inside the 'special' interval.")
+            raise LayoutError(
+                f"layout {self.name!r}: special ids must be unique and inside the 'special' interval."
+            )
 
     # ---- construction -------------------------------------------------------------------------------------------
     @classmethod
@@ -207,7 +211,9 @@ class TokenLayout:
     def special_id(self, name: str) -> int:
         """Id of a special token by name. Raises :class:`LayoutError` if the layout has no such token."""
         if name not in self._special:
-            raise LayoutError(f"layout {self.name!r} has no special token {name!r}; it has {sorted(self._special)}.")
+            raise LayoutError(
+                f"layout {self.name!r} has no special token {name!r}; it has {sorted(self._special)}."
+            )
         return self._special[name]
 
     def marker_id(self, modality: str) -> int:
@@ -314,7 +320,9 @@ class TokenLayout:
             data = json.loads(path.read_text("utf-8"))
             sha256 = data.pop("sha256")
             if data["version"] != VERSION:
-                raise LayoutError(f"{path}: layout version {data['version']} is not {VERSION}; use the release it needs.")
+                raise LayoutError(
+                    f"{path}: layout version {data['version']} is not {VERSION}; use the release it needs."
+                )
             layout = cls(
                 name=data["name"],
                 streams=tuple(Stream(s["name"], s["delay"], tuple(s["carries"])) for s in data["streams"]),
@@ -323,13 +331,17 @@ class TokenLayout:
                 tokenizers=tuple((m, h) for m, h in data["tokenizers"]),
             )
         except FileNotFoundError:
-            raise LayoutError(f"no {FILE_NAME} at {path}; is this a token folder, checkpoint or model folder?") from None
+            raise LayoutError(
+                f"no {FILE_NAME} at {path}; is this a token folder, checkpoint or model folder?"
+            ) from None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, LayoutError):
                 raise
             raise LayoutError(f"{path}: not a token layout ({type(error).__name__}: {error}).") from None
         if layout.sha256 != sha256:
-            raise LayoutError(f"{path}: content does not match its own sha256; it was edited or damaged after writing.")
+            raise LayoutError(
+                f"{path}: content does not match its own sha256; it was edited or damaged after writing."
+            )
         return layout
 
     def first_difference(self, other: TokenLayout) -> str | None:

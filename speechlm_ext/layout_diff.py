@@ -12,7 +12,7 @@ from speechlm_ext.layout import TokenLayout
 class LayoutConfig:
     """Show the token layout of a token folder, checkpoint or model folder, or compare two.
 
-    ``speechlm layout --path tokens/train`` and ``speechlm layout --path tokens/train --other runs/a/checkpoints/step-…``;
+    ``speechlm layout --path tokens/train`` or, to compare, ``… --other runs/a/checkpoints/latest``;
     the exit code of a comparison is 0 when the ids mean the same, 1 when not.
     """
 

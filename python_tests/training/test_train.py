@@ -26,7 +26,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.pare
 
 
 def command(tokens: Path, runs: list[dict], world: int = 1) -> list[str]:
-    launch = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    launch = (
+        [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    )
     runs = [{**run, "run_dir": str(run["run_dir"])} for run in runs]
     return [sys.executable, *launch, str(HERE / "drive.py"), str(tokens), json.dumps(runs)]
 
@@ -34,7 +36,12 @@ def command(tokens: Path, runs: list[dict], world: int = 1) -> list[str]:
 def drive(tokens: Path, runs: list[dict], world: int = 1) -> list[str | None]:
     """Train in a process of its own (or several), as a user would; each run's error or None."""
     done = subprocess.run(
-        command(tokens, runs, world), capture_output=True, text=True, timeout=600, env=ENVIRONMENT, check=False
+        command(tokens, runs, world),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=ENVIRONMENT,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("RESULTS ")][0][8:])
@@ -90,7 +97,13 @@ def test_loss_falls(runs: Path) -> None:
 def test_checkpoint_is_complete(runs: Path) -> None:
     folder = last(runs / "plain")
     assert folder.name == "step-00000006"
-    expected = {"config.json", "model.safetensors", "optimizer.safetensors", "token_layout.json", "trainer_state.json"}
+    expected = {
+        "config.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "token_layout.json",
+        "trainer_state.json",
+    }
     assert {p.name for p in folder.iterdir()} >= expected
     assert json.loads((folder / "trainer_state.json").read_text())["packs_consumed"] == 6
     saved = yaml.safe_load((runs / "plain" / "config.yaml").read_text())

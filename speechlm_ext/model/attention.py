@@ -48,7 +48,10 @@ def _choose(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
         return "flash-attn", "flash_attn is installed"
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         return "varlen_attn", "flash_attn is not installed; torch has varlen_attn"
-    return "sdpa", "neither flash_attn nor torch's varlen_attn is there; pip install 'speechlm_ext[flash]' for speed"
+    return (
+        "sdpa",
+        "neither flash_attn nor torch's varlen_attn is there; pip install 'speechlm_ext[flash]' for speed",
+    )
 
 
 @dataclass

@@ -33,7 +33,8 @@ class LossSettings:
             raise ConfigError(f"loss.scope must be 'full', 'codec' or 'own', got {self.scope!r}.")
         if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
             raise ConfigError(
-                f"loss.label_smoothing must be in [0, 1) and loss.z_loss >= 0, got {self.label_smoothing} and {self.z_loss}."
+                f"loss.label_smoothing must be in [0, 1) and loss.z_loss >= 0, got {self.label_smoothing} and "
+                f"{self.z_loss}."
             )
 
 
@@ -70,7 +71,9 @@ class ModelConfig:
         try:
             data = json.loads(path.read_text("utf-8"))
             if data.pop("model_type", None) != MODEL_TYPE:
-                raise CheckpointError(f"{path}: model_type is not {MODEL_TYPE!r}; this is another kind of model.")
+                raise CheckpointError(
+                    f"{path}: model_type is not {MODEL_TYPE!r}; this is another kind of model."
+                )
             tasks = tuple(
                 TaskTemplate(
                     t["name"],
@@ -85,4 +88,6 @@ class ModelConfig:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{path}: not a SpeechLM config ({type(error).__name__}: {error}).") from None
+            raise CheckpointError(
+                f"{path}: not a SpeechLM config ({type(error).__name__}: {error})."
+            ) from None

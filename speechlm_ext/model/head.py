@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,10 @@ class MultiStreamHead(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size)) if weight is None else weight
-        self.stream_embed = nn.Parameter(torch.empty(num_streams - 1, hidden_size)) if num_streams > 1 else None
-        self.scopes = [list(map(tuple, scope)) for scope in scopes]
+        self.stream_embed = (
+            nn.Parameter(torch.empty(num_streams - 1, hidden_size)) if num_streams > 1 else None
+        )
+        self.scopes: list[list[tuple[int, int]]] = [[(int(a), int(b)) for a, b in scope] for scope in scopes]
         self.settings = settings
 
     def stream_vectors(self) -> Tensor | None:
@@ -45,7 +48,13 @@ class MultiStreamHead(nn.Module):
             return None
         return torch.cat((self.stream_embed.new_zeros(1, self.stream_embed.shape[1]), self.stream_embed))
 
-    def forward(self, hidden_ND: Tensor, targets_NS: Tensor, loss_weight_NS: Tensor, reduction: str = "sum") -> MultiStreamLoss:
+    def forward(
+        self,
+        hidden_ND: Tensor,
+        targets_NS: Tensor,
+        loss_weight_NS: Tensor,
+        reduction: Literal["sum", "none"] = "sum",
+    ) -> MultiStreamLoss:
         """Weighted cross-entropy over all streams; see :func:`speechlm_ext.ops.multistream_loss`."""
         return multistream_loss(
             hidden_ND,

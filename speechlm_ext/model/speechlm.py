@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,7 +48,9 @@ class SpeechLM(nn.Module):
         ConfigError: the backbone's configuration is not a causal LM's.
     """
 
-    def __init__(self, config: ModelConfig, layout: TokenLayout, tokenizers: TokenizerSet | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, layout: TokenLayout, tokenizers: TokenizerSet | None = None
+    ) -> None:
         super().__init__()
         self.config, self.layout, self.tokenizers = config, layout, tokenizers
         settings = {k: v for k, v in config.backbone.items() if k != "model_type"}
@@ -138,7 +140,7 @@ class SpeechLM(nn.Module):
         loss_weight: Tensor,
         position: Tensor,
         cu_seqlens: Tensor,
-        reduction: str = "sum",
+        reduction: Literal["sum", "none"] = "sum",
     ) -> MultiStreamLoss:
         """Loss of a packed batch; the arguments are the fields of :class:`speechlm_ext.ops.PackedBatch`.
 
@@ -156,7 +158,9 @@ class SpeechLM(nn.Module):
         """An empty key/value cache for :meth:`cached_hidden`."""
         return DynamicCache(config=self.backbone.config)
 
-    def cached_hidden(self, ids_BTS: Tensor, *, cache: Cache, position_BT: Tensor, key_mask_BK: Tensor) -> Tensor:
+    def cached_hidden(
+        self, ids_BTS: Tensor, *, cache: Cache, position_BT: Tensor, key_mask_BK: Tensor
+    ) -> Tensor:
         """Hidden states of the next T rows of a left-padded batch, with earlier keys from the cache.
 
         Args:
@@ -247,7 +251,9 @@ class SpeechLM(nn.Module):
         except FileNotFoundError:
             raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: the folder is incomplete.") from None
         except Exception as error:  # safetensors raises its own type for damaged files
-            raise CheckpointError(f"{weights} cannot be read ({error}); it is damaged or truncated.") from None
+            raise CheckpointError(
+                f"{weights} cannot be read ({error}); it is damaged or truncated."
+            ) from None
         if config.tie_head:
             state["head.weight"] = state["embedding"]
         try:
@@ -269,7 +275,9 @@ class SpeechLM(nn.Module):
             CheckpointError: the folder cannot be loaded, or its sizes are not this model's.
         """
         try:
-            pretrained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            pretrained = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"backbone {folder} cannot be loaded as a causal LM: {error}") from None
         body = pretrained.get_decoder()
@@ -287,7 +295,9 @@ class SpeechLM(nn.Module):
         try:
             self.backbone.load_state_dict(body.state_dict(), strict=True)
         except RuntimeError as error:
-            raise CheckpointError(f"backbone {folder} does not fit the model's configuration: {error}") from None
+            raise CheckpointError(
+                f"backbone {folder} does not fit the model's configuration: {error}"
+            ) from None
         for ours, theirs in ((self.embedding, table), (self.head.weight, head)):
             ours.copy_(torch.randn_like(ours) * theirs.std() + theirs.mean(0))
             ours[start : start + rows].copy_(theirs[:rows])
@@ -302,4 +312,6 @@ def backbone_settings(folder: str | Path) -> dict[str, Any]:
     """
     with contextlib.suppress(OSError, ValueError):
         return AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    raise CheckpointError(f"backbone {folder}: no transformers configuration there; expected a folder with config.json.")
+    raise CheckpointError(
+        f"backbone {folder}: no transformers configuration there; expected a folder with config.json."
+    )

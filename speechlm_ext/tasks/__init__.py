@@ -60,7 +60,9 @@ def parse_templates(text: str, where: str, allowed_ids: Iterable[int]) -> dict[s
     try:
         rows = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: expected a YAML list of task templates, but it does not parse: {error}") from None
+        raise ConfigError(
+            f"{where}: expected a YAML list of task templates, but it does not parse: {error}"
+        ) from None
     if not isinstance(rows, list):
         raise ConfigError(f"{where}: expected a YAML list of task templates, got {type(rows).__name__}.")
     allowed = set(allowed_ids)
@@ -83,7 +85,9 @@ def parse_templates(text: str, where: str, allowed_ids: Iterable[int]) -> dict[s
                     f"{where}: task {name!r}, {side}: expected a list of [field, modality], got {row[side]!r}."
                 )
             for item in row[side]:
-                if not (isinstance(item, list) and len(item) == 2 and item[0] in FIELDS and item[1] in MODALITIES):
+                if not (
+                    isinstance(item, list) and len(item) == 2 and item[0] in FIELDS and item[1] in MODALITIES
+                ):
                     raise ConfigError(
                         f"{where}: task {name!r}, {side}: expected [field, modality] with a field of {FIELDS} and "
                         f"a modality of {MODALITIES}, got {item!r}."

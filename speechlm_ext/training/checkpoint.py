@@ -193,7 +193,9 @@ def read_state(folder: Path) -> TrainerState:
     """
     path = folder / STATE_NAME
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint {folder} does not exist; nothing was started. Give a folder step-… of a run.")
+        raise CheckpointError(
+            f"checkpoint {folder} does not exist; nothing was started. Give a folder step-… of a run."
+        )
     if not path.is_file():
         raise CheckpointError(
             f"{folder} is not a training checkpoint: it has no {STATE_NAME}. An exported model folder can be "
@@ -209,9 +211,13 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path.parent} has no {path.name}: it is incomplete; use an older one.") from None
+        raise CheckpointError(
+            f"checkpoint {path.parent} has no {path.name}: it is incomplete; use an older one."
+        ) from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): damaged or truncated; use an older checkpoint.") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): damaged or truncated; use an older checkpoint."
+        ) from None
 
 
 def load_weights(model: SpeechLM, folder: Path) -> dict[str, Tensor]:
@@ -223,7 +229,9 @@ def load_weights(model: SpeechLM, folder: Path) -> dict[str, Tensor]:
     weights = _load_tensors(folder / WEIGHTS_NAME)
     named = dict(model.named_parameters())
     if set(named) != set(weights) or any(named[n].shape != w.shape for n, w in weights.items()):
-        odd = sorted(set(named) ^ set(weights)) or [n for n, w in weights.items() if named[n].shape != w.shape]
+        odd = sorted(set(named) ^ set(weights)) or [
+            n for n, w in weights.items() if named[n].shape != w.shape
+        ]
         raise CheckpointError(
             f"checkpoint {folder} does not fit the model of this configuration: first difference at {odd[0]!r}. "
             f"Use the run's own settings (config.yaml in its folder)."
@@ -240,11 +248,16 @@ def _make_moments(engine: Any) -> None:
     # The flat fp32 partitions of ZeRO 1 and 2, and those of ZeRO 3.
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
         for flat in getattr(engine.optimizer, name, ()):
-            inner.state[flat] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+            inner.state[flat] = {
+                "step": torch.tensor(0.0),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
     _link_moments(engine)
 
 
-def load_optimizer(engine: Any, model: SpeechLM, folder: Path, weights: dict[str, Tensor], state: TrainerState) -> None:
+def load_optimizer(
+    engine: Any, model: SpeechLM, folder: Path, weights: dict[str, Tensor], state: TrainerState
+) -> None:
     """Put a checkpoint's moments, step counter and fp32 masters into a fresh engine; all ranks call it.
 
     Raises:
@@ -256,11 +269,17 @@ def load_optimizer(engine: Any, model: SpeechLM, folder: Path, weights: dict[str
     for name, parameter in model.named_parameters():
         parts = {key: moments.get(f"{key}.{name}") for key in MOMENTS}
         if any(value is None for value in parts.values()):
-            raise CheckpointError(f"{folder / OPTIMIZER_NAME} has no moments for {name!r}: it belongs to another model.")
+            raise CheckpointError(
+                f"{folder / OPTIMIZER_NAME} has no moments for {name!r}: it belongs to another model."
+            )
         if not _is_partitioned(engine):
             inner.state[parameter] = {
                 "step": torch.tensor(state.optimizer_step),
-                **{key: value.to(parameter.device).clone() for key, value in parts.items() if value is not None},
+                **{
+                    key: value.to(parameter.device).clone()
+                    for key, value in parts.items()
+                    if value is not None
+                },
             }
             continue
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state

@@ -92,7 +92,8 @@ class TrainConfig:
     """Train a SpeechLM on token folders.
 
     ``speechlm train --config recipe.yaml``. Several processes on one machine: ``--processes N``; on many machines put
-    ``torchrun … -m`` before ``speechlm_ext.cli train …``. Every setting can be overridden with a dotted option, e.g. ``--optimizer.lr 3e-4``.
+    ``torchrun … -m`` before ``speechlm_ext.cli train …``. Every setting can be overridden with a
+    dotted option, e.g. ``--optimizer.lr 3e-4``.
     """
 
     run_dir: str

@@ -83,7 +83,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     A table's row is touched only when its id occurs: decay would shrink rare ids towards zero.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         body_matrix = parameter.ndim >= 2 and name.startswith("backbone.")
         (decayed if body_matrix else plain).append(parameter)

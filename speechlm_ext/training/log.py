@@ -57,10 +57,14 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                logger.warning("tensorboard is not installed: only %s is written (pip install tensorboard)", self.path)
+                logger.warning(
+                    "tensorboard is not installed: only %s is written (pip install tensorboard)", self.path
+                )
             else:
                 self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-        self.bar = tqdm(total=total, initial=step, unit="step", desc="train", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total, initial=step, unit="step", desc="train", disable=None, dynamic_ncols=True
+        )
 
     def advance(self) -> None:
         """Move the bar by one step."""

@@ -41,7 +41,9 @@ def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLM:
     backbone = settings.llama() if settings.backbone is None else backbone_settings(settings.backbone)
     torch.manual_seed(config.seed)
     model = SpeechLM(
-        ModelConfig(backbone, tuple(loader.tasks), settings.loss, settings.tie_head), loader.layout, loader.tokenizers
+        ModelConfig(backbone, tuple(loader.tasks), settings.loss, settings.tie_head),
+        loader.layout,
+        loader.tokenizers,
     )
     if settings.backbone is not None:
         model.load_backbone(settings.backbone)
@@ -94,7 +96,9 @@ class _Meter:
         self.positions += positions
 
     def reduce(self) -> tuple[float, Tensor, int]:
-        packed = torch.cat((self.loss.view(1), self.loss.new_tensor([float(self.positions)]), self.sums.flatten()))
+        packed = torch.cat(
+            (self.loss.view(1), self.loss.new_tensor([float(self.positions)]), self.sums.flatten())
+        )
         if torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(packed)
         return float(packed[0]), packed[2:].view_as(self.sums).cpu(), int(packed[1])
@@ -118,14 +122,16 @@ def run_train(config: TrainConfig) -> Path:
     loader = PackLoader(config.data, rank=rank, world=world, packs_consumed=state.packs_consumed)
     if resume is not None and state.plan != loader.fingerprint:
         raise CheckpointError(
-            f"checkpoint {resume} was trained with another pack plan ({state.plan[:12]}, now {loader.fingerprint[:12]}):"
-            f" token folders, tasks, factors, budget or seed differ, so its place in the data means nothing here. Use "
+            f"checkpoint {resume} was trained with another pack plan ({state.plan[:12]}, now "
+            f"{loader.fingerprint[:12]}): token folders, tasks, factors, budget or seed differ, so its place in the data means nothing here. Use "
             f"the run's own data settings (config.yaml), or start a new run_dir."
         )
     model = build_model(config, loader)
     weights = None
     if resume is not None:
-        loader.layout.require_same(type(loader.layout).load(resume), "the token folder", f"checkpoint {resume}")
+        loader.layout.require_same(
+            type(loader.layout).load(resume), "the token folder", f"checkpoint {resume}"
+        )
         weights = ckpt.load_weights(model, resume)
     model.to(device)
     engine = build_engine(model, config)
@@ -160,7 +166,14 @@ def _launch(config: TrainConfig) -> Path:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False), "utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={config.processes}", "-m", "speechlm_ext.cli", "train", "--config", str(path)]
+        command += [
+            f"--nproc-per-node={config.processes}",
+            "-m",
+            "speechlm_ext.cli",
+            "train",
+            "--config",
+            str(path),
+        ]
         code = subprocess.run(command, check=False).returncode
     found = ckpt.list_checkpoints(run_dir / CHECKPOINTS)
     if code != 0 or not found:
@@ -234,8 +247,12 @@ def _write_line(
             f"{lr:.2e}), lengthen optimizer.warmup_steps, or use precision fp32."
         )
     live = stream_count > 0
-    mean = {n: float(a / b) for n, a, b, ok in zip(names, stream_loss, stream_weight, live, strict=True) if ok}
-    accuracy = {n: float(a / b) for n, a, b, ok in zip(names, stream_correct, stream_count, live, strict=True) if ok}
+    mean = {
+        n: float(a / b) for n, a, b, ok in zip(names, stream_loss, stream_weight, live, strict=True) if ok
+    }
+    accuracy = {
+        n: float(a / b) for n, a, b, ok in zip(names, stream_correct, stream_count, live, strict=True) if ok
+    }
     norm = engine.get_global_grad_norm()
     row = {
         "step": state.step,

@@ -30,7 +30,9 @@ def storage_error(error: OSError, path: Path) -> StorageError:
             f"could not write {path}: the disk is full ({free} free in {path.parent}). What was written "
             "before is intact; free some space or choose another folder, then run the same command again."
         )
-    return StorageError(f"could not write {path}: {error.strerror or error}. Check the folder and its rights.")
+    return StorageError(
+        f"could not write {path}: {error.strerror or error}. Check the folder and its rights."
+    )
 
 
 @contextlib.contextmanager
