@@ -123,8 +123,8 @@ def run_train(config: TrainConfig) -> Path:
     if resume is not None and state.plan != loader.fingerprint:
         raise CheckpointError(
             f"checkpoint {resume} was trained with another pack plan ({state.plan[:12]}, now "
-            f"{loader.fingerprint[:12]}): token folders, tasks, factors, budget or seed differ, so its place in the data means nothing here. Use "
-            f"the run's own data settings (config.yaml), or start a new run_dir."
+            f"{loader.fingerprint[:12]}): token folders, tasks, factors, budget or seed differ, so its place in the "
+            f"data means nothing here. Use the run's own data settings (config.yaml), or start a new run_dir."
         )
     model = build_model(config, loader)
     weights = None
