@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -38,6 +39,7 @@ from speechlm_ext.utils.io import atomic_write_json, atomic_write_text, sha256_f
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "demo.yaml"
+OWN_RECIPE = HERE.parent / "own_folder.yaml"
 TOKENIZE_RECIPE = HERE / "tokenize.yaml"
 STATE = "stages.json"
 #: Hears the same as the full 30 s on the held-out English numbers, in about a third of the time.
@@ -122,6 +124,8 @@ def _train_arguments(o: Options) -> list[str]:
     arguments += ["--data.tokens", json.dumps([str(o.out / "tokens" / "train")])]
     if o.own:
         arguments += ["--data.overlong", "drop"]
+    if torch.cuda.is_available() or os.cpu_count() == 1:
+        arguments += ["--processes", "1"]
     steps = o.steps or (30 if o.quick else None)
     return arguments + (["--steps", str(steps), "--log_every", "5"] if steps else [])
 
@@ -276,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--debs", type=Path, default=None, help="folder with the Debian packages, instead of a download"
     )
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help="training recipe")
+    parser.add_argument("--recipe", type=Path, default=None, help="training recipe, instead of the demo's")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps, instead of the recipe's")
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--stage", choices=list(STAGES), help="run only this stage, also if it is done")
@@ -285,7 +289,9 @@ def main(argv: list[str] | None = None) -> int:
     names = list(STAGES)
     chosen = [a.stage] if a.stage else names
     force = [a.stage] if a.stage else (names[names.index(a.first) :] if a.first else [])
-    options = Options(a.out, a.data or None, a.quick, a.debs, a.recipe, a.steps)
+    options = Options(
+        a.out, a.data or None, a.quick, a.debs, a.recipe or (OWN_RECIPE if a.data else RECIPE), a.steps
+    )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started = time.perf_counter()
     try:

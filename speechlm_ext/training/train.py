@@ -161,6 +161,12 @@ def run_train(config: TrainConfig) -> Path:
 def _launch(config: TrainConfig) -> Path:
     """Start ``config.processes`` processes of this very run through torchrun and wait for them."""
     run_dir = Path(config.run_dir)
+    devices = torch.cuda.device_count()
+    if torch.cuda.is_available() and devices < config.processes:
+        raise ConfigError(
+            f"processes is {config.processes}, but this machine has {devices} GPU(s); each process needs one of its own. "
+            f"Set --processes {devices}."
+        )
     find_resume(config, run_dir / CHECKPOINTS)  # fail before anything is started
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
