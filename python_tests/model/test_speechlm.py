@@ -107,7 +107,10 @@ def test_cache_equals_packed() -> None:
         for start, end in ((0, 5), (5, 6), (6, 7)):
             parts.append(
                 model.cached_hidden(
-                    batch[:, start:end], cache=cache, position_BT=places[:, start:end], key_mask_BK=mask[:, :end]
+                    batch[:, start:end],
+                    cache=cache,
+                    position_BT=places[:, start:end],
+                    key_mask_BK=mask[:, :end],
                 )
             )
     decoded = torch.cat(parts, 1)

@@ -1,0 +1,52 @@
+"""The command line: help that teaches, unknown keys fail, errors are one line and exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from speechlm_ext.cli import VERBS, build_parser, main
+from speechlm_ext.layout import TokenLayout
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in VERBS)
+    assert main([]) == 2 and main(["nonsense"]) == 2
+
+
+@pytest.mark.parametrize("name", sorted(VERBS))
+def test_every_setting_is_explained(name: str) -> None:
+    """No option stands in --help without a text."""
+    for action in build_parser(name)._actions:
+        text = action.help or ""
+        if action.dest in ("help", "config", "print_config") or text == "==SUPPRESS==":
+            continue
+        assert len(text.split("(")[0].strip()) >= 3, (name, action.dest, text)
+
+
+def test_unknown_keys_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--run-dir", "x", "--optimizer.lrr", "3"])
+    assert stopped.value.code == 2 and "lrr" in capsys.readouterr().err
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run_dir: x\noptimizer: {lrr: 3}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--config", str(recipe)])
+    assert stopped.value.code == 2 and "lrr" in capsys.readouterr().err
+
+
+def test_layout_verb_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TokenLayout.build(ssl=4, codec=[4], text=9).save(tmp_path / "a")
+    TokenLayout.build(ssl=5, codec=[4], text=8).save(tmp_path / "b")
+    assert main(["layout", "--path", str(tmp_path / "a"), "--other", str(tmp_path / "a")]) == 0
+    assert main(["layout", "--path", str(tmp_path / "a"), "--other", str(tmp_path / "b")]) == 1
+    assert "ssl [256, 260) against ssl [256, 261)" in capsys.readouterr().out
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layout", "--path", str(tmp_path)]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("speechlm: error: no token_layout.json") and "\n" not in message
