@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+
 from python_tests.data_fixtures import MANIFEST, SPEECH
 
 pytest.importorskip("deepspeed", reason="training needs deepspeed: pip install 'speechlm_ext[train]'")
