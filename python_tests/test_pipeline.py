@@ -1,4 +1,4 @@
-"""The main job, end to end and tiny, through the command line: recordings → tokens → model → text and speech → scores."""
+"""The main job through the command line, tiny: recordings → tokens → model → text and speech → scores."""
 
 from __future__ import annotations
 

@@ -164,8 +164,8 @@ def _launch(config: TrainConfig) -> Path:
     devices = torch.cuda.device_count()
     if torch.cuda.is_available() and devices < config.processes:
         raise ConfigError(
-            f"processes is {config.processes}, but this machine has {devices} GPU(s); each process needs one of its own. "
-            f"Set --processes {devices}."
+            f"processes is {config.processes}, but this machine has {devices} GPU(s); each process needs one of "
+            f"its own. Set --processes {devices}."
         )
     find_resume(config, run_dir / CHECKPOINTS)  # fail before anything is started
     with tempfile.TemporaryDirectory() as folder:
