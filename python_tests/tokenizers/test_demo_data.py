@@ -114,7 +114,10 @@ def debs(tmp_path_factory):
 
 
 SMALL = prepare_data.DataConfig(
-    train_numbers={"en": 12, "es": 4}, test_numbers={"en": 5, "ru": 2}, test_prompts=0.1
+    train_single_words={"en": 1},
+    train_numbers={"en": 12, "es": 4},
+    test_numbers={"en": 5, "ru": 2},
+    test_prompts=0.1,
 )
 
 
@@ -134,6 +137,10 @@ def test_prepare(debs, tmp_path):
         assert row["text"] == row["text"].lower() and set(row) == {
             "id", "audio", "text", "speaker", "lang", "duration", "dataset",
         }  # fmt: skip
+    # Each English word stands alone once; the counts below are those of the strings.
+    singles = [r for r in train if r["dataset"] == "numbers" and len(r["text"].split()) == 1]
+    assert Counter(r["text"] for r in singles) == Counter(set(number_words.RECORDED_WORDS["en"].values()))
+    train = [r for r in train if r not in singles]
     count = Counter(
         (split, r["dataset"], r["lang"]) for split, rs in (("train", train), ("test", test)) for r in rs
     )

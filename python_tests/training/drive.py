@@ -1,12 +1,13 @@
 """Do a list of training runs in a process of its own; the tests start it, also under torchrun.
 
-``drive.py TOKENS JSON``: the JSON is a list of settings that differ from the tiny ones, each with ``run_dir``. What
-became of each run is printed as one JSON list: null, or the error's text.
+``drive.py TOKENS JSON RESULTS``: the JSON is a list of settings that differ from the tiny ones, each with ``run_dir``. What
+became of each run is written to the file RESULTS as a JSON list: null, or the error's text.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -52,4 +53,5 @@ def do(tokens: Path, changes: dict) -> str | None:
 
 if __name__ == "__main__":
     results = [do(Path(sys.argv[1]), changes) for changes in json.loads(sys.argv[2])]
-    print("RESULTS " + json.dumps(results))
+    if os.environ.get("RANK", "0") == "0":  # ranks that share a pipe would write into each other's lines
+        Path(sys.argv[3]).write_text(json.dumps(results))

@@ -25,18 +25,20 @@ HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
 
 
-def command(tokens: Path, runs: list[dict], world: int = 1) -> list[str]:
+def command(tokens: Path, runs: list[dict], results: Path, world: int = 1) -> list[str]:
     launch = (
         [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     )
     runs = [{**run, "run_dir": str(run["run_dir"])} for run in runs]
-    return [sys.executable, *launch, str(HERE / "drive.py"), str(tokens), json.dumps(runs)]
+    return [sys.executable, *launch, str(HERE / "drive.py"), str(tokens), json.dumps(runs), str(results)]
 
 
 def drive(tokens: Path, runs: list[dict], world: int = 1) -> list[str | None]:
     """Train in a process of its own (or several), as a user would; each run's error or None."""
+    results = tokens.parent / "results.json"
+    results.unlink(missing_ok=True)
     done = subprocess.run(
-        command(tokens, runs, world),
+        command(tokens, runs, results, world),
         capture_output=True,
         text=True,
         timeout=600,
@@ -44,7 +46,7 @@ def drive(tokens: Path, runs: list[dict], world: int = 1) -> list[str | None]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads([line for line in done.stdout.splitlines() if line.startswith("RESULTS ")][0][8:])
+    return json.loads(results.read_text())
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -142,7 +144,7 @@ def test_resume_on_another_number_of_processes(runs: Path, tokens: Path) -> None
 def test_kill_in_the_middle_and_resume(runs: Path, tokens: Path, tmp_path: Path) -> None:
     """SIGKILL after step 4 was logged: the run goes on from step 3 and ends as if nothing had happened."""
     process = subprocess.Popen(
-        command(tokens, [{"run_dir": tmp_path, "slow": 1.0}]),
+        command(tokens, [{"run_dir": tmp_path, "slow": 1.0}], tmp_path / "results.json"),
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
