@@ -1,7 +1,7 @@
 """Do a list of training runs in a process of its own; the tests start it, also under torchrun.
 
-``drive.py TOKENS JSON RESULTS``: the JSON is a list of settings that differ from the tiny ones, each with ``run_dir``. What
-became of each run is written to the file RESULTS as a JSON list: null, or the error's text.
+``drive.py TOKENS JSON RESULTS``: the JSON is a list of settings that differ from the tiny ones, each with ``run_dir``.
+What became of each run is written to the file RESULTS as a JSON list: null, or the error's text.
 """
 
 from __future__ import annotations
