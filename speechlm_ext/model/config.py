@@ -66,7 +66,7 @@ class ModelConfig:
         if not path.is_file():
             raise CheckpointError(
                 f"{folder} is not a model folder: it has no {CONFIG_NAME}. Expected a checkpoint such as "
-                f"runs/NAME/checkpoints/step-001000, or an export of save_pretrained."
+                f"runs/NAME/checkpoints/latest, or an export of save_pretrained."
             )
         try:
             data = json.loads(path.read_text("utf-8"))
