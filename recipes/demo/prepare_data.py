@@ -3,7 +3,8 @@ recordings.
 
 ``prompts`` are the transcribed recordings of the Debian packages ``asterisk-core-sounds-{en,es,fr,it,ru}``
 (16 kHz studio speech, one voice per language). ``numbers`` are strings of 2–5 number words (in training
-single words too) put together from each voice's own digit recordings, with varied gaps, speed, gain and faint noise. They are composed, not read
+single words too) put together from each voice's own digit recordings, with
+varied gaps, speed, gain and faint noise. They are composed, not read
 as strings, and ``about.json`` and the report say so. Test strings never occur as text in training; the single
 words do.
 
