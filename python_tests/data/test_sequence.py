@@ -60,7 +60,8 @@ def oracle(
             learnt = is_target or everything
             weight.append([x * learnt for x in each] + [0.0] * (S - len(columns)))
         if is_target:
-            special(5, w.special)
+            # As much as one frame of the content that it ends.
+            special(5, w.special * sum(each))
         for _ in range(max(layout.delays)):
             special(0, 0.0)
     return ids, weight
@@ -140,6 +141,17 @@ def test_codec_weight_is_shared_over_the_codebooks() -> None:
     assert LossWeights().of_streams("codec", alone).tolist() == [0.0625] * 8
 
 
+def test_the_end_of_a_target_counts_as_much_as_a_frame_of_it() -> None:
+    layout = TokenLayout.build(ssl=5000, codec=[1024] * 8, text=49152)
+    weights = LossWeights(text=4.0, ssl=0.5, codec=0.5, special=0.5)
+    assert weights.of_end("text_bpe", layout) == 2.0
+    assert weights.of_end("codec_ssl", layout) == 0.5
+    assert weights.of_end("ssl", layout) == 0.25
+    u = {"id": "u", "text_bpe": np.array([[1], [2]]), "ssl": np.array([[2]]), "codec": np.zeros((1, 8), int)}
+    _, weight = assemble(TASKS["codec_ssl_asr"], u, layout, None, weights)
+    assert weight[weight > 0].tolist() == [4.0, 4.0, 2.0]
+
+
 def test_chain_of_targets() -> None:
     chain = parse_templates(
         "- {name: st, id: 112, kind: st, conditions: [], targets: [[text, text_bpe], [audio, ssl]]}",
@@ -150,7 +162,7 @@ def test_chain_of_targets() -> None:
     u = {"id": "u", "text_bpe": np.array([[1]]), "ssl": np.array([[2]])}
     frames, weight = assemble(chain["st"], u, layout)
     assert frames[:, 0].tolist() == [5, 112, 35, 261, 5, 33, 258, 5]
-    assert weight[:, 0].tolist() == [0, 0, 0, 1, 1, 0, 0.5, 1]
+    assert weight[:, 0].tolist() == [0, 0, 0, 1, 1, 0, 0.5, 0.5]
 
 
 def test_rejects_what_does_not_fit() -> None:

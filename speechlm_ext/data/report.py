@@ -239,9 +239,10 @@ def _loss_weight(
     template: TaskTemplate, frames: list[int], copies: int, layout: TokenLayout, weights: LossWeights
 ) -> Counter[str]:
     everything = weights.region == "all"
-    learnt = len(template.targets) + (1 + len(template.entries) if everything else 0)
+    ends = sum(weights.of_end(entry.modality, layout) for entry in template.targets)
+    markers = weights.special * (1 + len(template.entries)) if everything else 0.0
     out: Counter[str] = Counter()
-    out["special"] = weights.special * copies * learnt  # type: ignore[assignment]
+    out["special"] = (ends + markers) * copies  # type: ignore[assignment]
     per_token = {
         "text": weights.text,
         "ssl": weights.ssl,

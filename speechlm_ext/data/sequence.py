@@ -33,7 +33,9 @@ class LossWeights:
     codec: float = 0.5
     """Weight of a frame's codec codes together; each of K codebooks gets 1/K of it (0.0625 each for 8)."""
     special: float = 1.0
-    """Weight of the special tokens that are learnt: the end of a target; with ``region: all`` markers and task too."""
+    """Factor of the special tokens that are learnt: the end of a target counts ``special`` times a frame of that
+    target (a text token, a speech frame with all its streams); with ``region: all`` markers and task count
+    ``special`` each."""
     region: Literal["target", "all"] = "target"
     """What is learnt: ``target`` only what the task produces, ``all`` the conditions too."""
 
@@ -52,6 +54,11 @@ class LossWeights:
             if span is not None:
                 out[s] = self._of_interval(span, layout)
         return out
+
+    def of_end(self, modality: str, layout: TokenLayout) -> float:
+        """Weight of the token that ends a target: as much as one frame of it, so that when to stop is learnt as well
+        as what to say, whatever the weights of the modalities are."""
+        return self.special * float(self.of_streams(modality, layout).sum())
 
     def _of_interval(self, span: tuple[int, int], layout: TokenLayout) -> float:
         if layout.num_codebooks and layout.interval("codec")[0] <= span[0] < layout.interval("codec")[1]:
@@ -150,7 +157,7 @@ def assemble(
         at = span.stop
         if is_target:
             frames_TS[at, 0] = layout.sos_eos_id
-            weight_TS[at, 0] = weights.special
+            weight_TS[at, 0] = weights.of_end(modality, layout)
             at += 1
         at += layout.max_delay
     return frames_TS, weight_TS
