@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ import prepare_data  # noqa: E402
 import report as demo_report  # noqa: E402
 from make_requests import make_requests  # noqa: E402
 
+from speechlm_ext.data.memory import ModelShape  # noqa: E402
 from speechlm_ext.errors import ConfigError, SpeechLMError  # noqa: E402
 from speechlm_ext.evaluation.machine import commit_of  # noqa: E402
 from speechlm_ext.tokenizers import TokenizerSet  # noqa: E402
@@ -107,10 +108,16 @@ def stage_tokenize(o: Options) -> None:
 
 def stage_plan(o: Options) -> None:
     """Print the plan of the training run: the recipe's ``data`` part with the demo's token folder."""
-    data = yaml.safe_load(o.recipe.read_text("utf-8"))["data"] | {"tokens": [str(o.out / "tokens" / "train")]}
+    recipe = yaml.safe_load(o.recipe.read_text("utf-8"))
+    data = recipe["data"] | {"tokens": [str(o.out / "tokens" / "train")]}
     if o.own:
         data["overlong"] = "drop"
-    atomic_write_text(o.out / "plan.yaml", yaml.safe_dump({"data": data}, sort_keys=False))
+    # The sizes that the memory estimate needs; the recipe may say more about the model.
+    names = {f.name for f in fields(ModelShape)}
+    model = {k: v for k, v in (recipe | recipe.get("model", {})).items() if k in names}
+    model["world"] = recipe.get("processes", 1)
+    text = yaml.safe_dump({"data": data, "model": model}, sort_keys=False)
+    atomic_write_text(o.out / "plan.yaml", text)
     speechlm("plan", "--config", str(o.out / "plan.yaml"))
 
 
@@ -293,6 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         a.out, a.data or None, a.quick, a.debs, a.recipe or (OWN_RECIPE if a.data else RECIPE), a.steps
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Nothing is left in the home folder: matplotlib would write its list of fonts there.
+    os.environ.setdefault("MPLCONFIGDIR", str((a.out.parent / "cache" / "matplotlib").absolute()))
     started = time.perf_counter()
     try:
         run_stages(options, chosen, force)
