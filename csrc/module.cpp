@@ -1,4 +1,4 @@
-// speechlm_ext._C. One line per room; the rest tells Python what this build is.
+// speechlm_ext._C: the ops, and what tells Python what this build is.
 #include <pybind11/stl.h>
 
 #include "bind.h"
@@ -10,7 +10,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "speechlm_ext's kernels. Use speechlm_ext.ops; these functions have no stable signature.";
-  speechlm::bind_delay_pack(m);
+  speechlm::bind_ops(m);
 
   m.def("use_openmp_of", &speechlm::use_openmp_of, py::arg("library_path"));
   m.def("openmp_runtime", &speechlm::openmp_runtime);

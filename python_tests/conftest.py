@@ -1,13 +1,19 @@
 """Shared fixtures: which devices a test runs on, and one thread per test process.
 
-A test that takes the ``device`` fixture runs on the CPU, and on CUDA too where there is a device and a CUDA build;
-elsewhere the CUDA case is skipped with the reason.
+A test that takes the ``device`` fixture runs three times: on the CPU; with the CUDA kernels compiled for the CPU
+(``cuda_on_cpu``: the tensors are the CPU's, the code is the .cu file's); and on CUDA where there is a device and a CUDA
+build, elsewhere that case is skipped with the reason.
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from . import cuda_on_cpu
 
 
 def cuda_missing() -> str:
@@ -31,9 +37,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+@pytest.fixture(params=["cpu", "cuda_on_cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    if request.param != "cuda_on_cpu":
+        yield torch.device(request.param)
+        return
+    # Another order of threads for every test, the same in every run.
+    with cuda_on_cpu.kernels_on_cpu(cuda_on_cpu.load(), seed=zlib.crc32(request.node.nodeid.encode())):
+        yield torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,9 @@
 #include <cstring>
 
 #include "common/tensor_view.h"
+#ifdef SPEECHLM_CUDA_ON_CPU
+#include "cuda_on_cpu/device.h"
+#endif
 
 namespace speechlm {
 
@@ -59,6 +62,11 @@ inline TensorView view_of(pybind11::handle source) {
     return view;  // "another device": its pointer may not even exist (meta)
   }
   view.data = reinterpret_cast<void*>(source.attr("data_ptr")().cast<uintptr_t>());
+#ifdef SPEECHLM_CUDA_ON_CPU
+  view.device = Device::kCuda;
+  view.device_index = 0;
+  if (view.is_contiguous()) cuda_on_cpu::allow_memory(view.data, view.numel() * size_of(view.dtype));
+#endif
   return view;
 }
 

@@ -44,7 +44,12 @@ void compare(const Case& c, int threads) {
   args.out_weight = out_weight.data();
   args.out_position = position.data();
   args.out_cu_seqlens = cu.data();
+#ifdef SPEECHLM_CUDA_ON_CPU
+  (void)threads;
+  delay_pack_cuda(args, 0, nullptr);
+#else
   delay_pack_cpu(args, threads);
+#endif
 
   int64_t row = 0;
   for (int64_t i = 0; i < n; ++i) {

@@ -1,0 +1,129 @@
+"""The ops' CUDA kernels compiled for the CPU, and a context in which the ops use them.
+
+``load()`` builds the module (seconds when nothing changed); ``kernels_on_cpu(module, seed)`` makes every op run its
+CUDA code on CPU tensors. What the shim shows, and what it cannot, is told in docs/testing.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "cuda-on-cpu"
+SEEDS = range(8)
+
+#: Ops whose CUDA entry is another Python function than the CPU's: op name -> (module, function).
+CUDA_ENTRIES = {"delay_pack_segments": ("speechlm_ext.ops.delay_pack", "_delay_pack_segments_cuda")}
+
+
+class BuildError(Exception):
+    """The kernels do not compile for the CPU."""
+
+
+def tool(name: str) -> str:
+    """cmake or ninja: beside this Python (the build requirements), else on PATH."""
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if found is None:
+        raise BuildError(f"{name} is not installed: pip install {name}")
+    return found
+
+
+def build(folder: Path, target: str, **options: str) -> Path:
+    """Configure and build a target of this folder's CMakeLists.txt; returns the build folder."""
+    import pybind11
+
+    options = {"PYBIND11_INCLUDE_DIR": pybind11.get_include(), "Python_EXECUTABLE": sys.executable} | options
+    configure = [
+        tool("cmake"),
+        f"-S{HERE}",
+        f"-B{folder}",
+        "-GNinja",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+    ]
+    configure += [f"-D{k}={v}" for k, v in options.items()]
+    for command in (configure, [tool("cmake"), "--build", str(folder), "--target", target]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise BuildError(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
+    return folder
+
+
+@cache
+def load() -> ModuleType:
+    """Build and import the module with the kernels.
+
+    Raises:
+        BuildError: the kernels do not compile, or a tool is missing.
+    """
+    folder = build(BUILD, "_cuda_on_cpu")
+    (path,) = folder.glob("_cuda_on_cpu.*.so")
+    spec = importlib.util.spec_from_file_location("_cuda_on_cpu", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Native:
+    """Stands where the ops expect ``speechlm_ext._C``: each call may touch the memory of its own arguments only."""
+
+    def __init__(self, shim: ModuleType, real: Any) -> None:
+        self._shim, self._real = shim, real
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._shim, name, None)
+        if function is None:
+            return getattr(self._real, name)
+
+        def call(*arguments: Any) -> Any:
+            self._shim.forget_memory()
+            return function(*arguments)
+
+        return call
+
+
+@contextlib.contextmanager
+def kernels_on_cpu(shim: ModuleType, seed: int = 0) -> Iterator[None]:
+    """Inside, ops on CPU tensors run their CUDA code, in an order of threads that ``seed`` decides.
+
+    Fresh tensors are filled with NaN or the largest integer, so that an element that no thread writes is seen.
+    """
+    from speechlm_ext.ops import _native
+
+    shim.set_seed(seed)
+    modules = [
+        m for n, m in sys.modules.items() if n.startswith("speechlm_ext.ops.") and hasattr(m, "native")
+    ]
+    before = torch.are_deterministic_algorithms_enabled()
+    overrides = torch.library.Library("speechlm_ext", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that a kernel is overridden, which is what is meant
+        for op, (module, function) in CUDA_ENTRIES.items():
+            entry = getattr(importlib.import_module(module), function)
+            overrides.impl(op, entry, "CPU", allow_override=True)
+    try:
+        for module in modules:
+            if module is not _native:
+                module.native = _Native(shim, _native.native)  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        for module in modules:
+            module.native = _native.native  # type: ignore[attr-defined]
+        overrides._destroy()

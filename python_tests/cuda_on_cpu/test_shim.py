@@ -1,0 +1,116 @@
+"""The shim itself: right kernels give right values in every order of threads, and every planted fault is found at its
+line, in every order too."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+
+import numpy as np
+import pytest
+
+from python_tests import cuda_on_cpu
+
+SOURCE = cuda_on_cpu.HERE / "selftest.cu"
+BLOCK = 96
+
+RIGHT = {
+    "block_sum": [float(sum(i % 7 for i in range(1000) if i // BLOCK % 3 == block)) for block in range(3)],
+    "copy_async": [float(v) for v in range(BLOCK - 1, -1, -1) for _ in range(4)],
+    "warp_exchange": [float(v ^ 1) for v in range(BLOCK)],
+    "count": [float(sum(range(BLOCK)))],
+    "vote_and_reduce": [float(BLOCK // 2), 1.0, float(sum(range(32))), 31.0, float(np.float32(0x55555555))],
+    "three_dimensions": [float(v) for v in range(4 * 3 * 2 * 2 * 3 * 2)],
+    "sixteen_bits": [1.0, 1.0 + 2**-7, 1.0, 1.0 + 2**-10, math.inf, 2.0**-24],
+}
+#: What the message must say.
+WRONG = {
+    "missing_barrier": "read of shared memory that no thread|race on shared memory",
+    "missing_second_barrier": "race on shared memory",
+    "missing_syncwarp": "read of shared memory that no thread|race on shared memory",
+    "wrong_mask": "missing 0xffff0000",
+    "mask_without_caller": "lane 0 calls it with a mask that does not name it",
+    "reads_missing_lane": "reads lane 20, which mask 0xffff does not name",
+    "overrun": "shared-memory overrun: tile, byte 384 of 384",
+    "dynamic_overrun": "shared-memory overrun: dynamic shared memory, byte 380 of 380",
+    "shared_race": "race on shared memory: written here and by",
+    "atomic_against_plain": "race on shared memory",
+    "unwritten_shared": "read of shared memory that no thread",
+    "divergent_barriers": "divergent block barriers",
+    "barrier_after_exit": "after .* of 96 threads have left|the block cannot go on: .*block barrier",
+    "collective_after_exit": "missing 0xc0000000",
+    "misaligned": "misaligned float4",
+    "async_without_wait": "read of shared memory that no thread",
+    "out_of_bounds": "of global memory that belong to no argument",
+}
+
+
+@pytest.fixture(scope="module")
+def shim():
+    return cuda_on_cpu.load()
+
+
+def planted_lines(name: str) -> set[int]:
+    return {
+        number
+        for number, line in enumerate(SOURCE.read_text().splitlines(), 1)
+        if re.search(rf"PLANTED {name}\b", line)
+    }
+
+
+def test_every_kernel_has_an_expectation(shim):
+    assert set(shim.selftest_names()) == set(RIGHT) | set(WRONG) | {"forgets_the_last"}
+
+
+@pytest.mark.parametrize("seed", cuda_on_cpu.SEEDS)
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_kernels(shim, name, seed):
+    shim.set_seed(seed)
+    np.testing.assert_array_equal(shim.selftest(name), RIGHT[name])
+
+
+@pytest.mark.parametrize("seed", cuda_on_cpu.SEEDS)
+@pytest.mark.parametrize("name", WRONG)
+def test_planted_faults(shim, name, seed):
+    shim.set_seed(seed)
+    with pytest.raises(RuntimeError, match=WRONG[name]) as caught:
+        shim.selftest(name)
+    lines = planted_lines(name)
+    assert lines
+    named = {int(n) for n in re.findall(r"selftest\.cu:(\d+)", str(caught.value))}
+    assert named & lines, f"{caught.value}\ndoes not name one of the lines {sorted(lines)}"
+
+
+@pytest.mark.parametrize("seed", cuda_on_cpu.SEEDS)
+def test_unwritten_output_is_poisoned(shim, seed):
+    shim.set_seed(seed)
+    out = shim.selftest("forgets_the_last")
+    assert out[:-1] == [1.0] * 99 and math.isnan(out[-1])
+
+
+def test_a_seed_gives_one_order_and_another_another(shim):
+    def message(seed):
+        shim.set_seed(seed)
+        with pytest.raises(RuntimeError) as caught:
+            shim.selftest("shared_race")
+        return str(caught.value)
+
+    assert message(3) == message(3)
+    assert len({message(seed) for seed in cuda_on_cpu.SEEDS}) > 4
+
+
+def test_kernels_and_shim_under_address_and_undefined_sanitizers(monkeypatch):
+    folder = cuda_on_cpu.BUILD.with_name("cuda-on-cpu-asan")
+    cuda_on_cpu.build(folder, "programs", SHIM_SANITIZE="address,undefined")
+    # The threads of a kernel that ended with a fault are dropped as they stand, and what they held with them.
+    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
+    done = subprocess.run([str(folder / "selftest"), *RIGHT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\n") == len(RIGHT) * len(cuda_on_cpu.SEEDS)
+    done = subprocess.run([str(folder / "op_tests")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"[1-9]\d* passed, 0 failed", done.stdout)
+    # The sanitizer really looks: it sees the overrun without the hooks.
+    done = subprocess.run([str(folder / "selftest"), "overrun"], capture_output=True, text=True)
+    assert done.returncode != 0 and re.search("AddressSanitizer|index 96 out of bounds", done.stderr)
