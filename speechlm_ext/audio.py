@@ -7,6 +7,7 @@ atomically. Everything wrong with a recording is one :class:`AudioError` that na
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import soundfile
 import soxr
 
 from speechlm_ext.errors import AudioError
-from speechlm_ext.utils.io import atomic_path
+from speechlm_ext.utils.io import atomic_write_bytes
 
 SUPPORTED = "wav, flac, ogg, mp3 and g722"
 
@@ -115,8 +116,10 @@ def write_wav(path: str | Path, wave: np.ndarray, sample_rate: int) -> None:
         StorageError: the file cannot be written.
     """
     wave = check_wave(wave, f"waveform for {path}")
-    with atomic_path(path) as temporary:
-        soundfile.write(temporary, np.clip(wave, -1.0, 1.0), sample_rate, subtype="PCM_16", format="WAV")
+    # Through memory: libsndfile says "System error" where the disk is full.
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(wave, -1.0, 1.0), sample_rate, subtype="PCM_16", format="WAV")
+    atomic_write_bytes(path, buffer.getvalue())
 
 
 def _read_soundfile(path: Path) -> tuple[np.ndarray, int]:

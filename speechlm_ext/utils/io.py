@@ -61,6 +61,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise storage_error(error, path) from error
+    except Exception as error:
+        # Libraries that write by themselves (safetensors) wrap the system's error in one of their own.
+        if "No space left on device" in str(error):
+            raise storage_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path) from error
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
