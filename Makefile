@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py 
 CXX_FILES := $(shell find csrc python_tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev build demo test test-gpu bench fmt lint doctor clean
+.PHONY: help venv dev build demo test test-gpu bench bench-report gpu-check fmt lint compile-gate sanitize doctor clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -62,9 +62,22 @@ test: dev        ## the test suite, C++ parts included (TESTS= a file or folder,
 test-gpu: dev    ## the tests that need a GPU
 	$(BIN)/python -m pytest $(TESTS) -m cuda $(ARGS)
 
-bench: dev       ## benchmarks of the ops, or of one: OP=delay_pack
-	$(BIN)/python -m pytest benchmarks/ops/$(if $(OP),bench_$(OP).py) -o python_files='bench_*.py' \
-	  --benchmark-enable --benchmark-only --benchmark-sort=name $(ARGS)
+bench: dev       ## benchmarks of the ops, or of one (OP=delay_pack), into benchmarks/out/<op>.json
+	@mkdir -p benchmarks/out
+	@for file in benchmarks/ops/$(if $(OP),bench_$(OP).py,bench_*.py); do \
+	  op=$$(basename $$file .py); \
+	  $(BIN)/python -m pytest $$file -o python_files='bench_*.py' --benchmark-enable --benchmark-only -q \
+	    --benchmark-columns=min,median --benchmark-sort=name \
+	    --benchmark-json=benchmarks/out/$${op#bench_}.json $(ARGS) || exit 1; \
+	done
+
+bench-report: dev  ## history of committed results: benchmarks/out/report.html, and the newest table
+	@$(BIN)/python benchmarks/report.py
+
+# Uses PYTHON as it stands, because a GPU machine brings its own torch; OUT and PARTS="tests bench" are optional.
+gpu-check:       ## everything that a GPU can tell, in under nine minutes (ARGS="--device cpu": a dry run)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(if $(PARTS),--parts $(PARTS)) \
+	  $(if $(OUT),--out $(OUT)) $(ARGS)
 
 fmt: dev         ## format Python and C++
 	$(BIN)/ruff check --fix --quiet . || true
@@ -76,6 +89,12 @@ lint: dev        ## ruff, mypy and clang-format checks
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy speechlm_ext
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+compile-gate: dev  ## registers, spills and shared memory of every CUDA kernel against the table (ARGS=--update)
+	@$(BIN)/python -m python_tests.compile_gate $(ARGS)
+
+sanitize: dev    ## the op tests on kernels built with address, undefined-behaviour and thread sanitizers
+	$(BIN)/python -m python_tests.sanitize $(ARGS)
 
 doctor: build    ## what is installed, compiled and will be used, and why
 	@$(BIN)/speechlm doctor $(ARGS)

@@ -11,6 +11,9 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "speechlm_ext's kernels. Use speechlm_ext.ops; these functions have no stable signature.";
   speechlm::bind_ops(m);
+#ifdef SPEECHLM_PLANT_FAULTS
+  speechlm::bind_planted(m);
+#endif
 
   m.def("use_openmp_of", &speechlm::use_openmp_of, py::arg("library_path"));
   m.def("openmp_runtime", &speechlm::openmp_runtime);

@@ -7,6 +7,9 @@ build, elsewhere that case is skipped with the reason.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -14,6 +17,13 @@ import pytest
 import torch
 
 from . import cuda_on_cpu
+
+# Another build of the kernels in place of the installed one: `make sanitize` gives one with a sanitizer in it.
+if path := os.environ.get("SPEECHLM_TEST_NATIVE"):
+    spec = importlib.util.spec_from_file_location("speechlm_ext._C", path)
+    assert spec is not None and spec.loader is not None, f"SPEECHLM_TEST_NATIVE: {path} is no Python module"
+    sys.modules["speechlm_ext._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["speechlm_ext._C"])
 
 
 def cuda_missing() -> str:

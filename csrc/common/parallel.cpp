@@ -2,6 +2,16 @@
 
 #include <dlfcn.h>
 
+// ThreadSanitizer does not see how an OpenMP runtime hands work over and takes it back, since that is not compiled with
+// it: a sanitized build tells it.
+#ifdef __SANITIZE_THREAD__
+extern "C" void __tsan_acquire(void* address);
+extern "C" void __tsan_release(void* address);
+#else
+static inline void __tsan_acquire(void*) {}
+static inline void __tsan_release(void*) {}
+#endif
+
 namespace speechlm {
 namespace {
 
@@ -33,8 +43,19 @@ void run_team(int threads, const std::function<void()>& fn) {
     fn();
     return;
   }
-  auto call = [](void* data) { (*static_cast<const std::function<void()>*>(data))(); };
-  entry(call, const_cast<void*>(static_cast<const void*>(&fn)), static_cast<unsigned>(threads), 0);
+  struct Team {
+    const std::function<void()>& fn;
+    char handed_over = 0, taken_back = 0;
+  } team{fn};
+  auto call = [](void* data) {
+    auto* mine = static_cast<Team*>(data);
+    __tsan_acquire(&mine->handed_over);
+    mine->fn();
+    __tsan_release(&mine->taken_back);
+  };
+  __tsan_release(&team.handed_over);
+  entry(call, &team, static_cast<unsigned>(threads), 0);
+  __tsan_acquire(&team.taken_back);
 }
 
 }  // namespace speechlm

@@ -56,6 +56,8 @@ class GenerateConfig:
     """Sample among the fewest tokens whose probabilities reach p."""
     seed: int | None = None
     """Seed of the draws; default 0."""
+    best_of: int | None = None
+    """Tries at speaking a text; the one that the model itself recognises best is kept. Default 1."""
     min_len: int | None = None
     """Fewest new frames (text tokens or speech frames) before the end; default 1."""
     max_len: int | None = None

@@ -124,6 +124,7 @@ class ResultsFolder:
             "chain": [ids.tolist() for ids in result.chain],
             "logprob": result.logprob,
             "num_scored": result.num_scored,
+            "tries": list(result.tries),
             "seconds": round(result.seconds, 3),
             "settings": None if result.settings is None else dataclasses.asdict(result.settings),
             "error": result.error,

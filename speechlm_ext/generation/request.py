@@ -40,6 +40,9 @@ class SamplingSettings:
     """Sample among the fewest tokens whose probabilities reach p; 0 < p <= 1."""
     seed: int = 0
     """Draws depend on (seed, row, stream) alone: equal requests give equal tokens in any batch."""
+    best_of: int = 1
+    """Tries at speaking a text, with seeds from ``seed`` on; the one in which the model itself recognises the text best
+    is kept. Needs a model that was trained on recognition too."""
     min_len: int = 1
     """Fewest content frames before the end may come; counted without a continuation's given part."""
     max_len: int | None = None
@@ -67,6 +70,9 @@ class SamplingSettings:
         _integer(self.seed, "seed", where, 0)
         if self.seed >= 2**63:
             raise GenerationError(f"{where}: seed must be below 2**63, got {self.seed}.")
+        _integer(self.best_of, "best_of", where, 1)
+        if self.best_of > 1 and self.greedy:
+            raise GenerationError(f"{where}: greedy gives one result; leave it out, or set best_of to 1.")
         _integer(self.min_len, "min_len", where, 0)
         if self.max_len is not None:
             _integer(self.max_len, "max_len", where, 1)
@@ -210,7 +216,9 @@ class GenerationResult:
     seconds: float = 0.0
     """Time of the batch that this request was decoded in."""
     settings: SamplingSettings | None = None
-    """The settings used, with the defaults filled in."""
+    """The settings used, with the defaults filled in; with ``best_of`` the seed of the try that was kept."""
+    tries: tuple[float, ...] = ()
+    """With ``best_of``: log p(text | speech) of each try that did not fail, by the model's own recognition."""
     error: str | None = None
     """Why it failed."""
 

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechlm_ext.errors import GenerationError, SpeechLMError
+from speechlm_ext.generation import best_of
 from speechlm_ext.generation.engine import Decoded, decode
 from speechlm_ext.generation.prompt import Prompt, build_prompt, find_task, next_prompt, raw_content
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult
@@ -66,9 +67,19 @@ def generate(
     if model.tokenizers is None:
         raise GenerationError("the model has no tokenizers; load a model folder that contains tokenizers/.")
     results: list[GenerationResult | None] = [None] * len(requests)
+    # A request with best_of is served as so many requests; the last of them to end picks the best.
+    tries = [(index, one) for index, request in enumerate(requests) for one in best_of.variants(request)]
+    ended: dict[int, list[tuple[int, GenerationResult]]] = {}
     bar = tqdm(total=len(requests), unit="request", desc="generate", disable=None if progress else True)
 
-    def finish(index: int, result: GenerationResult) -> None:
+    def finish(number: int, result: GenerationResult) -> None:
+        index, request = tries[number][0], requests[tries[number][0]]
+        if request.settings.best_of > 1:
+            mine = ended.setdefault(index, [])
+            mine.append((number, result))
+            if len(mine) < request.settings.best_of:
+                return
+            result = _best(request, [r for _, r in sorted(ended.pop(index), key=lambda e: e[0])], model)
         results[index] = result
         bar.update()
         if on_result is not None:
@@ -77,14 +88,14 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, len(requests), WINDOW * batch_size):
+        for first in range(0, len(tries), WINDOW * batch_size):
             jobs = []
-            for index in range(first, min(first + WINDOW * batch_size, len(requests))):
-                job = _prepare(index, requests[index], model)
+            for number in range(first, min(first + WINDOW * batch_size, len(tries))):
+                job = _prepare(number, tries[number][1], model)
                 if isinstance(job, _Job):
                     jobs.append(job)
                 else:
-                    finish(index, job)
+                    finish(number, job)
             while jobs:
                 jobs = _decode_jobs(jobs, model, batch_size, finish)
     finally:
@@ -98,6 +109,8 @@ def _prepare(index: int, request: GenerationRequest, model: SpeechLM) -> _Job | 
     assert model.tokenizers is not None
     try:
         template = find_task(request, model.tasks)
+        if request.settings.best_of > 1:
+            best_of.recognition_of(template, model.tasks, f"request {request.id!r}")
         prompt = build_prompt(request, template, model.layout, model.tokenizers, model.max_positions)
     except SpeechLMError as error:
         return GenerationResult(request.id, request.task, "failed", error=str(error))
@@ -149,9 +162,20 @@ def _advance(job: _Job, decoded: Decoded, model: SpeechLM) -> _Job | GenerationR
                 prompt, decoded.content_TS, job.request.settings, model.layout, model.max_positions
             )
             return _Job(job.index, job.request, follow, (*job.chain, raw_TC), job.seconds)
-        return _decode_content(replace(result, ids=raw_TC), model)
+        result = replace(result, ids=raw_TC)
+        # Of several tries only the one that is kept becomes sound.
+        return result if job.request.settings.best_of > 1 else _decode_content(result, model)
     except SpeechLMError as error:
         return replace(result, ids=raw_TC, finished="failed", error=f"request {result.id!r}: {error}")
+
+
+def _best(request: GenerationRequest, tries: list[GenerationResult], model: SpeechLM) -> GenerationResult:
+    """The try that is kept, made audible."""
+    try:
+        chosen = best_of.choose(model, request, tries)
+        return chosen if chosen.finished == "failed" else _decode_content(chosen, model)
+    except SpeechLMError as error:
+        return replace(tries[0], finished="failed", error=f"request {request.id!r}: {error}")
 
 
 def _decode_content(result: GenerationResult, model: SpeechLM) -> GenerationResult:

@@ -1,0 +1,105 @@
+"""How every op is compared: the same inputs, the same run, right before fast.
+
+``compare`` checks each rival's result against the expected one, times ours with pytest-benchmark and the rivals in
+interleaved rounds beside ours, and notes in ``extra_info``: op, shape, device, ``ratios`` {rival: rival time / our time},
+``limit_fraction`` (the limit's time / our time), ``peak_bytes``, and how far ours spread over the rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+ROUNDS = 15
+
+
+def devices() -> list[str]:
+    """Where benchmarks run: the CPU, and CUDA where there is a device."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def synchronised(run: Run, device: str) -> Run:
+    """``run`` with a wait for the device behind it."""
+    if device == "cpu":
+        return run
+
+    def waiting() -> Any:
+        out = run()
+        torch.cuda.synchronize()
+        return out
+
+    return waiting
+
+
+def seconds_of(run: Run, calls: int) -> float:
+    """Mean time of ``calls`` calls in a row."""
+    begun = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begun) / calls
+
+
+def peak_bytes(run: Run, device: str) -> int | None:
+    """Most device memory that a call holds beyond what was there; None on the CPU, where torch does not count."""
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def compare(
+    benchmark: Any,
+    *,
+    op: str,
+    shape: str,
+    device: str,
+    ours: Run,
+    rivals: Mapping[str, Run],
+    check: Callable[[str, Any], None],
+    limit: Run | None = None,
+    **extra: Any,
+) -> None:
+    """Check, then time.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        rivals: name -> the same job done another way.
+        check: called with a name and a result of ours and of each rival; raises where the result is wrong.
+        limit: what no implementation can beat here, e.g. a copy of the bytes that must move.
+        extra: more for ``extra_info``.
+    """
+    runs = {"ours": synchronised(ours, device)} | {n: synchronised(r, device) for n, r in rivals.items()}
+    for name, run in runs.items():
+        check(name, run())
+    if limit is not None:
+        runs["limit"] = synchronised(limit, device)
+        runs["limit"]()
+    calls = {name: max(1, min(20, int(0.02 / max(seconds_of(run, 1), 1e-7)))) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    # A round has one turn of each, so that a machine that slows down or speeds up does so for all of them.
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            times[name].append(seconds_of(run, calls[name]))
+    best = {name: min(values) for name, values in times.items()}
+    info = {
+        "op": op,
+        "shape": shape,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "ratios": {name: round(best[name] / best["ours"], 4) for name in rivals},
+        "limit_fraction": round(best["limit"] / best["ours"], 4) if limit is not None else None,
+        "peak_bytes": peak_bytes(ours, device),
+        "spread": round(statistics.median(times["ours"]) / best["ours"] - 1, 4),
+    }
+    benchmark.group = f"{op} {shape} {device}"
+    benchmark.pedantic(runs["ours"], rounds=ROUNDS, iterations=calls["ours"], warmup_rounds=1)
+    benchmark.extra_info.update(info, **extra)

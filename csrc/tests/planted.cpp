@@ -1,0 +1,26 @@
+// Faults on purpose, for builds that are run under a sanitizer: one that does not report them is not looking.
+#include <memory>
+#include <vector>
+
+#include "bind.h"
+#include "common/parallel.h"
+
+namespace speechlm {
+
+void bind_planted(pybind11::module_& m) {
+  // Two threads add to one counter without a lock.
+  m.def("planted_race", [](int threads) {
+    int64_t sum = 0;
+    parallel_for(100000, 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) sum += i;
+    });
+    return sum;
+  });
+  m.def("planted_overrun", [](int index) {
+    const std::unique_ptr<int[]> values(new int[4]());
+    return values[index];
+  });
+  m.def("planted_overflow", [](int value) { return value + 2147483647; });
+}
+
+}  // namespace speechlm

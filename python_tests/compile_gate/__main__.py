@@ -1,0 +1,5 @@
+import sys
+
+from python_tests.compile_gate import main
+
+sys.exit(main())
