@@ -1,8 +1,8 @@
 """How every op is compared: the same inputs, the same run, right before fast.
 
 ``compare`` checks each rival's result against the expected one, times ours with pytest-benchmark and the rivals in
-interleaved rounds beside ours, and notes in ``extra_info``: op, shape, device, ``ratios`` {rival: rival time / our time},
-``limit_fraction`` (the limit's time / our time), ``peak_bytes``, and how far ours spread over the rounds.
+interleaved rounds beside ours, and notes in ``extra_info``: op, shape, device, ``ratios`` {rival: rival time / our
+time}, ``limit_fraction`` (the limit's time / our time), ``peak_bytes``, and how far ours spread over the rounds.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def measure(device: str, size: int, matrix: int) -> dict[str, float]:
     """GB/s of a copy of ``size`` bytes and TFLOP/s of a product of ``matrix`` x ``matrix`` matrices."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
-    out = {"copy_gb_per_s": 2 * size / best_seconds(lambda: target.copy_(source), device, 10, 5) / 1e9}
-    del source, target
+    seconds = best_seconds(lambda: target.copy_(source), device, 10, 5)
+    out = {"copy_gb_per_s": 2 * size / seconds / 1e9}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         if device == "cpu" and dtype != torch.float32:
             continue

@@ -2,8 +2,8 @@
 
 ``python -m python_tests.compile_gate`` compiles every ``csrc/*/*_cuda.cu`` and compares with the committed table
 ``kernels.json``; ``--update`` writes the table. It needs nvcc and no GPU. A kernel may take more registers up to the
-next multiple of 8, the grain in which a GPU hands them out; a spill always fails, unless the table says otherwise with a
-``why``.
+next multiple of 8, the grain in which a GPU hands them out; a spill always fails, unless the table says otherwise with
+a ``why``.
 """
 
 from __future__ import annotations

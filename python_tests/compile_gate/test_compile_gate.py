@@ -95,6 +95,14 @@ def test_a_spill_needs_a_reason():
     assert gate.compare({"k": {"sm_80": replace(spilling, spill_stores=12)}}, table, "13.0")
 
 
+def test_cub_header_compiles():
+    nvcc = gate.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc here (CUDA toolkit 12.4 or later)")
+    report = gate.compile_all(nvcc, [Path(gate.__file__).with_name("cub_compiles.cu")])
+    assert any("RadixSort" in kernel for kernel in report) and any("Scan" in kernel for kernel in report)
+
+
 def test_finds_a_real_spill_and_a_real_error(tmp_path: Path):
     nvcc = gate.find_nvcc()
     if nvcc is None:

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "common/cuda.cuh"
+#include "common/cub.cuh"
 #include "cuda_on_cpu/selftest.h"
 
 namespace {
@@ -271,6 +271,25 @@ const std::map<std::string, std::function<std::vector<float>()>>& cases() {
          const Buffer<float> out(6);
          SX_LAUNCH(sixteen_bits, 1, 1, 0, nullptr, out.data);
          return floats(out.data, 6);
+       }},
+      {"cub",
+       [] {
+         // Keys by their bits 1 and 2 alone: 5, 4, 3, 2 are 2, 2, 1, 1 there, and equal ones keep their order.
+         const std::vector<uint32_t> keys = {5, 4, 3, 2}, values = {0, 1, 2, 3};
+         std::vector<uint32_t> keys_out(4), values_out(4), sums(4);
+         size_t bytes = 0;
+         const auto sort = [&](void* temp) {
+           speechlm::sort_pairs(temp, bytes, keys.data(), keys_out.data(), values.data(), values_out.data(), 4, 1, 3,
+                                nullptr);
+         };
+         sort(nullptr);
+         std::vector<char> temp(bytes);
+         sort(temp.data());
+         speechlm::exclusive_sum(nullptr, bytes, keys.data(), sums.data(), 4, nullptr);
+         speechlm::exclusive_sum(temp.data(), bytes, keys.data(), sums.data(), 4, nullptr);
+         std::vector<float> out(values_out.begin(), values_out.end());
+         out.insert(out.end(), sums.begin(), sums.end());
+         return out;
        }},
       {"missing_barrier", to_float(missing_barrier)},
       {"missing_second_barrier", to_float(missing_second_barrier)},

@@ -22,6 +22,7 @@ RIGHT = {
     "count": [float(sum(range(BLOCK)))],
     "vote_and_reduce": [float(BLOCK // 2), 1.0, float(sum(range(32))), 31.0, float(np.float32(0x55555555))],
     "three_dimensions": [float(v) for v in range(4 * 3 * 2 * 2 * 3 * 2)],
+    "cub": [2.0, 3.0, 0.0, 1.0, 0.0, 5.0, 9.0, 12.0],
     "sixteen_bits": [1.0, 1.0 + 2**-7, 1.0, 1.0 + 2**-10, math.inf, 2.0**-24],
 }
 #: What the message must say.

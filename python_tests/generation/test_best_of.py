@@ -12,6 +12,7 @@ from python_tests.generation.conftest import make_model
 from speechlm_ext.data.sequence import LossWeights, assemble
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, best_of, generate
+from speechlm_ext.generation.state import _temperatures
 from speechlm_ext.ops import delay_pack
 from speechlm_ext.tasks import builtin_tasks
 
@@ -85,6 +86,40 @@ def test_an_ended_try_goes_before_a_cut_one_and_an_empty_one_is_last(model):
     failed = replace(a, finished="failed", ids=None, error="x")
     assert best_of.choose(model, ask(2), [failed, cut]).ids is a.ids
     assert best_of.choose(model, ask(2), [failed, failed]).finished == "failed"
+
+
+def test_codec_temperature_leaves_chance_to_the_first_stream(model):
+    def speak(seed, **settings):
+        sampling = SamplingSettings(seed=seed, temperature=1.5, max_len=9, min_len=9, **settings)
+        return generate(
+            model, [GenerationRequest("a", "codec_ssl_plain_tts", text="one two", settings=sampling)]
+        )[0].ids
+
+    # With every stream at temperature 0 chance has no say; with codes at 0 only where the units differ.
+    free = [speak(seed) for seed in range(4)]
+    calm = [speak(seed, codec_temperature=0.0) for seed in range(4)]
+    for a, b in zip(free, calm, strict=True):
+        assert a[0, 0] == b[0, 0]  # the first unit is drawn alike, before any code can matter
+    greedy = generate(
+        model,
+        [
+            GenerationRequest(
+                "a", "codec_ssl_plain_tts", text="one two", settings=SamplingSettings(greedy=True, max_len=9)
+            )
+        ],
+    )[0].ids
+    cold = speak(0, codec_temperature=0.0, top_k=1)
+    assert len({ids.tobytes() for ids in calm}) == 4
+    np.testing.assert_array_equal(cold[: len(greedy)], greedy[: len(cold)])
+    assert len({ids[:, 1:].tobytes() for ids in free}) == 4
+    same_units = [speak(seed, codec_temperature=0.0, top_k=1) for seed in range(4)]
+    assert len({ids.tobytes() for ids in same_units}) == 1
+    sampled = SamplingSettings(temperature=0.7, codec_temperature=0.2)
+    assert _temperatures(sampled, 4) == [0.7, 0.2, 0.2, 0.2]
+    assert _temperatures(SamplingSettings(temperature=0.7), 3) == [0.7, 0.7, 0.7]
+    assert _temperatures(SamplingSettings(greedy=True, codec_temperature=0.5), 2) == [0.0, 0.0]
+    with pytest.raises(GenerationError, match="codec_temperature must be 0"):
+        SamplingSettings(codec_temperature=-1.0)
 
 
 def test_needs_recognition(tokenizers):

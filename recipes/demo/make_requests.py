@@ -21,8 +21,14 @@ OTHER_LANGUAGES = (10, 5)
 PROMPTS = {"en": (20, 4)}
 OTHER_PROMPTS = (5, 0)
 OWN = (40, 20)
-#: A model that has learnt its words well speaks best without chance; one that has not would repeat itself.
-TTS_SETTINGS: dict[str, Any] = {"greedy": True}
+#: Eight tries that differ in what is said, each with the most probable codes; the model's own recognition picks one.
+TTS_SETTINGS: dict[str, Any] = {
+    "temperature": 0.8,
+    "top_k": 30,
+    "codec_temperature": 0.0,
+    "best_of": 8,
+    "seed": 1,
+}
 OWN_TTS_SETTINGS: dict[str, Any] = {"temperature": 0.7, "top_k": 20, "seed": 1}
 CONTINUATION_SETTINGS: dict[str, Any] = {"temperature": 0.9, "top_k": 30, "seed": 1}
 SAMPLE_RATE = 16000

@@ -42,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "demo.yaml"
 OWN_RECIPE = HERE.parent / "own_folder.yaml"
 TOKENIZE_RECIPE = HERE / "tokenize.yaml"
+OWN_TOKENIZE_RECIPE = HERE / "tokenize_own.yaml"
 STATE = "stages.json"
 #: Hears the same as the full 30 s on the held-out English numbers, in about a third of the time.
 JUDGE_WINDOW_S = 15.0
@@ -102,8 +103,8 @@ def stage_tokenize(o: Options) -> None:
         arguments = ["--manifest", manifest, "--out", str(o.out / "tokens" / split)]
         if split == "test":
             arguments += ["--tokenizers", str(o.out / "tokens" / "train" / "tokenizers")]
-        config = ["--config", str(TOKENIZE_RECIPE)] if TOKENIZE_RECIPE.is_file() else []
-        speechlm("tokenize", *config, *arguments)
+        config = OWN_TOKENIZE_RECIPE if o.own else TOKENIZE_RECIPE
+        speechlm("tokenize", "--config", str(config), *arguments)
 
 
 def stage_plan(o: Options) -> None:
@@ -145,7 +146,7 @@ def stage_generate(o: Options) -> None:
     make_requests(test, requests, codec.frame_rate, o.own, limit=3 if o.quick else None)
     speechlm(
         *("generate", "--model", str(o.checkpoint()), "--requests", str(requests)),
-        *("--output_dir", str(o.out / "generated"), "--batch_size", "32"),
+        *("--output_dir", str(o.out / "generated"), "--batch_size", "128"),
         accept=(0, 1),
     )
 
@@ -198,7 +199,7 @@ def stage_keys(o: Options) -> dict[str, str]:
     """A hash per stage over everything that it depends on, the stages before it included."""
     files = {
         "data": [HERE / "prepare_data.py", HERE / "number_words.py", HERE / "own_data.py"],
-        "tokenize": [TOKENIZE_RECIPE],
+        "tokenize": [OWN_TOKENIZE_RECIPE if o.own else TOKENIZE_RECIPE],
         "train": [o.recipe],
         "generate": [HERE / "make_requests.py"],
     }

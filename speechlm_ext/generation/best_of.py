@@ -64,7 +64,8 @@ def scores(model: SpeechLM, task: TaskTemplate, text: str, tries: Sequence[np.nd
         tries: raw ids int ``[T, C]`` of the task's condition.
 
     Returns:
-        log p(text, end | try) in nats for each; minus infinity for an empty try and for one that the context cannot hold.
+        log p(text, end | try) in nats for each; minus infinity for an empty try and for one that the context cannot
+        hold.
     """
     assert model.tokenizers is not None and model.tokenizers.text is not None
     ids = model.tokenizers.text.encode(text)

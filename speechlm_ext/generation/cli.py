@@ -50,6 +50,8 @@ class GenerateConfig:
     """Take the most probable token. Default: true for text, false for speech."""
     temperature: float | None = None
     """Sampling temperature. Default for speech: 0.8."""
+    codec_temperature: float | None = None
+    """Temperature of the streams behind the first; 0 takes their most probable code. Default: as ``temperature``."""
     top_k: int | None = None
     """Sample among the k most probable tokens. Default for speech: 30."""
     top_p: float | None = None

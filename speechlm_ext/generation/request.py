@@ -34,6 +34,10 @@ class SamplingSettings:
     """Take the most probable token (the lowest id among equals) and ignore the other choices."""
     temperature: float | None = None
     """Divides the logits before sampling; > 0."""
+    codec_temperature: float | None = None
+    """Temperature of the streams behind the first one; 0 takes their most probable code. The first stream decides what
+    is said, the others how it sounds: sampling only the first varies the words' course and keeps the sound clean. None:
+    ``temperature`` for all streams."""
     top_k: int | None = None
     """Sample among the k most probable tokens only; >= 1."""
     top_p: float | None = None
@@ -58,6 +62,13 @@ class SamplingSettings:
                 raise GenerationError(
                     f"{where}: temperature must be greater than 0, got {self.temperature}; set greedy for "
                     "the most probable token."
+                )
+        if self.codec_temperature is not None:
+            _number(self.codec_temperature, "codec_temperature", where)
+            if self.codec_temperature < 0:
+                raise GenerationError(
+                    f"{where}: codec_temperature must be 0 (the most probable code) or more, got "
+                    f"{self.codec_temperature}."
                 )
         if self.top_k is not None:
             _integer(self.top_k, "top_k", where, 1)

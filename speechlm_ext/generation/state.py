@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.generation.prompt import Prompt
+from speechlm_ext.generation.request import SamplingSettings
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops.multistream_sample import DecodeState
 
@@ -53,7 +54,7 @@ def new_state(prompts: list[Prompt], layout: TokenLayout, device: torch.device) 
         delays=layout.delays[:used],
         pad_ids=[layout.pad_id] * used,
         eos_id=layout.sos_eos_id,
-        temperature=per_stream([0.0 if s.greedy else s.temperature for s in settings]),
+        temperature=torch.tensor([_temperatures(s, used) for s in settings], device=device),
         top_k=per_stream([s.top_k or 0 for s in settings]),
         top_p=per_stream([1.0 if s.top_p is None else s.top_p for s in settings]),
         seed=per_request([s.seed for s in settings]),
@@ -67,6 +68,14 @@ def new_state(prompts: list[Prompt], layout: TokenLayout, device: torch.device) 
         device=device,
     )
     return dataclasses.replace(state, step=per_request([p.num_given + first for p in prompts]))
+
+
+def _temperatures(settings: SamplingSettings, num_streams: int) -> list[float]:
+    """Of each stream; 0 is greedy."""
+    if settings.greedy or settings.temperature is None:
+        return [0.0] * num_streams
+    rest = settings.temperature if settings.codec_temperature is None else settings.codec_temperature
+    return [settings.temperature] + [rest] * (num_streams - 1)
 
 
 def select_state(state: DecodeState, keep_B: Tensor) -> DecodeState:
