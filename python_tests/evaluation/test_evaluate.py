@@ -159,6 +159,22 @@ def test_settings_that_make_no_sense():
         EvaluateConfig(records=Path("r"), results=[Path("x")])
 
 
+def test_a_loop_in_the_short_window_is_heard_again_in_the_full_one():
+    class Heard(judge_module.Judge):
+        def __init__(self):
+            self.settings = judge_module.JudgeSettings("fake", "folder", window_s=15.0)
+            self.batch_size = 8
+
+        def _short(self, clips, lang):
+            return ["10, 7, 6, " * 30, "Nine, eleven, nine, eleven.", ""]
+
+        def _standard(self, clip, lang):
+            return "10, 7, 60."
+
+    waves = [np.full(16000, 0.1, np.float32)] * 3
+    assert Heard().transcribe(waves, "en", 16000) == ["10, 7, 60.", "Nine, eleven, nine, eleven.", ""]
+
+
 # ---- where the judge comes from -------------------------------------------------------------------------------------
 def test_no_weights_anywhere_names_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(judge_module, "_from_hub", lambda repo: "the Hub cannot be reached")

