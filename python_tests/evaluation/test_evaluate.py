@@ -166,13 +166,16 @@ def test_a_loop_in_the_short_window_is_heard_again_in_the_full_one():
             self.batch_size = 8
 
         def _short(self, clips, lang):
-            return ["10, 7, 6, " * 30, "Nine, eleven, nine, eleven.", ""]
+            return ["10, 7, 6, " * 30, "Nine, eleven, nine, eleven.", "", "4, " * 60]
 
-        def _standard(self, clip, lang):
-            return "10, 7, 60."
+        def _standard(self, clip, lang, fallback=False):
+            if clip[0] < 0.15:
+                return "10, 7, 60."
+            return "4, 4." if fallback else "4, " * 50
 
-    waves = [np.full(16000, 0.1, np.float32)] * 3
-    assert Heard().transcribe(waves, "en", 16000) == ["10, 7, 60.", "Nine, eleven, nine, eleven.", ""]
+    waves = [np.full(16000, level, np.float32) for level in (0.1, 0.1, 0.1, 0.2)]
+    expected = ["10, 7, 60.", "Nine, eleven, nine, eleven.", "", "4, 4."]
+    assert Heard().transcribe(waves, "en", 16000) == expected
 
 
 # ---- where the judge comes from -------------------------------------------------------------------------------------

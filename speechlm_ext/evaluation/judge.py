@@ -11,7 +11,8 @@ conditioning on earlier text, no voice activity filter. Whisper's encoder always
 zeros; ``window_s`` below 30 pads clips that fit to that length instead, which is several times faster and
 a slightly different judge, so it is stamped into the settings of every record. In a short window Whisper now and then
 repeats itself without end, which says nothing about the clip: a text that compresses better than Whisper's own
-threshold of 2.4 is heard again in the full window, and that text stands.
+threshold of 2.4 is heard again in the full window, and if it loops there too at Whisper's fallback temperatures (0.2
+to 1, with a fixed seed), as Whisper's own decoding does.
 """
 
 from __future__ import annotations
@@ -108,19 +109,25 @@ class Judge:
             for i in range(0, len(short), self.batch_size):
                 batch = short[i : i + self.batch_size]
                 for index, text in zip(batch, self._short([clips[j] for j in batch], lang), strict=True):
-                    texts[index] = self._standard(clips[index], lang) if is_loop(text) else text
+                    texts[index] = text
         for i, clip in enumerate(clips):
-            if not fits[i]:
+            if not fits[i] or is_loop(texts[i]):
                 texts[i] = self._standard(clip, languages[i])
+            if is_loop(texts[i]):
+                texts[i] = self._standard(clip, languages[i], fallback=True)
         return texts
 
-    def _standard(self, clip: np.ndarray, lang: str) -> str:
+    def _standard(self, clip: np.ndarray, lang: str, fallback: bool = False) -> str:
+        import ctranslate2
+
+        ctranslate2.set_random_seed(1)
         segments, _ = self._model.transcribe(
             clip,
             language=lang,
             beam_size=1,
             best_of=1,
-            temperature=0.0,
+            temperature=(0.2, 0.4, 0.6, 0.8, 1.0) if fallback else 0.0,
+            compression_ratio_threshold=LOOP_RATIO,
             condition_on_previous_text=False,
             without_timestamps=True,
             vad_filter=False,
