@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_write_clips_and_is_atomic(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = path.read_bytes()
-    monkeypatch.setattr(soundfile, "write", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(StorageError, match="disk is full"):
         write_wav(path, np.zeros(100), 16000)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["o.wav"]
