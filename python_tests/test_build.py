@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from python_tests import cuda_on_cpu
 from speechlm_ext.ops._native import OPENMP_RUNTIME, native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,11 +20,11 @@ pytestmark = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="
 
 
 def tool(name: str) -> str:
-    """cmake or ninja: beside this Python (the build requirements), else on PATH."""
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
+    """cmake or ninja; without it the test is skipped."""
+    try:
+        return cuda_on_cpu.tool(name)
+    except cuda_on_cpu.BuildError as error:
+        pytest.skip(str(error))
 
 
 def configure(build: Path, env: dict[str, str] | None = None, **options: str) -> subprocess.CompletedProcess:

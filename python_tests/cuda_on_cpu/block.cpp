@@ -15,10 +15,8 @@
 namespace cuda_on_cpu {
 namespace {
 
-constexpr size_t kStack = kStackBytes;
 constexpr size_t kShared = 228 * 1024;  // an H100's largest, with room for what stands between arrays
 constexpr size_t kBetween = 64;         // bytes after each array that belong to none
-constexpr int kMostThreads = 1024;
 
 Block* g_running = nullptr;
 
@@ -26,7 +24,8 @@ Block* g_running = nullptr;
 char* stack_of(int index) {
   static std::vector<char*> stacks;
   while (static_cast<int>(stacks.size()) <= index) {
-    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("cuda_on_cpu: no memory for the stacks of a block's threads");
     mprotect(memory, 4096, PROT_NONE);  // a stack that overflows must not run into the next
     stacks.push_back(static_cast<char*>(memory));
@@ -77,7 +76,7 @@ void Block::run(uint3 index) {
     thread.self.grid_dim = grid_;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack + 4096;
-    thread.context.uc_stack.ss_size = kStack - 4096;
+    thread.context.uc_stack.ss_size = kStackBytes - 4096;
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, &Block::entry, 0);
   }
@@ -127,7 +126,7 @@ void Block::entry() {
 void Block::switch_to(int index) {
   current_ = index;
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(&host_fake_stack_, threads_[index].stack + 4096, kStack - 4096);
+  __sanitizer_start_switch_fiber(&host_fake_stack_, threads_[index].stack + 4096, kStackBytes - 4096);
 #endif
   swapcontext(&host_, &threads_[index].context);
   Quiet::depth = 1;
@@ -157,10 +156,10 @@ void Block::wait(Thread::State state, const Site& site) {
 
 int Block::barrier(Vote vote, int predicate, const Site& site) {
   if (done_ > 0) {
-    fault(concat_text("block barrier after ", done_, " of ", num_threads_, " threads have left the kernel"), site);
+    fault(concat("block barrier after ", done_, " of ", num_threads_, " threads have left the kernel"), site);
   }
   if (at_barrier_ > 0 && !(barrier_site_ == site)) {
-    fault(concat_text("divergent block barriers: other threads of the block wait at ", barrier_site_.text()), site);
+    fault(concat("divergent block barriers: other threads of the block wait at ", barrier_site_.text()), site);
   }
   barrier_site_ = site;
   vote_ = vote;
@@ -198,11 +197,10 @@ uint64_t Block::collective(WarpOp op, unsigned mask, uint64_t value, int argumen
   const int lanes = std::min(kWarp, num_threads_ - warp * kWarp);
   const unsigned exist = lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1;
   if (!(mask >> lane & 1)) {
-    fault(concat_text(name_of(op), ": lane ", lane, " calls it with a mask that does not name it (", hex(mask), ")"),
-          site);
+    fault(concat(name_of(op), ": lane ", lane, " calls it with a mask that does not name it (", hex(mask), ")"), site);
   }
   if (mask & ~exist) {
-    fault(concat_text(name_of(op), ": the mask ", hex(mask), " names lanes that the warp of ", lanes, " does not have"),
+    fault(concat(name_of(op), ": the mask ", hex(mask), " names lanes that the warp of ", lanes, " does not have"),
           site);
   }
   auto& open = collectives_[warp];
@@ -216,8 +214,8 @@ uint64_t Block::collective(WarpOp op, unsigned mask, uint64_t value, int argumen
   }
   Collective& slot = open[which];
   if (slot.op != op || slot.mask != mask || !(slot.site == site)) {
-    fault(concat_text(name_of(op), " with mask ", hex(mask), ": other lanes of the warp wait at ", slot.site.text(),
-                      " in ", name_of(slot.op), " with mask ", hex(slot.mask)),
+    fault(concat(name_of(op), " with mask ", hex(mask), ": other lanes of the warp wait at ", slot.site.text(), " in ",
+                 name_of(slot.op), " with mask ", hex(slot.mask)),
           site);
   }
   slot.arrived |= 1u << lane;
@@ -252,8 +250,7 @@ void* Block::shared(const void* tag, size_t bytes, size_t align, const char* nam
   align = std::max<size_t>(align, 16);
   const size_t begin = (used_ + align - 1) / align * align;
   if (begin + bytes > shadow_.size()) {
-    fault(concat_text("shared memory is full: ", name, " wants ", bytes, " bytes beside the ", used_, " in use"),
-          Site{});
+    fault(concat("shared memory is full: ", name, " wants ", bytes, " bytes beside the ", used_, " in use"), Site{});
   }
   arrays_.push_back({tag, begin, bytes, name});
   shadow_.open(begin, bytes);
@@ -276,16 +273,16 @@ const SharedArray* Block::array_at(size_t offset) const {
 
 void Block::fail(const std::string& what, const std::string& where) {
   const Self& me = current().self;
-  const auto index = [](auto v) { return concat_text("(", v.x, ", ", v.y, ", ", v.z, ")"); };
-  error_ = concat_text("cuda_on_cpu: ", what, "\n  at ", where, "\n  in ", kernel_, ", block ", index(me.block_idx),
-                       ", thread ", index(me.thread_idx), ", launched at ", launched_at_.text());
+  const auto index = [](auto v) { return concat("(", v.x, ", ", v.y, ", ", v.z, ")"); };
+  error_ = concat("cuda_on_cpu: ", what, "\n  at ", where, "\n  in ", kernel_, ", block ", index(me.block_idx),
+                  ", thread ", index(me.thread_idx), ", launched at ", launched_at_.text());
   switch_back(true);
   std::abort();  // the block never runs a thread again
 }
 
 void Block::report_stuck() {
-  error_ = concat_text("cuda_on_cpu: the block cannot go on: ", lanes_waiting_at(), "\n  in ", kernel_,
-                       ", launched at ", launched_at_.text());
+  error_ = concat("cuda_on_cpu: the block cannot go on: ", lanes_waiting_at(), "\n  in ", kernel_, ", launched at ",
+                  launched_at_.text());
 }
 
 std::string Block::lanes_waiting_at() const {
@@ -296,14 +293,14 @@ std::string Block::lanes_waiting_at() const {
   }
   for (size_t warp = 0; warp < collectives_.size(); ++warp) {
     for (const Collective& slot : collectives_[warp]) {
-      const std::string text = concat_text(name_of(slot.op), " at ", slot.site.text(), " (warp ", warp, ", mask ",
-                                           hex(slot.mask), ", missing ", hex(slot.mask & ~slot.arrived), ")");
+      const std::string text = concat(name_of(slot.op), " at ", slot.site.text(), " (warp ", warp, ", mask ",
+                                      hex(slot.mask), ", missing ", hex(slot.mask & ~slot.arrived), ")");
       waiting[text] += __builtin_popcount(slot.arrived);
     }
   }
   std::string out;
   for (const auto& [where, count] : waiting) {
-    out += concat_text(out.empty() ? "" : "; ", count, count == 1 ? " thread" : " threads", " at ", where);
+    out += concat(out.empty() ? "" : "; ", count, count == 1 ? " thread" : " threads", " at ", where);
   }
   return out;
 }

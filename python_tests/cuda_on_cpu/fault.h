@@ -1,17 +1,13 @@
 // A fault ends the launch: its message says what is wrong, in which thread of which kernel, and where in the source.
 #pragma once
 
-#include <sstream>
 #include <string>
+
+#include "common/check.h"
 
 namespace cuda_on_cpu {
 
-template <typename... Parts>
-std::string concat_text(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
-}
+using speechlm::concat;
 std::string hex(unsigned value);
 
 // A place in a kernel's source. As a default argument, here() is the place of the call.

@@ -9,14 +9,13 @@ namespace cuda_on_cpu {
 void check_aligned(const void* address, size_t bytes, const char* what, const void* instruction) {
   if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
   const Quiet quiet;
-  fault_at(concat_text("misaligned ", what, ": its address must be a multiple of ", bytes, " bytes"), instruction);
+  fault_at(concat("misaligned ", what, ": its address must be a multiple of ", bytes, " bytes"), instruction);
 }
 
 void copy_later(void* to, const void* from, size_t bytes, const Site& site) {
   const Quiet quiet;
   if (running() == nullptr) fault("asynchronous copy outside a kernel", site);
-  if (bytes != 4 && bytes != 8 && bytes != 16)
-    fault(concat_text("cp.async copies 4, 8 or 16 bytes; got ", bytes), site);
+  if (bytes != 4 && bytes != 8 && bytes != 16) fault(concat("cp.async copies 4, 8 or 16 bytes; got ", bytes), site);
   const void* here = __builtin_return_address(0);
   check_aligned(to, bytes, "cp.async", here);
   check_aligned(from, bytes, "cp.async", here);

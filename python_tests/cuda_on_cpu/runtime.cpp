@@ -21,7 +21,7 @@ struct Range {
 
 std::mutex g_launch;  // one kernel at a time
 uint64_t g_seed = 0, g_launches = 0;
-std::vector<Range> g_allowed;  // sorted by nothing; few
+std::vector<Range> g_allowed;
 Range g_arguments{nullptr, nullptr};
 
 // The module's own data: constants and tables.
@@ -60,8 +60,7 @@ std::string source_of(const void* instruction) {
   const auto* header = static_cast<const ElfW(Ehdr)*>(info.dli_fbase);
   if (header->e_type == ET_DYN) offset -= base;
   // -i lists what was inlined there, the innermost first: the first that is not one of these headers is the kernel's.
-  const std::string command =
-      concat_text("addr2line -i -e '", info.dli_fname, "' 0x", std::hex, offset, " 2>/dev/null");
+  const std::string command = concat("addr2line -i -e '", info.dli_fname, "' 0x", std::hex, offset, " 2>/dev/null");
   std::string text;
   if (FILE* pipe = popen(command.c_str(), "r")) {
     char line[1024];
@@ -80,7 +79,7 @@ std::string source_of(const void* instruction) {
 
 }  // namespace
 
-std::string Site::text() const { return concat_text(file[0] ? file : "?", ":", line); }
+std::string Site::text() const { return concat(file[0] ? file : "?", ":", line); }
 
 std::string hex(unsigned value) {
   std::ostringstream out;
@@ -92,7 +91,7 @@ void fault(const std::string& what, const Site& site) {
   ++Quiet::depth;  // for the rest of the launch
   if (running() == nullptr) {
     --Quiet::depth;
-    throw std::runtime_error(concat_text("cuda_on_cpu: ", what, "\n  at ", site.text()));
+    throw std::runtime_error(concat("cuda_on_cpu: ", what, "\n  at ", site.text()));
   }
   running()->fail(what, site.text());
 }
@@ -102,7 +101,7 @@ void fault_at(const std::string& what, const void* instruction) {
   const std::string where = source_of(instruction);
   if (running() == nullptr) {
     --Quiet::depth;
-    throw std::runtime_error(concat_text("cuda_on_cpu: ", what, "\n  at ", where));
+    throw std::runtime_error(concat("cuda_on_cpu: ", what, "\n  at ", where));
   }
   running()->fail(what, where);
 }
@@ -120,7 +119,7 @@ int block_barrier(Vote vote, int predicate, const Site& site) {
 
 void* shared_array(const void* tag, size_t bytes, size_t align, const char* name) {
   const Quiet quiet;
-  if (running() == nullptr) fault(concat_text("shared array ", name, " outside a kernel"), Site{});
+  if (running() == nullptr) fault(concat("shared array ", name, " outside a kernel"), Site{});
   return running()->shared(tag, bytes, align, name);
 }
 
@@ -146,15 +145,14 @@ void run_grid(const char* kernel, const Site& site, dim3 grid, dim3 block, size_
               void (*call)(const void*), const void* arguments, size_t argument_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads < 1 || threads > 1024 || block.z > 64) {
-    fault(concat_text(kernel, ": a block of ", threads, " threads; a GPU takes 1 to 1024"), site);
+    fault(concat(kernel, ": a block of ", threads, " threads; a GPU takes 1 to 1024"), site);
   }
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535) {
-    fault(concat_text(kernel, ": a grid of ", grid.x, " x ", grid.y, " x ", grid.z,
-                      "; a GPU takes 1 to 65535 in y and z"),
+    fault(concat(kernel, ": a grid of ", grid.x, " x ", grid.y, " x ", grid.z, "; a GPU takes 1 to 65535 in y and z"),
           site);
   }
   if (dynamic_bytes > 227 * 1024) {
-    fault(concat_text(kernel, ": ", dynamic_bytes, " bytes of dynamic shared memory; an H100 has 232448"), site);
+    fault(concat(kernel, ": ", dynamic_bytes, " bytes of dynamic shared memory; an H100 has 232448"), site);
   }
   const std::lock_guard<std::mutex> one(g_launch);
   std::mt19937_64 random(g_seed * 0x9E3779B97F4A7C15ull + ++g_launches);
@@ -199,23 +197,22 @@ void check_access(const void* address, size_t bytes, Access kind, const void* in
     const size_t offset = static_cast<size_t>(p - shadow.data());
     const SharedArray* array = block->array_at(offset);
     std::string what = wrong;
-    if (array != nullptr)
-      what += concat_text(": ", array->name, ", byte ", offset - array->begin, " of ", array->bytes);
-    if (shadow.other != nullptr) what += concat_text("; the other access is at ", source_of(shadow.other));
+    if (array != nullptr) what += concat(": ", array->name, ", byte ", offset - array->begin, " of ", array->bytes);
+    if (shadow.other != nullptr) what += concat("; the other access is at ", source_of(shadow.other));
     fault_at(what, instruction);
   }
   if (inside(g_arguments, p, bytes) || in_this_module(p)) return;
   for (size_t i = g_allowed.size(); i-- > 0;) {
     if (inside(g_allowed[i], p, bytes)) {
       if (reinterpret_cast<uintptr_t>(p) % std::min<size_t>(bytes, 16) != 0 && (bytes & (bytes - 1)) == 0) {
-        fault_at(concat_text("misaligned access of ", bytes, " bytes"), instruction);
+        fault_at(concat("misaligned access of ", bytes, " bytes"), instruction);
       }
       std::swap(g_allowed[i], g_allowed.back());  // the same one is likely to be next
       return;
     }
   }
-  fault_at(concat_text(kind == Access::kRead ? "read" : "write", " of ", bytes,
-                       " bytes of global memory that belong to no argument of the kernel"),
+  fault_at(concat(kind == Access::kRead ? "read" : "write", " of ", bytes,
+                  " bytes of global memory that belong to no argument of the kernel"),
            instruction);
 }
 

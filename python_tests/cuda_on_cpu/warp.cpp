@@ -30,7 +30,7 @@ const char* name_of(WarpOp op) {
 
 uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int argument, const Site& site) {
   const Quiet quiet;
-  if (running() == nullptr) fault(concat_text(name_of(op), " outside a kernel"), site);
+  if (running() == nullptr) fault(concat(name_of(op), " outside a kernel"), site);
   return running()->collective(op, mask, value, argument, site);
 }
 
@@ -39,7 +39,7 @@ namespace {
 uint64_t shuffled(const Collective& slot, int lane) {
   const int width = slot.argument[lane] >> 16, by = slot.argument[lane] & 0xffff;
   if (width < 1 || width > kWarp || (width & (width - 1))) {
-    fault(concat_text(name_of(slot.op), ": width must be a power of two up to 32; got ", width), slot.site);
+    fault(concat(name_of(slot.op), ": width must be a power of two up to 32; got ", width), slot.site);
   }
   const int first = lane / width * width;
   int from = lane;
@@ -50,8 +50,8 @@ uint64_t shuffled(const Collective& slot, int lane) {
     default: from = (lane ^ by) >= first + width ? lane : lane ^ by; break;
   }
   if (!(slot.mask >> from & 1)) {
-    fault(concat_text(name_of(slot.op), ": lane ", lane, " reads lane ", from, ", which mask ", hex(slot.mask),
-                      " does not name"),
+    fault(concat(name_of(slot.op), ": lane ", lane, " reads lane ", from, ", which mask ", hex(slot.mask),
+                 " does not name"),
           slot.site);
   }
   return slot.value[from];
