@@ -226,7 +226,7 @@ class TokenLayout:
 
     def has(self, modality: str) -> bool:
         """Whether content of ``modality`` can be written in this layout."""
-        names = {i.name for i in self.intervals}
+        names = self._spans
         if modality == "codec_ssl":
             return "ssl" in names and "codec0" in names
         if modality == "codec":
@@ -237,14 +237,17 @@ class TokenLayout:
 
     def interval(self, name: str) -> tuple[int, int]:
         """``(start, end)`` of an interval; ``codec`` is all codebooks together. Raises :class:`LayoutError`."""
-        if name == "codec":
-            parts = [i for i in self.intervals if i.name.startswith("codec")]
-            if parts:
-                return parts[0].start, parts[-1].end
-        for i in self.intervals:
-            if i.name == name:
-                return i.start, i.end
+        span = self._spans.get(name)
+        if span is not None:
+            return span
         raise LayoutError(f"layout {self.name!r} has no {name!r}; it has {[i.name for i in self.intervals]}.")
+
+    @cached_property
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        # Asked for every part of every sample, so looked up instead of searched.
+        spans = {i.name: (i.start, i.end) for i in self.intervals}
+        parts = [i for i in self.intervals if i.name.startswith("codec")]
+        return spans | ({"codec": (parts[0].start, parts[-1].end)} if parts else {})
 
     @cached_property
     def num_codebooks(self) -> int:

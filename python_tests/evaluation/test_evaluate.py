@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -163,19 +165,47 @@ def test_a_loop_in_the_short_window_is_heard_again_in_the_full_one():
     class Heard(judge_module.Judge):
         def __init__(self):
             self.settings = judge_module.JudgeSettings("fake", "folder", window_s=15.0)
-            self.batch_size = 8
+            self.batch_size, self._threads = 8, 2
 
         def _short(self, clips, lang):
-            return ["10, 7, 6, " * 30, "Nine, eleven, nine, eleven.", "", "4, " * 60]
+            texts = ["10, 7, 6, " * 30, "Nine, eleven, nine, eleven.", "", "4, " * 60]
+            return [(text, judge_module.is_loop(text)) for text in texts]
 
         def _standard(self, clip, lang, fallback=False):
-            if clip[0] < 0.15:
-                return "10, 7, 60."
-            return "4, 4." if fallback else "4, " * 50
+            text = "10, 7, 60." if clip[0] < 0.15 else ("4, 4." if fallback else "4, " * 50)
+            return text, judge_module.is_loop(text)
 
     waves = [np.full(16000, level, np.float32) for level in (0.1, 0.1, 0.1, 0.2)]
     expected = ["10, 7, 60.", "Nine, eleven, nine, eleven.", "", "4, 4."]
     assert Heard().transcribe(waves, "en", 16000) == expected
+
+
+def test_a_text_that_is_cut_counts_as_a_loop():
+    """Whatever it says: nobody speaks 20 tokens in a second."""
+
+    class Model:
+        max_length = 448
+        is_multilingual = True
+        hf_tokenizer = feature_extractor = None
+        asked: ClassVar[list[int]] = []
+
+        def transcribe(self, clip, *, max_new_tokens, temperature, **settings):
+            self.asked.append(max_new_tokens)
+            cut = temperature == 0.0 and clip[0] > 0.15
+            tokens = list(range(max_new_tokens if cut else 5))
+            return iter([SimpleNamespace(text=" once more " if cut else " nine ", tokens=tokens)]), None
+
+    class Heard(judge_module.Judge):
+        def __init__(self):
+            self.settings = judge_module.JudgeSettings("fake", "folder")
+            self.batch_size, self._threads, self._model = 8, 1, Model()
+
+        def _load(self, workers):
+            return self._model
+
+    waves = [np.full(n, level, np.float32) for n, level in ((16000, 0.1), (32000, 0.2), (60 * 16000, 0.1))]
+    assert Heard().transcribe(waves, "en", 16000) == ["nine", "nine", "nine"]
+    assert Model.asked == [44, 64, 440, 64]
 
 
 # ---- where the judge comes from -------------------------------------------------------------------------------------

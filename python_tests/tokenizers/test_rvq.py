@@ -177,6 +177,22 @@ def test_beam_search_is_greedy_at_one_and_exhaustive_when_wide():
     assert torch.equal(beam_search(x_NF, books_SKF, beam=6), exhaustive)
 
 
+@pytest.mark.parametrize("beam", [1, 3, 40])
+def test_beam_search_follows_the_residuals(beam):
+    """Against a search in float64, row by row, that subtracts the chosen centroids one after the other."""
+    generator = torch.Generator().manual_seed(beam)
+    x_NF = torch.randn(20, 12, generator=generator)
+    books_SKF = torch.randn(4, 16, 12, generator=generator) * torch.tensor([1.0, 0.6, 0.4, 0.2])[:, None, None]
+    expected = []
+    for row in x_NF.double():
+        partial = [((), row)]
+        for book_KF in books_SKF.double():
+            grown = [(codes + (k,), rest - c) for codes, rest in partial for k, c in enumerate(book_KF)]
+            partial = sorted(grown, key=lambda p: float(p[1].square().sum()))[:beam]
+        expected.append(partial[0][0])
+    assert beam_search(x_NF, books_SKF, beam, chunk=7).tolist() == [list(codes) for codes in expected]
+
+
 @pytest.mark.parametrize("n_fft", [640, 1024])
 def test_mel_inversion_without_quantiser(n_fft):
     mel = MelSpectrogram(MelConfig(n_fft=n_fft))

@@ -17,16 +17,16 @@ from speechlm_ext.utils.io import atomic_write_text
 
 #: Held-out items per data set and language: (transcribed, spoken). The headline is English spoken numbers.
 HEADLINE = (40, 40)
-OTHER_LANGUAGES = (10, 5)
+OTHER_LANGUAGES = (10, 3)
 PROMPTS = {"en": (20, 4)}
 OTHER_PROMPTS = (5, 0)
 OWN = (40, 20)
-#: Eight tries that differ in what is said, each with the most probable codes; the model's own recognition picks one.
+#: Sixteen tries that differ in what is said, each with the most probable codes; the model's own recognition picks one.
 TTS_SETTINGS: dict[str, Any] = {
     "temperature": 0.8,
     "top_k": 30,
     "codec_temperature": 0.0,
-    "best_of": 8,
+    "best_of": 16,
     "seed": 1,
 }
 OWN_TTS_SETTINGS: dict[str, Any] = {"temperature": 0.7, "top_k": 20, "seed": 1}

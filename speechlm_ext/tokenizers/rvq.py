@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from speechlm_ext.audio import check_wave
 from speechlm_ext.errors import ConfigError, TokenizerError
@@ -152,7 +153,8 @@ class RVQKMeansCodec:
         wave = check_wave(x, "waveform for the codec")
         with one_thread():
             features_TF = stack_frames(self._mel.encode(wave), self.config.frames_per_token) - self.mean_F
-            return beam_search(features_TF, self.codebooks_SKF, self.config.beam).numpy().astype(np.int32)
+            codes_TS = beam_search(features_TF, self.codebooks_SKF, self.config.beam, cross=self._cross)
+            return codes_TS.numpy().astype(np.int32)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Waveform of codes ``[T, num_codebooks]``: float32 ``[T * frame_samples]`` in [-1, 1].
@@ -187,6 +189,10 @@ class RVQKMeansCodec:
         """sha256 over settings and codebooks."""
         return base.fingerprint(self.kind, _plain(self.config), base.array_bytes(self._arrays()))
 
+    @cached_property
+    def _cross(self) -> list[torch.Tensor]:
+        return cross_products(self.codebooks_SKF)
+
     def _arrays(self) -> dict[str, torch.Tensor]:
         return {"mean": self.mean_F, "codebooks": self.codebooks_SKF}
 
@@ -217,27 +223,52 @@ def stack_frames(log_mel_TM: torch.Tensor, count: int) -> torch.Tensor:
     return log_mel_TM.reshape(-1, count * log_mel_TM.shape[1])
 
 
+def cross_products(codebooks_SKF: torch.Tensor) -> list[torch.Tensor]:
+    """Inner products of each stage's centroids with those of all stages before it: ``[s * K, K]`` for stage s.
+
+    All together ``S * (S - 1) / 2 * K * K`` floats: 7 MB for 8 stages of 256.
+    """
+    return [book_KF.new_zeros(0, len(book_KF)) if s == 0 else codebooks_SKF[:s].flatten(0, 1) @ book_KF.T
+            for s, book_KF in enumerate(codebooks_SKF)]
+
+
 def beam_search(
-    x_NF: torch.Tensor, codebooks_SKF: torch.Tensor, beam: int, chunk: int = 1024
+    x_NF: torch.Tensor,
+    codebooks_SKF: torch.Tensor,
+    beam: int,
+    chunk: int = 1024,
+    cross: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Residual codes of each row, int64 ``[N, S]``, keeping the ``beam`` best partial sums at every stage.
 
-    ``beam=1`` is the greedy search. Rows go in chunks, so memory stays near ``chunk * beam * (K + F)``
-    floats.
+    The residual r = x - sum of chosen centroids is never formed: with the centroids' inner products at hand,
+    ``|r - c|² = |r|² - 2 (x·c - sum of chosen·c) + |c|²`` costs one row of K numbers per chosen centroid instead of
+    a product over F.
+
+    Args:
+        beam: 1 is the greedy search.
+        chunk: rows at a time, which bounds memory to about ``chunk * (S + 2 * beam) * K`` floats.
+        cross: :func:`cross_products` of the codebooks, where the caller keeps them.
     """
+    cross = cross_products(codebooks_SKF) if cross is None else cross
+    num_stages, size, _ = codebooks_SKF.shape
     squares_SK = codebooks_SKF.square().sum(2)
     found = []
     for start in range(0, len(x_NF), chunk):
-        rest_NBF = x_NF[start : start + chunk, None]
-        num_rows, _, width = rest_NBF.shape
-        codes_NBS = torch.zeros(num_rows, 1, 0, dtype=torch.int64)
-        for book_KF, squares_K in zip(codebooks_SKF, squares_SK, strict=True):
-            error_NBK = rest_NBF.square().sum(-1, keepdim=True) - 2 * (rest_NBF @ book_KF.T) + squares_K
-            flat = error_NBK.flatten(1)
-            best_NB = flat.topk(min(beam, flat.shape[1]), dim=1, largest=False).indices
-            parent_NB, code_NB = best_NB // len(book_KF), best_NB % len(book_KF)
-            rest_NBF = rest_NBF.gather(1, parent_NB[..., None].expand(-1, -1, width)) - book_KF[code_NB]
-            history = codes_NBS.gather(1, parent_NB[..., None].expand(-1, -1, codes_NBS.shape[2]))
+        rows_NF = x_NF[start : start + chunk]
+        dots_NSK = (rows_NF @ codebooks_SKF.flatten(0, 1).T).view(-1, num_stages, size)
+        error_NB = rows_NF.square().sum(1, keepdim=True)
+        codes_NBS = torch.zeros(len(rows_NF), 1, 0, dtype=torch.int64)
+        for stage in range(num_stages):
+            dots_NBK = dots_NSK[:, None, stage]
+            if stage:
+                bags = (codes_NBS + torch.arange(stage) * size).flatten(0, 1)
+                chosen_NBK = functional.embedding_bag(bags, cross[stage], mode="sum")
+                dots_NBK = dots_NBK - chosen_NBK.view(*codes_NBS.shape[:2], size)
+            flat = (error_NB[..., None] + squares_SK[stage]).sub_(dots_NBK, alpha=2).flatten(1)
+            error_NB, best_NB = flat.topk(min(beam, flat.shape[1]), dim=1, largest=False)
+            parent_NB, code_NB = best_NB // size, best_NB % size
+            history = codes_NBS.gather(1, parent_NB[..., None].expand(-1, -1, stage))
             codes_NBS = torch.cat([history, code_NB[..., None]], dim=2)
         # topk sorts ascending, so the first hypothesis is the best one.
         found.append(codes_NBS[:, 0])
