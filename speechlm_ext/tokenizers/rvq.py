@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -153,7 +154,7 @@ class RVQKMeansCodec:
         wave = check_wave(x, "waveform for the codec")
         with one_thread():
             features_TF = stack_frames(self._mel.encode(wave), self.config.frames_per_token) - self.mean_F
-            codes_TS = beam_search(features_TF, self.codebooks_SKF, self.config.beam, cross=self._cross)
+            codes_TS = beam_search(features_TF, self.codebooks_SKF, self.config.beam, tables=self._tables)
             return codes_TS.numpy().astype(np.int32)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
@@ -190,8 +191,8 @@ class RVQKMeansCodec:
         return base.fingerprint(self.kind, _plain(self.config), base.array_bytes(self._arrays()))
 
     @cached_property
-    def _cross(self) -> list[torch.Tensor]:
-        return cross_products(self.codebooks_SKF)
+    def _tables(self) -> SearchTables:
+        return search_tables(self.codebooks_SKF)
 
     def _arrays(self) -> dict[str, torch.Tensor]:
         return {"mean": self.mean_F, "codebooks": self.codebooks_SKF}
@@ -223,13 +224,20 @@ def stack_frames(log_mel_TM: torch.Tensor, count: int) -> torch.Tensor:
     return log_mel_TM.reshape(-1, count * log_mel_TM.shape[1])
 
 
-def cross_products(codebooks_SKF: torch.Tensor) -> list[torch.Tensor]:
-    """Inner products of each stage's centroids with those of all stages before it: ``[s * K, K]`` for stage s.
+class SearchTables(NamedTuple):
+    """What the search needs to know of the codebooks, made once by :func:`search_tables`."""
 
-    All together ``S * (S - 1) / 2 * K * K`` floats: 7 MB for 8 stages of 256.
-    """
-    return [book_KF.new_zeros(0, len(book_KF)) if s == 0 else codebooks_SKF[:s].flatten(0, 1) @ book_KF.T
-            for s, book_KF in enumerate(codebooks_SKF)]
+    squares_SK: torch.Tensor
+    """Squared norm of each centroid."""
+    cross: list[torch.Tensor]
+    """For stage s, float32 ``[s * K, K]``: inner products of its centroids with those of all stages before it."""
+
+
+def search_tables(codebooks_SKF: torch.Tensor) -> SearchTables:
+    """Norms and inner products of centroids: ``S * (S - 1) / 2 * K * K`` floats, 7 MB for 8 stages of 256."""
+    width = codebooks_SKF.shape[2]
+    cross = [codebooks_SKF[:s].reshape(-1, width) @ book_KF.T for s, book_KF in enumerate(codebooks_SKF)]
+    return SearchTables(codebooks_SKF.square().sum(2), cross)
 
 
 def beam_search(
@@ -237,7 +245,7 @@ def beam_search(
     codebooks_SKF: torch.Tensor,
     beam: int,
     chunk: int = 1024,
-    cross: list[torch.Tensor] | None = None,
+    tables: SearchTables | None = None,
 ) -> torch.Tensor:
     """Residual codes of each row, int64 ``[N, S]``, keeping the ``beam`` best partial sums at every stage.
 
@@ -248,11 +256,10 @@ def beam_search(
     Args:
         beam: 1 is the greedy search.
         chunk: rows at a time, which bounds memory to about ``chunk * (S + 2 * beam) * K`` floats.
-        cross: :func:`cross_products` of the codebooks, where the caller keeps them.
+        tables: :func:`search_tables` of the codebooks, where the caller keeps them.
     """
-    cross = cross_products(codebooks_SKF) if cross is None else cross
+    squares_SK, cross = tables or search_tables(codebooks_SKF)
     num_stages, size, _ = codebooks_SKF.shape
-    squares_SK = codebooks_SKF.square().sum(2)
     found = []
     for start in range(0, len(x_NF), chunk):
         rows_NF = x_NF[start : start + chunk]
