@@ -50,3 +50,17 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["layout", "--path", str(tmp_path)]) == 2
     message = capsys.readouterr().err.strip()
     assert message.startswith("speechlm: error: no token_layout.json") and "\n" not in message
+
+
+@pytest.mark.parametrize("name", sorted(VERBS))
+def test_a_verb_alone_says_what_it_needs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first thing that people type: a report for doctor, else which settings are missing."""
+    try:
+        code = main([name])
+    except SystemExit as stopped:
+        code = int(str(stopped.code))
+    printed = capsys.readouterr()
+    if name == "doctor":
+        assert code == 0 and "torch" in printed.out
+    else:
+        assert code == 2 and "error" in printed.err.lower() and "Traceback" not in printed.err

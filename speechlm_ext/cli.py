@@ -90,7 +90,7 @@ def _options(argv: Sequence[str], flags: Collection[str] = ()) -> list[str]:
         flags: names of the settings that are true or false; alone on the line they mean true.
     """
     options = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv, "--"][1:], strict=True):
         name, equals, value = word.partition("=")
         if word == "-o":
             word = "--output"
