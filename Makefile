@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install -qq --no-compile --disable-pip-version-check
 ARGS   ?=
+# Test processes; 0 runs the tests in one, as debuggers want it.
+WORKERS ?= 2
 TESTS  ?= python_tests
 OP     ?=
 DATA   ?=
@@ -56,8 +58,8 @@ dev: $(VENV)/.dev      ## .venv with the tools for tests and checks too
 demo: build $(VENV)/.judge  ## recordings to report: runs/demo/report.html (DATA=folder for your own recordings)
 	$(BIN)/python recipes/demo/run.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
-test: dev        ## the test suite, C++ parts included (TESTS= a file or folder, ARGS= for pytest)
-	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+test: dev        ## the test suite, C++ parts included (TESTS= a file or folder, ARGS= for pytest, WORKERS= processes)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
 
 test-gpu: dev    ## the tests that need a GPU
 	$(BIN)/python -m pytest $(TESTS) -m cuda $(ARGS)

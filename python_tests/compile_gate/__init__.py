@@ -101,8 +101,10 @@ def readable(names: list[str]) -> dict[str, str]:
     return out
 
 
-def compile_all(nvcc: str, sources: list[Path], jobs: int = 2) -> Report:
-    """Compile ``sources`` for every architecture, and to PTX.
+def compile_all(
+    nvcc: str, sources: list[Path], jobs: int = 2, targets: tuple[str, ...] = (*ARCHITECTURES, PTX)
+) -> Report:
+    """Compile ``sources`` for ``targets``: every architecture, and to PTX.
 
     Raises:
         GateError: a compiler error; its text is in the message.
@@ -120,7 +122,7 @@ def compile_all(nvcc: str, sources: list[Path], jobs: int = 2) -> Report:
 
     report: Report = {}
     with ThreadPoolExecutor(jobs) as pool:
-        work = [pool.submit(one, s, a) for s in sources for a in (*ARCHITECTURES, PTX)]
+        work = [pool.submit(one, s, a) for s in sources for a in targets]
         for task in work:
             arch, kernels = task.result()
             names = readable(list(kernels))
