@@ -83,6 +83,54 @@ __global__ void sixteen_bits(float* out) {  // halfway cases go to the even neig
   out[5] = __half2float(__float2half_rn(6.0e-8f));
 }
 
+__global__ void shuffles(float* out) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int up = __shfl_up_sync(0xffffffffu, lane, 3);
+  const int down = __shfl_down_sync(0xffffffffu, lane, 5);
+  const int third_of_eight = __shfl_sync(0xffffffffu, lane, 2, 8);
+  out[threadIdx.x] = static_cast<float>(up + 100 * down + 10000 * third_of_eight);
+}
+
+__global__ void warp_values(float* out) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const unsigned bits = 1u << lane % 8 | 0x100u;
+  int all_equal[2];
+  const unsigned whole = __match_all_sync(0xffffffffu, 7.5f, &all_equal[0]);
+  const unsigned none = __match_all_sync(0xffffffffu, lane / 31, &all_equal[1]);
+  const float values[] = {static_cast<float>(__ballot_sync(0xffffffffu, lane % 3 == 0)),
+                          static_cast<float>(whole == 0xffffffffu && all_equal[0] && none == 0 && !all_equal[1]),
+                          static_cast<float>(__reduce_min_sync(0xffffffffu, lane - 20)),
+                          static_cast<float>(__reduce_min_sync(0xffffffffu, static_cast<unsigned>(lane - 20))),
+                          static_cast<float>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(lane))),
+                          static_cast<float>(__reduce_and_sync(0xffffffffu, bits)),
+                          static_cast<float>(__reduce_or_sync(0xffffffffu, bits)),
+                          static_cast<float>(__reduce_xor_sync(0xffffffffu, lane < 31 ? bits : 0u))};
+  for (int i = lane; i < 8 && threadIdx.x < 32; i += 32) out[i] = values[i];
+}
+
+__global__ void atomics(int* numbers, unsigned* bits, __nv_bfloat162* pair, float* sum) {
+  const int i = static_cast<int>(threadIdx.x);
+  atomicMin(&numbers[0], 40 - i);
+  atomicMax(&numbers[1], i - 40);
+  atomicSub(&numbers[2], i);
+  int seen = numbers[3], expected;  // a maximum by compare-and-swap
+  do {
+    expected = seen;
+    seen = atomicCAS(&numbers[3], expected, expected > i * i ? expected : i * i);
+  } while (seen != expected);
+  if (atomicExch(&numbers[4], 1) == 0) atomicAdd(&numbers[5], 1);  // one thread alone finds it free
+  atomicOr(&bits[0], 1u << i % 32);
+  atomicAnd(&bits[1], ~(1u << i % 32 / 2));
+  atomicXor(&bits[2], 1u << i % 5);
+  atomicAdd(pair, __nv_bfloat162{__float2bfloat16_rn(1.0f), __float2bfloat16_rn(-0.5f)});
+  atomicAdd(sum, 0.5f);
+}
+
+__global__ void cached_access(const float* in, float* out) {
+  const unsigned i = threadIdx.x;
+  __stcs(&out[i], __ldg(&in[i]) + __ldcs(&in[kBlock - 1 - i]));
+}
+
 // ---- wrong --------------------------------------------------------------------------------------------------------
 __global__ void missing_barrier(float* out) {
   SX_SHARED(float, tile, kBlock);
@@ -271,6 +319,37 @@ const std::map<std::string, std::function<std::vector<float>()>>& cases() {
          const Buffer<float> out(6);
          SX_LAUNCH(sixteen_bits, 1, 1, 0, nullptr, out.data);
          return floats(out.data, 6);
+       }},
+      {"shuffles", to_float(shuffles)},
+      {"warp_values",
+       [] {
+         const Buffer<float> out(8);
+         SX_LAUNCH(warp_values, 1, kBlock, 0, nullptr, out.data);
+         return floats(out.data, 8);
+       }},
+      {"atomics",
+       [] {
+         const Buffer<int> numbers(6);
+         const Buffer<unsigned> bits(3);
+         const Buffer<__nv_bfloat162> pair(1);
+         const Buffer<float> sum(1);
+         for (int i = 0; i < 6; ++i) numbers.data[i] = 0;
+         bits.data[0] = bits.data[2] = 0;
+         bits.data[1] = 0xffffffffu;
+         pair.data[0] = __nv_bfloat162{__float2bfloat16_rn(0.0f), __float2bfloat16_rn(0.0f)};
+         sum.data[0] = 0.0f;
+         SX_LAUNCH(atomics, 1, kBlock, 0, nullptr, numbers.data, bits.data, pair.data, sum.data);
+         std::vector<float> out(numbers.data, numbers.data + 6);
+         out.insert(out.end(), bits.data, bits.data + 3);
+         out.insert(out.end(), {__bfloat162float(pair.data[0].x), __bfloat162float(pair.data[0].y), sum.data[0]});
+         return out;
+       }},
+      {"cached_access",
+       [] {
+         const Buffer<float> in(kBlock), out(kBlock);
+         for (int i = 0; i < kBlock; ++i) in.data[i] = static_cast<float>(i * i);
+         SX_LAUNCH(cached_access, 1, kBlock, 0, nullptr, in.data, out.data);
+         return floats(out.data, kBlock);
        }},
       {"cub",
        [] {

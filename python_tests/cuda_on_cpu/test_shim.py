@@ -21,6 +21,26 @@ RIGHT = {
     "warp_exchange": [float(v ^ 1) for v in range(BLOCK)],
     "count": [float(sum(range(BLOCK)))],
     "vote_and_reduce": [float(BLOCK // 2), 1.0, float(sum(range(32))), 31.0, float(np.float32(0x55555555))],
+    "shuffles": [
+        float(
+            (lane - 3 if lane >= 3 else lane)
+            + 100 * (lane + 5 if lane < 27 else lane)
+            + 10000 * (lane // 8 * 8 + 2)
+        )
+        for lane in (i % 32 for i in range(BLOCK))
+    ],
+    # Bits 0, 3, …, 30; min of signed -20…11 and of the same bits unsigned; and, or, xor of 1 << lane % 8 | 256, where
+    # the last lane gives none to the xor.
+    "warp_values": [float(np.float32(0x49249249)), 1.0, -20.0, 0.0, 31.0, 256.0, 511.0, 256.0 + 128.0],
+    "atomics": [-55.0, 55.0, -float(sum(range(BLOCK))), float((BLOCK - 1) ** 2), 1.0, 1.0]
+    + [float(np.float32(0xFFFFFFFF)), float(np.float32(0xFFFF0000))]
+    + [
+        float(sum(1 << b for b in range(5) if len(range(b, BLOCK, 5)) % 2)),
+        float(BLOCK),
+        -BLOCK / 2,
+        BLOCK / 2,
+    ],
+    "cached_access": [float(i * i + (BLOCK - 1 - i) ** 2) for i in range(BLOCK)],
     "three_dimensions": [float(v) for v in range(4 * 3 * 2 * 2 * 3 * 2)],
     "cub": [2.0, 3.0, 0.0, 1.0, 0.0, 5.0, 9.0, 12.0],
     "sixteen_bits": [1.0, 1.0 + 2**-7, 1.0, 1.0 + 2**-10, math.inf, 2.0**-24],

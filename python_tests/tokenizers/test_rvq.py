@@ -182,7 +182,9 @@ def test_beam_search_follows_the_residuals(beam):
     """Against a search in float64, row by row, that subtracts the chosen centroids one after the other."""
     generator = torch.Generator().manual_seed(beam)
     x_NF = torch.randn(20, 12, generator=generator)
-    books_SKF = torch.randn(4, 16, 12, generator=generator) * torch.tensor([1.0, 0.6, 0.4, 0.2])[:, None, None]
+    books_SKF = (
+        torch.randn(4, 16, 12, generator=generator) * torch.tensor([1.0, 0.6, 0.4, 0.2])[:, None, None]
+    )
     expected = []
     for row in x_NF.double():
         partial = [((), row)]

@@ -191,7 +191,8 @@ class Judge:
         found = [result.sequences_ids[0] for result in results]
         texts = [tokenizer.decode(ids).strip() for ids in found]
         return [
-            (text, is_loop(text) or len(ids) >= limit) for text, ids, limit in zip(texts, found, limits, strict=True)
+            (text, is_loop(text) or len(ids) >= limit)
+            for text, ids, limit in zip(texts, found, limits, strict=True)
         ]
 
 

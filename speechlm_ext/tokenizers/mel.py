@@ -103,7 +103,9 @@ class MelSpectrogram:
         padded[: len(wave)] = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
         spectrum_TF = self._stft(padded)[:num_frames]
         # Faster than abs(), which guards against overflow that audio in [-1, 1] cannot cause.
-        magnitude_TF = spectrum_TF.real.square().addcmul_(spectrum_TF.imag, spectrum_TF.imag).sqrt_() * self._scale
+        magnitude_TF = (
+            spectrum_TF.real.square().addcmul_(spectrum_TF.imag, spectrum_TF.imag).sqrt_() * self._scale
+        )
         return torch.log(magnitude_TF @ self.filters_MF.T + self.config.floor)
 
     def decode(
