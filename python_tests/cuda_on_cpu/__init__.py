@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -56,10 +57,12 @@ def build(folder: Path, target: str, **options: str) -> Path:
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
     ]
     configure += [f"-D{k}={v}" for k, v in options.items()]
-    for command in (configure, [tool("cmake"), "--build", str(folder), "--target", target]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise BuildError(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # one test process builds, the others wait for it
+        for command in (configure, [tool("cmake"), "--build", str(folder), "--target", target]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise BuildError(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
     return folder
 
 
