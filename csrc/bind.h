@@ -6,11 +6,15 @@
 namespace speechlm {
 
 void bind_delay_pack(pybind11::module_& m);
+void bind_multistream_embed(pybind11::module_& m);
 
 #ifdef SPEECHLM_PLANT_FAULTS
 void bind_planted(pybind11::module_& m);
 #endif
 
-inline void bind_ops(pybind11::module_& m) { bind_delay_pack(m); }
+inline void bind_ops(pybind11::module_& m) {
+  bind_delay_pack(m);
+  bind_multistream_embed(m);
+}
 
 }  // namespace speechlm

@@ -5,6 +5,7 @@
 #include "common/build_info.h"
 #include "common/cpu_info.h"
 #include "common/parallel.h"
+#include "common/simd.h"
 
 namespace py = pybind11;
 
@@ -18,6 +19,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_openmp_of", &speechlm::use_openmp_of, py::arg("library_path"));
   m.def("openmp_runtime", &speechlm::openmp_runtime);
   m.def("cpu_features", &speechlm::cpu_features);
+  m.def("simd_available", &speechlm::simd_available);
+  m.def("simd_name", &speechlm::simd_name);
+  m.def("use_simd", &speechlm::use_simd, py::arg("name"));
   m.def("build_info", [] {
     const speechlm::BuildInfo info = speechlm::build_info();
     py::dict out;

@@ -29,7 +29,10 @@ BUILD = ROOT / "build" / "cuda-on-cpu"
 SEEDS = range(8)
 
 #: Ops whose CUDA entry is another Python function than the CPU's: op name -> (module, function).
-CUDA_ENTRIES = {"delay_pack_segments": ("speechlm_ext.ops.delay_pack", "_delay_pack_segments_cuda")}
+CUDA_ENTRIES = {
+    "delay_pack_segments": ("speechlm_ext.ops.delay_pack", "_delay_pack_segments_cuda"),
+    "scatter_sum": ("speechlm_ext.ops.multistream_embed", "_scatter_sum_cuda"),
+}
 
 
 class BuildError(Exception):

@@ -47,6 +47,10 @@ class OpError(SpeechLMError):
     """An op was given tensors or settings that it cannot take."""
 
 
+class OpIndexError(OpError, IndexError):
+    """An id lies outside the table, or outside the range that the op was given."""
+
+
 def check(condition: bool, message: str) -> None:
     """Raise `OpError` with ``message`` unless ``condition`` holds."""
     if not condition:

@@ -7,11 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops._native import OpError, check, describe, int_list, partition_hint
-from speechlm_ext.ops.reference import multistream_embed as reference
+from speechlm_ext.ops._native import (
+    LIBRARY,
+    OpIndexError,
+    check,
+    describe,
+    int_list,
+    native,
+    partition_hint,
+    stream_handle,
+)
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: What fits into a kernel's argument.
+MOST_STREAMS = 64
 
 
 def multistream_embed(
@@ -21,24 +34,28 @@ def multistream_embed(
     pad_id: int = 0,
     offsets: Sequence[int] | None = None,
     scale: Sequence[float] | None = None,
+    check_ids: bool = False,
 ) -> Tensor:
     """Embed S ids per row and sum them.
 
     ``out[n] = Σ_s scale[s] · table[ids[n, s] + offsets[s]]`` over the streams whose id is not ``pad_id``.
 
     Args:
-        ids: int32 or int64 ``[N, S]``.
+        ids: int32 or int64 ``[N, S]``, S up to 64.
         table: float ``[V, D]``; differentiable. One table for all streams, or several stacked, with ``offsets``.
         pad_id: contributes nothing, compared before ``offsets`` are added; any int, e.g. -1.
         offsets: row at which each stream's part of the table starts, S values; None is 0.
         scale: factor of each stream, S values; None is 1.
+        check_ids: on a GPU, wait for the result and raise for an id outside the table, as the CPU always does. Without
+            it such an id adds nothing there, and nothing waits.
 
     Returns:
-        ``[N, D]`` in the table's dtype, summed in float32 (float64 for a float64 table).
+        ``[N, D]`` in the table's dtype, summed in float32 (float64 for a float64 table) and rounded once. The gradient
+        of the table is dense, and the same to the bit in every run and for every number of threads.
 
     Raises:
-        OpError: (a ValueError) for shapes or dtypes that do not fit, or on the CPU an id outside the table (row,
-            stream and id are named).
+        OpError: (a ValueError) for shapes or dtypes that do not fit.
+        OpIndexError: (an IndexError too) for an id outside the table; row, stream and id are named.
     """
     op = "multistream_embed"
     check(
@@ -46,25 +63,19 @@ def multistream_embed(
         f"{op}: ids must be int32 or int64 [N, S]; got {describe(ids)}",
     )
     check(
-        table.dim() == 2 and table.is_floating_point(),
-        f"{op}: table must be float [V, D]; got {describe(table)}" + partition_hint(table),
+        table.dim() == 2 and table.dtype in _DTYPES,
+        f"{op}: table must be float [V, D]; got {describe(table)}{partition_hint(table)}",
     )
     check(ids.device == table.device, f"{op}: ids is {describe(ids)} but table is on {table.device}")
     num_streams = ids.shape[1]
-    if offsets is not None:
-        offsets = int_list(offsets, f"{op}: offsets", num_streams)
-        if not any(offsets):
-            offsets = None
-    if scale is not None:
-        check(
-            len(scale) == num_streams,
-            f"{op}: scale must have {num_streams} values, one per stream; got {len(scale)}",
-        )
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_range(ids, table.shape[0], pad_id, offsets)
-    if ids.numel() == 0:
-        return table.new_zeros(ids.shape[0], table.shape[1]) + 0 * table.sum()
-    return reference.multistream_embed(ids, table, pad_id, offsets, scale)
+    check(num_streams <= MOST_STREAMS, f"{op}: at most {MOST_STREAMS} streams; got {describe(ids)}")
+    offsets = [] if offsets is None else int_list(offsets, f"{op}: offsets", num_streams)
+    check(
+        scale is None or len(scale) == num_streams,
+        f"{op}: scale must have {num_streams} values, one per stream; got {0 if scale is None else len(scale)}",
+    )
+    factors = [] if scale is None else [float(v) for v in scale]
+    return torch.ops.speechlm_ext.multistream_embed(ids, table, pad_id, offsets, factors, bool(check_ids))
 
 
 def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
@@ -79,11 +90,12 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tenso
         ``[num_segments, D]`` in the dtype of ``values``, summed in float32 or wider; rows without members are 0.
 
     Raises:
-        OpError: (a ValueError) for shapes or dtypes that do not fit, or on the CPU an id out of range.
+        OpError: (a ValueError) for shapes or dtypes that do not fit.
+        OpIndexError: (an IndexError too) on the CPU for an id out of range; on a GPU such a row is left out.
     """
     op = "segment_sum"
     check(
-        values.dim() == 2 and values.is_floating_point(),
+        values.dim() == 2 and values.dtype in _DTYPES,
         f"{op}: values must be float [M, D]; got {describe(values)}",
     )
     check(
@@ -93,27 +105,137 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tenso
     check(num_segments >= 0, f"{op}: num_segments must be 0 or more; got {num_segments}")
     if segment_ids.device.type == "cpu" and segment_ids.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in segment_ids.aminmax())
-        check(
-            low >= 0 and high < num_segments,
-            f"{op}: segment_ids must be in [0, {num_segments}); got values from {low} to {high}",
-        )
-    return reference.segment_sum(values, segment_ids, num_segments)
+        if low < 0 or high >= num_segments:
+            raise OpIndexError(
+                f"{op}: segment_ids must be in [0, {num_segments}); got values from {low} to {high}"
+            )
+    return torch.ops.speechlm_ext.scatter_sum(values, segment_ids[:, None], None, [], [], num_segments)
 
 
-def _check_range(ids: Tensor, num_rows: int, pad_id: int, offsets: Sequence[int] | None) -> None:
-    """Two reductions when all is well; the search for the culprit comes only after."""
-    if ids.numel() == 0:
-        return
-    if offsets is None:
-        low, high = (int(v) for v in ids.aminmax())
-        if 0 <= low and high < num_rows:
-            return
-    rows = ids if offsets is None else ids + torch.tensor(list(offsets), dtype=ids.dtype)
-    bad = ((rows < 0) | (rows >= num_rows)) & (ids != pad_id)
-    if bool(bad.any()):
-        n, s = bad.nonzero()[0].tolist()
-        raise OpError(
-            f"multistream_embed: ids[{n}, {s}] (row {n}, stream {s}) is {int(ids[n, s])}"
-            + (f", with offset {offsets[s]} row {int(rows[n, s])}" if offsets is not None else "")
-            + f"; the table has rows 0 to {num_rows - 1}"
+# torch.library registration. scatter_sum is the gradient of multistream_embed for the table, and multistream_embed that
+# of scatter_sum for the values, so both can be differentiated as often as wanted.
+
+LIBRARY.define(
+    "multistream_embed(Tensor ids, Tensor table, SymInt? pad_id, SymInt[] offsets, float[] scale, bool check_ids) "
+    "-> Tensor"
+)
+LIBRARY.define(
+    "scatter_sum(Tensor values, Tensor ids, SymInt? pad_id, SymInt[] offsets, float[] scale, SymInt num_rows) -> Tensor"
+)
+
+
+def _embed_impl(
+    ids: Tensor, table: Tensor, pad_id: int | None, offsets: list[int], scale: list[float], check_ids: bool
+) -> Tensor:
+    out = table.new_empty(ids.shape[0], table.shape[1])
+    on_cpu = ids.device.type == "cpu"
+    nothing_bad = ids.numel()
+    bad = ids.new_full((1,), nothing_bad, dtype=torch.int64) if on_cpu or check_ids else None
+    native.multistream_embed(
+        ids.contiguous(),
+        table.contiguous(),
+        pad_id,
+        offsets,
+        scale,
+        out,
+        bad,
+        torch.get_num_threads(),
+        stream_handle(ids),
+    )
+    if bad is not None and int(bad) != nothing_bad:
+        _raise_bad_id(ids, divmod(int(bad), ids.shape[1]), table.shape[0], offsets)
+    return out
+
+
+def _raise_bad_id(ids: Tensor, place: tuple[int, int], num_rows: int, offsets: Sequence[int]) -> None:
+    n, s = place
+    value = int(ids[n, s])
+    shifted = f", with offset {offsets[s]} row {value + offsets[s]}" if any(offsets) else ""
+    raise OpIndexError(
+        f"multistream_embed: ids[{n}, {s}] (row {n}, stream {s}) is {value}{shifted}; the table has rows 0 to "
+        f"{num_rows - 1}"
+    )
+
+
+def _scatter_sum_cpu(
+    values: Tensor, ids: Tensor, pad_id: int | None, offsets: list[int], scale: list[float], num_rows: int
+) -> Tensor:
+    out = lazy_zeros(num_rows, values.shape[1], values.dtype)
+    if out.numel() and ids.numel():
+        native.scatter_sum(
+            *(values.contiguous(), ids.contiguous(), pad_id, offsets, scale, out, None),
+            *(torch.get_num_threads(), 0),
         )
+    return out
+
+
+def _scatter_sum_cuda(
+    values: Tensor, ids: Tensor, pad_id: int | None, offsets: list[int], scale: list[float], num_rows: int
+) -> Tensor:
+    out = values.new_zeros(num_rows, values.shape[1])
+    if out.numel() and ids.numel():
+        size = native.scatter_sum_workspace(*ids.shape, *out.shape, values.dtype == torch.float64)
+        workspace = torch.empty(size, dtype=torch.uint8, device=values.device)
+        native.scatter_sum(
+            *(values.contiguous(), ids.contiguous(), pad_id, offsets, scale, out, workspace),
+            *(0, stream_handle(ids)),
+        )
+    return out
+
+
+def lazy_zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU whose memory the operating system hands out page by page, when it is first written.
+
+    A dense gradient of a large table is zero nearly everywhere: writing those zeros would cost more than the rest.
+    """
+    size = num_rows * width * dtype.itemsize
+    if size == 0:
+        return torch.zeros(num_rows, width, dtype=dtype)
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(num_rows, width)
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("multistream_embed", _embed_impl, _key)
+LIBRARY.impl("scatter_sum", _scatter_sum_cpu, "CPU")
+LIBRARY.impl("scatter_sum", _scatter_sum_cuda, "CUDA")
+
+
+@torch.library.register_fake("speechlm_ext::multistream_embed", lib=LIBRARY)
+def _embed_fake(ids, table, pad_id, offsets, scale, check_ids):  # type: ignore[no-untyped-def]
+    return table.new_empty(ids.shape[0], table.shape[1])
+
+
+@torch.library.register_fake("speechlm_ext::scatter_sum", lib=LIBRARY)
+def _scatter_sum_fake(values, ids, pad_id, offsets, scale, num_rows):  # type: ignore[no-untyped-def]
+    return values.new_empty(num_rows, values.shape[1])
+
+
+def _embed_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ids, table, *ctx.rule, _ = inputs
+    ctx.num_rows = table.shape[0]
+    ctx.save_for_backward(ids)
+
+
+def _embed_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    (ids,) = ctx.saved_tensors
+    grad_table = torch.ops.speechlm_ext.scatter_sum(grad, ids, *ctx.rule, ctx.num_rows)
+    return None, grad_table, None, None, None, None
+
+
+def _scatter_sum_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, ids, *ctx.rule, _ = inputs
+    ctx.save_for_backward(ids)
+
+
+def _scatter_sum_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    (ids,) = ctx.saved_tensors
+    grad_values = torch.ops.speechlm_ext.multistream_embed(ids, grad, *ctx.rule, False)
+    return grad_values, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "speechlm_ext::multistream_embed", _embed_backward, setup_context=_embed_setup, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "speechlm_ext::scatter_sum", _scatter_sum_backward, setup_context=_scatter_sum_setup, lib=LIBRARY
+)

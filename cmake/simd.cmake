@@ -1,0 +1,20 @@
+# Files csrc/<op>/*_simd.cpp are compiled once per instruction set, in the namespace SX_SIMD; csrc/common/simd.h chooses
+# at run time. Nothing that these files define may be shared with other files as an inline function: the linker keeps one
+# copy, which might use instructions that the processor lacks.
+set(SPEECHLM_SIMD_SETS generic)
+set(SIMD_FLAGS_generic "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  list(APPEND SPEECHLM_SIMD_SETS avx2 avx512)
+  set(SIMD_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(SIMD_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mfma -mf16c)
+  target_compile_definitions(speechlm_core PUBLIC SPEECHLM_SIMD_X86)
+endif()
+
+file(GLOB SIMD_SOURCES CONFIGURE_DEPENDS csrc/*/*_simd.cpp)
+foreach(set IN LISTS SPEECHLM_SIMD_SETS)
+  add_library(speechlm_simd_${set} OBJECT ${SIMD_SOURCES})
+  target_include_directories(speechlm_simd_${set} PRIVATE csrc)
+  target_compile_definitions(speechlm_simd_${set} PRIVATE SX_SIMD=${set})
+  target_compile_options(speechlm_simd_${set} PRIVATE -O3 -Wall -Wextra -ffp-contract=off ${SIMD_FLAGS_${set}})
+  target_sources(speechlm_core PRIVATE $<TARGET_OBJECTS:speechlm_simd_${set}>)
+endforeach()

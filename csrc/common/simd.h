@@ -1,0 +1,22 @@
+// Which instruction set the CPU kernels use. Files named *_simd.cpp are compiled once for each set, in the namespace
+// SX_SIMD, with -ffp-contract=off: a product and a sum round twice on every path, so all paths give equal bits.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace speechlm {
+
+enum class Simd { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// The set in use: the best that the processor has, or what use_simd() chose.
+Simd simd_in_use();
+
+// Names of the sets that were compiled in and that this processor has: "generic", "avx2", "avx512".
+std::vector<std::string> simd_available();
+std::string simd_name();
+
+// Chooses a set by name, "" for the best one. Throws std::invalid_argument for one that cannot be used here.
+void use_simd(const std::string& name);
+
+}  // namespace speechlm
