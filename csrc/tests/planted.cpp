@@ -8,11 +8,11 @@
 namespace speechlm {
 
 void bind_planted(pybind11::module_& m) {
-  // Two threads add to one counter without a lock.
+  // Threads add to one counter without a lock: each of them once, however busy the machine is.
   m.def("planted_race", [](int threads) {
     int64_t sum = 0;
-    parallel_for(100000, 1, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) sum += i;
+    run_team(threads, [&] {
+      for (int64_t i = 0; i < 1000; ++i) sum += i;
     });
     return sum;
   });
