@@ -85,6 +85,7 @@ void multistream_embed_cpu(const EmbedArgs<T, Id>& a, int threads) {
         next = members_of(a, n + 1, bad);
         for (int64_t i = 0; i < next.count; ++i) fetch(next.rows[i], D * static_cast<int64_t>(sizeof(T)));
       }
+      if (D == 0) continue;  // the ids are checked all the same
       T* out = a.out + n * D;
       if (now.count == 0) {
         std::memset(static_cast<void*>(out), 0, D * sizeof(T));
@@ -138,6 +139,7 @@ template <typename T, typename Id>
 void scatter_sum_cpu(const ScatterSumArgs<T, Id>& a, int threads) {
   using Acc = Accumulator<T>;
   const int64_t N = a.shape.num_rows, S = a.shape.num_streams, D = a.shape.width;
+  if (D == 0) return;
   SX_CHECK(N * S < (int64_t{1} << 32) && a.shape.table_rows <= (int64_t{1} << 32),
            "multistream_embed: more than 2^32 ids or table rows at a time");
   std::vector<Pair> pairs;
