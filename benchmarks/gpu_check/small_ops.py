@@ -16,6 +16,11 @@ def main(device: str = "cuda") -> None:
         batch = sx.ops.delay_pack(segments, tail=tail, **settings)  # type: ignore[arg-type]
     batch = sx.ops.delay_pack([s.int() for s in segments], **settings)  # type: ignore[arg-type]
     sx.ops.delay_unpack(batch.ids, batch.cu_seqlens, delays=settings["delays"])
+    for width, dtype in ((64, torch.float32), (33, torch.bfloat16), (72, torch.float16)):
+        table = torch.randn(50, width, device=device).to(dtype).requires_grad_()
+        ids = torch.randint(0, 50, (200, 9), device=device)
+        ids[:150, 0] = 7  # a run that several blocks share
+        sx.ops.multistream_embed(ids, table, scale=[0.5] * 9).sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
 
