@@ -2,6 +2,7 @@
 #include <optional>
 
 #include "bind.h"
+#include "common/cuda_build.h"
 #include "common/tensor_caster.h"
 #include "delay_pack/delay_pack.h"
 
@@ -11,16 +12,6 @@ namespace {
 namespace py = pybind11;
 
 constexpr auto kIds = {DType::kInt32, DType::kInt64};
-
-void require_cuda_build(const char* op) {
-#ifndef SPEECHLM_HAVE_CUDA
-  SX_CHECK(false, op,
-           ": this build has no CUDA kernels (`speechlm doctor` tells why); install with nvcc on PATH and "
-           "SPEECHLM_CUDA=ON, or move the tensors to the CPU");
-#else
-  (void)op;
-#endif
-}
 
 // Where the packed block goes.
 struct Outputs {

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "bind.h"
+#include "common/cuda_build.h"
 #include "common/simd.h"
 #include "common/small_float.h"
 #include "common/tensor_caster.h"
@@ -16,16 +17,6 @@ namespace py = pybind11;
 
 constexpr auto kIds = {DType::kInt32, DType::kInt64};
 constexpr auto kFloats = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
-
-void require_cuda_build(const char* op) {
-#ifndef SPEECHLM_HAVE_CUDA
-  SX_CHECK(false, op,
-           ": this build has no CUDA kernels (`speechlm doctor` tells why); install with nvcc on PATH and "
-           "SPEECHLM_CUDA=ON, or move the tensors to the CPU");
-#else
-  (void)op;
-#endif
-}
 
 EmbedRule rule_of(const char* op, int64_t num_streams, std::optional<int64_t> pad_id,
                   const std::vector<int64_t>& offsets, const std::vector<double>& scale) {
