@@ -2,8 +2,9 @@
 // scatter_sum, which is its backward: grad[v] = sum of scale[s] * values[n] over all (n, s) with ids[n, s] + offset[s]
 // == v. With one stream and no pads scatter_sum is the public op segment_sum.
 //
-// Sums are kept in float (double for double) and rounded once. scatter_sum adds in the order of (n, s) within pieces of
-// kPiece members and then piece by piece, so its bits depend neither on threads nor on chance.
+// Sums are kept in float (double for double) and rounded once. scatter_sum adds in the order of (n, s) within pieces
+// and then piece by piece (CPU: kPiece members from the first on; CUDA: chunks of the sorted pairs), so the bits depend
+// neither on threads nor on chance, only on which of the two devices it was.
 #pragma once
 
 #include <cstdint>
