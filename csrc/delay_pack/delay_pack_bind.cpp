@@ -13,112 +13,117 @@ namespace py = pybind11;
 
 constexpr auto kIds = {DType::kInt32, DType::kInt64};
 
-// Where the packed block goes.
-struct Outputs {
-  const TensorView& ids;
-  const TensorView& labels;
-  const TensorView& weight;
-  const TensorView& position;
-  const TensorView& cu_seqlens;
-
-  void check(DType id_dtype, Device on, const DelayPackShape& shape) const {
-    ids.expect("delay_pack: out_ids", {id_dtype}, on, {shape.num_rows, shape.num_streams});
-    labels.expect("delay_pack: out_labels", {id_dtype}, on, {shape.num_rows, shape.num_streams});
-    weight.expect("delay_pack: out_weight", {DType::kFloat32}, on, {shape.num_rows, shape.num_streams});
-    position.expect("delay_pack: position", {DType::kInt32}, on, {shape.num_rows});
-    cu_seqlens.expect("delay_pack: cu_seqlens", {DType::kInt32}, on, {shape.num_segments + 1});
-  }
-
-  template <typename Id>
-  DelayPackArgs<Id> args(const DelayPackShape& shape, const TensorView& table) const {
-    DelayPackArgs<Id> args;
-    args.shape = shape;
-    args.meta = DelayPackMeta::at(table.ptr<int64_t>(), shape);
-    args.out_ids = ids.ptr<Id>();
-    args.out_labels = labels.ptr<Id>();
-    args.out_weight = weight.ptr<float>();
-    args.out_position = position.ptr<int32_t>();
-    args.out_cu_seqlens = cu_seqlens.ptr<int32_t>();
-    return args;
-  }
-};
-
-template <typename Id>
-void pack(const TensorView& ids, const std::optional<TensorView>& weight, const TensorView& table,
-          const DelayPackShape& shape, const Outputs& out, int threads, uintptr_t stream) {
-  DelayPackArgs<Id> args = out.args<Id>(shape, table);
-  args.ids = ids.ptr<Id>();
-  args.weight = weight ? weight->ptr<float>() : nullptr;
-  const py::gil_scoped_release no_gil;
-  if (ids.device == Device::kCpu) {
-    delay_pack_cpu(args, threads);
-    return;
-  }
-#ifdef SPEECHLM_HAVE_CUDA
-  delay_pack_cuda(args, ids.device_index, reinterpret_cast<void*>(stream));
-#else
-  (void)stream;
-#endif
+// In the order of DelayPackShape's given fields.
+DelayPackShape shape_of(const std::vector<int64_t>& counts) {
+  SX_CHECK(counts.size() == 10, "delay_pack: 10 counts are needed; got ", counts.size());
+  return {counts[0], counts[1], counts[2], counts[3], counts[4], counts[5], counts[6], counts[7], counts[8], counts[9]};
 }
 
+DelayPackShape plan(const TensorView& host_table, const std::vector<int64_t>& counts) {
+  host_table.expect("delay_pack: host_table", {DType::kInt64}, Device::kCpu, {-1});
+  return delay_pack_plan(host_table.ptr<int64_t>(), host_table.sizes[0], shape_of(counts));
+}
+
+// Where the packed block goes: ids, labels, weight, position, cu_seqlens; and where asked segment_map, stream_map.
+using Outputs = std::vector<TensorView>;
+
+void check_outputs(const Outputs& out, const std::optional<TensorView>& bad, Device on, const DelayPackShape& shape) {
+  SX_CHECK(out.size() == 5 || out.size() == 7, "delay_pack: 5 or 7 outputs are needed");
+  const int64_t N = shape.num_rows, S = shape.num_streams;
+  out[0].expect("delay_pack: out_ids", kIds, on, {N, S});
+  out[1].expect("delay_pack: out_labels", {out[0].dtype}, on, {N, S});
+  out[2].expect("delay_pack: out_weight", {DType::kFloat32}, on, {N, S});
+  out[3].expect("delay_pack: position", {DType::kInt32}, on, {N});
+  out[4].expect("delay_pack: cu_seqlens", {DType::kInt32}, on, {shape.num_sequences + 1});
+  if (bad) bad->expect("delay_pack: bad", {DType::kInt32}, on, {1});
+  if (out.size() == 5) return;
+  out[5].expect("delay_pack: segment_map", {DType::kInt32}, on, {N});
+  out[6].expect("delay_pack: stream_map", {DType::kInt32}, on, {N, S});
+}
+
+template <typename In, typename Out>
+DelayPackArgs<In, Out> args_of(const DelayPackShape& shape, const TensorView& table, double fill_weight,
+                               const Outputs& out, const std::optional<TensorView>& bad) {
+  DelayPackArgs<In, Out> args;
+  args.shape = shape;
+  args.meta = DelayPackMeta::at(table.ptr<int64_t>(), shape);
+  args.fill_weight = static_cast<float>(fill_weight);
+  args.out_ids = out[0].ptr<Out>();
+  args.out_labels = out[1].ptr<Out>();
+  args.out_weight = out[2].ptr<float>();
+  args.out_position = out[3].ptr<int32_t>();
+  args.out_cu_seqlens = out[4].ptr<int32_t>();
+  if (out.size() > 5) {
+    args.out_segment_map = out[5].ptr<int32_t>();
+    args.out_stream_map = out[6].ptr<int32_t>();
+  }
+  args.bad = bad ? bad->ptr<int32_t>() : nullptr;
+  return args;
+}
+
+template <typename Body>
+void with_ids(DType in, DType out, const Body& body) {
+  const bool wide_in = in == DType::kInt64, wide_out = out == DType::kInt64;
+  if (wide_in && wide_out) return body(int64_t{}, int64_t{});
+  if (wide_in) return body(int64_t{}, int32_t{});
+  if (wide_out) return body(int32_t{}, int64_t{});
+  body(int32_t{}, int32_t{});
+}
+
+// `table` is the host table on the GPU; on the CPU it is not given.
 void delay_pack(const TensorView& ids, const std::optional<TensorView>& weight, const TensorView& host_table,
-                const TensorView& table, int64_t num_segments, bool trim, const TensorView& out_ids,
-                const TensorView& out_labels, const TensorView& out_weight, const TensorView& position,
-                const TensorView& cu_seqlens, int threads, uintptr_t stream) {
+                const std::optional<TensorView>& table, const std::vector<int64_t>& counts, double fill_weight,
+                const Outputs& out, const std::optional<TensorView>& bad, int threads, uintptr_t stream) {
   const Device on = ids.device;
   if (on == Device::kCuda) require_cuda_build("delay_pack");
+  const DelayPackShape shape = plan(host_table, counts);
   ids.expect("delay_pack: ids", kIds, on == Device::kCuda ? Device::kCuda : Device::kCpu, {-1, -1});
-  const int64_t S = ids.sizes[1];
-  host_table.expect("delay_pack: host_table", {DType::kInt64}, Device::kCpu, {-1});
-  table.expect("delay_pack: table", {DType::kInt64}, on, {host_table.sizes[0]});
-  const DelayPackShape shape =
-      delay_pack_shape(host_table.ptr<int64_t>(), host_table.sizes[0], num_segments, S, ids.sizes[0], trim);
-  if (weight) weight->expect("delay_pack: loss_weight", {DType::kFloat32}, on, {ids.sizes[0], S});
-  const Outputs out{out_ids, out_labels, out_weight, position, cu_seqlens};
-  out.check(ids.dtype, on, shape);
-  auto run = ids.dtype == DType::kInt64 ? &pack<int64_t> : &pack<int32_t>;
-  run(ids, weight, table, shape, out, threads, stream);
+  SX_CHECK(ids.numel() == shape.num_elements, "delay_pack: ids must have ", shape.num_elements, " ids; got ",
+           ids.describe());
+  SX_CHECK(table.has_value() || on == Device::kCpu || kOneDevice, "delay_pack: the table must be given on CUDA");
+  if (table) table->expect("delay_pack: table", {DType::kInt64}, on, {host_table.sizes[0]});
+  if (weight) weight->expect("delay_pack: loss_weight", {DType::kFloat32}, on, {ids.sizes[0], ids.sizes[1]});
+  check_outputs(out, bad, on, shape);
+  with_ids(ids.dtype, out[0].dtype, [&](auto in, auto to) {
+    auto args = args_of<decltype(in), decltype(to)>(shape, table ? *table : host_table, fill_weight, out, bad);
+    args.ids = ids.ptr<decltype(in)>();
+    args.weight = weight ? weight->ptr<float>() : nullptr;
+    const py::gil_scoped_release no_gil;
+    if (on == Device::kCpu) return delay_pack_cpu(args, threads);
+#ifdef SPEECHLM_HAVE_CUDA
+    delay_pack_cuda(args, ids.device_index, reinterpret_cast<void*>(stream));
+#else
+    (void)stream;
+#endif
+  });
 }
 
-template <typename Id>
-void pack_segments(const std::vector<TensorView>& segments, const std::vector<TensorView>& weights,
-                   const TensorView& table, const DelayPackShape& shape, const Outputs& out, int threads) {
-  std::vector<const Id*> ids;
-  std::vector<const float*> weight;
-  for (const TensorView& segment : segments) ids.push_back(segment.ptr<Id>());
-  for (const TensorView& segment : weights) weight.push_back(segment.ptr<float>());
-  DelayPackArgs<Id> args = out.args<Id>(shape, table);
-  args.segment_ids = ids.data();
-  args.segment_weight = weights.empty() ? nullptr : weight.data();
-  const py::gil_scoped_release no_gil;
-  delay_pack_cpu(args, threads);
+template <typename T>
+std::vector<const T*> pointers(const std::vector<uintptr_t>& addresses) {
+  std::vector<const T*> out;
+  for (uintptr_t address : addresses) out.push_back(reinterpret_cast<const T*>(address));
+  return out;
 }
 
-// The list form on the CPU: segments are read where they lie.
-void delay_pack_segments(const std::vector<TensorView>& segments, const std::vector<TensorView>& weights,
-                         const TensorView& table, bool trim, const TensorView& out_ids, const TensorView& out_labels,
-                         const TensorView& out_weight, const TensorView& position, const TensorView& cu_seqlens,
-                         int threads) {
-  SX_CHECK(!segments.empty(), "delay_pack: segments must not be empty");
-  SX_CHECK(weights.empty() || weights.size() == segments.size(), "delay_pack: ", weights.size(), " weights for ",
-           segments.size(), " segments");
-  segments[0].expect("delay_pack: segments[0]", kIds, Device::kCpu, {-1, -1});
-  const DType dtype = segments[0].dtype;
-  const int64_t S = segments[0].sizes[1];
-  const int64_t num_segments = static_cast<int64_t>(segments.size());
-  table.expect("delay_pack: table", {DType::kInt64}, Device::kCpu, {num_segments + 1 + 3 * S});
-  const int64_t* offsets = table.ptr<int64_t>();
-  for (size_t i = 0; i < segments.size(); ++i) {
-    const int64_t frames = offsets[i + 1] - offsets[i];
-    segments[i].expect(concat("delay_pack: segments[", i, "]").c_str(), {dtype}, Device::kCpu, {frames, S});
-    if (weights.empty()) continue;
-    weights[i].expect(concat("delay_pack: loss_weight[", i, "]").c_str(), {DType::kFloat32}, Device::kCpu, {frames, S});
-  }
-  const DelayPackShape shape = delay_pack_shape(offsets, table.sizes[0], num_segments, S, offsets[num_segments], trim);
-  const Outputs out{out_ids, out_labels, out_weight, position, cu_seqlens};
-  out.check(dtype, Device::kCpu, shape);
-  auto run = dtype == DType::kInt64 ? &pack_segments<int64_t> : &pack_segments<int32_t>;
-  run(segments, weights, table, shape, out, threads);
+// The list form on the CPU: segments are read where they lie. Their addresses come from tensors that Python has just
+// checked and that it keeps alive; looking at each of hundreds of small tensors from here would cost more than packing.
+void delay_pack_segments(const std::vector<uintptr_t>& segments, const std::vector<uintptr_t>& weights, bool wide,
+                         const TensorView& table, const std::vector<int64_t>& counts, double fill_weight,
+                         const Outputs& out, const std::optional<TensorView>& bad, int threads) {
+  const DelayPackShape shape = plan(table, counts);
+  const auto n = static_cast<size_t>(shape.num_segments);
+  SX_CHECK(segments.size() == n && (weights.empty() || weights.size() == n), "delay_pack: ", segments.size(),
+           " segments and ", weights.size(), " weights for ", n, " segments");
+  check_outputs(out, bad, Device::kCpu, shape);
+  with_ids(wide ? DType::kInt64 : DType::kInt32, out[0].dtype, [&](auto in, auto to) {
+    auto args = args_of<decltype(in), decltype(to)>(shape, table, fill_weight, out, bad);
+    const auto ids = pointers<decltype(in)>(segments);
+    const auto weight = pointers<float>(weights);
+    args.segment_ids = ids.data();
+    args.segment_weight = weights.empty() ? nullptr : weight.data();
+    const py::gil_scoped_release no_gil;
+    delay_pack_cpu(args, threads);
+  });
 }
 
 template <typename Id>
@@ -164,11 +169,11 @@ void delay_unpack(const TensorView& ids, const TensorView& host_table, const Ten
 
 void bind_delay_pack(py::module_& m) {
   m.def("delay_pack", &delay_pack, py::arg("ids"), py::arg("loss_weight").none(true), py::arg("host_table"),
-        py::arg("table"), py::arg("num_segments"), py::arg("trim"), py::arg("out_ids"), py::arg("out_labels"),
-        py::arg("out_weight"), py::arg("position"), py::arg("cu_seqlens"), py::arg("threads"), py::arg("stream"));
-  m.def("delay_pack_segments", &delay_pack_segments, py::arg("segments"), py::arg("weights"), py::arg("table"),
-        py::arg("trim"), py::arg("out_ids"), py::arg("out_labels"), py::arg("out_weight"), py::arg("position"),
-        py::arg("cu_seqlens"), py::arg("threads"));
+        py::arg("table").none(true), py::arg("counts"), py::arg("fill_weight"), py::arg("out"),
+        py::arg("bad").none(true), py::arg("threads"), py::arg("stream"));
+  m.def("delay_pack_segments", &delay_pack_segments, py::arg("segments"), py::arg("weights"), py::arg("wide"),
+        py::arg("table"), py::arg("counts"), py::arg("fill_weight"), py::arg("out"), py::arg("bad").none(true),
+        py::arg("threads"));
   m.def("delay_unpack", &delay_unpack, py::arg("ids"), py::arg("host_table"), py::arg("table"), py::arg("num_segments"),
         py::arg("out"), py::arg("threads"), py::arg("stream"));
 }

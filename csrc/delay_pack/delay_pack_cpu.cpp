@@ -1,194 +1,185 @@
-// delay_pack on the CPU: threads take runs of output rows. Within a segment the labels are the ids one row later, so
-// the ids are gathered tile by tile, and each tile is copied to the labels while it is in L1.
-// Bytes moved per id: 8 + 4 read (int64 ids, fp32 weights), 8 + 8 + 4 written.
-#include <cstring>
-#include <vector>
+// delay_pack on the CPU: threads take runs of output rows. Rows in which every stream with content shows a frame of it
+// go through the vector loop of rows_simd.cpp, which writes ids, labels and weights as it reads; the rows at a
+// segment's edges follow the definition in segment.h one by one. Bytes moved per id: 8 + 4 read (int64 ids, fp32
+// weights), 8 + 8 + 4 written.
+#include <atomic>
+#include <numeric>
 
 #include "common/parallel.h"
 #include "delay_pack/delay_pack.h"
+#include "delay_pack/rows.h"
+#include "delay_pack/segment.h"
 
 namespace speechlm {
+
+#define SX_LOOPS(set)                  \
+  namespace set {                      \
+  template <typename In, typename Out> \
+  PackRowsLoop<In, Out> pack_loop();   \
+  }
+SX_LOOPS(generic)
+#ifdef SPEECHLM_SIMD_X86
+SX_LOOPS(avx2)
+SX_LOOPS(avx512)
+#endif
+#undef SX_LOOPS
+
+template <typename In, typename Out>
+PackRowsLoop<In, Out> pack_rows_loop() {
+#ifdef SPEECHLM_SIMD_X86
+  if (simd_in_use() == Simd::kAvx512) return avx512::pack_loop<In, Out>();
+  if (simd_in_use() == Simd::kAvx2) return avx2::pack_loop<In, Out>();
+#endif
+  return generic::pack_loop<In, Out>();
+}
+
 namespace {
 
-constexpr int64_t kTileBytes = 8 * 1024;     // ids of one tile: a quarter of a common L1 data cache
 constexpr int64_t kGrainBytes = 128 * 1024;  // less than this is not worth waking a thread
 
-// One stream shift: element (t, s) of the output reads element (t, s) of the input plus `shift`.
-struct StreamShift {
-  int64_t delay;
-  int64_t shift;  // -delay * S
-  int64_t pad;
-  int64_t offset;
-};
-
-template <typename Id>
+template <typename In, typename Out>
 class Packer {
  public:
-  explicit Packer(const DelayPackArgs<Id>& args) : a_(args), S_(args.shape.num_streams), streams_(S_) {
-    for (int64_t s = 0; s < S_; ++s) {
-      streams_[s] = {a_.meta.delays[s], -a_.meta.delays[s] * S_, a_.meta.pad_ids[s], a_.meta.id_offsets[s]};
-    }
-    tile_rows_ = std::max<int64_t>(1, kTileBytes / (S_ * static_cast<int64_t>(sizeof(Id))));
-  }
+  explicit Packer(const DelayPackArgs<In, Out>& args)
+      : a_(args),
+        m_(args.meta),
+        S_(args.shape.num_streams),
+        check_(args.bad != nullptr && (args.meta.limits != nullptr || sizeof(Out) < sizeof(In))),
+        loop_(pack_rows_loop<In, Out>()) {}
 
-  // Rows [begin, end) of the block.
-  void rows(int64_t begin, int64_t end) const {
-    const DelayPackShape& shape = a_.shape;
-    int64_t i = find_segment(a_.meta.offsets, shape.tail, begin, 0, shape.num_segments);
+  // Rows [begin, end) of the block. Returns whether an id among them may not be.
+  bool rows(int64_t begin, int64_t end) {
+    int64_t i = find_segment(m_, a_.shape.tail, begin, 0, a_.shape.num_segments);
     for (int64_t row = begin; row < end; ++i) {
-      const int64_t first = a_.meta.offsets[i] + i * shape.tail;
-      const int64_t length = a_.meta.offsets[i + 1] - a_.meta.offsets[i];
-      const int64_t stop = std::min(end, first + length + shape.tail);
-      while (row < stop) {
-        const int64_t tile_end = std::min(stop, row + tile_rows_);
-        segment_tile(i, first, length, row, tile_end);
-        row = tile_end;
-      }
+      const PackSegment seg = segment_at(m_, a_.shape, i);
+      const int64_t stop = std::min(end, seg.row + seg.rows);
+      if (row < stop) segment_rows(seg, row, stop);
+      row = std::max(row, stop);
     }
+    return bad_;
   }
 
  private:
-  // Rows [begin, end) of segment i, which starts at row `first` and has `length` frames.
-  void segment_tile(int64_t i, int64_t first, int64_t length, int64_t begin, int64_t end) const {
-    const int64_t before = a_.meta.offsets[i] * S_;
-    const Id* ids = a_.segment_ids ? a_.segment_ids[i] : a_.ids + before;
-    const float* weight = a_.segment_weight ? a_.segment_weight[i] : (a_.weight ? a_.weight + before : nullptr);
-    const int64_t last = first + length + a_.shape.tail - 1;
-    // Every stream has a frame in rows [inner_begin, inner_end).
-    const int64_t inner_begin = std::clamp(first + std::max<int64_t>(a_.shape.max_delay, 1), begin, end);
-    const int64_t inner_end = std::clamp(first + length + a_.shape.min_delay, inner_begin, end);
-    for (int64_t row = begin; row < inner_begin; ++row) edge_row(row, first, length, ids, weight);
-    if (inner_begin < inner_end) inner_rows(inner_begin, inner_end, first, ids, weight);
-    for (int64_t row = inner_end; row < end; ++row) edge_row(row, first, length, ids, weight);
-
-    for (int64_t row = begin; row < end; ++row) a_.out_position[row] = static_cast<int32_t>(row - first);
-    const int64_t from = std::max(begin, first + 1);
-    if (from < end) {
-      std::memcpy(a_.out_labels + (from - 1) * S_, a_.out_ids + from * S_, (end - from) * S_ * sizeof(Id));
+  void segment_rows(const PackSegment& seg, int64_t begin, int64_t end) {
+    const In* ids = a_.segment_ids ? a_.segment_ids[seg.index] : a_.ids + seg.element;
+    const float* weight =
+        a_.segment_weight ? a_.segment_weight[seg.index] : (a_.weight ? a_.weight + seg.element : nullptr);
+    // Every stream with content shows a frame of it in rows [inner_begin, inner_end), and the row above is of the same
+    // sequence.
+    int64_t slowest = 0, fastest = std::numeric_limits<int64_t>::max();
+    for (int64_t s = 0; s < seg.width; ++s) {
+      slowest = std::max(slowest, m_.delays[s]);
+      fastest = std::min(fastest, m_.delays[s]);
     }
-    if (end - 1 == last) {
+    const int64_t content = seg.row + seg.prefix;
+    int64_t inner_begin = std::max(content + slowest, seg.sequence_row + 1);
+    inner_begin = std::clamp(inner_begin, begin, end);
+    const int64_t inner_end = std::clamp(content + seg.frames + fastest, inner_begin, end);
+    int64_t row = begin;
+    for (; row < inner_begin; ++row) edge_row(seg, ids, weight, row);
+    if (inner_begin < inner_end) row = inner_rows(seg, ids, weight, inner_begin, inner_end);
+    for (; row < end; ++row) edge_row(seg, ids, weight, row);
+    if (end == seg.row + seg.rows && seg.last) {
       for (int64_t s = 0; s < S_; ++s) {
-        a_.out_labels[last * S_ + s] = static_cast<Id>(streams_[s].pad);
-        a_.out_weight[last * S_ + s] = 0.0f;
+        a_.out_labels[(end - 1) * S_ + s] = static_cast<Out>(m_.ends[s]);
+        a_.out_weight[(end - 1) * S_ + s] = 0.0f;
       }
     }
-  }
-
-  // One stream after the other: the tile stays in L1, and the loop's body is a load, an add and a store. A row's
-  // weights belong to the row before it, whose labels they weigh.
-  void inner_rows(int64_t begin, int64_t end, int64_t first, const Id* ids, const float* weight) const {
-    const int64_t rows = end - begin;
-    for (int64_t s = 0; s < S_; ++s) {
-      const Id* from = ids + (begin - first) * S_ + streams_[s].shift + s;
-      Id* to = a_.out_ids + begin * S_ + s;
-      const int64_t offset = streams_[s].offset;
-      for (int64_t r = 0; r < rows; ++r) to[r * S_] = wrapping_add(from[r * S_], offset);
+    for (row = begin; row < end; ++row) a_.out_position[row] = static_cast<int32_t>(row - seg.sequence_row);
+    if (a_.out_segment_map != nullptr) {
+      std::fill(a_.out_segment_map + begin, a_.out_segment_map + end, static_cast<int32_t>(seg.index));
     }
-    float* out_weight = a_.out_weight + (begin - 1) * S_;
-    if (weight == nullptr) {
-      std::fill(out_weight, out_weight + rows * S_, 1.0f);
-      return;
-    }
-    for (int64_t s = 0; s < S_; ++s) {
-      const float* from = weight + (begin - first) * S_ + streams_[s].shift + s;
-      for (int64_t r = 0; r < rows; ++r) out_weight[r * S_ + s] = from[r * S_];
+    if (a_.out_stream_map != nullptr) {
+      for (row = begin; row < end; ++row) map_row(seg, row);
     }
   }
 
-  void edge_row(int64_t row, int64_t first, int64_t length, const Id* ids, const float* weight) const {
-    const int64_t t = row - first;
-    Id* out = a_.out_ids + row * S_;
-    float* out_weight = t > 0 ? a_.out_weight + (row - 1) * S_ : nullptr;
-    for (int64_t s = 0; s < S_; ++s) {
-      const int64_t frame = t - streams_[s].delay;
-      const bool real = frame >= 0 && frame < length;
-      out[s] = real ? wrapping_add(ids[frame * S_ + s], streams_[s].offset) : static_cast<Id>(streams_[s].pad);
-      if (out_weight != nullptr) out_weight[s] = !real ? 0.0f : (weight ? weight[frame * S_ + s] : 1.0f);
+  // Whole periods from `begin` on; returns the first row that is left.
+  int64_t inner_rows(const PackSegment& seg, const In* ids, const float* weight, int64_t begin, int64_t end) {
+    set_period(seg);
+    const int64_t periods = (end - begin) / period_.rows;
+    if (periods == 0) return begin;
+    const int64_t from = (begin - seg.row - seg.prefix) * seg.width;
+    PackRows<In, Out> run;
+    run.ids = ids + from;
+    run.weight = weight ? weight + from : nullptr;
+    run.width = seg.width;
+    run.out_ids = a_.out_ids + begin * S_;
+    run.out_labels = a_.out_labels + (begin - 1) * S_;
+    run.out_weight = a_.out_weight + (begin - 1) * S_;
+    run.periods = periods;
+    bad_ |= loop_(run, period_, check_);
+    return begin + periods * period_.rows;
+  }
+
+  void set_period(const PackSegment& seg) {
+    const bool own_rule = a_.shape.offset_rows > 1 || a_.shape.limit_rows > 1 || a_.shape.weight_rows > 0;
+    if (period_.elements > 0 && period_width_ == seg.width && (!own_rule || period_segment_ == seg.index)) return;
+    period_width_ = seg.width;
+    period_segment_ = seg.index;
+    const int64_t offset_row = a_.shape.offset_rows > 1 ? seg.index : 0;
+    const int64_t limit_row = a_.shape.limit_rows > 1 ? seg.index : 0;
+    period_.elements = std::lcm(S_, kPackLanes);
+    period_.rows = period_.elements / S_;
+    for (int64_t e = 0; e < period_.elements; ++e) {
+      const int64_t row = e / S_, s = e % S_;
+      const bool live = s < seg.width;
+      period_.index[e] = live ? (row - m_.delays[s]) * seg.width + s : (row - m_.delays[0]) * seg.width;
+      period_.mask[e] = live ? -1 : 0;
+      period_.offset[e] = !live ? m_.pads[s] : (m_.id_offsets ? m_.id_offsets[offset_row * S_ + s] : 0);
+      period_.limit[e] = !live ? 1 : (m_.limits ? m_.limits[limit_row * S_ + s] : -1);
+      period_.factor[e] =
+          !live ? 0.0f : (m_.segment_weight ? static_cast<float>(m_.segment_weight[seg.index * S_ + s]) : 1.0f);
     }
   }
 
-  const DelayPackArgs<Id>& a_;
+  void edge_row(const PackSegment& seg, const In* ids, const float* weight, int64_t row) {
+    const bool has_label = row > seg.sequence_row;
+    for (int64_t s = 0; s < S_; ++s) {
+      const PackElement x = element_at(m_, a_.shape, seg, ids, weight, a_.fill_weight, row - seg.row, s);
+      const Out id = static_cast<Out>(x.id);
+      bad_ |= check_ && (x.bad || static_cast<int64_t>(id) != x.id);
+      a_.out_ids[row * S_ + s] = id;
+      if (!has_label) continue;
+      a_.out_labels[(row - 1) * S_ + s] = id;
+      a_.out_weight[(row - 1) * S_ + s] = x.weight;
+    }
+  }
+
+  void map_row(const PackSegment& seg, int64_t row) {
+    for (int64_t s = 0; s < S_; ++s) {
+      const int64_t frame = row - seg.row - m_.delays[s] - seg.prefix;
+      const bool real = s < seg.width && frame >= 0 && frame < seg.frames;
+      a_.out_stream_map[row * S_ + s] = real ? static_cast<int32_t>(seg.frame + frame) : -1;
+    }
+  }
+
+  const DelayPackArgs<In, Out>& a_;
+  const DelayPackMeta& m_;
   const int64_t S_;
-  std::vector<StreamShift> streams_;
-  int64_t tile_rows_;
+  const bool check_;
+  const PackRowsLoop<In, Out> loop_;
+  bool bad_ = false;
+  PackPeriod period_;
+  int64_t period_width_ = 0;
+  int64_t period_segment_ = 0;
 };
 
 }  // namespace
 
-DelayPackShape delay_pack_shape(const int64_t* table, int64_t table_len, int64_t num_segments, int64_t num_streams,
-                                int64_t num_frames, bool trim) {
-  SX_CHECK(num_segments >= 0, "delay_pack: offsets must have at least one entry");
-  SX_CHECK(num_streams >= 1, "delay_pack: ids must have at least one stream; got ", num_streams);
-  SX_CHECK(table_len == num_segments + 1 + 3 * num_streams, "delay_pack: the table has ", table_len, " entries; ",
-           num_segments, " segments and ", num_streams, " streams need ", num_segments + 1 + 3 * num_streams);
-  DelayPackShape shape;
-  shape.num_segments = num_segments;
-  shape.num_streams = num_streams;
-  shape.num_frames = num_frames;
-  const DelayPackMeta meta = DelayPackMeta::at(table, shape);
-  SX_CHECK(meta.offsets[0] == 0, "delay_pack: offsets must start at 0; got ", meta.offsets[0]);
-  for (int64_t i = 0; i < num_segments; ++i) {
-    SX_CHECK(meta.offsets[i + 1] >= meta.offsets[i], "delay_pack: offsets must not fall; offsets[", i + 1,
-             "] = ", meta.offsets[i + 1], " after ", meta.offsets[i]);
-  }
-  SX_CHECK(meta.offsets[num_segments] == num_frames, "delay_pack: the last offset must be the number of frames, ",
-           num_frames, "; got ", meta.offsets[num_segments]);
-  shape.min_delay = std::numeric_limits<int64_t>::max();
-  for (int64_t s = 0; s < num_streams; ++s) {
-    SX_CHECK(meta.delays[s] >= 0 && meta.delays[s] <= std::numeric_limits<int32_t>::max(), "delay_pack: delays[", s,
-             "] must be 0 or more frames; got ", meta.delays[s]);
-    shape.max_delay = std::max(shape.max_delay, meta.delays[s]);
-    shape.min_delay = std::min(shape.min_delay, meta.delays[s]);
-  }
-  shape.tail = trim ? 0 : shape.max_delay;
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  SX_CHECK(num_frames <= kMost && (shape.tail == 0 || num_segments <= (kMost - num_frames) / shape.tail),
-           "delay_pack: the packed block would have more than 2^31 - 1 rows, which cu_seqlens (int32) cannot hold; "
-           "pack fewer segments at a time");
-  shape.num_rows = num_frames + num_segments * shape.tail;
-  return shape;
-}
-
-DelayPackShape delay_unpack_shape(const int64_t* cu_seqlens, const int64_t* out_offsets, const int64_t* delays,
-                                  int64_t num_segments, int64_t num_streams, int64_t num_rows, int64_t num_frames) {
-  SX_CHECK(num_segments >= 0, "delay_unpack: cu_seqlens must have at least one entry");
-  SX_CHECK(num_streams >= 1, "delay_unpack: ids must have at least one stream; got ", num_streams);
-  DelayPackShape shape;
-  shape.num_segments = num_segments;
-  shape.num_streams = num_streams;
-  shape.num_rows = num_rows;
-  shape.num_frames = num_frames;
-  for (int64_t s = 0; s < num_streams; ++s) {
-    SX_CHECK(delays[s] >= 0, "delay_unpack: delays[", s, "] must be 0 or more frames; got ", delays[s]);
-    shape.max_delay = std::max(shape.max_delay, delays[s]);
-  }
-  SX_CHECK(cu_seqlens[0] == 0 && out_offsets[0] == 0, "delay_unpack: cu_seqlens must start at 0; got ", cu_seqlens[0]);
-  for (int64_t i = 0; i < num_segments; ++i) {
-    const int64_t rows = cu_seqlens[i + 1] - cu_seqlens[i];
-    SX_CHECK(rows >= 0, "delay_unpack: cu_seqlens must not fall; cu_seqlens[", i + 1, "] = ", cu_seqlens[i + 1],
-             " after ", cu_seqlens[i]);
-    SX_CHECK(out_offsets[i + 1] - out_offsets[i] == std::max<int64_t>(0, rows - shape.max_delay),
-             "delay_unpack: segment ", i, " has ", rows, " rows, which does not fit its ",
-             out_offsets[i + 1] - out_offsets[i], " frames");
-  }
-  SX_CHECK(cu_seqlens[num_segments] == num_rows, "delay_unpack: cu_seqlens must end at the number of rows, ", num_rows,
-           "; got ", cu_seqlens[num_segments]);
-  SX_CHECK(out_offsets[num_segments] == num_frames, "delay_unpack: the output has ", num_frames, " frames; ",
-           out_offsets[num_segments], " are needed");
-  return shape;
-}
-
-template <typename Id>
-void delay_pack_cpu(const DelayPackArgs<Id>& args, int threads) {
+template <typename In, typename Out>
+void delay_pack_cpu(const DelayPackArgs<In, Out>& args, int threads) {
   const DelayPackShape& shape = args.shape;
-  for (int64_t i = 0; i <= shape.num_segments; ++i) {
-    args.out_cu_seqlens[i] = static_cast<int32_t>(args.meta.offsets[i] + i * shape.tail);
+  for (int64_t j = 0; j <= shape.num_sequences; ++j) {
+    args.out_cu_seqlens[j] = static_cast<int32_t>(sequence_row(args.meta, shape.tail, j));
   }
-  if (shape.num_rows == 0) return;
-  const Packer<Id> packer(args);
-  const int64_t row_bytes = shape.num_streams * static_cast<int64_t>(2 * sizeof(Id) + sizeof(float));
-  parallel_for(shape.num_rows, kGrainBytes / row_bytes, threads,
-               [&](int64_t begin, int64_t end) { packer.rows(begin, end); });
+  std::atomic<bool> bad{false};
+  const int64_t row_bytes = shape.num_streams * static_cast<int64_t>(2 * sizeof(Out) + sizeof(float));
+  parallel_for(shape.num_rows, kGrainBytes / row_bytes, threads, [&](int64_t begin, int64_t end) {
+    Packer<In, Out> packer(args);
+    if (packer.rows(begin, end)) bad = true;
+  });
+  if (args.bad != nullptr) *args.bad = bad;
 }
 
 template <typename Id>
@@ -197,7 +188,8 @@ void delay_unpack_cpu(const DelayUnpackArgs<Id>& args, int threads) {
   if (args.shape.num_frames == 0) return;
   const int64_t grain = kGrainBytes / (S * static_cast<int64_t>(sizeof(Id)));
   parallel_for(args.shape.num_frames, grain, threads, [&](int64_t begin, int64_t end) {
-    int64_t i = find_segment(args.out_offsets, 0, begin, 0, args.shape.num_segments);
+    const int64_t* found = std::upper_bound(args.out_offsets, args.out_offsets + args.shape.num_segments, begin);
+    int64_t i = found - args.out_offsets - 1;
     for (int64_t frame = begin; frame < end; ++i) {
       const int64_t stop = std::min(end, args.out_offsets[i + 1]);
       const int64_t to_row = args.cu_seqlens[i] - args.out_offsets[i];
@@ -209,8 +201,10 @@ void delay_unpack_cpu(const DelayUnpackArgs<Id>& args, int threads) {
   });
 }
 
-template void delay_pack_cpu<int32_t>(const DelayPackArgs<int32_t>&, int);
-template void delay_pack_cpu<int64_t>(const DelayPackArgs<int64_t>&, int);
+template void delay_pack_cpu<int32_t, int32_t>(const DelayPackArgs<int32_t, int32_t>&, int);
+template void delay_pack_cpu<int32_t, int64_t>(const DelayPackArgs<int32_t, int64_t>&, int);
+template void delay_pack_cpu<int64_t, int32_t>(const DelayPackArgs<int64_t, int32_t>&, int);
+template void delay_pack_cpu<int64_t, int64_t>(const DelayPackArgs<int64_t, int64_t>&, int);
 template void delay_unpack_cpu<int32_t>(const DelayUnpackArgs<int32_t>&, int);
 template void delay_unpack_cpu<int64_t>(const DelayUnpackArgs<int64_t>&, int);
 

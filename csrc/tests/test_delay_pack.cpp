@@ -1,4 +1,6 @@
 // The delay_pack kernels on plain memory, against a loop that follows the definition.
+#include <algorithm>
+#include <limits>
 #include <random>
 
 #include "common/parallel.h"
@@ -14,27 +16,42 @@ struct Case {
   bool trim;
 };
 
-template <typename Id>
-void compare(const Case& c, int threads) {
-  const int64_t n = static_cast<int64_t>(c.lengths.size());
+// The table of segments that fill all streams, without anything special, and its counts.
+std::vector<int64_t> table_of(const Case& c, DelayPackShape& given) {
   const int64_t S = static_cast<int64_t>(c.delays.size());
   std::vector<int64_t> table{0};
   for (int64_t length : c.lengths) table.push_back(table.back() + length);
-  const int64_t frames = table.back();
+  given.num_segments = static_cast<int64_t>(c.lengths.size());
+  given.num_streams = S;
+  given.num_frames = table.back();
+  given.offset_rows = 1;
+  given.tail = c.trim ? 0 : *std::max_element(c.delays.begin(), c.delays.end());
   table.insert(table.end(), c.delays.begin(), c.delays.end());
-  for (int64_t s = 0; s < S; ++s) table.push_back(-1 - s);
+  for (int k = 0; k < 2; ++k) {  // pads, and what comes after the last frame
+    for (int64_t s = 0; s < S; ++s) table.push_back(-1 - s);
+  }
   for (int64_t s = 0; s < S; ++s) table.push_back(1000 * s);
-  const auto shape = delay_pack_shape(table.data(), static_cast<int64_t>(table.size()), n, S, frames, c.trim);
+  return table;
+}
+
+template <typename In, typename Out>
+void compare(const Case& c, int threads) {
+  const int64_t n = static_cast<int64_t>(c.lengths.size());
+  const int64_t S = static_cast<int64_t>(c.delays.size());
+  DelayPackShape given;
+  const std::vector<int64_t> table = table_of(c, given);
+  const auto shape = delay_pack_plan(table.data(), static_cast<int64_t>(table.size()), given);
+  const int64_t frames = shape.num_frames;
 
   std::mt19937 random(static_cast<unsigned>(frames + S));
-  std::vector<Id> ids(frames * S);
+  std::vector<In> ids(frames * S);
   std::vector<float> weight(frames * S);
-  for (auto& id : ids) id = static_cast<Id>(random() % 1000);
+  for (auto& id : ids) id = static_cast<In>(random() % 1000);
   for (auto& w : weight) w = static_cast<float>(random() % 1000);
-  std::vector<Id> out(shape.num_rows * S, 777), labels(shape.num_rows * S, 777);
+  std::vector<Out> out(shape.num_rows * S, 777), labels(shape.num_rows * S, 777);
   std::vector<float> out_weight(shape.num_rows * S, -5);
   std::vector<int32_t> position(shape.num_rows, -5), cu(n + 1, -5);
-  DelayPackArgs<Id> args;
+  DelayPackArgs<In, Out> args;
   args.shape = shape;
   args.meta = DelayPackMeta::at(table.data(), shape);
   args.ids = ids.data();
@@ -63,7 +80,7 @@ void compare(const Case& c, int threads) {
           const bool real = time < rows && frame >= 0 && frame < c.lengths[i];
           const int64_t from = (args.meta.offsets[i] + frame) * S + s;
           if (is_label) EXPECT(out_weight[row * S + s] == (real ? weight[from] : 0.0f));
-          return real ? static_cast<Id>(ids[from] + 1000 * s) : static_cast<Id>(-1 - s);
+          return real ? static_cast<Out>(ids[from] + 1000 * s) : static_cast<Out>(-1 - s);
         };
         EXPECT(out[row * S + s] == at(t, false));
         EXPECT(labels[row * S + s] == at(t + 1, true));
@@ -89,23 +106,34 @@ TEST(delay_pack_matches_its_definition) {
   };
   for (const Case& c : cases) {
     for (int threads : {1, 3}) {
-      compare<int32_t>(c, threads);
-      compare<int64_t>(c, threads);
+      compare<int32_t, int32_t>(c, threads);
+      compare<int32_t, int64_t>(c, threads);
+      compare<int64_t, int32_t>(c, threads);
+      compare<int64_t, int64_t>(c, threads);
     }
   }
 }
 
 TEST(delay_pack_refuses_bad_tables) {
-  auto shape_of = [](std::vector<int64_t> table, int64_t segments, int64_t frames) {
-    return testing::error_of(
-        [&] { delay_pack_shape(table.data(), static_cast<int64_t>(table.size()), segments, 1, frames, false); });
+  auto error = [](const Case& c, auto&& change) {
+    DelayPackShape given;
+    std::vector<int64_t> table = table_of(c, given);
+    change(table, given);
+    return testing::error_of([&] { delay_pack_plan(table.data(), static_cast<int64_t>(table.size()), given); });
   };
-  EXPECT(shape_of({0, 4, 0, 0, 0}, 1, 4).empty());
-  EXPECT(shape_of({0, 4, 0, 0}, 1, 4).find("table has 4 entries") != std::string::npos);
-  EXPECT(shape_of({0, 5, 4, 0, 0, 0}, 2, 4).find("offsets[2] = 4 after 5") != std::string::npos);
-  EXPECT(shape_of({0, 4, -1, 0, 0}, 1, 4).find("delays[0]") != std::string::npos);
-  EXPECT(shape_of({0, 4, 2147483647, 0, 0}, 1, 4).find("2^31 - 1 rows") != std::string::npos);
-  EXPECT(shape_of({0, 9223372036854775807, 0, 0, 0}, 1, 4).find("last offset") != std::string::npos);
+  using Table = std::vector<int64_t>&;
+  using Shape = DelayPackShape&;
+  const auto says = [](const std::string& text, const char* part) { return text.find(part) != std::string::npos; };
+  const Case c{{4, 2}, {0, 1}, false};
+  EXPECT(error(c, [](Table, Shape) {}).empty());
+  EXPECT(says(error(c, [](Table t, Shape) { t.pop_back(); }), "table has 10 entries"));
+  EXPECT(says(error(c, [](Table t, Shape) { t[1] = 7; }), "offsets[2] = 6 after 7"));
+  EXPECT(says(error(c, [](Table t, Shape) { t[2] = 7; }), "the last of offsets must be the number of frames, 6"));
+  EXPECT(says(error(c, [](Table t, Shape) { t[2] = std::numeric_limits<int64_t>::max(); }), "the last of offsets"));
+  EXPECT(says(error(c, [](Table t, Shape) { t[3] = -1; }), "delays[0]"));
+  EXPECT(says(error(c, [](Table, Shape s) { s.tail = 2; }), "tail must be 0 to 1 rows"));
+  EXPECT(says(error(c, [](Table, Shape s) { s.num_streams = 65; }), "1 to 64 streams; got 65"));
+  EXPECT(says(error(c, [](Table t, Shape s) { t[3] = s.tail = 2147483647; }), "2^31 - 1 rows"));
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ SEEDS = range(8)
 
 #: Ops whose CUDA entry is another Python function than the CPU's: op name -> (module, function).
 CUDA_ENTRIES = {
-    "delay_pack_segments": ("speechlm_ext.ops.delay_pack", "_delay_pack_segments_cuda"),
+    "delay_pack_segments": ("speechlm_ext.ops._delay_pack_op", "_delay_pack_segments_cuda"),
     "scatter_sum": ("speechlm_ext.ops.multistream_embed", "_scatter_sum_cuda"),
 }
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import speechlm_ext as sx
 from speechlm_ext.ops.reference import delay_pack as reference
 
-FIELDS = ("ids", "labels", "loss_weight", "position", "cu_seqlens")
+FIELDS = ("ids", "labels", "loss_weight", "position", "cu_seqlens", "segment_map", "stream_map")
 
 # (delays, frames of each segment): regular, awkward, and the smallest.
 SHAPES = {
@@ -36,6 +36,9 @@ def make_segments(lengths, num_streams, dtype, device="cpu"):
 def assert_same(batch, expected):
     for name, want in zip(FIELDS, expected, strict=True):
         got = getattr(batch, name)
+        if got is None:
+            assert name.endswith("_map"), name
+            continue
         assert got.dtype == want.dtype, name
         torch.testing.assert_close(
             got, want.to(got.device), rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}"
@@ -217,8 +220,69 @@ GOOD = dict(delays=[0, 1], pad_ids=[0, 0])
         ),
         (lambda: sx.ops.delay_pack([IDS, IDS.int()], **GOOD), r"segments\[1\] is int32"),
         (
-            lambda: sx.ops.delay_pack([IDS, IDS[:, :1]], **GOOD),
-            r"segments\[1\] has 1 streams but delays has 2",
+            lambda: sx.ops.delay_pack([IDS, IDS.repeat(1, 2)], **GOOD),
+            r"segments\[1\] has 4 streams but delays has 2",
+        ),
+        (lambda: sx.ops.delay_pack([IDS, IDS[:, :0]], **GOOD), r"segments\[1\] has 0 streams"),
+        (lambda: sx.ops.delay_pack((IDS[:, :1], [0, 4]), **GOOD), r"\(flat\) has 1 streams but delays has 2"),
+        (
+            lambda: sx.ops.delay_pack([IDS], delays=[0] * 65, pad_ids=[0] * 65),
+            "there must be 1 to 64 streams; got 65",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS.repeat(1, 33)[:, :65]], delays=[0] * 65, pad_ids=[0] * 65),
+            "there must be 1 to 64 streams; got 65",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS], **GOOD, tail=2),
+            "tail must be 0 to 1 rows, the largest delay; got 2",
+        ),
+        (lambda: sx.ops.delay_pack([IDS], **GOOD, tail=-1), "tail must be 0 to 1 rows"),
+        (
+            lambda: sx.ops.delay_pack([IDS], **GOOD, groups=[0, 2]),
+            r"groups must rise from 0 to 1.* got \[0, 2\]",
+        ),
+        (lambda: sx.ops.delay_pack([IDS] * 3, **GOOD, groups=[0, 2, 1, 3]), "groups must rise from 0 to 3"),
+        (lambda: sx.ops.delay_pack([IDS], **GOOD, groups=[]), r"groups must be \[g \+ 1\] offsets"),
+        (
+            lambda: sx.ops.delay_pack([IDS], **GOOD, prefix=[[1], [2]]),
+            "prefix has 2 lists of ids for 1 segments",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS], **GOOD, suffix=(torch.tensor([1, 2]), torch.tensor([0, 1]))),
+            r"suffix must be ids \[P\] and offsets \[2\] that rise from 0 to P",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS.int()], **GOOD, prefix=[2**31]),
+            r"prefix\[0\] = 2147483648 does not fit",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS], **GOOD, suffix=[3, 4], suffix_weight=[1.0, 2.0, 3.0]),
+            "suffix_weight must be one number or one for each of the 2 ids of suffix; got 3",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS] * 3, **GOOD, id_offsets=torch.zeros(2, 2)),
+            r"id_offsets must have 2 values, one per stream, or be \[3, 2\], a row for each segment; got \[2, 2\]",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS] * 3, **GOOD, segment_weight=[[1.0, 1.0]]),
+            r"segment_weight must be \[3, 2\]",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS], **GOOD, num_ids=[4, -1]),
+            "num_ids must be 0 or more; got -1 for stream 1",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS], **GOOD, dtype=torch.int16),
+            "dtype must be int32 or int64; got torch.int16",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS], delays=[0, 1], pad_ids=[0, 0], tail_ids=[0]),
+            "tail_ids must have 2",
+        ),
+        (
+            lambda: sx.ops.delay_pack([IDS, IDS[:, :1]], **GOOD, loss_weight=torch.ones(8, 2)),
+            "loss_weight must be a list, one tensor per segment, where the segments have different widths",
         ),
         (lambda: sx.ops.delay_pack([IDS[0]], **GOOD), r"segments\[0\] must be"),
         (lambda: sx.ops.delay_pack([[1, 2]], **GOOD), r"segments\[0\] must be a tensor; got a list"),
@@ -230,17 +294,20 @@ GOOD = dict(delays=[0, 1], pad_ids=[0, 0])
             lambda: sx.ops.delay_pack([IDS.int()], delays=[0, 1], pad_ids=[0, 2**40]),
             r"pad_ids\[1\] = .* does not fit",
         ),
-        (lambda: sx.ops.delay_pack([IDS], **GOOD, tail="drop"), 'tail must be "keep" or "trim"'),
+        (
+            lambda: sx.ops.delay_pack([IDS], **GOOD, tail="drop"),
+            'tail must be "keep", "trim" or a number of rows',
+        ),
         (
             lambda: sx.ops.delay_pack((IDS, [0, 3, 2, 4]), **GOOD),
             r"offsets must not fall; offsets\[2\] = 2 after 3",
         ),
         (
             lambda: sx.ops.delay_pack((IDS, [0, 3]), **GOOD),
-            "last offset must be the number of frames, 4; got 3",
+            "the last of offsets must be the number of frames, 4; got 3",
         ),
         (lambda: sx.ops.delay_pack((IDS, [1, 4]), **GOOD), "must start at 0; got 1"),
-        (lambda: sx.ops.delay_pack((IDS, [0, 9]), **GOOD), "last offset"),
+        (lambda: sx.ops.delay_pack((IDS, [0, 9]), **GOOD), "the last of offsets"),
         (lambda: sx.ops.delay_pack((IDS, []), **GOOD), "offsets"),
         (
             lambda: sx.ops.delay_pack([IDS], **GOOD, loss_weight=[IDS]),
@@ -270,11 +337,13 @@ def test_native_layer_checks_for_itself():
     from speechlm_ext.ops._native import native
 
     table = torch.tensor([0, 4, 0, 1, 0, 0, 0, 0])
-    out = [torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2)]
-    tail = [torch.zeros(5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 1, 0]
+    counts = [1, -1, 2, 4, 0, 0, 0, 0, 0, 1]
+    int32 = torch.int32
+    good = [torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2)]
+    good += [torch.zeros(5, dtype=int32), torch.zeros(2, dtype=int32)]
 
-    def call(ids=IDS, weight=None, table=table, out=out, tail=tail):
-        native.delay_pack(ids, weight, table, table, 1, False, *out, *tail)
+    def call(ids=IDS, weight=None, table=table, counts=counts, out=good, bad=None):
+        native.delay_pack(ids, weight, table, None, counts, 0.0, out, bad, 1, 0)
 
     call()
     with pytest.raises(ValueError, match="ids must be contiguous"):
@@ -282,63 +351,147 @@ def test_native_layer_checks_for_itself():
     with pytest.raises(ValueError, match=r"ids must be int32 or int64; got uint8 \[4, 2\] on cpu"):
         call(ids=IDS.to(torch.uint8))
     with pytest.raises(ValueError, match=r"out_ids must have size 5 in dimension 0; got int64 \[4, 2\]"):
-        call(out=[IDS, *out[1:]])
+        call(out=[IDS, *good[1:]])
     with pytest.raises(ValueError, match="position must have 1 dimensions"):
-        call(tail=[torch.zeros(5, 1, dtype=torch.int32), *tail[1:]])
+        call(out=[*good[:3], torch.zeros(5, 1, dtype=int32), good[4]])
+    with pytest.raises(ValueError, match="5 or 7 outputs are needed"):
+        call(out=good[:4])
     with pytest.raises(ValueError, match="the table has 3 entries"):
         call(table=torch.tensor([0, 4, 0]))
+    with pytest.raises(ValueError, match="10 counts are needed; got 9"):
+        call(counts=counts[:9])
+    for place, wrong in ((0, 2), (0, -1), (1, 0), (2, 3), (3, 5), (4, 1), (5, 1), (6, 2), (7, 1), (9, 2)):
+        with pytest.raises(ValueError, match="delay_pack: "):
+            call(counts=[*counts[:place], wrong, *counts[place + 1 :]])
     with pytest.raises(ValueError, match="loss_weight must be a torch.Tensor; got a int"):
         call(weight=3)
     with pytest.raises(ValueError, match="ids must be on cpu"):
         call(ids=IDS.to("meta"))
-
-    def call_list(segments, weights=()):
-        native.delay_pack_segments(segments, list(weights), table, False, *out, *tail[:2], 1)
-
-    call_list([IDS], [torch.ones(4, 2)])
+    with pytest.raises(ValueError, match="ids must have 8 ids; got int64 \\[3, 2\\]"):
+        call(ids=IDS[:3].contiguous())
+    wide = torch.tensor([0, 2, 4, 0, 1, 0, 0, 0, 0, 2, 1, 0, 7])  # two segments, of widths 2 and 1
+    with pytest.raises(ValueError, match="segment 1 starts at id 4, but the table says 7"):
+        call(ids=IDS[:3].contiguous(), table=wide, counts=[2, -1, 2, 4, 0, 1, 0, 0, 0, 1])
+    grouped = torch.tensor([0, 2, 4, 0, 1, 0, 0, 0, 0, 0, 2, 0, 1, 2, 2])
     with pytest.raises(
-        ValueError, match=r"segments\[0\] must have size 4 in dimension 0; got int64 \[3, 2\]"
+        ValueError, match="segment 1 is in the group of segments 0 to 2, but the table says 1 to 2"
     ):
-        call_list([IDS[:3]])
-    with pytest.raises(ValueError, match=r"loss_weight\[0\] must be float32; got float64"):
-        call_list([IDS], [torch.ones(4, 2).double()])
-    with pytest.raises(ValueError, match="2 weights for 1 segments"):
-        call_list([IDS], [torch.ones(4, 2)] * 2)
-    with pytest.raises(ValueError, match="segments must not be empty"):
-        call_list([])
+        call(table=grouped, counts=[2, 1, 2, 4, 0, 0, 0, 0, 0, 1])
+
+    ops = torch.ops.speechlm_ext
+    rule = (table, counts, 0.0, torch.int64, False, False)
+    with pytest.raises(ValueError, match=r"segments\[0\] or its weights do not fit the table"):
+        ops.delay_pack_segments([IDS[:3]], [], *rule)
+    with pytest.raises(ValueError, match=r"segments\[0\] or its weights do not fit the table"):
+        ops.delay_pack_segments([IDS], [torch.ones(4, 2).double()], *rule)
+    with pytest.raises(ValueError, match="2 weights for a table of 1"):
+        ops.delay_pack_segments([IDS], [torch.ones(4, 2)] * 2, *rule)
+    with pytest.raises(ValueError, match="0 segments"):
+        ops.delay_pack_segments([], [], *rule)
 
 
-@pytest.mark.parametrize("trim", [False, True])
-def test_opcheck(trim, device):
+def op_arguments(name, **settings):
+    """The arguments with which the public function calls an op."""
+    seen = {}
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is getattr(torch.ops.speechlm_ext, name).default:
+                seen["args"] = args
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        sx.ops.delay_pack(**settings)
+    return seen["args"]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_opcheck(everything, device):
     flat = torch.randint(0, 9, (12, 3), device=device)
     offsets = torch.tensor([0, 5, 12])
-    args = (flat, offsets, [0, 1, 2], [0, 0, 0], [1, 2, 3], torch.rand(12, 3, device=device), trim)
+    weight = torch.rand(12, 3, device=device)
+    settings = dict(delays=[0, 1, 2], pad_ids=[0, 0, 0], loss_weight=weight)
+    if everything:
+        settings |= dict(
+            id_offsets=[1, 2, 3],
+            tail=1,
+            segment_weight=torch.rand(2, 3),
+            prefix=[[7, 8], [9]],
+            suffix=[5],
+            groups=[0, 2],
+            tail_ids=[1, 1, 1],
+            fill_weight=0.5,
+            num_ids=[10, 10, 10],
+            dtype=torch.int32,
+            maps=True,
+        )
+    args = op_arguments("delay_pack", segments=(flat, offsets), **settings)
     torch.library.opcheck(torch.ops.speechlm_ext.delay_pack.default, args)
-    segments, weights = list(flat.split([5, 7])), list(args[5].split([5, 7]))
-    torch.library.opcheck(
-        torch.ops.speechlm_ext.delay_pack_segments.default,
-        (segments, [0, 1, 2], [0, 0, 0], [1, 2, 3], weights, trim),
-    )
+    segments, weights = list(flat.split([5, 7])), list(weight.split([5, 7]))
+    if everything:
+        segments[1], weights[1] = segments[1][:, :1], weights[1][:, :1]
+    settings["loss_weight"] = weights
+    args = op_arguments("delay_pack_segments", segments=segments, **settings)
+    torch.library.opcheck(torch.ops.speechlm_ext.delay_pack_segments.default, args)
     torch.library.opcheck(torch.ops.speechlm_ext.delay_unpack.default, (flat, offsets, [0, 1, 2], 8))
 
 
-def test_compile_and_fake(device):
-    def step(flat, offsets, weight):
-        batch = sx.ops.delay_pack((flat, offsets), delays=[0, 1, 3], pad_ids=[0, 0, 0], loss_weight=weight)
-        return batch.ids * 2, batch.labels, batch.loss_weight.sum(), batch.position, batch.cu_seqlens
+class Step(torch.nn.Module):
+    def forward(self, flat, offsets, weight):
+        batch = sx.ops.delay_pack(
+            (flat, offsets),
+            delays=[0, 1, 3],
+            pad_ids=[0, 0, 0],
+            loss_weight=weight,
+            prefix=[4, 5],
+            num_ids=[99, 99, 99],
+            maps=True,
+        )
+        return batch.ids * 2, batch.labels, batch.loss_weight.sum(), *(getattr(batch, f) for f in FIELDS[3:])
 
+
+def step_inputs(num_frames, device="cpu"):
+    return (
+        torch.randint(1, 50, (num_frames, 3), device=device),
+        torch.tensor([0, 4, num_frames]),
+        torch.rand(num_frames, 3, device=device),
+    )
+
+
+def test_compile(device):
+    step = Step()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for num_frames in (6, 17):
-        flat = torch.randint(1, 50, (num_frames, 3), device=device)
-        offsets = torch.tensor([0, 4, num_frames])
-        weight = torch.rand(num_frames, 3, device=device)
-        for got, want in zip(compiled(flat, offsets, weight), step(flat, offsets, weight), strict=True):
-            torch.testing.assert_close(got, want)
+        inputs = step_inputs(num_frames, device)
+        for got, want in zip(compiled(*inputs), step(*inputs), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_export(device):
+    step = Step()
+    frames = torch.export.Dim("frames", min=5, max=4096)
+    shapes = ({0: frames}, None, {0: frames})
+    program = torch.export.export(step, step_inputs(9, device), dynamic_shapes=shapes)
+    for num_frames in (9, 31):
+        inputs = step_inputs(num_frames, device)
+        for got, want in zip(program.module()(*inputs), step(*inputs), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_meta_tensors_and_autocast():
+    flat, offsets, weight = step_inputs(9)
+    want = Step()(flat, offsets, weight)
+    got = Step()(flat.to("meta"), offsets, weight.to("meta"))
+    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want]
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(Step()(flat, offsets, weight), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_batch_moves_as_a_whole():
-    batch = sx.ops.delay_pack([IDS], **GOOD).to("meta")
+    batch = sx.ops.delay_pack([IDS], **GOOD, maps=True).to("meta")
     assert all(getattr(batch, name).device.type == "meta" for name in FIELDS)
+    assert sx.ops.delay_pack([IDS], **GOOD).to("meta").stream_map is None
 
 
 @pytest.mark.cuda

@@ -1,7 +1,8 @@
 """The ops: exact, fast, and usable alone in anybody's training script."""
 
 from speechlm_ext.ops._native import OpError
-from speechlm_ext.ops.delay_pack import PackedBatch, delay_pack, delay_unpack
+from speechlm_ext.ops.delay_pack import DelayUnpacker, PackedBatch, delay_pack, delay_unpack
+from speechlm_ext.ops.delay_preset import delay_preset
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 from speechlm_ext.ops.multistream_embed import multistream_embed, segment_sum
 from speechlm_ext.ops.multistream_loss import MultiStreamLoss, multistream_loss
@@ -10,12 +11,14 @@ from speechlm_ext.ops.multistream_sample import DecodeState, SampledStep, advanc
 __all__ = [
     "CentroidIndex",
     "DecodeState",
+    "DelayUnpacker",
     "MultiStreamLoss",
     "OpError",
     "PackedBatch",
     "SampledStep",
     "advance",
     "delay_pack",
+    "delay_preset",
     "delay_unpack",
     "kmeans_assign",
     "multistream_embed",

@@ -13,49 +13,102 @@ def delay_pack(
     *,
     delays: Sequence[int],
     pad_ids: Sequence[int],
-    id_offsets: Sequence[int] | None = None,
+    id_offsets: Sequence[int] | Sequence[Sequence[int]] | None = None,
     loss_weight: Sequence[Tensor] | None = None,
-    tail: str = "keep",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(ids, labels, loss_weight, position, cu_seqlens)`` of `speechlm_ext.ops.delay_pack`, list form only."""
-    num_streams = len(delays)
-    max_delay = max(delays)
-    offsets = id_offsets if id_offsets is not None else [0] * num_streams
+    tail: str | int = "keep",
+    segment_weight: Tensor | None = None,
+    prefix: Sequence[Sequence[int]] | None = None,
+    suffix: Sequence[Sequence[int]] | None = None,
+    prefix_weight: float = 0.0,
+    suffix_weight: float = 1.0,
+    groups: Sequence[int] | None = None,
+    tail_ids: Sequence[int] | None = None,
+    fill_weight: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(ids, labels, loss_weight, position, cu_seqlens, segment_map, stream_map)`` of `speechlm_ext.ops.delay_pack`,
+    list form only, with special ids as one list per segment."""
+    S, most = len(delays), max(delays)
     device = segments[0].device if segments else torch.device("cpu")
-    dtype = segments[0].dtype if segments else torch.int64
-    pads = torch.tensor(list(pad_ids), dtype=dtype, device=device)
+    dtype = dtype or (segments[0].dtype if segments else torch.int64)
+    tail_rows = tail if isinstance(tail, int) else most if tail == "keep" else 0
+    pads = torch.tensor(list(pad_ids), dtype=torch.int64, device=device)
+    ends = torch.tensor(list(pad_ids if tail_ids is None else tail_ids), dtype=torch.int64, device=device)
 
-    blocks, labels, weights, positions, lengths = [], [], [], [], []
+    blocks = []  # ids, weights, frames of each segment
+    first_frame = 0
     for i, segment in enumerate(segments):
-        num_frames = segment.shape[0]
+        num_frames, width = segment.shape
+        before = list(prefix[i]) if prefix is not None else []
+        after = list(suffix[i]) if suffix is not None else []
+        offset = torch.zeros(S, dtype=torch.int64, device=device)
+        if id_offsets is not None:
+            given = torch.as_tensor(id_offsets, dtype=torch.int64, device=device)
+            offset = given if given.dim() == 1 else given[i]
         weight = torch.ones(segment.shape, device=device) if loss_weight is None else loss_weight[i].float()
-        rows = num_frames + max_delay
-        ids = pads.repeat(rows, 1)
-        delayed_weight = torch.zeros(rows, num_streams, device=device)
-        for s in range(num_streams):
-            ids[delays[s] : delays[s] + num_frames, s] = segment[:, s] + offsets[s]
-            delayed_weight[delays[s] : delays[s] + num_frames, s] = weight[:, s]
-        if tail == "trim":
-            rows = num_frames
-            ids, delayed_weight = ids[:rows], delayed_weight[:rows]
-        zero = torch.zeros(1, num_streams, device=device)
-        blocks.append(ids)
-        labels.append(torch.cat([ids[1:], pads[None]])[:rows])
-        weights.append(torch.cat([delayed_weight[1:], zero])[:rows])
+        if segment_weight is not None:
+            weight = weight * segment_weight[i, :width].float().to(device)
+
+        frames = pads.repeat(len(before) + num_frames + len(after), 1)
+        frame_weight = torch.zeros(frames.shape, device=device)
+        source = torch.full(frames.shape, -1, dtype=torch.int32, device=device)
+        content = slice(len(before), len(before) + num_frames)
+        for at, ids, value in ((0, before, prefix_weight), (content.stop, after, suffix_weight)):
+            for k, special in enumerate(ids):
+                frames[at + k, 0] = special
+                frame_weight[at + k, 0] = value
+        frames[content, :width] = segment.long() + offset[:width]
+        frame_weight[content, :width] = weight
+        source[content, :width] = torch.arange(first_frame, first_frame + num_frames, device=device).int()[
+            :, None
+        ]
+        first_frame += num_frames
+
+        length = len(frames)
+        ids = pads.repeat(length + most, 1)
+        delayed_weight = torch.zeros(ids.shape, device=device)
+        delayed_source = torch.full(ids.shape, -1, dtype=torch.int32, device=device)
+        for s, d in enumerate(delays):
+            if s < width:
+                ids[d + length :, s] = ends[s]
+                delayed_weight[:, s] = fill_weight
+            ids[d : d + length, s] = frames[:, s]
+            delayed_weight[d : d + length, s] = frame_weight[:, s]
+            delayed_source[d : d + length, s] = source[:, s]
+        rows = length + tail_rows
+        blocks.append((ids[:rows].to(dtype), delayed_weight[:rows], delayed_source[:rows]))
+
+    borders = list(range(len(segments) + 1)) if groups is None else list(groups)
+    empty = (
+        torch.empty(0, S, dtype=dtype, device=device),
+        torch.empty(0, S, device=device),
+        torch.empty(0, S, dtype=torch.int32, device=device),
+    )
+    ids, weights, sources = (torch.cat([e, *(b[k] for b in blocks)]) for k, e in enumerate(empty))
+    labels, shifted, positions, lengths = [], [], [], []
+    row = 0
+    for first, last in zip(borders[:-1], borders[1:], strict=True):
+        rows = sum(len(b[0]) for b in blocks[first:last])
+        span = slice(row + 1, row + rows)
+        nothing = torch.zeros(1, S, device=device)
+        labels.append(torch.cat([ids[span], ends[None].to(dtype)])[:rows])
+        shifted.append(torch.cat([weights[span], nothing])[:rows])
         positions.append(torch.arange(rows, dtype=torch.int32, device=device))
         lengths.append(rows)
-
-    cu_seqlens = torch.zeros(len(segments) + 1, dtype=torch.int32)
-    cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-    if not segments:
-        empty = torch.empty(0, num_streams, dtype=dtype)
-        return empty, empty.clone(), empty.float(), torch.empty(0, dtype=torch.int32), cu_seqlens
+        row += rows
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    segment_map = torch.cat(
+        [torch.empty(0, dtype=torch.int32, device=device)]
+        + [torch.full((len(b[0]),), i, dtype=torch.int32, device=device) for i, b in enumerate(blocks)]
+    )
     return (
-        torch.cat(blocks),
-        torch.cat(labels),
-        torch.cat(weights),
-        torch.cat(positions),
-        cu_seqlens.to(device),
+        ids,
+        torch.cat([empty[0], *labels]),
+        torch.cat([empty[1], *shifted]),
+        torch.cat([segment_map[:0], *positions]),
+        cu_seqlens,
+        segment_map,
+        sources,
     )
 
 

@@ -1,0 +1,90 @@
+// Compiled once per instruction set; see common/simd.h.
+//
+// Four ids are loaded one by one, because neighbours in a row lie in different frames, and handled and stored as one
+// vector: on common processors that is as fast as a plain copy, which hardware gathers are not.
+#include "delay_pack/rows.h"
+
+#include <cstring>
+#include <type_traits>
+
+namespace speechlm {
+namespace SX_SIMD {
+namespace {
+
+using Wide = int64_t __attribute__((vector_size(32)));
+using WideUnsigned = uint64_t __attribute__((vector_size(32)));
+using Narrow = int32_t __attribute__((vector_size(16)));
+using Floats = float __attribute__((vector_size(16)));
+
+// Unaligned. By reference, because a vector as return value would need one calling convention for every set.
+template <typename Vector, typename T>
+inline void load(Vector& v, const T* from) {
+  std::memcpy(&v, from, sizeof v);
+}
+
+template <typename In, typename Out, bool kWeight, bool kCheck>
+bool pack_rows(const PackRows<In, Out>& a, const PackPeriod& p) {
+  Wide bad{};
+  const In* ids = a.ids;
+  const float* weight = a.weight;
+  Out* to = a.out_ids;
+  Out* label = a.out_labels;
+  float* out_weight = a.out_weight;
+  for (int64_t i = 0; i < a.periods; ++i) {
+    for (int64_t e = 0; e < p.elements; e += kPackLanes) {
+      const int64_t* at = p.index + e;
+      Wide mask;
+      WideUnsigned limit, offset;
+      Floats w;
+      load(mask, p.mask + e);
+      load(limit, p.limit + e);
+      load(offset, p.offset + e);
+      load(w, p.factor + e);
+      Wide x = Wide{ids[at[0]], ids[at[1]], ids[at[2]], ids[at[3]]} & mask;
+      if (kCheck) bad |= reinterpret_cast<WideUnsigned>(x) >= limit;
+      x = reinterpret_cast<Wide>(reinterpret_cast<WideUnsigned>(x) + offset);
+      if constexpr (std::is_same_v<Out, int64_t>) {
+        std::memcpy(to + e, &x, sizeof x);
+        std::memcpy(label + e, &x, sizeof x);
+      } else {
+        const Narrow y = __builtin_convertvector(x, Narrow);
+        if (kCheck) bad |= __builtin_convertvector(y, Wide) != x;
+        std::memcpy(to + e, &y, sizeof y);
+        std::memcpy(label + e, &y, sizeof y);
+      }
+      if (kWeight) {
+        // A stream without content has the factor 0, but somebody's NaN must not come through it.
+        const Floats given{weight[at[0]], weight[at[1]], weight[at[2]], weight[at[3]]};
+        w = reinterpret_cast<Floats>(reinterpret_cast<Narrow>(w * given) & __builtin_convertvector(mask, Narrow));
+      }
+      std::memcpy(out_weight + e, &w, sizeof w);
+    }
+    ids += p.rows * a.width;
+    if (kWeight) weight += p.rows * a.width;
+    to += p.elements;
+    label += p.elements;
+    out_weight += p.elements;
+  }
+  return (bad[0] | bad[1] | bad[2] | bad[3]) != 0;
+}
+
+template <typename In, typename Out>
+bool dispatch(const PackRows<In, Out>& a, const PackPeriod& p, bool check) {
+  if (a.weight != nullptr) return check ? pack_rows<In, Out, true, true>(a, p) : pack_rows<In, Out, true, false>(a, p);
+  return check ? pack_rows<In, Out, false, true>(a, p) : pack_rows<In, Out, false, false>(a, p);
+}
+
+}  // namespace
+
+template <typename In, typename Out>
+PackRowsLoop<In, Out> pack_loop() {
+  return &dispatch<In, Out>;
+}
+
+template PackRowsLoop<int32_t, int32_t> pack_loop<int32_t, int32_t>();
+template PackRowsLoop<int32_t, int64_t> pack_loop<int32_t, int64_t>();
+template PackRowsLoop<int64_t, int32_t> pack_loop<int64_t, int32_t>();
+template PackRowsLoop<int64_t, int64_t> pack_loop<int64_t, int64_t>();
+
+}  // namespace SX_SIMD
+}  // namespace speechlm
