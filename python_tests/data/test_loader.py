@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from python_tests.sequence_oracle import assemble
 from speechlm_ext.data.loader import PackLoader, iter_eval
 from speechlm_ext.data.plan import PlanConfig
 from speechlm_ext.data.samples import TaskUse
-from speechlm_ext.data.sequence import LossWeights, assemble
+from speechlm_ext.data.sequence import LossWeights
 from speechlm_ext.errors import ConfigError, LayoutMismatchError, PlanError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops import delay_unpack

@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechlm_ext.data.sequence import LossWeights, assemble, sequence_length
+from python_tests.sequence_oracle import assemble
+from speechlm_ext.data.pack import Sample, SequencePacker
+from speechlm_ext.data.sequence import LossWeights, sequence_length
 from speechlm_ext.errors import ConfigError, LayoutError, ShardError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tasks import TaskTemplate, builtin_tasks, parse_templates
@@ -21,50 +24,30 @@ PARALLEL = TokenLayout.build(ssl=20, codec=[16] * 3, text=50, delays=[0, 0, 0, 0
 SSL_ONLY = TokenLayout.build(ssl=20, text=50)
 
 
-def oracle(
-    template: TaskTemplate, u: dict[str, Any], layout: TokenLayout, prompt: np.ndarray | None, w: LossWeights
-) -> tuple[list[list[int]], list[list[float]]]:
-    """The same frames, one token at a time."""
-    S = layout.num_streams
-    ids: list[list[int]] = []
-    weight: list[list[float]] = []
-
-    def special(token: int, learnt: float) -> None:
-        ids.append([token] + [0] * (S - 1))
-        weight.append([learnt] + [0.0] * (S - 1))
-
-    everything = w.region == "all"
-    special(5, 0.0)
-    special(dict(layout.special)[f"task:{template.name}"], w.special if everything else 0.0)
-    for entry, is_target in template.entries:
-        special(dict(layout.special)[f"modality:{entry.modality}"], w.special if everything else 0.0)
-        if entry.modality in ("text_bpe", "ssl"):
-            columns, starts = [u[entry.modality][:, 0]], [layout.interval(entry.modality)[0]]
-            each = [w.text if entry.modality == "text_bpe" else w.ssl]
-        else:
-            K = layout.num_codebooks
-            with_ssl = layout.has("codec_ssl")
-            if entry.modality == "spk":
-                assert prompt is not None
-                columns = [prompt[:, c] for c in range(prompt.shape[1])]
-            else:
-                columns = ([u["ssl"][:, 0]] if with_ssl else []) + [u["codec"][:, c] for c in range(K)]
-            starts = ([layout.interval("ssl")[0]] if with_ssl else []) + [
-                layout.interval(f"codec{k}")[0] for k in range(K)
-            ]
-            each = [w.ssl] * with_ssl + [w.codec / K] * K
-        for t in range(min(len(c) for c in columns)):
-            ids.append(
-                [int(c[t]) + s for c, s in zip(columns, starts, strict=True)] + [0] * (S - len(columns))
-            )
-            learnt = is_target or everything
-            weight.append([x * learnt for x in each] + [0.0] * (S - len(columns)))
-        if is_target:
-            # As much as one frame of the content that it ends.
-            special(5, w.special * sum(each))
-        for _ in range(max(layout.delays)):
-            special(0, 0.0)
-    return ids, weight
+def packed(
+    template: TaskTemplate,
+    u: dict[str, Any],
+    layout: TokenLayout,
+    prompt: np.ndarray | None = None,
+    weights: LossWeights = LossWeights(),  # noqa: B008 - frozen
+) -> tuple[np.ndarray, np.ndarray]:
+    """The packed sequence of one sample, as undelayed frames and their weights."""
+    batch = SequencePacker(layout, weights).pack([Sample(template, u, prompt)])
+    rows = len(batch.ids)
+    assert batch.position.tolist() == list(range(rows)) and batch.cu_seqlens.tolist() == [0, rows]
+    assert torch.equal(batch.labels[:-1], batch.ids[1:]) and (batch.labels[-1] == layout.pad_id).all()
+    assert batch.loss_weight[-1].sum() == 0
+    pads, nothing = (
+        np.full((rows, layout.num_streams), layout.pad_id),
+        np.zeros((rows, layout.num_streams), np.float32),
+    )
+    frames, weight = pads.copy(), nothing.copy()
+    own = np.concatenate([nothing[:1], batch.loss_weight.numpy()[:-1]])
+    for s, d in enumerate(layout.delays):
+        frames[: rows - d, s] = batch.ids[d:, s]
+        weight[: rows - d, s] = own[d:, s]
+        assert (batch.ids[:d, s] == layout.pad_id).all() and (own[:d, s] == 0).all()
+    return frames, weight
 
 
 def possible(layout: TokenLayout) -> list[TaskTemplate]:
@@ -89,10 +72,9 @@ def test_matches_a_loop_and_its_length_formula(data: st.DataObject) -> None:
     weights = LossWeights(
         text=1.5, ssl=0.25, codec=0.75, special=2.0, region=data.draw(st.sampled_from(["target", "all"]))
     )
-    frames, weight = assemble(template, u, layout, prompt, weights)
-    ids, expected = oracle(template, u, layout, prompt, weights)
-    assert frames.dtype == np.int64 and weight.dtype == np.float32
-    assert frames.tolist() == ids
+    frames, weight = packed(template, u, layout, prompt, weights)
+    ids, expected = assemble(template, u, layout, prompt, weights)
+    assert frames.tolist() == ids.tolist()
     assert np.allclose(weight, expected, atol=1e-7)
     lengths = {"text_bpe": text, "ssl": ssl, "codec": codec, "spk": prompt_len}
     assert sequence_length(template, lengths, layout) == len(frames)
@@ -109,7 +91,7 @@ def test_frames_by_hand() -> None:
         "ssl": np.array([[0], [4999]]),
         "codec": np.array([[0, 1023], [7, 0], [9, 9]]),
     }
-    asr, weight = assemble(TASKS["codec_ssl_asr"], u, layout)
+    asr, weight = packed(TASKS["codec_ssl_asr"], u, layout)
     assert asr.tolist() == [
         [5, 0, 0],
         [80, 0, 0],
@@ -126,7 +108,7 @@ def test_frames_by_hand() -> None:
         [0, 0, 0],
     ]
     assert weight.sum() == 3 and weight[8:11, 0].tolist() == [1, 1, 1]
-    tts, weight = assemble(TASKS["codec_ssl_plain_tts"], u, layout)
+    tts, weight = packed(TASKS["codec_ssl_plain_tts"], u, layout)
     assert tts[:, 0].tolist() == [5, 82, 35, 7307, 7304, 0, 0, 34, 256, 5255, 5, 0, 0]
     assert weight[8:10].tolist() == [[0.5, 0.25, 0.25]] * 2 and weight[10].tolist() == [1, 0, 0]
     assert weight.sum() == 3.0
@@ -148,7 +130,7 @@ def test_the_end_of_a_target_counts_as_much_as_a_frame_of_it() -> None:
     assert weights.of_end("codec_ssl", layout) == 0.5
     assert weights.of_end("ssl", layout) == 0.25
     u = {"id": "u", "text_bpe": np.array([[1], [2]]), "ssl": np.array([[2]]), "codec": np.zeros((1, 8), int)}
-    _, weight = assemble(TASKS["codec_ssl_asr"], u, layout, None, weights)
+    _, weight = packed(TASKS["codec_ssl_asr"], u, layout, None, weights)
     assert weight[weight > 0].tolist() == [4.0, 4.0, 2.0]
 
 
@@ -160,7 +142,7 @@ def test_chain_of_targets() -> None:
     )
     layout = TokenLayout.build(ssl=4, text=6, tasks={**TASKS, **chain})
     u = {"id": "u", "text_bpe": np.array([[1]]), "ssl": np.array([[2]])}
-    frames, weight = assemble(chain["st"], u, layout)
+    frames, weight = packed(chain["st"], u, layout)
     assert frames[:, 0].tolist() == [5, 112, 35, 261, 5, 33, 258, 5]
     assert weight[:, 0].tolist() == [0, 0, 0, 1, 1, 0, 0.5, 0.5]
 
@@ -168,19 +150,19 @@ def test_chain_of_targets() -> None:
 def test_rejects_what_does_not_fit() -> None:
     u = {"id": "u7", "text_bpe": np.array([[1]]), "ssl": np.array([[2]]), "codec": np.array([[1, 2, 3]])}
     with pytest.raises(ShardError, match="'u7' has no text_bpe tokens"):
-        assemble(TASKS["textlm"], {**u, "text_bpe": None}, CODEC_SSL)
+        packed(TASKS["textlm"], {**u, "text_bpe": None}, CODEC_SSL)
     with pytest.raises(ShardError, match="'u7': codec_ssl content has 3 streams but layout .* has 4"):
-        assemble(TASKS["codec_ssl_audiolm"], {**u, "codec": np.array([[1, 2]])}, CODEC_SSL)
+        packed(TASKS["codec_ssl_audiolm"], {**u, "codec": np.array([[1, 2]])}, CODEC_SSL)
     with pytest.raises(
         ShardError, match=r"'u7': text_bpe ids of stream 0 must be in \[0, 50\), got 50 to 50"
     ):
-        assemble(TASKS["textlm"], {**u, "text_bpe": np.array([[50]])}, CODEC_SSL)
+        packed(TASKS["textlm"], {**u, "text_bpe": np.array([[50]])}, CODEC_SSL)
     with pytest.raises(ShardError, match="must be in"):
-        assemble(TASKS["textlm"], {**u, "text_bpe": np.array([[-1]])}, CODEC_SSL)
+        packed(TASKS["textlm"], {**u, "text_bpe": np.array([[-1]])}, CODEC_SSL)
     with pytest.raises(LayoutError, match="needs a speaker prompt"):
-        assemble(TASKS["codec_ssl_tts"], u, CODEC_SSL)
+        packed(TASKS["codec_ssl_tts"], u, CODEC_SSL)
     with pytest.raises(LayoutError, match="cannot hold 'codec' content"):
-        assemble(TASKS["audiolm"], u, CODEC_SSL)
+        packed(TASKS["audiolm"], u, CODEC_SSL)
     with pytest.raises(ConfigError, match="'text' must be a number >= 0, got -1"):
         LossWeights(text=-1)
     with pytest.raises(ConfigError, match="region"):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from speechlm_ext.data.sequence import LossWeights, assemble
+from python_tests.sequence_oracle import assemble
+from speechlm_ext.data.sequence import LossWeights
 from speechlm_ext.data.shards import TokenFolder, shard_name, write_index, write_shard
 from speechlm_ext.errors import ConfigError, LayoutMismatchError
 from speechlm_ext.evaluation.perplexity import perplexity

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from python_tests.generation.conftest import make_model
-from speechlm_ext.data.sequence import LossWeights, assemble
+from python_tests.sequence_oracle import assemble
+from speechlm_ext.data.sequence import LossWeights
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, best_of, generate
 from speechlm_ext.generation.state import _temperatures

@@ -8,8 +8,8 @@ import torch
 
 from python_tests.generation.conftest import make_model, make_wave
 from python_tests.generation.tools import make_layout, make_prompt, random_content
+from python_tests.sequence_oracle import assemble
 from speechlm_ext.audio import write_wav
-from speechlm_ext.data.sequence import assemble
 from speechlm_ext.errors import AudioError, GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
 from speechlm_ext.generation.engine import decode

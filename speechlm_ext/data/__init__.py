@@ -1,9 +1,10 @@
 """From a manifest to packed batches: read, tokenize, plan, load."""
 
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest, scan_manifest
+from speechlm_ext.data.pack import Sample, SequencePacker
 from speechlm_ext.data.plan import PackPlan, PlanConfig
 from speechlm_ext.data.samples import SampleTable, TaskUse
-from speechlm_ext.data.sequence import LossWeights, assemble, sequence_length
+from speechlm_ext.data.sequence import LossWeights, sequence_length
 from speechlm_ext.data.shards import TokenCorpus, TokenFolder
 
 __all__ = [
@@ -11,12 +12,13 @@ __all__ = [
     "PackPlan",
     "PlanConfig",
     "Rejected",
+    "Sample",
     "SampleTable",
+    "SequencePacker",
     "TaskUse",
     "TokenCorpus",
     "TokenFolder",
     "Utterance",
-    "assemble",
     "read_manifest",
     "sequence_length",
     "scan_manifest",

@@ -10,22 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from speechlm_ext.data.pack import Sample, SequencePacker
 from speechlm_ext.data.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import SampleTable, TaskUse
-from speechlm_ext.data.sequence import LossWeights, assemble
+from speechlm_ext.data.sequence import LossWeights
 from speechlm_ext.data.shards import Tokens, open_tokens
 from speechlm_ext.errors import ConfigError, PlanError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.ops import delay_pack
 from speechlm_ext.ops.delay_pack import PackedBatch
 from speechlm_ext.tasks import TaskTemplate
 
@@ -79,6 +78,7 @@ class PackLoader:
         self.samples: SampleTable = build_samples(self.corpus, cfg)
         self.plan = PackPlan(self.samples, cfg.seed, cfg.budget, overlong=cfg.overlong)
         self.cfg, self.rank, self.world = cfg, rank, world
+        self._packer = SequencePacker(self.layout, cfg.loss)
         self._prompts: tuple[int, np.ndarray] | None = None
         self._pool = ThreadPoolExecutor(num_workers, "pack-loader") if num_workers else None
         self._depth = 2 * num_workers
@@ -161,8 +161,9 @@ class PackLoader:
         """Make the batch of a pack counted from the beginning of training, whatever the state."""
         epoch, index = self.plan.locate(pack)
         draw = self.plan.draw(epoch)
-        parts = [self._assemble(int(i), epoch, draw) for i in self.plan.epoch_packs(epoch)[index]]
-        return pack_frames(parts, self.layout)
+        return self._packer.pack(
+            [self._sample(int(i), epoch, draw) for i in self.plan.epoch_packs(epoch)[index]]
+        )
 
     def describe(self, pack: int) -> list[SampleInfo]:
         """What the segments of a pack are, in their order."""
@@ -192,9 +193,9 @@ class PackLoader:
             cached = self._prompts = (epoch, self.samples.prompts(epoch, self.plan.draw(epoch)))
         return cached[1]
 
-    def _assemble(self, sample: int, epoch: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sample(self, sample: int, epoch: int, draw: int) -> Sample:
         prompts = self._prompt_of(epoch) if self.samples.needs_prompt(sample) else None
-        return assemble_sample(self.samples, sample, self.cfg.loss, prompts, epoch, draw)
+        return read_sample(self.samples, sample, prompts, epoch, draw)
 
 
 @dataclass(frozen=True)
@@ -254,15 +255,16 @@ def iter_eval(
 def _eval_batch(
     samples: SampleTable, group: list[int], weights: LossWeights, prompts: np.ndarray
 ) -> EvalBatch:
-    parts = [assemble_sample(samples, i, weights, prompts, 0, 0) for i in group]
-    utterances = [samples.corpus.utterance(int(samples.utterance[i])) for i in group]
-    return EvalBatch(pack_frames(parts, samples.corpus.layout), [u["id"] for u in utterances], utterances)
+    found = [read_sample(samples, i, prompts, 0, 0) for i in group]
+    utterances = [dict(sample.utterance) for sample in found]
+    batch = SequencePacker(samples.corpus.layout, weights).pack(found)
+    return EvalBatch(batch, [u["id"] for u in utterances], utterances)
 
 
-def assemble_sample(
-    samples: SampleTable, sample: int, weights: LossWeights, prompts: np.ndarray | None, epoch: int, draw: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Frames ``[T, S]`` and loss weights ``[T, S]`` of a sample as it is in an epoch."""
+def read_sample(
+    samples: SampleTable, sample: int, prompts: np.ndarray | None, epoch: int, draw: int
+) -> Sample:
+    """A sample as it is in an epoch; ``prompts``: for each utterance the one that is its speaker prompt."""
     corpus = samples.corpus
     number = int(samples.utterance[sample])
     prompt = None
@@ -276,18 +278,4 @@ def assemble_sample(
         prompt = np.concatenate([c[:shortest] for c in columns], axis=1)[
             samples.crop(sample, other, epoch, draw)
         ]
-    template = samples.templates[samples.task[sample]]
-    return assemble(template, corpus.utterance(number), corpus.layout, prompt, weights)
-
-
-def pack_frames(parts: Sequence[tuple[np.ndarray, np.ndarray]], layout: TokenLayout) -> PackedBatch:
-    """Delay and pack assembled samples, one segment each; the trailing pad frames take up the delays."""
-    frames, weights = zip(*parts, strict=True)
-    offsets = np.cumsum([0] + [len(f) for f in frames])
-    return delay_pack(
-        (torch.from_numpy(np.concatenate(frames)), torch.from_numpy(offsets)),
-        delays=layout.delays,
-        pad_ids=[layout.pad_id] * layout.num_streams,
-        loss_weight=torch.from_numpy(np.concatenate(weights)),
-        tail="trim",
-    )
+    return Sample(samples.templates[samples.task[sample]], corpus.utterance(number), prompt)

@@ -1,14 +1,16 @@
-"""From the tokens of an utterance to the frames of one training sequence, undelayed, in layout ids.
+"""What a training sequence is made of.
 
 ``[sos][task]``, then for each condition and target ``[marker] content [eos if target]`` and ``max_delay`` pad
 frames, which are the room that delayed streams run out into. A special token stands in stream 0 with pad in the
 others. Raw id r of a stream becomes ``start + r`` of that stream's interval, so code 0 is a real code and never
 pad. What is learnt is written per token as a weight: 0 means "given", everything else scales that token's loss.
+
+`speechlm_ext.data.pack` writes such sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -93,7 +95,7 @@ def content_length(modality: str, lengths: Mapping[str, Lengths], layout: TokenL
 
 
 def sequence_length(template: TaskTemplate, lengths: Mapping[str, Lengths], layout: TokenLayout) -> Lengths:
-    """Rows of the sequence that :func:`assemble` makes, exactly.
+    """Rows of a sample's sequence, exactly.
 
     Args:
         template: the task.
@@ -108,72 +110,19 @@ def sequence_length(template: TaskTemplate, lengths: Mapping[str, Lengths], layo
     return sum(parts[1:], parts[0] + total)
 
 
-def assemble(
-    template: TaskTemplate,
-    utterance: Mapping[str, Any],
-    layout: TokenLayout,
-    prompt: np.ndarray | None = None,
-    weights: LossWeights = LossWeights(),  # noqa: B008 - frozen
-) -> tuple[np.ndarray, np.ndarray]:
-    """Write one sample as frames.
-
-    Args:
-        template: the task: its conditions and targets in order.
-        utterance: raw int ids ``[T, C]`` under ``text_bpe``, ``ssl``, ``codec``; ``id`` for messages.
-        layout: where ids lie and how many pad frames follow each part.
-        prompt: raw speech frames ``[T, C]`` of another utterance for ``spk`` (SSL first where the layout has it).
-        weights: loss weight per modality, and which region is learnt.
-
-    Returns:
-        ``frames`` int64 ``[T, S]`` in layout ids, not delayed yet, and ``loss_weight`` float32 ``[T, S]``, 0 where
-        nothing is to be learnt. The first row is never a label and has weight 0.
-
-    Raises:
-        ShardError: the utterance lacks a modality, has another number of streams, or ids outside their interval.
-        LayoutError: the layout cannot hold a modality of the task.
-    """
-    learn_all = weights.region == "all"
-    parts = [
-        (e.modality, is_target, _content(e.modality, utterance, layout, prompt))
-        for e, is_target in template.entries
-    ]
-    total = 2 + sum(1 + len(c) + is_target + layout.max_delay for _, is_target, c in parts)
-    frames_TS = np.full((total, layout.num_streams), layout.pad_id, np.int64)
-    weight_TS = np.zeros((total, layout.num_streams), np.float32)
-    frames_TS[0, 0] = layout.sos_eos_id
-    frames_TS[1, 0] = layout.task_id(template.name)
-    weight_TS[1, 0] = weights.special * learn_all
-    at = 2
-    for modality, is_target, raw_TC in parts:
-        frames_TS[at, 0] = layout.marker_id(modality)
-        weight_TS[at, 0] = weights.special * learn_all
-        at += 1
-        span = slice(at, at + len(raw_TC))
-        for column, (stream, start, _) in enumerate(_live(modality, layout)):
-            frames_TS[span, stream] = raw_TC[:, column]
-            frames_TS[span, stream] += start
-        if is_target or learn_all:
-            weight_TS[span] = weights.of_streams(modality, layout)
-        at = span.stop
-        if is_target:
-            frames_TS[at, 0] = layout.sos_eos_id
-            weight_TS[at, 0] = weights.of_end(modality, layout)
-            at += 1
-        at += layout.max_delay
-    return frames_TS, weight_TS
-
-
-def _live(modality: str, layout: TokenLayout) -> Iterator[tuple[int, int, int]]:
-    """``(stream, start, end)`` of every stream that content of ``modality`` fills."""
-    for stream, span in enumerate(layout.content_ranges(modality)):
-        if span is not None:
-            yield stream, span[0], span[1]
-
-
-def _content(
+def content_ids(
     modality: str, utterance: Mapping[str, Any], layout: TokenLayout, prompt: np.ndarray | None
 ) -> np.ndarray:
-    """Raw ids ``[T, C]`` of one part, checked against the layout."""
+    """Raw ids int32 or int64 ``[T, C]`` of one part, one column for each stream that it fills.
+
+    Args:
+        utterance: raw int ids ``[T, C]`` under ``text_bpe``, ``ssl``, ``codec``; ``id`` for messages.
+        prompt: raw speech frames ``[T, C]`` of another utterance for ``spk`` (SSL first where the layout has it).
+
+    Raises:
+        ShardError: the utterance lacks the modality, or has another number of streams.
+        LayoutError: there is no speaker prompt.
+    """
     where = f"utterance {utterance.get('id', '?')!r}"
     if modality == "spk":
         if prompt is None:
@@ -189,18 +138,10 @@ def _content(
     columns = [c[:, None] if c.ndim == 1 else c for c in columns]
     shortest = min(len(c) for c in columns)
     raw_TC = columns[0] if len(columns) == 1 else np.concatenate([c[:shortest] for c in columns], axis=1)
-    live = list(_live(modality, layout))
-    if raw_TC.shape[1] != len(live):
+    width = sum(span is not None for span in layout.content_ranges(modality))
+    if raw_TC.shape[1] != width:
         raise ShardError(
-            f"{where}: {modality} content has {raw_TC.shape[1]} streams but layout {layout} has {len(live)} for it; "
+            f"{where}: {modality} content has {raw_TC.shape[1]} streams but layout {layout} has {width} for it; "
             "the tokens were made with other tokenizers."
         )
-    if len(raw_TC):
-        low, high = raw_TC.min(axis=0), raw_TC.max(axis=0)
-        for column, (stream, start, end) in enumerate(live):
-            if low[column] < 0 or high[column] >= end - start:
-                raise ShardError(
-                    f"{where}: {modality} ids of stream {stream} must be in [0, {end - start}), got {low[column]} to "
-                    f"{high[column]}; the tokens were made with other tokenizers."
-                )
-    return raw_TC
+    return raw_TC if raw_TC.dtype in (np.int32, np.int64) else raw_TC.astype(np.int64)

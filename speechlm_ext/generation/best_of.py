@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from speechlm_ext.data.loader import pack_frames
-from speechlm_ext.data.sequence import LossWeights, assemble
+from speechlm_ext.data.pack import Sample, SequencePacker
+from speechlm_ext.data.sequence import LossWeights, sequence_length
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.tasks import Entry, TaskTemplate
@@ -71,20 +71,21 @@ def scores(model: SpeechLM, task: TaskTemplate, text: str, tries: Sequence[np.nd
     ids = model.tokenizers.text.encode(text)
     modality = task.conditions[0].modality
     out = [float("-inf")] * len(tries)
-    parts, places = [], []
+    samples, places = [], []
     for place, raw_TC in enumerate(tries):
         if len(raw_TC) == 0:
             continue
         speech = (
             {"ssl": raw_TC[:, :1], "codec": raw_TC[:, 1:]} if modality == "codec_ssl" else {modality: raw_TC}
         )
-        part = assemble(task, {"id": "try", "text_bpe": ids, **speech}, model.layout, None, _EQUAL)
-        if len(part[0]) <= model.max_positions:
-            parts.append(part)
+        utterance = {"id": "try", "text_bpe": ids, **speech}
+        lengths = {name: len(column) for name, column in utterance.items() if name != "id"}
+        if sequence_length(task, lengths, model.layout) <= model.max_positions:
+            samples.append(Sample(task, utterance))
             places.append(place)
-    if not parts:
+    if not samples:
         return out
-    batch = pack_frames(parts, model.layout).to(model.device)
+    batch = SequencePacker(model.layout, _EQUAL).pack(samples).to(model.device)
     result = model(
         batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens, reduction="none"
     )
