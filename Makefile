@@ -66,6 +66,7 @@ test-gpu: dev    ## the tests that need a GPU
 
 bench: dev       ## benchmarks of the ops, or of one (OP=delay_pack), into benchmarks/out/<op>.json
 	@mkdir -p benchmarks/out
+	@$(BIN)/pip install -q --no-deps audiocraft==1.3.0 || echo "audiocraft, a rival, cannot be had here: left out"
 	@for file in benchmarks/ops/$(if $(OP),bench_$(OP).py,bench_*.py); do \
 	  op=$$(basename $$file .py); \
 	  $(BIN)/python -m pytest $$file -o python_files='bench_*.py' --benchmark-enable --benchmark-only -q \

@@ -1,11 +1,17 @@
 """delay_pack against its rivals: ``make bench OP=delay_pack``.
 
-Rivals: the list form where the flat form is timed; the plain-torch reference; a loop of shifts per segment and stream,
-the way ESPnet-SpeechLM does it, with labels and weights by slicing; that loop compiled by torch, for one segment. The
-limit is a copy of the bytes that the op must write.
+Rivals: the list form where the flat form is timed; the plain-torch reference; a loop of shifts per segment and stream;
+for a batch of equal lengths the way ESPnet-SpeechLM does it, one slice assignment per stream for the whole batch, and
+that compiled by torch; and audiocraft's pattern provider, cold, as it is for every new length (``make bench`` installs
+it; only its ids are compared, it makes nothing else). The limit is a copy of the bytes that the op must write into memory
+that is there already.
 """
 
 from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +26,7 @@ SHAPES = {
     "batch32": (9, [1500] * 32),
     "1p7b_8k": (9, [700, 1200, 300, 2100, 900, 1500, 600, 892]),
     "1p7b_32k": (9, [700, 1200, 300, 2100, 900, 1500, 600, 892] * 4),
+    "million": (9, [1250] * 800),
 }
 
 
@@ -49,35 +56,68 @@ def loop(segments, weights, num_streams):
     return torch.cat(ids), torch.cat(labels), torch.cat(loss_weight), torch.cat(position), borders
 
 
-@pytest.mark.parametrize("device", devices())
-@pytest.mark.parametrize("shape", SHAPES)
-def test_bench(benchmark, shape, device):
-    segments, weights, delays = make_segments(shape, device)
-    settings = dict(delays=delays, pad_ids=[0] * len(delays))
-    expected = reference.delay_pack(segments, loss_weight=weights, **settings)
-    flat, flat_weight = torch.cat(segments), torch.cat(weights)
-    offsets = torch.tensor([0, *(len(s) for s in segments)]).cumsum(0)
+def batched(ids_BTS, weight_BTS):
+    """One slice assignment per stream for a batch of equal lengths, and labels and weights of the next row."""
+    B, T, S = ids_BTS.shape
+    rows = T + S - 1
+    ids = torch.zeros(B, rows + 1, S, dtype=ids_BTS.dtype, device=ids_BTS.device)
+    weight = torch.zeros(B, rows + 1, S, device=ids_BTS.device)
+    for n in range(S):
+        ids[:, n : n + T, n] = ids_BTS[:, :, n]
+        weight[:, n : n + T, n] = weight_BTS[:, :, n]
+    return (
+        ids[:, :-1].reshape(-1, S),
+        ids[:, 1:].reshape(-1, S),
+        weight[:, 1:].reshape(-1, S),
+        torch.arange(rows, dtype=torch.int32, device=ids.device).repeat(B),
+        torch.arange(B + 1, dtype=torch.int32, device=ids.device) * rows,
+    )
 
-    def fields(batch):
-        return batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens
 
+def compiled(run, *arguments):
+    """``run`` compiled by torch, or None with a note where there is no back end for it."""
+    out = torch.compile(run)
+    try:
+        out(*arguments)
+    except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here: not our subject
+        print(f"torch.compile does not manage {run.__name__} here: {type(error).__name__}")
+        return None
+    return out
+
+
+def fields(batch):
+    return batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens
+
+
+def check_against(expected):
     def check(name, got):
         for value, want in zip(got, expected, strict=True):
             assert torch.equal(value.to(want.device), want), f"{name} computes something else"
 
+    return check
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bench(benchmark, shape, device):
+    if shape == "million" and device == "cpu":
+        pytest.skip("a million frames are for a GPU's bandwidth")
+    segments, weights, delays = make_segments(shape, device)
+    settings = dict(delays=delays, pad_ids=[0] * len(delays))
+    expected = reference.delay_pack(segments, loss_weight=weights, **settings)[:5]
+    flat, flat_weight = torch.cat(segments), torch.cat(weights)
+    offsets = torch.tensor([0, *(len(s) for s in segments)]).cumsum(0)
     rivals = {
         "list_form": lambda: fields(sx.ops.delay_pack(segments, loss_weight=weights, **settings)),
-        "reference": lambda: reference.delay_pack(segments, loss_weight=weights, **settings),
+        "reference": lambda: reference.delay_pack(segments, loss_weight=weights, **settings)[:5],
         "loop": lambda: loop(segments, weights, len(delays)),
     }
-    if len(segments) == 1:  # a graph per list of lengths takes minutes and is thrown away with the batch
-        compiled = torch.compile(loop)
-        try:
-            compiled(segments, weights, len(delays))
-            rivals["loop_compiled"] = lambda: compiled(segments, weights, len(delays))
-        except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here: not our subject
-            print(f"torch.compile does not manage the loop here: {type(error).__name__}")
-    written = sum(t.numel() * t.element_size() for t in expected)
+    if len({len(s) for s in segments}) == 1:
+        batch = torch.stack(segments), torch.stack(weights)
+        rivals["espnet"] = lambda: batched(*batch)
+        if (run := compiled(batched, *batch)) is not None:
+            rivals["espnet_compiled"] = lambda: run(*batch)
+    there = [torch.empty_like(t) for t in expected]
     compare(
         benchmark,
         op="delay_pack",
@@ -85,7 +125,54 @@ def test_bench(benchmark, shape, device):
         device=device,
         ours=lambda: fields(sx.ops.delay_pack((flat, offsets), loss_weight=flat_weight, **settings)),
         rivals=rivals,
+        check=check_against(expected),
+        limit=lambda: [a.copy_(b) for a, b in zip(there, expected, strict=True)],
+        bytes_written=sum(t.numel() * t.element_size() for t in expected),
+    )
+
+
+def audiocraft_patterns():
+    """audiocraft's module of patterns by itself: the package's own import needs a torch of long ago."""
+    found = importlib.util.find_spec("audiocraft")
+    if found is None or not found.submodule_search_locations:
+        return None
+    path = Path(found.submodule_search_locations[0]) / "modules" / "codebooks_patterns.py"
+    spec = importlib.util.spec_from_file_location("audiocraft_codebooks_patterns", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("device", devices())
+def test_bench_audiocraft(benchmark, device):
+    """Both make MusicGen's layout of the same batch; ours makes labels, weights and positions too."""
+    patterns = audiocraft_patterns()
+    if patterns is None:
+        pytest.skip("audiocraft is not installed: pip install --no-deps audiocraft")
+    segments, _, delays = make_segments("batch32", device)
+    S, batch = len(delays), torch.stack(segments).transpose(1, 2).contiguous()
+    flat, offsets = torch.cat(segments), torch.tensor([0, *(len(s) for s in segments)]).cumsum(0)
+    preset = sx.ops.delay_preset("musicgen", S, pad_ids=0)
+
+    def provider():
+        pattern = patterns.DelayedPatternProvider(S).get_pattern(batch.shape[2])
+        values, _, _ = pattern.build_pattern_sequence(batch, 0)
+        return (values.transpose(1, 2).reshape(-1, S),)
+
+    def ours():
+        return fields(sx.ops.delay_pack((flat, offsets), **preset))
+
+    expected = reference.delay_pack(segments, **{k: v for k, v in preset.items()})[:5]
+
+    def check(name, got):
+        check_against(expected[: len(got)])(name, got)
+
+    compare(
+        benchmark,
+        op="delay_pack",
+        shape="batch32_musicgen",
+        device=device,
+        ours=ours,
+        rivals={"audiocraft_cold": provider},
         check=check,
-        limit=lambda: [t.clone() for t in expected],
-        bytes_written=written,
     )
