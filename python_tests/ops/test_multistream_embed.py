@@ -11,8 +11,8 @@ from torch.library import opcheck
 import speechlm_ext as sx
 from speechlm_ext.errors import SpeechLMError
 from speechlm_ext.ops._native import native
-from speechlm_ext.ops.multistream_embed import lazy_zeros
 from speechlm_ext.ops.reference import multistream_embed as reference
+from speechlm_ext.ops.scatter_sum import lazy_zeros
 
 SETTINGS = {
     "plain": {},
@@ -189,7 +189,7 @@ def test_opcheck(device):
     table = torch.randn(20, 9, device=device, requires_grad=True)
     ids = make_ids(0).to(device)
     for rule in ((0, [], []), (-1, [0, 5, 10], [0.5, 1.0, 2.0])):
-        opcheck(torch.ops.speechlm_ext.multistream_embed, (ids, table, *rule, False))
+        opcheck(torch.ops.speechlm_ext.multistream_embed, (ids, table, *rule, None, None, False, False))
         values = torch.randn(17, 9, device=device, requires_grad=True)
         opcheck(torch.ops.speechlm_ext.scatter_sum, (values, ids, *rule, 20))
 
