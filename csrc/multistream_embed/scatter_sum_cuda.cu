@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Block (c, d): the sorted pairs of chunk c, columns of tile d.
-template <typename T, int kVec>
+template <typename T, int kVec, bool kCompact>
 __global__ void __launch_bounds__(kThreads)
     chunks_kernel(const ScatterSumArgs<T> a, const Workspace<Accumulator<T>> w) {
   using Acc = Accumulator<T>;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
     if (starts_here && ends_here) {
       Vec<T, kVec> out;
       for (int e = 0; e < kVec; ++e) narrow(acc[e], out.v[e]);
-      const int64_t row = a.rows != nullptr ? w.run[begin + i] : key;
+      const int64_t row = kCompact ? w.run[begin + i] : key;
       *reinterpret_cast<Vec<T, kVec>*>(a.out + row * D + column) = out;
     } else {
       Acc* partial = w.partials + (static_cast<int64_t>(blockIdx.x) * 2 + (starts_here ? 1 : 0)) * D + column;
@@ -211,7 +211,9 @@ void scatter_sum_cuda(const ScatterSumArgs<T>& args, void* workspace, int device
   }
   constexpr int kVec = 16 / sizeof(T);
   const bool fast = D % kVec == 0 && is_aligned(args.values) && is_aligned(args.out) && is_aligned(w.partials);
-  const auto chunks = fast ? &chunks_kernel<T, kVec> : &chunks_kernel<T, 1>;
+  const auto dense = fast ? &chunks_kernel<T, kVec, false> : &chunks_kernel<T, 1, false>;
+  const auto compact = fast ? &chunks_kernel<T, kVec, true> : &chunks_kernel<T, 1, true>;
+  const auto chunks = args.rows != nullptr ? compact : dense;
   const auto tiles = [&](int per_thread) {
     return static_cast<unsigned>((D + kThreads * per_thread - 1) / (kThreads * per_thread));
   };

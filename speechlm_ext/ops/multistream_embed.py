@@ -255,7 +255,7 @@ def _embed_backward(ctx, grad):  # type: ignore[no-untyped-def]
     grad_table = grad_features = None
     if ctx.needs_input_grad[1]:
         if ctx.sparse:
-            rows, sums = torch.ops.speechlm_ext.scatter_sum_rows(grad, ids, *ctx.rule, ctx.num_rows)
+            sums, rows = torch.ops.speechlm_ext.scatter_sum_rows(grad, ids, *ctx.rule, ctx.num_rows)
             shape = (ctx.num_rows, grad.shape[1])
             grad_table = torch.sparse_coo_tensor(
                 rows[None], sums, shape, is_coalesced=True, check_invariants=False

@@ -79,7 +79,8 @@ def scatter_sum_rows(
 
     Returns:
         ``rows`` int64 ``[K]``, ascending and distinct, and ``sums`` ``[K, D]`` in the dtype of ``values``: equal to the
-        bit to those rows of the dense gradient. K depends on the ids: on a GPU the call waits once for the device.
+        bit to those rows of the dense gradient. K depends on the ids: on a GPU the call waits once for the device, and
+        tensors on "meta" cannot be used.
 
     Raises:
         OpError: (a ValueError) for shapes or dtypes that do not fit.
@@ -103,7 +104,8 @@ def scatter_sum_rows(
         scale is None or len(factors) == num_streams,
         f"{op}: scale must have {num_streams} values, one per stream; got {len(factors)}",
     )
-    return torch.ops.speechlm_ext.scatter_sum_rows(values, ids, pad_id, starts, factors, num_rows)
+    sums, rows = torch.ops.speechlm_ext.scatter_sum_rows(values, ids, pad_id, starts, factors, num_rows)
+    return rows, sums
 
 
 #: The last arguments of the op multistream_embed: no features, dense, unchecked.
@@ -136,7 +138,7 @@ def _scatter_sum_rows_cpu(
     rows = ids.new_empty(pairs.touched, dtype=torch.int64)
     out = values.new_empty(pairs.touched, values.shape[1])
     native.scatter_sum(values.contiguous(), pairs, scale, out, rows, torch.get_num_threads())
-    return rows, out
+    return out, rows
 
 
 def _sort_cuda(
@@ -179,7 +181,7 @@ def _scatter_sum_rows_cuda(
     if count:
         shape = (ids.shape[1], num_rows)
         native.scatter_sum_cuda(values.contiguous(), *shape, scale, out, rows, workspace, stream_handle(ids))
-    return rows, out
+    return out, rows
 
 
 def lazy_zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -207,7 +209,7 @@ def _scatter_sum_fake(values, ids, pad_id, offsets, scale, num_rows):  # type: i
 @torch.library.register_fake("speechlm_ext::scatter_sum_rows", lib=LIBRARY)
 def _scatter_sum_rows_fake(values, ids, pad_id, offsets, scale, num_rows):  # type: ignore[no-untyped-def]
     touched = torch.library.get_ctx().new_dynamic_size()
-    return ids.new_empty(touched, dtype=torch.int64), values.new_empty(touched, values.shape[1])
+    return values.new_empty(touched, values.shape[1]), ids.new_empty(touched, dtype=torch.int64)
 
 
 def _scatter_sum_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -223,10 +225,10 @@ def _scatter_sum_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 def _scatter_sum_rows_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     _, ids, ctx.pad_id, ctx.offsets, ctx.scale, _ = inputs
-    ctx.save_for_backward(ids, output[0])
+    ctx.save_for_backward(ids, output[1])
 
 
-def _scatter_sum_rows_backward(ctx, _, grad):  # type: ignore[no-untyped-def]
+def _scatter_sum_rows_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     """As of scatter_sum, with each id replaced by the place of its row among the touched ones."""
     ids, rows = ctx.saved_tensors
     at = ids.long() + torch.tensor(ctx.offsets, device=ids.device) if ctx.offsets else ids.long()
