@@ -70,6 +70,15 @@ def test_rows_are_the_same_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_result_of_many_megabytes(dtype):
+    """Its memory comes from elsewhere."""
+    ids = torch.randperm(1500)[:, None]
+    values = torch.randn(1500, 1500).to(dtype)
+    rows, sums = sx.ops.scatter_sum_rows(values, ids, 1500, pad_id=None)
+    assert torch.equal(rows, torch.arange(1500)) and torch.equal(sums[ids[:, 0]], values)
+
+
 def test_nothing_of_the_tables_size_is_allocated(device):
     """A table of two billion rows: its gradient would take a terabyte."""
     num_rows = 2**31 - 2

@@ -136,7 +136,7 @@ def _scatter_sum_rows_cpu(
             f"{num_rows - 1}" + (f", and offsets are {list(offsets)}" if any(offsets) else "")
         )
     rows = ids.new_empty(pairs.touched, dtype=torch.int64)
-    out = values.new_empty(pairs.touched, values.shape[1])
+    out = _empty(pairs.touched, values.shape[1], values.dtype)
     native.scatter_sum(values.contiguous(), pairs, scale, out, rows, torch.get_num_threads())
     return out, rows
 
@@ -193,6 +193,17 @@ def lazy_zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     if size == 0:
         return torch.zeros(num_rows, width, dtype=dtype)
     return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(num_rows, width)
+
+
+def _empty(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """As `torch.empty` on the CPU, but a large one comes from NumPy, which asks for huge pages.
+
+    Every page of the result is new and is written once; with small pages that costs twice as much as the sums.
+    """
+    size = num_rows * width * dtype.itemsize
+    if size < 2**22:
+        return torch.empty(num_rows, width, dtype=dtype)
+    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(num_rows, width)
 
 
 LIBRARY.impl("scatter_sum", _scatter_sum_cpu, "CPU")
