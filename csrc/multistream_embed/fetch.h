@@ -6,7 +6,7 @@
 
 namespace speechlm {
 
-constexpr int64_t kGrainBytes = 128 * 1024;  // less than this is not worth waking a thread
+constexpr int64_t kGrainBytes = 256 * 1024;  // less than this is not worth waking a thread
 
 // Fetches the first 4 KiB of a row; the processor guesses the rest.
 inline void fetch(const void* row, int64_t bytes) {
