@@ -5,6 +5,7 @@
     sx.ops            delay_pack, multistream_embed, multistream_loss, kmeans_assign, multistream_sample
     sx.TokenLayout    which id means what, as versioned data
     sx.SpeechLM       the model: from_pretrained, save_pretrained, forward
+    sx.MultiStreamEmbedding  its input table as a module of its own
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from speechlm_ext import ops
     from speechlm_ext.layout import TokenLayout
+    from speechlm_ext.model.embedding import MultiStreamEmbedding
     from speechlm_ext.model.speechlm import SpeechLM
 
 __version__ = "0.1.0"
-__all__ = ["SpeechLM", "TokenLayout", "__version__", "ops"]
+__all__ = ["MultiStreamEmbedding", "SpeechLM", "TokenLayout", "__version__", "ops"]
 
 _LAZY = {
     "ops": ("speechlm_ext.ops", None),
     "TokenLayout": ("speechlm_ext.layout", "TokenLayout"),
+    "MultiStreamEmbedding": ("speechlm_ext.model.embedding", "MultiStreamEmbedding"),
     "SpeechLM": ("speechlm_ext.model.speechlm", "SpeechLM"),
 }
 

@@ -21,6 +21,11 @@ def main(device: str = "cuda") -> None:
         ids = torch.randint(0, 50, (200, 9), device=device)
         ids[:150, 0] = 7  # a run that several blocks share
         sx.ops.multistream_embed(ids, table, scale=[0.5] * 9).sum().backward()
+        features = torch.randn(90, width, device=device).to(dtype).requires_grad_()
+        positions = torch.arange(199, 19, -2, device=device)
+        sx.ops.multistream_embed(
+            ids, table, features=features, feature_positions=positions, sparse=True
+        ).sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
 

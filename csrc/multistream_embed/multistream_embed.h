@@ -1,10 +1,7 @@
-// multistream_embed: out[n] = sum over s of scale[s] * table[ids[n, s] + offset[s]], where pads add nothing; and
-// scatter_sum, which is its backward: grad[v] = sum of scale[s] * values[n] over all (n, s) with ids[n, s] + offset[s]
-// == v. With one stream and no pads scatter_sum is the public op segment_sum.
+// multistream_embed: out[n] = sum over s of scale[s] * table[ids[n, s] + offset[s]], where pads add nothing, plus the
+// row of continuous features that belongs there, if one does. Its backward is in scatter_sum.h.
 //
-// Sums are kept in float (double for double) and rounded once. scatter_sum adds in the order of (n, s) within pieces
-// and then piece by piece (CPU: kPiece members from the first on; CUDA: chunks of the sorted pairs), so the bits depend
-// neither on threads nor on chance, only on which of the two devices it was.
+// Sums are kept in float (double for double), in the order of the streams with the feature last, and rounded once.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +11,6 @@
 namespace speechlm {
 
 constexpr int kMostStreams = 64;
-constexpr int64_t kPiece = 256;
 
 struct EmbedShape {
   int64_t num_rows = 0;     // N
@@ -36,34 +32,33 @@ template <typename T, typename Id>
 struct EmbedArgs {
   EmbedShape shape;
   EmbedRule rule;
-  const Id* ids = nullptr;   // [N, S]
-  const T* table = nullptr;  // [V, D]
-  T* out = nullptr;          // [N, D]
-  int64_t* bad = nullptr;    // [1]: n * S + s of the first id outside the table, else N * S
+  const Id* ids = nullptr;         // [N, S]
+  const T* table = nullptr;        // [V, D]
+  const T* features = nullptr;     // [M, D], or null
+  const int32_t* slots = nullptr;  // [N]: the row of features that each output row takes in, -1 for none; or null
+  T* out = nullptr;                // [N, D]
+  int64_t* bad = nullptr;          // n * S + s of the first id outside the table, else left as it is (CUDA) or N * S
 };
 
-template <typename T, typename Id>
-struct ScatterSumArgs {
-  EmbedShape shape;
-  EmbedRule rule;
-  const Id* ids = nullptr;    // [N, S]
-  const T* values = nullptr;  // [N, D]
-  T* out = nullptr;           // [V, D], zero before
-  void* workspace = nullptr;  // CUDA only: scatter_sum_workspace bytes
+// Which features go where; the slots are their inverse.
+struct FeaturePlaces {
+  int64_t num_features = 0;            // M
+  int64_t num_rows = 0;                // N
+  const int64_t* positions = nullptr;  // [M] distinct rows of the output, in any order
+  int32_t* slots = nullptr;            // [N]; CUDA: -1 before
+  int64_t* bad = nullptr;              // CUDA, or null: becomes -1 if a position is out of range or used twice
 };
 
 template <typename T, typename Id>
 void multistream_embed_cpu(const EmbedArgs<T, Id>& args, int threads);
-template <typename T, typename Id>
-void scatter_sum_cpu(const ScatterSumArgs<T, Id>& args, int threads);
+// Fills the slots. False if a position is out of range or used twice.
+bool place_features_cpu(const FeaturePlaces& places);
 
 // `stream` is a cudaStream_t; the launches are asynchronous and can be captured.
 template <typename T, typename Id>
 void multistream_embed_cuda(const EmbedArgs<T, Id>& args, int device, void* stream);
-template <typename T, typename Id>
-void scatter_sum_cuda(const ScatterSumArgs<T, Id>& args, int device, void* stream);
-// Bytes of device memory that scatter_sum_cuda needs beside its tensors.
-int64_t scatter_sum_workspace(const EmbedShape& shape, bool is_double);
+// A position out of range is left out; of a position used twice the last feature counts.
+void place_features_cuda(const FeaturePlaces& places, int device, void* stream);
 
 // The row of the table for an id of stream s; -1 for a pad, -2 for one outside the table.
 template <typename Id>

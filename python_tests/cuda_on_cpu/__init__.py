@@ -31,7 +31,9 @@ SEEDS = range(8)
 #: Ops whose CUDA entry is another Python function than the CPU's: op name -> (module, function).
 CUDA_ENTRIES = {
     "delay_pack_segments": ("speechlm_ext.ops._delay_pack_op", "_delay_pack_segments_cuda"),
-    "scatter_sum": ("speechlm_ext.ops.multistream_embed", "_scatter_sum_cuda"),
+    "multistream_embed": ("speechlm_ext.ops.multistream_embed", "_embed_cuda"),
+    "scatter_sum": ("speechlm_ext.ops.scatter_sum", "_scatter_sum_cuda"),
+    "scatter_sum_rows": ("speechlm_ext.ops.scatter_sum", "_scatter_sum_rows_cuda"),
 }
 
 

@@ -127,7 +127,7 @@ def test_save_and_load(tmp_path: Path, tie_head: bool) -> None:
     assert again.layout == LAYOUT and again.config == model.config
     ids, position, bounds = rows([5, 3])
     assert torch.equal(again.hidden(ids, position, bounds), model.hidden(ids, position, bounds))
-    assert (again.head.weight is again.embedding) == tie_head
+    assert (again.head.weight is again.embedding.weight) == tie_head
 
 
 def test_refuses_what_is_not_a_model(tmp_path: Path) -> None:
@@ -164,11 +164,15 @@ def test_pretrained_backbone_keeps_text_rows(tmp_path: Path) -> None:
     model = make()
     model.load_backbone(tmp_path)
     start, end = LAYOUT.interval("text_bpe")
-    assert torch.equal(model.embedding[start:end], theirs.get_input_embeddings().weight)
+    assert torch.equal(model.embedding.weight[start:end], theirs.get_input_embeddings().weight)
     assert torch.equal(model.head.weight[start:end], theirs.get_output_embeddings().weight)
     assert torch.equal(model.backbone.layers[1].mlp.up_proj.weight, theirs.model.layers[1].mlp.up_proj.weight)
-    new = model.embedding[1:start]
-    assert 0.4 < float(new.std()) < 0.7 and not model.embedding[LAYOUT.pad_id].any()
+    new = model.embedding.weight.detach()[1:start]
+    assert 0.4 < float(new.std()) < 0.7 and not model.embedding.weight[LAYOUT.pad_id].any()
+    tied = make(tie_head=True)
+    tied.load_backbone(tmp_path)
+    assert tied.head.weight is tied.embedding.weight
+    assert torch.equal(tied.head.weight[start:end], theirs.get_input_embeddings().weight)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         model.load_backbone(tmp_path / "nowhere")
 

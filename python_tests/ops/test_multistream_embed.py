@@ -11,18 +11,9 @@ from torch.library import opcheck
 import speechlm_ext as sx
 from speechlm_ext.errors import SpeechLMError
 from speechlm_ext.ops._native import native
-from speechlm_ext.ops.multistream_embed import lazy_zeros
 from speechlm_ext.ops.reference import multistream_embed as reference
 
-SETTINGS = {
-    "plain": {},
-    "pad_minus_one": dict(pad_id=-1),
-    "pad_three": dict(pad_id=3),
-    "offsets": dict(offsets=[0, 5, 10]),
-    "zero_offsets": dict(offsets=[0, 0, 0]),
-    "scale": dict(scale=[1.0, -0.5, 2.0]),
-    "all": dict(pad_id=2, offsets=[3, 0, 7], scale=[0.0, 1.5, 2.0]),
-}
+from .embed_cases import DTYPES, SETTINGS, assert_no_worse, make_ids
 
 
 def naive(ids, table, pad_id=0, offsets=None, scale=None):
@@ -35,23 +26,6 @@ def naive(ids, table, pad_id=0, offsets=None, scale=None):
                 total = total + (scale[s] if scale else 1.0) * table[row].double()
         rows.append(total)
     return torch.stack(rows)
-
-
-def make_ids(pad_id, dtype=torch.int64, num_rows=17):
-    ids = torch.randint(0, 5, (num_rows, 3), dtype=dtype)
-    ids[torch.rand(ids.shape) < 0.3] = pad_id
-    ids[4] = pad_id  # a row of pads alone
-    return ids
-
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def assert_no_worse(got, torch_result, exact):
-    """At most twice the error of torch's own op of the same dtype; a rounding step is allowed to both."""
-    error, rival = ((t.double().cpu() - exact).abs().max() for t in (got, torch_result))
-    step = torch.finfo(got.dtype).eps * exact.abs().max() / 2
-    assert error <= 2 * torch.maximum(rival, step), (error, rival, step)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,7 +163,7 @@ def test_opcheck(device):
     table = torch.randn(20, 9, device=device, requires_grad=True)
     ids = make_ids(0).to(device)
     for rule in ((0, [], []), (-1, [0, 5, 10], [0.5, 1.0, 2.0])):
-        opcheck(torch.ops.speechlm_ext.multistream_embed, (ids, table, *rule, False))
+        opcheck(torch.ops.speechlm_ext.multistream_embed, (ids, table, *rule, None, None, False, False))
         values = torch.randn(17, 9, device=device, requires_grad=True)
         opcheck(torch.ops.speechlm_ext.scatter_sum, (values, ids, *rule, 20))
 
@@ -204,22 +178,28 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(loss, (table,))
 
 
-def test_untouched_memory_is_zero():
-    """Also where the memory was used before."""
-    for _ in range(3):
-        dirty = torch.full((2000, 300), 7.0)
-        del dirty
-        zeros = lazy_zeros(2000, 300, torch.float32)
-        assert not zeros.any() and zeros.shape == (2000, 300)
-    assert lazy_zeros(0, 5, torch.bfloat16).shape == (0, 5)
-
-
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_gradients(settings, device):
     options = SETTINGS[settings]
     ids = make_ids(options.get("pad_id", 0), num_rows=6).to(device)
     table = torch.randn(20, 3, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: sx.ops.multistream_embed(ids, t, **options), (table,))
+
+
+@pytest.mark.parametrize("num_streams", [1, 33, 64])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_as_many_streams_as_fit(num_streams, scaled, device):
+    ids = torch.randint(0, 30, (21, num_streams), device=device)
+    scale = [0.5 + s / 64 for s in range(num_streams)] if scaled else None
+    table = torch.randn(30, 20, dtype=torch.float64, device=device, requires_grad=True)
+    got = sx.ops.multistream_embed(ids, table, scale=scale)
+    weight = torch.ones(num_streams) if scale is None else torch.tensor(scale)
+    weight = (ids != 0).cpu() * weight.double()
+    want = (table.cpu()[ids.cpu()] * weight[..., None]).sum(1)
+    torch.testing.assert_close(got.cpu(), want)
+    (ours,) = torch.autograd.grad(got.sum(), table)
+    (theirs,) = torch.autograd.grad(want.sum(), table)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("options", [{}, dict(offsets=[0, 1, 2]), dict(scale=[1.0, 1.0, 1.0])])
@@ -297,25 +277,3 @@ def test_an_id_outside_the_table_is_an_index_error(device):
     assert isinstance(caught.value, SpeechLMError)
     with pytest.raises(ValueError, match="at most 64 streams"):
         sx.ops.multistream_embed(torch.zeros(1, 65, dtype=torch.int64), torch.randn(20, 4))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_segment_sum(dtype, device):
-    values = torch.randn(50, 7).to(dtype).to(device)
-    ids = torch.randint(0, 6, (50,), dtype=torch.int32, device=device)
-    want = torch.stack([values[ids == k].double().sum(dim=0) for k in range(8)])
-    got = sx.ops.segment_sum(values, ids, 8)
-    assert got.dtype == dtype
-    torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-5)
-    assert torch.equal(got[6:], torch.zeros(2, 7, dtype=dtype, device=device))
-
-
-def test_segment_sum_gradients_and_bad_input():
-    values = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    ids = torch.tensor([0, 2, 2, 1, 0, 2])
-    assert torch.autograd.gradcheck(lambda v: sx.ops.segment_sum(v, ids, 3), (values,))
-    with pytest.raises(IndexError, match=r"must be in \[0, 2\); got values from 0 to 2"):
-        sx.ops.segment_sum(values, ids, 2)
-    with pytest.raises(ValueError, match=r"segment_ids must be int32 or int64 \[6\]"):
-        sx.ops.segment_sum(values, ids[:3], 3)
-    assert sx.ops.segment_sum(torch.zeros(0, 4), ids[:0], 3).tolist() == [[0.0] * 4] * 3

@@ -18,20 +18,34 @@ from tiny import config  # noqa: E402
 
 from speechlm_ext.errors import SpeechLMError  # noqa: E402
 from speechlm_ext.training import run_train, train  # noqa: E402
+from speechlm_ext.training.engine import import_deepspeed  # noqa: E402
 
 WRITE_LINE = train._write_line
+deepspeed = import_deepspeed()
+INITIALIZE = deepspeed.initialize
 
 
 class _Stop(Exception):
     """Ends a run as a crash would, right after a step."""
 
 
+def partition_everything(model=None, config=None, **more):  # type: ignore[no-untyped-def]
+    """deepspeed.initialize that partitions small parameters too, as ZeRO-3 does with a real model's."""
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    made = INITIALIZE(model=model, config=config, **more)
+    assert model.embedding.weight.numel() == 0, "the table is not partitioned"
+    return made
+
+
 def do(tokens: Path, changes: dict) -> str | None:
+    deepspeed.initialize = partition_everything if changes.pop("partition", False) else INITIALIZE
+    tie_head = changes.pop("tie_head", False)
     stop_at, slow = changes.pop("stop_at", None), changes.pop("slow", 0)
     budget, hidden = changes.pop("budget", None), changes.pop("hidden_size", None)
     settings = config(Path(changes.pop("run_dir")), tokens, **changes)
     if budget:
         settings = replace(settings, data=replace(settings.data, budget=budget))
+    settings = replace(settings, model=replace(settings.model, tie_head=tie_head))
     if hidden:
         settings = replace(settings, model=replace(settings.model, hidden_size=hidden))
 

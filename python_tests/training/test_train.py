@@ -80,10 +80,17 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan.append({"run_dir": root / f"{name}-parted", **changes, "stop_at": 3})
         plan.append({"run_dir": root / f"{name}-parted", **changes})
     plan.append({"run_dir": root / "two-packs", "accumulation": 2})
+    plan += [
+        {"run_dir": root / f"whole-{t}", "accumulation": 2, "steps": 3, "tie_head": t} for t in (False, True)
+    ]
     results = drive(tokens, plan)
     assert results == [None] * len(results)
     both = [{"run_dir": root / f"two-processes-{s}", "zero_stage": s, "steps": 3} for s in (0, 1, 2, 3)]
     both += [{"run_dir": root / f"elastic-{s}", "zero_stage": s, "stop_at": 3} for s in (1, 3)]
+    both += [
+        {"run_dir": root / f"partitioned-{t}", "zero_stage": 3, "partition": True, "steps": 3, "tie_head": t}
+        for t in (False, True)
+    ]
     results = drive(tokens, both, world=2)
     assert results == [None] * len(results)
     return root
@@ -130,6 +137,17 @@ def test_two_processes_learn_the_same(runs: Path, stage: int) -> None:
     """Two processes with one pack each equal one process with two packs a step, for every ZeRO stage."""
     ours, theirs = losses(runs / f"two-processes-{stage}"), losses(runs / "two-packs")[:3]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("tie_head", [False, True])
+def test_partitioned_tables_learn_the_same(runs: Path, tie_head: bool) -> None:
+    """ZeRO-3 with every parameter partitioned: losses and weights as of one process, whose table is whole."""
+    ours, theirs = runs / f"partitioned-{tie_head}", runs / f"whole-{tie_head}"
+    torch.testing.assert_close(torch.tensor(losses(ours)), torch.tensor(losses(theirs)), rtol=2e-5, atol=0)
+    found, wanted = weights(ours), weights(theirs)
+    assert set(found) == set(wanted) and ("head.weight" in wanted) == (not tie_head)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_resume_on_another_number_of_processes(runs: Path, tokens: Path) -> None:

@@ -1,6 +1,7 @@
 """The speech language model: any causal LM as backbone, summed stream embeddings, one shared head."""
 
 from speechlm_ext.model.config import LossSettings, ModelConfig
+from speechlm_ext.model.embedding import MultiStreamEmbedding
 from speechlm_ext.model.speechlm import SpeechLM
 
-__all__ = ["LossSettings", "ModelConfig", "SpeechLM"]
+__all__ = ["LossSettings", "ModelConfig", "MultiStreamEmbedding", "SpeechLM"]

@@ -24,8 +24,9 @@ from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model.attention import NAME as ATTENTION
 from speechlm_ext.model.attention import Packing, choose_attention
 from speechlm_ext.model.config import CONFIG_NAME, ModelConfig
+from speechlm_ext.model.embedding import MultiStreamEmbedding, load_rows, whole
 from speechlm_ext.model.head import MultiStreamHead
-from speechlm_ext.ops import MultiStreamLoss, multistream_embed
+from speechlm_ext.ops import MultiStreamLoss
 from speechlm_ext.utils.io import atomic_path, atomic_write_json
 
 if TYPE_CHECKING:
@@ -68,16 +69,17 @@ class SpeechLM(nn.Module):
         # The table is ours: the backbone is always given summed embeddings.
         self.backbone.set_input_embeddings(nn.Identity())
         D = backbone_config.hidden_size
-        self.embedding = nn.Parameter(torch.empty(layout.vocab_size, D))
+        std = float(getattr(backbone_config, "initializer_range", 0.02))
+        self.embedding = MultiStreamEmbedding(layout.vocab_size, D, pad_id=layout.pad_id, std=std)
         self.head = MultiStreamHead(
             layout.vocab_size,
             D,
             layout.num_streams,
             layout.scopes(config.loss.scope),
             config.loss,
-            weight=self.embedding if config.tie_head else None,
+            weight=self.embedding.weight if config.tie_head else None,
         )
-        self.init_tables(float(getattr(backbone_config, "initializer_range", 0.02)))
+        self._init_head(std)
 
     # ---- properties ---------------------------------------------------------------------------------------------
     @property
@@ -88,7 +90,7 @@ class SpeechLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embedding.device
+        return self.embedding.weight.device
 
     @property
     def max_positions(self) -> int:
@@ -99,21 +101,18 @@ class SpeechLM(nn.Module):
         """Number of trainable values, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    @torch.no_grad()
     def init_tables(self, std: float) -> None:
         """Draw embedding, head and stream vectors from N(0, std²); the pad's row is zero."""
-        nn.init.normal_(self.embedding, std=std)
-        nn.init.normal_(self.head.weight, std=std)
+        self.embedding.reset_parameters(std)
+        self._init_head(std)
+
+    def _init_head(self, std: float) -> None:
+        if not self.config.tie_head:
+            nn.init.normal_(self.head.weight, std=std)
         if self.head.stream_embed is not None:
             nn.init.normal_(self.head.stream_embed, std=std)
-        self.embedding[self.layout.pad_id].zero_()
 
     # ---- forward ------------------------------------------------------------------------------------------------
-    def embed(self, ids: Tensor) -> Tensor:
-        """Sum of the streams' embeddings: int ``[..., S]`` -> float ``[..., D]``."""
-        flat = multistream_embed(ids.reshape(-1, ids.shape[-1]), self.embedding, pad_id=self.layout.pad_id)
-        return flat.view(*ids.shape[:-1], -1)
-
     def hidden(self, ids_NS: Tensor, position_N: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Last hidden states of a packed row.
 
@@ -125,7 +124,7 @@ class SpeechLM(nn.Module):
         Returns:
             float ``[N, D]``.
         """
-        embedded = self.embed(ids_NS)[None]
+        embedded = self.embedding(ids_NS)[None]
         kernel, _ = choose_attention(embedded.device, embedded.dtype)
         packing = Packing.build(cu_seqlens, kernel)
         out = self.backbone(
@@ -172,7 +171,7 @@ class SpeechLM(nn.Module):
         Returns:
             float ``[B, T, D]``.
         """
-        embedded = self.embed(ids_BTS)
+        embedded = self.embedding(ids_BTS)
         T, K = ids_BTS.shape[1], key_mask_BK.shape[1]
         query = torch.arange(K - T, K, device=ids_BTS.device)
         key = torch.arange(K, device=ids_BTS.device)
@@ -255,7 +254,7 @@ class SpeechLM(nn.Module):
                 f"{weights} cannot be read ({error}); it is damaged or truncated."
             ) from None
         if config.tie_head:
-            state["head.weight"] = state["embedding"]
+            state["head.weight"] = state["embedding.weight"]
         try:
             model.load_state_dict(state, strict=True)
         except RuntimeError as error:
@@ -266,7 +265,8 @@ class SpeechLM(nn.Module):
     def load_backbone(self, folder: str | Path) -> None:
         """Start from a pretrained causal LM: copy its body, and its text rows into the table and the head.
 
-        New rows (special, ssl, codec ids) are drawn at the mean and standard deviation of the pretrained table.
+        New rows (special, ssl, codec ids) are drawn at the pretrained tables' own scale; see
+        :meth:`MultiStreamEmbedding.load_text_rows`. A tied head takes its rows from the input table.
 
         Args:
             folder: a transformers causal-LM folder whose tokenizer is this model's text tokenizer.
@@ -286,11 +286,11 @@ class SpeechLM(nn.Module):
         head = table if out is None else out.weight
         body.set_input_embeddings(nn.Identity())
         start, end = self.layout.interval("text_bpe")
-        rows = min(end - start, table.shape[0])
-        if table.shape[1] != self.embedding.shape[1] or end - start > table.shape[0]:
+        if table.shape[1] != self.embedding.embedding_dim or end - start > table.shape[0]:
             raise CheckpointError(
                 f"backbone {folder} has a table of {tuple(table.shape)}, but the layout has {end - start} text ids and "
-                f"the model a width of {self.embedding.shape[1]}. Use the backbone's own tokenizer and configuration."
+                f"the model a width of {self.embedding.embedding_dim}. Use the backbone's own tokenizer and "
+                "configuration."
             )
         try:
             self.backbone.load_state_dict(body.state_dict(), strict=True)
@@ -298,10 +298,10 @@ class SpeechLM(nn.Module):
             raise CheckpointError(
                 f"backbone {folder} does not fit the model's configuration: {error}"
             ) from None
-        for ours, theirs in ((self.embedding, table), (self.head.weight, head)):
-            ours.copy_(torch.randn_like(ours) * theirs.std() + theirs.mean(0))
-            ours[start : start + rows].copy_(theirs[:rows])
-        self.embedding[self.layout.pad_id].zero_()
+        self.embedding.load_text_rows(table, start, end)
+        if not self.config.tie_head:
+            with whole(self.head.weight):
+                load_rows(self.head.weight, head, start, end)
 
 
 def backbone_settings(folder: str | Path) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from speechlm_ext.ops._native import OpError
 from speechlm_ext.ops.delay_pack import DelayUnpacker, PackedBatch, delay_pack, delay_unpack
 from speechlm_ext.ops.delay_preset import delay_preset
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
-from speechlm_ext.ops.multistream_embed import multistream_embed, segment_sum
+from speechlm_ext.ops.multistream_embed import multistream_embed
 from speechlm_ext.ops.multistream_loss import MultiStreamLoss, multistream_loss
 from speechlm_ext.ops.multistream_sample import DecodeState, SampledStep, advance, multistream_sample
+from speechlm_ext.ops.scatter_sum import scatter_sum_rows, segment_sum
 
 __all__ = [
     "CentroidIndex",
@@ -24,5 +25,6 @@ __all__ = [
     "multistream_embed",
     "multistream_loss",
     "multistream_sample",
+    "scatter_sum_rows",
     "segment_sum",
 ]

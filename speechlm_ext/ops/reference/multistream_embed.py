@@ -1,4 +1,4 @@
-"""multistream_embed and segment_sum in plain torch, on `F.embedding_bag` and `index_add`."""
+"""multistream_embed, segment_sum and scatter_sum_rows in plain torch, on `F.embedding_bag` and `index_add`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,24 @@ from torch import Tensor
 
 
 def multistream_embed(
+    ids: Tensor,
+    table: Tensor,
+    pad_id: int,
+    offsets: Sequence[int] | None,
+    scale: Sequence[float] | None,
+    features: Tensor | None = None,
+    feature_positions: Tensor | None = None,
+) -> Tensor:
+    """``Σ_s scale[s] · table[ids[:, s] + offsets[s]]`` over the ids that are not ``pad_id``, plus the features."""
+    out = _embed_ids(ids, table, pad_id, offsets, scale)
+    if features is not None and feature_positions is not None:
+        out = out.index_add(0, feature_positions, features.to(out.dtype))
+    return out
+
+
+def _embed_ids(
     ids: Tensor, table: Tensor, pad_id: int, offsets: Sequence[int] | None, scale: Sequence[float] | None
 ) -> Tensor:
-    """``Σ_s scale[s] · table[ids[:, s] + offsets[s]]`` over the ids that are not ``pad_id``."""
     is_simple = offsets is None and scale is None and 0 <= pad_id < table.shape[0]
     if is_simple:
         return F.embedding_bag(ids, table, mode="sum", padding_idx=pad_id)
@@ -34,3 +49,20 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tenso
     dtype = values.dtype if values.dtype == torch.float64 else torch.float32
     out = torch.zeros(num_segments, values.shape[1], dtype=dtype, device=values.device)
     return out.index_add(0, segment_ids, values.to(dtype)).to(values.dtype)
+
+
+def scatter_sum_rows(
+    values: Tensor,
+    ids: Tensor,
+    pad_id: int | None,
+    offsets: Sequence[int] | None,
+    scale: Sequence[float] | None,
+) -> tuple[Tensor, Tensor]:
+    """The distinct rows that ids name, ascending, and ``Σ scale[s] · values[n]`` for each."""
+    num_streams = ids.shape[1]
+    starts = torch.tensor(list(offsets or [0] * num_streams), dtype=torch.int64, device=ids.device)
+    factors = torch.tensor(list(scale or [1.0] * num_streams), dtype=values.dtype, device=ids.device)
+    is_real = torch.ones_like(ids, dtype=torch.bool) if pad_id is None else ids != pad_id
+    rows, place = torch.unique((ids + starts)[is_real], return_inverse=True)
+    sources = (values[:, None] * factors[None, :, None])[is_real]
+    return rows, segment_sum(sources, place, len(rows))
