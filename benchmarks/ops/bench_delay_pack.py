@@ -1,8 +1,8 @@
 """delay_pack against its rivals: ``make bench OP=delay_pack``.
 
 Rivals: the list form where the flat form is timed; the plain-torch reference; a loop of shifts per segment and stream;
-for a batch of equal lengths the way ESPnet-SpeechLM does it, one slice assignment per stream for the whole batch, and
-that compiled by torch; and audiocraft's pattern provider, cold, as it is for every new length (``make bench`` installs
+for segments of equal lengths the way ESPnet-SpeechLM does it, which collates them to a padded batch and makes one slice
+assignment per stream, the same for a batch that is there already, and that compiled by torch; and audiocraft's pattern provider, cold, as it is for every new length (``make bench`` installs
 it; only its ids are compared, it makes nothing else). The limit is a copy of the bytes that the op must write into memory
 that is there already.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import speechlm_ext as sx
 from benchmarks.harness import compare, devices
@@ -114,9 +115,10 @@ def test_bench(benchmark, shape, device):
     }
     if len({len(s) for s in segments}) == 1:
         batch = torch.stack(segments), torch.stack(weights)
-        rivals["espnet"] = lambda: batched(*batch)
+        rivals["espnet"] = lambda: batched(*(pad_sequence(x, batch_first=True) for x in (segments, weights)))
+        rivals["espnet_from_batch"] = lambda: batched(*batch)
         if (run := compiled(batched, *batch)) is not None:
-            rivals["espnet_compiled"] = lambda: run(*batch)
+            rivals["espnet_from_batch_compiled"] = lambda: run(*batch)
     there = [torch.empty_like(t) for t in expected]
     compare(
         benchmark,
@@ -144,13 +146,15 @@ def audiocraft_patterns():
 
 
 @pytest.mark.parametrize("device", devices())
-def test_bench_audiocraft(benchmark, device):
-    """Both make MusicGen's layout of the same batch; ours makes labels, weights and positions too."""
+@pytest.mark.parametrize(("batch_size", "num_streams"), [(1, 9), (1, 32), (32, 9)])
+def test_bench_audiocraft(benchmark, batch_size, num_streams, device):
+    """Both make MusicGen's layout of 1,500 frames; ours makes labels, weights and positions too."""
     patterns = audiocraft_patterns()
     if patterns is None:
         pytest.skip("audiocraft is not installed: pip install --no-deps audiocraft")
-    segments, _, delays = make_segments("batch32", device)
-    S, batch = len(delays), torch.stack(segments).transpose(1, 2).contiguous()
+    S = num_streams
+    segments = list(torch.randint(1, 60_000, (batch_size, 1500, S), device=device))
+    batch = torch.stack(segments).transpose(1, 2).contiguous()
     flat, offsets = torch.cat(segments), torch.tensor([0, *(len(s) for s in segments)]).cumsum(0)
     preset = sx.ops.delay_preset("musicgen", S, pad_ids=0)
 
@@ -170,7 +174,7 @@ def test_bench_audiocraft(benchmark, device):
     compare(
         benchmark,
         op="delay_pack",
-        shape="batch32_musicgen",
+        shape=f"musicgen_b{batch_size}_s{S}",
         device=device,
         ours=ours,
         rivals={"audiocraft_cold": provider},

@@ -121,6 +121,7 @@ class Packer {
     const int64_t limit_row = a_.shape.limit_rows > 1 ? seg.index : 0;
     period_.elements = std::lcm(S_, kPackLanes);
     period_.rows = period_.elements / S_;
+    period_.narrow = seg.width < S_;
     for (int64_t e = 0; e < period_.elements; ++e) {
       const int64_t row = e / S_, s = e % S_;
       const bool live = s < seg.width;

@@ -22,7 +22,7 @@ inline void load(Vector& v, const T* from) {
   std::memcpy(&v, from, sizeof v);
 }
 
-template <typename In, typename Out, bool kWeight, bool kCheck>
+template <typename In, typename Out, bool kWeight, bool kCheck, bool kNarrow>
 bool pack_rows(const PackRows<In, Out>& a, const PackPeriod& p) {
   Wide bad{};
   const In* ids = a.ids;
@@ -40,7 +40,8 @@ bool pack_rows(const PackRows<In, Out>& a, const PackPeriod& p) {
       load(limit, p.limit + e);
       load(offset, p.offset + e);
       load(w, p.factor + e);
-      Wide x = Wide{ids[at[0]], ids[at[1]], ids[at[2]], ids[at[3]]} & mask;
+      Wide x{ids[at[0]], ids[at[1]], ids[at[2]], ids[at[3]]};
+      if (kNarrow) x &= mask;
       if (kCheck) bad |= reinterpret_cast<WideUnsigned>(x) >= limit;
       x = reinterpret_cast<Wide>(reinterpret_cast<WideUnsigned>(x) + offset);
       if constexpr (std::is_same_v<Out, int64_t>) {
@@ -55,7 +56,8 @@ bool pack_rows(const PackRows<In, Out>& a, const PackPeriod& p) {
       if (kWeight) {
         // A stream without content has the factor 0, but somebody's NaN must not come through it.
         const Floats given{weight[at[0]], weight[at[1]], weight[at[2]], weight[at[3]]};
-        w = reinterpret_cast<Floats>(reinterpret_cast<Narrow>(w * given) & __builtin_convertvector(mask, Narrow));
+        w *= given;
+        if (kNarrow) w = reinterpret_cast<Floats>(reinterpret_cast<Narrow>(w) & __builtin_convertvector(mask, Narrow));
       }
       std::memcpy(out_weight + e, &w, sizeof w);
     }
@@ -68,10 +70,15 @@ bool pack_rows(const PackRows<In, Out>& a, const PackPeriod& p) {
   return (bad[0] | bad[1] | bad[2] | bad[3]) != 0;
 }
 
+template <typename In, typename Out, bool kWeight, bool kCheck>
+bool by_width(const PackRows<In, Out>& a, const PackPeriod& p) {
+  return p.narrow ? pack_rows<In, Out, kWeight, kCheck, true>(a, p) : pack_rows<In, Out, kWeight, kCheck, false>(a, p);
+}
+
 template <typename In, typename Out>
 bool dispatch(const PackRows<In, Out>& a, const PackPeriod& p, bool check) {
-  if (a.weight != nullptr) return check ? pack_rows<In, Out, true, true>(a, p) : pack_rows<In, Out, true, false>(a, p);
-  return check ? pack_rows<In, Out, false, true>(a, p) : pack_rows<In, Out, false, false>(a, p);
+  if (a.weight != nullptr) return check ? by_width<In, Out, true, true>(a, p) : by_width<In, Out, true, false>(a, p);
+  return check ? by_width<In, Out, false, true>(a, p) : by_width<In, Out, false, false>(a, p);
 }
 
 }  // namespace

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from speechlm_ext.ops._delay_pack_op import Counts
-from speechlm_ext.ops._native import check, describe
+from speechlm_ext.ops._native import check, describe, int_list
 
 ID_DTYPES = (torch.int32, torch.int64)
 MOST_STREAMS = 64
@@ -23,6 +24,21 @@ Specials: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | tuple[Tensor, Te
 SpecialWeight: TypeAlias = float | Sequence[float] | Tensor
 
 
+def shifts(
+    delays: Sequence[int], pad_ids: Sequence[int], tail_ids: Sequence[int] | None
+) -> tuple[list[int], list[int], list[int]]:
+    """Delays, pad ids and tail ids as lists; the latter two are one list where they are the same."""
+    delays = int_list(delays, "delay_pack: delays")
+    S = len(delays)
+    if not 1 <= S <= MOST_STREAMS:
+        check(S >= 1, "delay_pack: delays must have at least one value")
+        check(False, f"delay_pack: there must be 1 to {MOST_STREAMS} streams; got {S}")
+    if min(delays) < 0:
+        check(False, f"delay_pack: delays must be 0 or more rows; got {delays}")
+    pad_ids = int_list(pad_ids, "delay_pack: pad_ids", S)
+    return delays, pad_ids, pad_ids if tail_ids is None else int_list(tail_ids, "delay_pack: tail_ids", S)
+
+
 def tail_rows(tail: str | int, max_delay: int) -> int:
     """How many rows follow a segment's last frame."""
     if isinstance(tail, int) and not isinstance(tail, bool):
@@ -31,9 +47,8 @@ def tail_rows(tail: str | int, max_delay: int) -> int:
             f"delay_pack: tail must be 0 to {max_delay} rows, the largest delay; got {tail}",
         )
         return tail
-    check(
-        tail in ("keep", "trim"), f'delay_pack: tail must be "keep", "trim" or a number of rows; got {tail!r}'
-    )
+    if tail not in ("keep", "trim"):
+        check(False, f'delay_pack: tail must be "keep", "trim" or a number of rows; got {tail!r}')
     return max_delay if tail == "keep" else 0
 
 
@@ -55,7 +70,7 @@ def check_segment(name: str, ids: Tensor, num_streams: int, narrow: bool = False
 
 def flat_form(flat: Tensor, offsets: Tensor | Sequence[int], num_streams: int) -> tuple[Tensor, Tensor]:
     check_segment("delay_pack: segments[0] (flat)", flat, num_streams)
-    host = torch.as_tensor(offsets, dtype=torch.int64).to("cpu")
+    host = _host(offsets, torch.int64)
     if host.dim() != 1 or host.shape[0] < 1:
         check(False, f"delay_pack: segments[1] (offsets) must be [n + 1]; got {describe(offsets)}")
     return flat, host
@@ -91,7 +106,7 @@ def list_weight(loss_weight: Sequence[Tensor] | Tensor | None, segments: list[Te
     )
     for i, (weight, segment) in enumerate(zip(loss_weight, segments, strict=True)):
         _check_weight(f"delay_pack: loss_weight[{i}]", weight, tuple(segment.shape), segment.device)
-    return [weight.detach().to(torch.float32) for weight in loss_weight]
+    return [w if w.dtype == torch.float32 else w.to(torch.float32) for w in loss_weight]
 
 
 def flat_weight(loss_weight: Sequence[Tensor] | Tensor | None, flat: Tensor) -> Tensor | None:
@@ -99,7 +114,7 @@ def flat_weight(loss_weight: Sequence[Tensor] | Tensor | None, flat: Tensor) -> 
         return None
     weight = loss_weight if isinstance(loss_weight, Tensor) else torch.cat(list(loss_weight))
     _check_weight("delay_pack: loss_weight", weight, tuple(flat.shape), flat.device)
-    return weight.detach().to(torch.float32)
+    return weight if weight.dtype == torch.float32 else weight.to(torch.float32)
 
 
 def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -123,7 +138,7 @@ def per_segment(values: PerSegment | None, name: str, num_segments: int, num_str
     """int64 ``[1, S]`` or ``[n, S]``."""
     if values is None:
         return None
-    out = torch.as_tensor(values, dtype=torch.int64).to("cpu")
+    out = _host(values, torch.int64)
     if num_segments == 0 and out.numel() == 0:
         return None
     check(
@@ -140,7 +155,7 @@ def factors(
     """float64 ``[n, S]``."""
     if values is None:
         return None
-    out = torch.as_tensor(values, dtype=torch.float64).detach().to("cpu")
+    out = _host(values, torch.float64)
     if num_segments == 0 and out.numel() == 0:
         return None
     check(
@@ -172,7 +187,8 @@ def make_table(
         special: see `specials`.
     """
     n, S = offsets.shape[0] - 1, len(shifts[0])
-    columns = [offsets, torch.tensor([*shifts[0], *shifts[1], *shifts[2]], dtype=torch.int64)]
+    make = _shift_column if torch.compiler.is_compiling() else _cached_shift_column
+    columns = [offsets, make(*(tuple(values) for values in shifts))]
     num_specials = special[0].shape[0] if special else 0
     if num_specials:
         columns += [special[1], special[2], special[0], special[3].view(torch.int64)]
@@ -200,19 +216,36 @@ def make_table(
         *(n, num_groups, S, num_frames, num_specials, int(widths is not None)),
         *(offset_rows, limit_rows, weight_rows, tail),
     )
-    check(
-        counts.rows <= _MOST_ROWS,
-        f"delay_pack: the block would have {counts.rows} rows, more than cu_seqlens (int32) can hold; "
-        "pack fewer segments at a time",
-    )
+    if counts.rows > _MOST_ROWS:
+        check(
+            False,
+            f"delay_pack: the block would have {counts.rows} rows, more than cu_seqlens (int32) can hold; "
+            "pack fewer segments at a time",
+        )
     return torch.cat(columns), counts
+
+
+def _shift_column(delays: tuple[int, ...], pad_ids: tuple[int, ...], tail_ids: tuple[int, ...]) -> Tensor:
+    return torch.tensor([*delays, *pad_ids, *tail_ids], dtype=torch.int64)
+
+
+#: A program has one or two sets of delays and fills, and making the tensor is a sixth of a small call.
+_cached_shift_column = lru_cache(maxsize=16)(_shift_column)
+
+
+def _host(values: object, dtype: torch.dtype) -> Tensor:
+    """``values`` as a tensor on the host."""
+    if type(values) is Tensor and values.dtype == dtype and values.device.type == "cpu":
+        return values
+    out = torch.as_tensor(values, dtype=dtype).detach()
+    return out if out.device.type == "cpu" else out.cpu()
 
 
 def groups(values: Tensor | Sequence[int] | None, num_segments: int) -> Tensor | None:
     """int64 ``[g + 1]``."""
     if values is None:
         return None
-    out = torch.as_tensor(values, dtype=torch.int64).to("cpu")
+    out = _host(values, torch.int64)
     check(
         out.dim() == 1 and out.shape[0] >= 1,
         f"delay_pack: groups must be [g + 1] offsets over the {num_segments} segments; got {list(out.shape)}",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.ops import _delay_pack_args as args
+from speechlm_ext.ops._delay_pack_op import delay_pack_op, delay_pack_segments_op
 from speechlm_ext.ops._delay_pack_specials import specials
 from speechlm_ext.ops._native import check, describe, int_list
 
@@ -132,13 +133,8 @@ def delay_pack(
         >>> delay_pack([codes], delays=[0, 0, 0], pad_ids=[0, 0, 0], prefix=[8], suffix=[9]).ids.tolist()
         [[8, 0, 0], [1, 2, 3], [4, 5, 6], [9, 0, 0]]
     """
-    delays = int_list(delays, "delay_pack: delays")
+    delays, pad_ids, tail_ids = args.shifts(delays, pad_ids, tail_ids)
     S = len(delays)
-    check(S >= 1, "delay_pack: delays must have at least one value")
-    check(S <= args.MOST_STREAMS, f"delay_pack: there must be 1 to {args.MOST_STREAMS} streams; got {S}")
-    check(min(delays) >= 0, f"delay_pack: delays must be 0 or more rows; got {delays}")
-    pad_ids = int_list(pad_ids, "delay_pack: pad_ids", S)
-    tail_ids = pad_ids if tail_ids is None else int_list(tail_ids, "delay_pack: tail_ids", S)
     tail_rows = args.tail_rows(tail, max(delays))
     widths = None
     if isinstance(segments, tuple) and len(segments) == 2 and not args.is_segment(segments[1]):
@@ -155,9 +151,11 @@ def delay_pack(
             widths = [segment.shape[1] for segment in parts]
     n = offsets.shape[0] - 1
     dtype = flat.dtype if dtype is None else dtype
-    check(dtype in args.ID_DTYPES, f"delay_pack: dtype must be int32 or int64; got {dtype}")
+    if dtype not in args.ID_DTYPES:
+        check(False, f"delay_pack: dtype must be int32 or int64; got {dtype}")
     args.check_fits(pad_ids, "pad_ids", dtype)
-    args.check_fits(tail_ids, "tail_ids", dtype)
+    if tail_ids is not pad_ids:
+        args.check_fits(tail_ids, "tail_ids", dtype)
     table, counts = args.make_table(
         offsets,
         num_frames,
@@ -173,9 +171,9 @@ def delay_pack(
     rule = (table, counts, float(fill_weight), dtype, bool(maps), bool(check_ids))
     if parts is None:
         weight = args.flat_weight(loss_weight, flat)
-        return PackedBatch(*torch.ops.speechlm_ext.delay_pack(flat, weight, *rule))
+        return PackedBatch(*delay_pack_op(flat, weight, *rule))
     weights = args.list_weight(loss_weight, parts)
-    return PackedBatch(*torch.ops.speechlm_ext.delay_pack_segments(parts, weights, *rule))
+    return PackedBatch(*delay_pack_segments_op(parts, weights, *rule))
 
 
 def delay_unpack(ids: Tensor, cu_seqlens: Tensor | Sequence[int], *, delays: Sequence[int]) -> list[Tensor]:
