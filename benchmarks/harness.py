@@ -73,6 +73,7 @@ def compare(
     rivals: Mapping[str, Run],
     check: Callable[[str, Any], None],
     limit: Run | None = None,
+    rounds: int | None = None,
     **extra: Any,
 ) -> None:
     """Check, then time.
@@ -82,6 +83,7 @@ def compare(
         rivals: name -> the same job done another way.
         check: called with a name and a result of ours and of each rival; raises where the result is wrong.
         limit: what no implementation can beat here, e.g. a copy of the bytes that must move.
+        rounds: turns that each has, for what takes seconds; None: the usual number.
         extra: more for ``extra_info``.
     """
     settle_allocator()
@@ -94,7 +96,8 @@ def compare(
     calls = {name: max(1, min(20, int(0.02 / max(seconds_of(run, 1), 1e-7)))) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     # A round has one turn of each, so that a machine that slows down or speeds up does so for all of them.
-    for _ in range(ROUNDS):
+    rounds = rounds or ROUNDS
+    for _ in range(rounds):
         for name, run in runs.items():
             times[name].append(seconds_of(run, calls[name]))
     best = {name: min(values) for name, values in times.items()}
@@ -109,5 +112,5 @@ def compare(
         "spread": round(statistics.median(times["ours"]) / best["ours"] - 1, 4),
     }
     benchmark.group = f"{op} {shape} {device}"
-    benchmark.pedantic(runs["ours"], rounds=ROUNDS, iterations=calls["ours"], warmup_rounds=1)
+    benchmark.pedantic(runs["ours"], rounds=rounds, iterations=calls["ours"], warmup_rounds=1)
     benchmark.extra_info.update(info, **extra)

@@ -7,6 +7,7 @@ namespace speechlm {
 
 void bind_delay_pack(pybind11::module_& m);
 void bind_multistream_embed(pybind11::module_& m);
+void bind_multistream_loss(pybind11::module_& m);
 
 #ifdef SPEECHLM_PLANT_FAULTS
 void bind_planted(pybind11::module_& m);
@@ -15,6 +16,7 @@ void bind_planted(pybind11::module_& m);
 inline void bind_ops(pybind11::module_& m) {
   bind_delay_pack(m);
   bind_multistream_embed(m);
+  bind_multistream_loss(m);
 }
 
 }  // namespace speechlm

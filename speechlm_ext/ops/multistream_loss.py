@@ -12,14 +12,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops._native import OpError, check, describe, partition_hint
-from speechlm_ext.ops.reference.multistream_loss import (
-    Interval,
-    LossOptions,
-    MultiStreamLossFunction,
-    local_targets,
-    merge_intervals,
-)
+from speechlm_ext.ops._multistream_loss_op import MultiStreamLossFunction, Scopes, flatten_scopes
+from speechlm_ext.ops._native import check, describe, partition_hint
+from speechlm_ext.ops.reference.multistream_loss import LossOptions, merge_intervals
 
 
 class MultiStreamLoss(NamedTuple):
@@ -98,10 +93,9 @@ def multistream_loss(
     targets = targets.to(torch.int64)
     loss_weight = loss_weight.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     live = loss_weight > 0
-    _check_values(targets, loss_weight, live, merged)
     options = LossOptions(float(z_loss), float(label_smoothing), None if softcap is None else float(softcap))
     loss_sum, stream_loss, token_nll, stream_correct = MultiStreamLossFunction.apply(
-        hidden, weight, stream_embed, bias, targets, live, loss_weight, merged, options,
+        hidden, weight, stream_embed, bias, targets, live, loss_weight, flatten_scopes(merged), options,
         reduction == "none", torch.is_grad_enabled(),
     )  # fmt: skip
     return MultiStreamLoss(
@@ -122,7 +116,7 @@ def _check_arguments(
     scopes: Sequence[Sequence[tuple[int, int]]],
     stream_embed: Tensor | None,
     bias: Tensor | None,
-) -> tuple[tuple[Interval, ...], ...]:
+) -> Scopes:
     """Checks shapes and gives each stream's scope as merged intervals."""
     op = "multistream_loss"
     check(
@@ -167,24 +161,3 @@ def _check_arguments(
             check(end <= start, f"{op}: the intervals of scopes[{s}] overlap: {ordered}")
         merged.append(merge_intervals(ordered))
     return tuple(merged)
-
-
-def _check_values(
-    targets: Tensor, loss_weight: Tensor, live: Tensor, scopes: Sequence[Sequence[Interval]]
-) -> None:
-    """Refuses weights that mean nothing and live targets that their softmax does not contain."""
-    bad_weight = ~((loss_weight >= 0) & loss_weight.isfinite())
-    if bool(bad_weight.any()):
-        n, s = bad_weight.nonzero()[0].tolist()
-        raise OpError(
-            f"multistream_loss: loss_weight[{n}, {s}] is {float(loss_weight[n, s])}; weights must be finite and >= 0"
-        )
-    for s, scope in enumerate(scopes):
-        outside = live[:, s] & (local_targets(targets[:, s], scope) < 0)
-        if bool(outside.any()):
-            n = int(outside.nonzero()[0])
-            raise OpError(
-                f"multistream_loss: targets[{n}, {s}] (row {n}, stream {s}) is id {int(targets[n, s])}, outside the "
-                f"stream's scope {list(scope)}, with weight {float(loss_weight[n, s])}. Give it weight 0 or widen the "
-                "scope"
-            )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops._memory import empty_in_huge_pages, lazy_zeros
 from speechlm_ext.ops._native import (
     LIBRARY,
     OpIndexError,
@@ -136,7 +136,7 @@ def _scatter_sum_rows_cpu(
             f"{num_rows - 1}" + (f", and offsets are {list(offsets)}" if any(offsets) else "")
         )
     rows = ids.new_empty(pairs.touched, dtype=torch.int64)
-    out = _empty(pairs.touched, values.shape[1], values.dtype)
+    out = empty_in_huge_pages(pairs.touched, values.shape[1], values.dtype)
     native.scatter_sum(values.contiguous(), pairs, scale, out, rows, torch.get_num_threads())
     return out, rows
 
@@ -182,28 +182,6 @@ def _scatter_sum_rows_cuda(
         shape = (ids.shape[1], num_rows)
         native.scatter_sum_cuda(values.contiguous(), *shape, scale, out, rows, workspace, stream_handle(ids))
     return out, rows
-
-
-def lazy_zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU whose memory the operating system hands out page by page, when it is first written.
-
-    A dense gradient of a large table is zero nearly everywhere: writing those zeros would cost more than the rest.
-    """
-    size = num_rows * width * dtype.itemsize
-    if size == 0:
-        return torch.zeros(num_rows, width, dtype=dtype)
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(num_rows, width)
-
-
-def _empty(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """As `torch.empty` on the CPU, but a large one comes from NumPy, which asks for huge pages.
-
-    Every page of the result is new and is written once; with small pages that costs twice as much as the sums.
-    """
-    size = num_rows * width * dtype.itemsize
-    if size < 2**22:
-        return torch.empty(num_rows, width, dtype=dtype)
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(num_rows, width)
 
 
 LIBRARY.impl("scatter_sum", _scatter_sum_cpu, "CPU")

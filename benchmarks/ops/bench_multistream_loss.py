@@ -1,0 +1,136 @@
+"""multistream_loss, forward and backward, against its rivals: ``make bench OP=multistream_loss``.
+
+Rivals: ESPnet-SpeechLM's way at the same scopes (the hidden states of all streams, stream 0 over the whole vocabulary,
+the others over the codes), that compiled by torch, and torch's own `F.linear_cross_entropy` once per stream. The limit is
+the op's three matrix products by themselves, in the op's own chunks.
+
+Shapes: half of the rows text and half speech; speech alone; and a vocabulary of speech alone that every stream runs over.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import speechlm_ext as sx
+from benchmarks.harness import compare, devices
+
+# name: (rows, share of speech rows, D, V, scope of the streams after the first)
+SHAPES = {
+    "smoke": (256, 0.5, 64, 2_000, (200, 1_224)),
+    "half_speech": (2048, 0.5, 576, 62_670, (5_256, 13_448)),
+    "speech": (2048, 1.0, 576, 62_670, (5_256, 13_448)),
+    "codes_alone": (2048, 1.0, 576, 13_192, (0, 13_192)),
+    "1p7b_8k": (8192, 0.5, 2048, 62_670, (5_256, 13_448)),
+}
+S = 9
+
+
+def make_inputs(shape, device, dtype):
+    N, share, D, V, (low, high) = SHAPES[shape]
+    torch.manual_seed(0)
+    hidden = (torch.randn(N, D) * 0.5).to(device, dtype).requires_grad_()
+    weight = (torch.randn(V, D) * 0.05).to(device, dtype).requires_grad_()
+    embed = (torch.randn(S, D) * 0.05).to(device, dtype).requires_grad_()
+    is_speech = torch.arange(N) < int(N * share)
+    targets = torch.randint(low, high, (N, S))
+    targets[:, 0] = torch.where(is_speech, torch.randint(0, max(1, low or V), (N,)), torch.randint(0, V, (N,)))
+    weights = torch.full((N, S), 0.0625) * is_speech[:, None]
+    weights[:, 0] = torch.where(is_speech, 0.5, 1.0)
+    scopes = [[(0, V)]] + [[(low, high)]] * (S - 1)
+    return (hidden, weight, embed), targets.to(device), weights.to(device), scopes
+
+
+def one_by_one(loss_of_stream):
+    """The weighted sum over streams of a loss per token; rows without a target are left out."""
+
+    def run(hidden, weight, embed, targets, weights, scopes):
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hidden_S = hidden[:, None] + embed[None]  # [N, S, D], as it leaves the model there
+        for s, [(low, high)] in enumerate(scopes):
+            live = weights[:, s] > 0
+            nll = loss_of_stream(hidden_S[live, s], weight[low:high], targets[live, s] - low)
+            total = total + (nll * weights[live, s]).sum()
+        return total
+
+    return run
+
+
+def eager(hidden, weight, targets):
+    return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
+
+
+def chunked(hidden, weight, targets):
+    return F.linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bench(benchmark, shape, device):
+    if shape == "1p7b_8k" and device == "cpu":
+        pytest.skip("a shape for GPUs")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    parts, targets, weights, scopes = make_inputs(shape, device, dtype)
+
+    def gradients(loss):
+        return (loss.detach(), *torch.autograd.grad(loss, parts))
+
+    def ours():
+        hidden, weight, embed = parts
+        out = sx.ops.multistream_loss(hidden, weight, targets, weights, scopes=scopes, stream_embed=embed)
+        return gradients(out.loss_sum)
+
+    espnet = one_by_one(eager)
+    rivals = {"espnet": lambda: gradients(espnet(*parts, targets, weights, scopes))}
+    try:
+        compiled = torch.compile(espnet)
+        gradients(compiled(*parts, targets, weights, scopes))
+        rivals["espnet_compiled"] = lambda: gradients(compiled(*parts, targets, weights, scopes))
+    except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here: not our subject
+        print(f"torch.compile does not manage it here: {type(error).__name__}")
+    if hasattr(F, "linear_cross_entropy"):
+        rivals["torch_linear_cross_entropy"] = lambda: gradients(
+            one_by_one(chunked)(*parts, targets, weights, scopes)
+        )
+    with torch.no_grad():
+        (wide,) = (tuple(p.detach().double().requires_grad_() for p in parts),)
+    few = slice(0, 64)
+    want = one_by_one(lambda h, w, t: F.cross_entropy(h @ w.T, t, reduction="none"))(
+        wide[0][few], wide[1], wide[2], targets[few], weights[few].double(), scopes
+    )
+    got = sx.ops.multistream_loss(
+        parts[0][few], parts[1], targets[few], weights[few], scopes=scopes, stream_embed=parts[2]
+    ).loss_sum
+    torch.testing.assert_close(got.double(), want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
+    reference = ours()
+
+    def check(name, result):
+        for a, b in zip(result, reference, strict=True):
+            error = float((a.float() - b.float()).norm() / b.float().norm())
+            assert error < (3e-2 if dtype == torch.bfloat16 else 1e-4), f"{name} computes something else: {error}"
+
+    N, _, D, V, _ = SHAPES[shape]
+    rows = min(N, 512)
+    hidden, weight = parts[0].detach(), parts[1].detach()
+    logits = torch.empty(rows, V, device=device, dtype=dtype)
+    grad_weight = torch.zeros(V, D, device=device, dtype=dtype)
+
+    def products():
+        for start in range(0, N, rows):
+            chunk = hidden[start : start + rows]
+            torch.mm(chunk, weight.T, out=logits)
+            torch.mm(logits, weight)
+            grad_weight.addmm_(logits.T, chunk)
+
+    compare(
+        benchmark,
+        op="multistream_loss",
+        shape=shape,
+        device=device,
+        ours=ours,
+        rivals=rivals,
+        check=check,
+        limit=products,
+        rounds=3 if N > 1000 else None,
+    )

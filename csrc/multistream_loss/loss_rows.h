@@ -1,0 +1,28 @@
+// The inner loops over the columns of one row, by instruction set. Sums run in 64 lanes whatever the set, so all sets
+// give equal bits. `bias` may be null everywhere.
+#pragma once
+
+#include <cstdint>
+
+#include "common/simd.h"
+
+namespace speechlm {
+
+template <typename T>
+struct LossLoops {
+  // Largest z + bias; NaNs are passed over (exp_sum finds them).
+  T (*max)(const T* z, const T* bias, int64_t n);
+  // Sum of z + bias.
+  T (*sum)(const T* z, const T* bias, int64_t n);
+  // out = exp(z + bias - largest); their sum. `out` may be `z`.
+  T (*exp_sum)(T* out, const T* z, const T* bias, int64_t n, T largest);
+  // v = scale * e - minus; out += v, and sums += v unless null.
+  void (*accumulate)(T* out, T* sums, const T* e, int64_t n, T scale, T minus);
+  // e = scale * e - minus, and sums += e unless null.
+  void (*finish)(T* e, T* sums, int64_t n, T scale, T minus);
+};
+
+template <typename T>
+const LossLoops<T>& loss_loops();  // of simd_in_use()
+
+}  // namespace speechlm
