@@ -2,9 +2,9 @@
 
 Rivals: the list form where the flat form is timed; the plain-torch reference; a loop of shifts per segment and stream;
 for segments of equal lengths the way ESPnet-SpeechLM does it, which collates them to a padded batch and makes one slice
-assignment per stream, the same for a batch that is there already, and that compiled by torch; and audiocraft's pattern provider, cold, as it is for every new length (``make bench`` installs
-it; only its ids are compared, it makes nothing else). The limit is a copy of the bytes that the op must write into memory
-that is there already.
+assignment per stream, the same for a batch that is there already, and that compiled by torch; and audiocraft's pattern
+provider, cold, as it is for every new length (``make bench`` installs it; only its ids are compared, it makes nothing
+else). The limit is a copy of the bytes that the op must write into memory that is there already.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """multistream_loss, forward and backward, against its rivals: ``make bench OP=multistream_loss``.
 
 Rivals: ESPnet-SpeechLM's way at the same scopes (the hidden states of all streams, stream 0 over the whole vocabulary,
-the others over the codes), that compiled by torch, and torch's own `F.linear_cross_entropy` once per stream. The limit is
-the op's three matrix products by themselves, in the op's own chunks.
+the others over the codes), that compiled by torch, and torch's own `F.linear_cross_entropy` once per stream. The limit
+is the op's three matrix products by themselves, in the op's own chunks.
 
-Shapes: half of the rows text and half speech; speech alone; and a vocabulary of speech alone that every stream runs over.
+Shapes: half of the rows text and half speech; speech alone; and a vocabulary of speech alone that every stream runs
+over.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def make_inputs(shape, device, dtype):
     embed = (torch.randn(S, D) * 0.05).to(device, dtype).requires_grad_()
     is_speech = torch.arange(N) < int(N * share)
     targets = torch.randint(low, high, (N, S))
-    targets[:, 0] = torch.where(is_speech, torch.randint(0, max(1, low or V), (N,)), torch.randint(0, V, (N,)))
+    targets[:, 0] = torch.where(
+        is_speech, torch.randint(0, max(1, low or V), (N,)), torch.randint(0, V, (N,))
+    )
     weights = torch.full((N, S), 0.0625) * is_speech[:, None]
     weights[:, 0] = torch.where(is_speech, 0.5, 1.0)
     scopes = [[(0, V)]] + [[(low, high)]] * (S - 1)
@@ -93,8 +96,7 @@ def test_bench(benchmark, shape, device):
         rivals["torch_linear_cross_entropy"] = lambda: gradients(
             one_by_one(chunked)(*parts, targets, weights, scopes)
         )
-    with torch.no_grad():
-        (wide,) = (tuple(p.detach().double().requires_grad_() for p in parts),)
+    wide = tuple(p.detach().double() for p in parts)
     few = slice(0, 64)
     want = one_by_one(lambda h, w, t: F.cross_entropy(h @ w.T, t, reduction="none"))(
         wide[0][few], wide[1], wide[2], targets[few], weights[few].double(), scopes
@@ -108,7 +110,9 @@ def test_bench(benchmark, shape, device):
     def check(name, result):
         for a, b in zip(result, reference, strict=True):
             error = float((a.float() - b.float()).norm() / b.float().norm())
-            assert error < (3e-2 if dtype == torch.bfloat16 else 1e-4), f"{name} computes something else: {error}"
+            assert error < (3e-2 if dtype == torch.bfloat16 else 1e-4), (
+                f"{name} computes something else: {error}"
+            )
 
     N, _, D, V, _ = SHAPES[shape]
     rows = min(N, 512)

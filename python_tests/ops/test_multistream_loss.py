@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import speechlm_ext as sx
-from speechlm_ext.ops import _multistream_loss_op as internals
+from speechlm_ext.ops import _multistream_loss_pass as internals
+from speechlm_ext.ops._multistream_loss_op import flatten_scopes
 from speechlm_ext.ops._native import native
 
 SCOPES = {
@@ -271,7 +272,7 @@ def test_a_broken_row_breaks_the_loss_and_no_other_row(bad):
 def test_opcheck_and_compile():
     scopes, parts, targets, weights = large_case(num_rows=20)
     hidden, weight, embed, bias = (p.detach() for p in parts)
-    flat = internals.flatten_scopes(tuple(tuple(scope) for scope in scopes))
+    flat = flatten_scopes(tuple(tuple(scope) for scope in scopes))
     for want_grad, want_tokens in ((True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.speechlm_ext.multistream_loss.default,

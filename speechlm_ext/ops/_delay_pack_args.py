@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -233,7 +233,7 @@ def _shift_column(delays: tuple[int, ...], pad_ids: tuple[int, ...], tail_ids: t
 _cached_shift_column = lru_cache(maxsize=16)(_shift_column)
 
 
-def _host(values: object, dtype: torch.dtype) -> Tensor:
+def _host(values: Any, dtype: torch.dtype) -> Tensor:
     """``values`` as a tensor on the host."""
     if type(values) is Tensor and values.dtype == dtype and values.device.type == "cpu":
         return values

@@ -1,4 +1,4 @@
-"""Large results on the CPU, whose memory is new: what the operating system does for each page costs more than writing it."""
+"""Large results on the CPU: their memory is new, and what the system does for each page costs more than writing it."""
 
 from __future__ import annotations
 
