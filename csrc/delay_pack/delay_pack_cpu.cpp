@@ -44,7 +44,7 @@ class Packer {
       : a_(args),
         m_(args.meta),
         S_(args.shape.num_streams),
-        check_(args.bad != nullptr && (args.meta.limits != nullptr || sizeof(Out) < sizeof(In))),
+        check_(args.bad != nullptr),
         loop_(pack_rows_loop<In, Out>()) {}
 
   // Rows [begin, end) of the block. Returns whether an id among them may not be.
@@ -122,6 +122,7 @@ class Packer {
     period_.elements = std::lcm(S_, kPackLanes);
     period_.rows = period_.elements / S_;
     period_.narrow = seg.width < S_;
+    period_.limited = m_.limits != nullptr;
     for (int64_t e = 0; e < period_.elements; ++e) {
       const int64_t row = e / S_, s = e % S_;
       const bool live = s < seg.width;

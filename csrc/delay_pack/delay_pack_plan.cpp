@@ -24,6 +24,10 @@ DelayPackShape delay_pack_plan(const int64_t* table, int64_t table_len, DelayPac
   const int64_t n = shape.num_segments, g = shape.num_groups, S = shape.num_streams;
   SX_CHECK(n >= 0 && g >= -1, "delay_pack: offsets and groups must have at least one entry");
   SX_CHECK(S >= 1 && S <= kMostPackStreams, "delay_pack: there must be 1 to ", kMostPackStreams, " streams; got ", S);
+  // Before anything is multiplied: no count is larger than the table that it is about.
+  SX_CHECK(n <= table_len && g <= table_len && shape.num_specials <= table_len && shape.num_frames >= 0 &&
+               shape.num_specials >= 0,
+           "delay_pack: the table has ", table_len, " entries, which does not fit the counts given with it");
   const auto is_rows = [n](int64_t rows) { return rows == 0 || rows == 1 || rows == n; };
   SX_CHECK(shape.num_frames >= 0 && shape.num_specials >= 0 && is_rows(shape.offset_rows) &&
                is_rows(shape.limit_rows) && (shape.weight_rows == 0 || shape.weight_rows == n) &&

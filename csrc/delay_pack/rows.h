@@ -16,6 +16,7 @@ struct PackPeriod {
   int64_t elements = 0;
   int64_t rows = 0;
   bool narrow = false;         // some streams are without content
+  bool limited = false;        // raw ids have limits
   int64_t index[kMostPeriod];  // of its id, from the segment's frame that stands at the first row undelayed
   int64_t mask[kMostPeriod];   // -1; 0 in a stream without content, whose offset is its pad
   int64_t offset[kMostPeriod];

@@ -25,6 +25,8 @@ inline void load(Vector& v, const T* from) {
 template <typename In, typename Out, bool kWeight, bool kCheck, bool kNarrow>
 bool pack_rows(const PackRows<In, Out>& a, const PackPeriod& p) {
   Wide bad{};
+  const int64_t all = p.limited ? -1 : 0;
+  const Wide limited{all, all, all, all};
   const In* ids = a.ids;
   const float* weight = a.weight;
   Out* to = a.out_ids;
@@ -42,8 +44,11 @@ bool pack_rows(const PackRows<In, Out>& a, const PackPeriod& p) {
       load(w, p.factor + e);
       Wide x{ids[at[0]], ids[at[1]], ids[at[2]], ids[at[3]]};
       if (kNarrow) x &= mask;
-      if (kCheck) bad |= reinterpret_cast<WideUnsigned>(x) >= limit;
+      if (kCheck) bad |= (reinterpret_cast<WideUnsigned>(x) >= limit) & limited;
+      const Wide raw = x;
       x = reinterpret_cast<Wide>(reinterpret_cast<WideUnsigned>(x) + offset);
+      // A sum has overflowed where its sign is neither of its terms'.
+      if (kCheck) bad |= ((raw ^ x) & (reinterpret_cast<Wide>(offset) ^ x)) < 0;
       if constexpr (std::is_same_v<Out, int64_t>) {
         std::memcpy(to + e, &x, sizeof x);
         std::memcpy(label + e, &x, sizeof x);

@@ -70,7 +70,7 @@ struct PackElement {
   int64_t id;
   float weight;
   int32_t frame;  // content frame that it came from, -1 for anything else
-  bool bad;       // a raw id outside its limit
+  bool bad;       // a raw id outside its limit, or a sum that int64 cannot hold
 };
 
 // Row t of the segment, stream s; `ids` and `weight` are the segment's own.
@@ -92,8 +92,9 @@ SX_HOST_DEVICE inline PackElement element_at(const DelayPackMeta& m, const Delay
     const float factor = m.segment_weight ? static_cast<float>(m.segment_weight[seg.index * S + s]) : 1.0f;
     const int64_t offset_row = shape.offset_rows > 1 ? seg.index : 0;
     const int64_t offset = m.id_offsets ? m.id_offsets[offset_row * S + s] : 0;
-    return {wrapping_add(raw, offset), (weight ? weight[at] : 1.0f) * factor, static_cast<int32_t>(seg.frame + content),
-            bad};
+    const int64_t id = wrapping_add(raw, offset);
+    const bool overflow = ((raw ^ id) & (offset ^ id)) < 0;
+    return {id, (weight ? weight[at] : 1.0f) * factor, static_cast<int32_t>(seg.frame + content), bad || overflow};
   }
   if (v < 0) return {m.pads[s], live ? fill_weight : 0.0f, -1, false};
   if (v >= seg.prefix + seg.frames + seg.suffix)

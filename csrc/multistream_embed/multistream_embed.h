@@ -67,8 +67,10 @@ __host__ __device__
 #endif
     inline int64_t table_row(const EmbedRule& rule, int64_t table_rows, Id id, int64_t s) {
   if (rule.has_pad && static_cast<int64_t>(id) == rule.pad_id) return -1;
-  const int64_t row = static_cast<int64_t>(id) + rule.offset[s];
-  return row >= 0 && row < table_rows ? row : -2;
+  const int64_t wide = static_cast<int64_t>(id), offset = rule.offset[s];
+  const int64_t row = static_cast<int64_t>(static_cast<uint64_t>(wide) + static_cast<uint64_t>(offset));
+  const bool overflow = ((wide ^ row) & (offset ^ row)) < 0;
+  return row >= 0 && row < table_rows && !overflow ? row : -2;
 }
 
 }  // namespace speechlm

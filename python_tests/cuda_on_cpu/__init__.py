@@ -130,9 +130,8 @@ def kernels_on_cpu(shim: ModuleType, seed: int = 0) -> Iterator[None]:
             if module is not _native:
                 module.native = _Native(shim, _native.native)  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(True)
-        with mock.patch.object(
-            _delay_pack_op, "eager", return_value=False
-        ):  # through the dispatcher, as on a GPU
+        # Through the dispatcher, as on a GPU.
+        with mock.patch.object(_delay_pack_op, "eager", new=lambda *tensors: False):
             yield
     finally:
         torch.use_deterministic_algorithms(before)

@@ -118,3 +118,19 @@ def test_compiles_and_exports() -> None:
     assert torch.equal(compiled(ids, features, positions), want)
     exported = torch.export.export(module, (ids, features, positions)).module()
     assert torch.equal(exported(ids, features, positions), want)
+
+
+def test_text_rows_may_be_rows_of_the_table_itself() -> None:
+    embedding = sx.MultiStreamEmbedding(9, 8)
+    before = embedding.weight.detach().clone()
+    embedding.load_text_rows(embedding.weight.detach()[2:6], 1, 5)
+    assert torch.equal(embedding.weight[1:5], before[2:6])
+
+
+def test_one_pretrained_row_tells_no_scale() -> None:
+    embedding = sx.MultiStreamEmbedding(9, 8)
+    before = embedding.weight.detach().clone()
+    for rows in (0, 1):
+        with pytest.raises(CheckpointError, match=f"which {rows} rows do not tell"):
+            embedding.load_text_rows(torch.randn(rows, 8), 3, 3 + rows)
+    assert torch.equal(embedding.weight, before)

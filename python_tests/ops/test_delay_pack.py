@@ -261,7 +261,7 @@ GOOD = dict(delays=[0, 1], pad_ids=[0, 0])
             "suffix_weight must be one number or one for each of the 2 ids of suffix; got 3",
         ),
         (
-            lambda: sx.ops.delay_pack([IDS] * 3, **GOOD, id_offsets=torch.zeros(2, 2)),
+            lambda: sx.ops.delay_pack([IDS] * 3, **GOOD, id_offsets=torch.zeros(2, 2).long()),
             r"id_offsets must have 2 values, one per stream, or be \[3, 2\], a row for each segment; got \[2, 2\]",
         ),
         (

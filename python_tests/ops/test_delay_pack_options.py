@@ -171,7 +171,11 @@ def test_specials_in_every_form():
     options = dict(delays=[0], pad_ids=[0])
     want = [7, 8, 1, 7, 8, 2]
     for prefix in ([7, 8], [[7, 8], [7, 8]], torch.tensor([7, 8]), torch.tensor([[7, 8], [7, 8]])):
-        batch = sx.ops.delay_pack(segments, **options, prefix=prefix, prefix_weight=[0.5, 0.25])
+        same = not isinstance(prefix[0], list) and not (
+            isinstance(prefix, torch.Tensor) and prefix.dim() == 2
+        )
+        weight = [0.5, 0.25] if same else [0.5, 0.25, 0.5, 0.25]
+        batch = sx.ops.delay_pack(segments, **options, prefix=prefix, prefix_weight=weight)
         assert batch.ids.flatten().tolist() == want
         assert batch.loss_weight.flatten().tolist() == [0.25, 1, 0, 0.25, 1, 0]
     ragged = (torch.tensor([7, 8, 9]), torch.tensor([0, 3, 3]))
@@ -248,5 +252,108 @@ def test_streamed_rows_must_fit():
     unpacker.push(torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(sx.ops.OpError, match=r"call reset\(\)"):
         unpacker.push(torch.zeros(2, 1, 2, dtype=torch.int64))
-    with pytest.raises(sx.ops.OpError, match="delays must be 0 or more rows for 1 stream or more"):
+    with pytest.raises(sx.ops.OpError, match="delays must be 0 or more rows for 1 to 64 streams"):
         sx.ops.DelayUnpacker([])
+
+
+PLAIN = dict(delays=[0, 3], pad_ids=[0, 0])
+FEW = torch.tensor([[1, 2], [3, 4]])
+
+
+def test_fakes_and_default_devices_leave_nothing_behind():
+    """The small tensors that describe a block are real ones of the CPU whatever surrounds the call, and are not kept
+    where they are not."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    want = reference.delay_pack([FEW], **PLAIN)
+    with FakeTensorMode():
+        faked = sx.ops.delay_pack([torch.zeros(2, 2, dtype=torch.int64)], **PLAIN)
+    assert faked.ids.shape == want[0].shape
+    assert_same(sx.ops.delay_pack([FEW], **PLAIN, maps=True), want)
+    with torch.device("meta"):
+        batch = sx.ops.delay_pack([FEW], **PLAIN, maps=True, prefix=[], groups=[0, 1], num_ids=[9, 9])
+        frames = sx.ops.DelayUnpacker([0, 1]).push(FEW)
+    assert_same(batch, want)
+    assert frames.tolist() == [[1, 4]]
+    assert_same(sx.ops.delay_pack([FEW], **PLAIN, maps=True), want)
+
+
+def test_lazily_negated_ids_keep_their_sign():
+    negated = torch._neg_view(FEW)
+    assert torch.equal(sx.ops.delay_pack([negated], **PLAIN).ids, sx.ops.delay_pack([-FEW], **PLAIN).ids)
+
+
+@pytest.mark.parametrize("form", ["list", "flat"])
+def test_minus_one_is_an_id_like_any_other(form):
+    segment = torch.full((200, 3), 5)
+    segment[100, 1] = -1
+    given = [segment] if form == "list" else (segment, [0, 200])
+    options = dict(delays=[0, 1, 2], pad_ids=[0] * 3, dtype=torch.int32)
+    assert_same(sx.ops.delay_pack(given, **options, maps=True), reference.delay_pack([segment], **options))
+
+
+@pytest.mark.parametrize("num_frames", [1, 40])
+@pytest.mark.parametrize(
+    ("dtype", "value", "offset"), [(torch.int32, 5, 2**31 - 1), (torch.int64, 5, 2**63 - 1)]
+)
+def test_sums_that_overflow_are_named(dtype, value, offset, num_frames):
+    segment = torch.full((num_frames, 1), value, dtype=dtype)
+    with pytest.raises(
+        IndexError, match=rf"\[0, 0\] .* is 5, with its offset {value + offset}, which {dtype}"
+    ):
+        sx.ops.delay_pack([segment], delays=[0], pad_ids=[0], id_offsets=[offset])
+
+
+def test_weights_carry_no_gradient(device):
+    weight = torch.rand(2, 2, requires_grad=True)
+    for form in ([FEW.to(device)], (FEW.to(device), [0, 2])):
+        held = [weight.to(device)] if isinstance(form, list) else weight.to(device)
+        assert not sx.ops.delay_pack(form, **PLAIN, loss_weight=held).loss_weight.requires_grad
+
+
+def test_ragged_specials_compile():
+    flat, offsets = torch.arange(60).view(30, 2), torch.tensor([0, 10, 10, 30])
+
+    def step(flat, offsets):
+        ragged = (torch.tensor([1, 2]), torch.tensor([0, 1, 1, 2]))
+        return sx.ops.delay_pack((flat, offsets), **PLAIN, prefix=ragged, suffix=[[3], [], [4, 5]]).ids
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(flat, offsets), step(flat, offsets))
+
+
+def test_offsets_of_specials_may_be_a_list():
+    segments = [torch.tensor([[1]]), torch.tensor([[2]])]
+    batch = sx.ops.delay_pack(segments, delays=[0], pad_ids=[0], prefix=(torch.tensor([5, 6]), [0, 1, 2]))
+    assert batch.ids.flatten().tolist() == [5, 1, 6, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(delays=[0, 1.9]), "delays must be a list of whole numbers"),
+        (dict(pad_ids=[0.5, 0]), "pad_ids must be a list of whole numbers"),
+        (dict(id_offsets=[1.5, 2]), "whole numbers are needed"),
+        (dict(groups=[0, 1.9]), "whole numbers are needed"),
+        (dict(prefix=[8.7]), "prefix or suffix must be a list of whole numbers"),
+        (dict(prefix=[[1], 2]), "got a mixture"),
+        (dict(prefix=[[1, 2, 3]], prefix_weight=[0.1, 0.2]), "one for each of the 3 ids of prefix; got 2"),
+    ],
+)
+def test_refuses_what_is_not_whole(options, message):
+    with pytest.raises(sx.ops.OpError, match=message):
+        sx.ops.delay_pack([FEW], **{**PLAIN, **options})
+
+
+def test_what_the_kernels_refuse_is_the_op_s_error():
+    with pytest.raises(sx.ops.OpError, match="the last of offsets must be the number of frames"):
+        sx.ops.delay_pack((FEW, [0, 1]), **PLAIN)
+    ops = torch.ops.speechlm_ext
+    with pytest.raises(sx.ops.OpError, match="do not fit the table"):
+        bytes_ = torch.ones(4, 2, dtype=torch.uint8)
+        table = torch.tensor([0, 4, 0, 0, 0, 0, 0, 0])
+        counts = [1, -1, 2, 4, 0, 0, 0, 0, 0, 0]
+        ops.delay_pack_segments([bytes_], [], table, counts, 0.0, torch.int64, False, False)
+    with pytest.raises(sx.ops.OpError, match="does not fit the counts"):
+        counts = [2**61, 0, 1, 0, 1, 1, 0, 0, 2**61, 0]
+        ops.delay_pack(FEW, None, torch.zeros(8, dtype=torch.int64), counts, 0.0, torch.int64, False, False)

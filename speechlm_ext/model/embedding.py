@@ -156,6 +156,13 @@ def load_rows(
             f"rows {start} to {end} of a table of {V} rows cannot be filled from a pretrained table of "
             f"{pretrained.shape[0]} rows. Use the backbone's own tokenizer and configuration."
         )
+    if pretrained.shape[0] < 2 and end - start < V:
+        raise CheckpointError(
+            f"the rows that are not text are drawn at the pretrained table's own scale, which {pretrained.shape[0]} "
+            "rows do not tell; give the whole pretrained table."
+        )
+    # A copy, because the pretrained rows may be rows of this very table.
+    text = pretrained[: end - start].to(weight.device, weight.dtype, copy=True)
     # A standard deviation, of the deviations from the mean row, over all entries: with the mean row's own spread the
     # new entries spread as the pretrained ones do.
     variance, mean = torch.var_mean(pretrained.detach().float(), dim=0, correction=0)
@@ -164,7 +171,7 @@ def load_rows(
         rows = weight[first : first + _BLOCK]
         drawn = torch.randn(rows.shape, generator=generator).mul_(std).add_(mean)
         rows.copy_(drawn)
-    weight[start:end].copy_(pretrained[: end - start])
+    weight[start:end].copy_(text)
 
 
 @contextlib.contextmanager

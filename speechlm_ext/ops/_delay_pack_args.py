@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops._delay_pack_op import Counts
+from speechlm_ext.ops._delay_pack_op import Counts, eager
 from speechlm_ext.ops._native import check, describe, int_list
 
 ID_DTYPES = (torch.int32, torch.int64)
@@ -41,12 +42,12 @@ def shifts(
 
 def tail_rows(tail: str | int, max_delay: int) -> int:
     """How many rows follow a segment's last frame."""
-    if isinstance(tail, int) and not isinstance(tail, bool):
+    if isinstance(tail, (int, np.integer)) and not isinstance(tail, bool):
         check(
             0 <= tail <= max_delay,
             f"delay_pack: tail must be 0 to {max_delay} rows, the largest delay; got {tail}",
         )
-        return tail
+        return int(tail)
     if tail not in ("keep", "trim"):
         check(False, f'delay_pack: tail must be "keep", "trim" or a number of rows; got {tail!r}')
     return max_delay if tail == "keep" else 0
@@ -70,7 +71,7 @@ def check_segment(name: str, ids: Tensor, num_streams: int, narrow: bool = False
 
 def flat_form(flat: Tensor, offsets: Tensor | Sequence[int], num_streams: int) -> tuple[Tensor, Tensor]:
     check_segment("delay_pack: segments[0] (flat)", flat, num_streams)
-    host = _host(offsets, torch.int64)
+    host = host_tensor(offsets, torch.int64)
     if host.dim() != 1 or host.shape[0] < 1:
         check(False, f"delay_pack: segments[1] (offsets) must be [n + 1]; got {describe(offsets)}")
     return flat, host
@@ -99,14 +100,14 @@ def list_weight(loss_weight: Sequence[Tensor] | Tensor | None, segments: list[Te
             "delay_pack: loss_weight must be a list, one tensor per segment, where the segments have different widths",
         )
         _check_weight("delay_pack: loss_weight", loss_weight, (sum(lengths), *widths), segments[0].device)
-        return list(loss_weight.detach().to(torch.float32).split(lengths))
+        return list(_float32(loss_weight).split(lengths))
     check(
         len(loss_weight) == len(segments),
         f"delay_pack: loss_weight has {len(loss_weight)} entries for {len(segments)} segments",
     )
     for i, (weight, segment) in enumerate(zip(loss_weight, segments, strict=True)):
         _check_weight(f"delay_pack: loss_weight[{i}]", weight, tuple(segment.shape), segment.device)
-    return [w if w.dtype == torch.float32 else w.to(torch.float32) for w in loss_weight]
+    return [_float32(weight) for weight in loss_weight]
 
 
 def flat_weight(loss_weight: Sequence[Tensor] | Tensor | None, flat: Tensor) -> Tensor | None:
@@ -114,6 +115,12 @@ def flat_weight(loss_weight: Sequence[Tensor] | Tensor | None, flat: Tensor) -> 
         return None
     weight = loss_weight if isinstance(loss_weight, Tensor) else torch.cat(list(loss_weight))
     _check_weight("delay_pack: loss_weight", weight, tuple(flat.shape), flat.device)
+    return _float32(weight)
+
+
+def _float32(weight: Tensor) -> Tensor:
+    """Weights carry no gradient."""
+    weight = weight.detach() if weight.requires_grad else weight
     return weight if weight.dtype == torch.float32 else weight.to(torch.float32)
 
 
@@ -127,8 +134,17 @@ def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], device: tor
         check(False, f"{name} must be float {list(shape)} on {device}, like the ids; got {describe(weight)}")
 
 
-def check_fits(ids: Sequence[int], name: str, dtype: torch.dtype) -> None:
+def check_fits(ids: Sequence[int] | Tensor, name: str, dtype: torch.dtype) -> None:
     low, high = _LIMITS[dtype]
+    if isinstance(ids, Tensor):
+        if torch.compiler.is_compiling() or ids.numel() == 0 or dtype == torch.int64:
+            return
+        smallest, largest = (int(v) for v in ids.aminmax())
+        check(
+            smallest >= low and largest <= high,
+            f"delay_pack: ids of {name} from {smallest} to {largest} do not fit {dtype}",
+        )
+        return
     for s, value in enumerate(ids):
         if not low <= value <= high:
             check(False, f"delay_pack: {name}[{s}] = {value} does not fit {dtype}")
@@ -138,7 +154,7 @@ def per_segment(values: PerSegment | None, name: str, num_segments: int, num_str
     """int64 ``[1, S]`` or ``[n, S]``."""
     if values is None:
         return None
-    out = _host(values, torch.int64)
+    out = host_tensor(values, torch.int64)
     if num_segments == 0 and out.numel() == 0:
         return None
     check(
@@ -155,7 +171,7 @@ def factors(
     """float64 ``[n, S]``."""
     if values is None:
         return None
-    out = _host(values, torch.float64)
+    out = host_tensor(values, torch.float64)
     if num_segments == 0 and out.numel() == 0:
         return None
     check(
@@ -187,13 +203,13 @@ def make_table(
         special: see `specials`.
     """
     n, S = offsets.shape[0] - 1, len(shifts[0])
-    make = _shift_column if torch.compiler.is_compiling() else _cached_shift_column
+    make = _cached_shift_column if eager(offsets) else _shift_column
     columns = [offsets, make(*(tuple(values) for values in shifts))]
     num_specials = special[0].shape[0] if special else 0
     if num_specials:
         columns += [special[1], special[2], special[0], special[3].view(torch.int64)]
     if widths is not None:
-        width = torch.tensor(widths, dtype=torch.int64)
+        width = torch.tensor(widths, dtype=torch.int64, device="cpu")
         size = offsets.diff() * width
         columns += [width, size.cumsum(0) - size]
     if group_offsets is not None:
@@ -226,26 +242,28 @@ def make_table(
 
 
 def _shift_column(delays: tuple[int, ...], pad_ids: tuple[int, ...], tail_ids: tuple[int, ...]) -> Tensor:
-    return torch.tensor([*delays, *pad_ids, *tail_ids], dtype=torch.int64)
+    return torch.tensor([*delays, *pad_ids, *tail_ids], dtype=torch.int64, device="cpu")
 
 
 #: A program has one or two sets of delays and fills, and making the tensor is a sixth of a small call.
 _cached_shift_column = lru_cache(maxsize=16)(_shift_column)
 
 
-def _host(values: Any, dtype: torch.dtype) -> Tensor:
+def host_tensor(values: Any, dtype: torch.dtype) -> Tensor:
     """``values`` as a tensor on the host."""
     if type(values) is Tensor and values.dtype == dtype and values.device.type == "cpu":
         return values
-    out = torch.as_tensor(values, dtype=dtype).detach()
-    return out if out.device.type == "cpu" else out.cpu()
+    out = values.detach().to("cpu") if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    if dtype == torch.int64 and out.is_floating_point() and out.numel():
+        check(False, f"delay_pack: whole numbers are needed; got {describe(out)}")
+    return out.to(dtype)
 
 
 def groups(values: Tensor | Sequence[int] | None, num_segments: int) -> Tensor | None:
     """int64 ``[g + 1]``."""
     if values is None:
         return None
-    out = _host(values, torch.int64)
+    out = host_tensor(values, torch.int64)
     check(
         out.dim() == 1 and out.shape[0] >= 1,
         f"delay_pack: groups must be [g + 1] offsets over the {num_segments} segments; got {list(out.shape)}",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from speechlm_ext.ops._native import LIBRARY, OpIndexError, check, native, stream_handle
+from speechlm_ext.ops._native import LIBRARY, OpError, OpIndexError, check, native, stream_handle
 
 _RULE = "Tensor table, SymInt[] counts, float fill_weight, ScalarType dtype, bool maps, bool check_ids) -> Tensor[]"
 LIBRARY.define(f"delay_pack(Tensor flat, Tensor? loss_weight, {_RULE}")
@@ -60,10 +60,19 @@ def _allocate(like: Tensor, given: Sequence[int], dtype: torch.dtype, maps: bool
 
 def _bad_flag(like: Tensor, counts: Sequence[int], dtype: torch.dtype, check_ids: bool) -> Tensor | None:
     """Where the kernel says that an id may not be; None where nobody looks."""
-    wanted = Counts(*counts).limit_rows > 0 or dtype.itemsize < like.dtype.itemsize
+    given = Counts(*counts)
+    wanted = given.limit_rows > 0 or given.offset_rows > 0 or dtype.itemsize < like.dtype.itemsize
     if not wanted or (like.device.type != "cpu" and not check_ids):
         return None
     return torch.zeros(1, dtype=torch.int32, device=like.device)
+
+
+def _checked(run: Any, *arguments: Any) -> None:
+    """Call a kernel; what it refuses is an error of this op."""
+    try:
+        run(*arguments)
+    except ValueError as error:
+        raise OpError(str(error)) from None
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor | None:
@@ -101,7 +110,8 @@ def _run(
     """Pack ids that lie one after the other. None for an id among them that may not be."""
     out = _allocate(ids, counts, dtype, maps)
     bad = _bad_flag(ids, counts, dtype, check_ids)
-    native.delay_pack(
+    _checked(
+        native.delay_pack,
         ids.contiguous(),
         None if weight is None else weight.contiguous(),
         table,
@@ -132,7 +142,8 @@ def _delay_pack_segments_cpu(
     weights = [weight.contiguous() for weight in loss_weight]
     out = _allocate(ids[0], counts, dtype, maps)
     bad = _bad_flag(ids[0], counts, dtype, check_ids)
-    native.delay_pack_segments(
+    _checked(
+        native.delay_pack_segments,
         [t.data_ptr() for t in ids],
         [t.data_ptr() for t in weights],
         ids[0].dtype == torch.int64,
@@ -185,6 +196,7 @@ def _check_segments(
         if (
             segment.shape != (offsets[i + 1] - offsets[i], widths[i])
             or segment.dtype != segments[0].dtype
+            or segment.dtype not in (torch.int32, torch.int64)
             or (
                 loss_weight
                 and (loss_weight[i].shape != segment.shape or loss_weight[i].dtype != torch.float32)
@@ -211,31 +223,41 @@ def _raise_bad_id(segments: Sequence[Tensor], table: Tensor, given: list[int], d
     offsets = table[end - counts.offset_rows * S : end].view(-1, S)
     for i, segment in enumerate(segments):
         ids, width = segment.cpu().to(torch.int64), segment.shape[1]
-        sums, bad = ids, torch.zeros_like(ids, dtype=torch.bool)
+        sums, bad, wrapped = ids, torch.zeros_like(ids, dtype=torch.bool), None
+        shift = torch.zeros(width, dtype=torch.int64, device="cpu")
         if counts.offset_rows:
-            sums = ids + offsets[i if counts.offset_rows > 1 else 0, :width]
+            shift = offsets[i if counts.offset_rows > 1 else 0, :width]
+            sums = ids + shift
+            wrapped = ((ids ^ sums) & (shift ^ sums)) < 0
         if counts.limit_rows:
             limit = limits[i if counts.limit_rows > 1 else 0, :width]
             bad = (ids < 0) | (ids >= limit)
         outside = bad.clone()
         bad |= (sums < fits.min) | (sums > fits.max)
+        bad = bad if wrapped is None else bad | wrapped
         if not bad.any():
             continue
         t, s = (int(v) for v in bad.nonzero()[0])
         where = f"delay_pack: segments[{i}][{t}, {s}] (frame {t}, stream {s}) is {int(ids[t, s])}"
         if outside[t, s]:
             raise OpIndexError(f"{where}; ids of this stream must be in [0, {int(limit[s])})")
-        raise OpIndexError(f"{where}, with its offset {int(sums[t, s])}, which {dtype} cannot hold")
+        raise OpIndexError(
+            f"{where}, with its offset {int(ids[t, s]) + int(shift[s])}, which {dtype} cannot hold"
+        )
+    raise OpIndexError(f"delay_pack: an id is outside its range or cannot be held by {dtype}")
 
 
 def _delay_unpack_impl(ids: Tensor, cu_seqlens: Tensor, delays: list[int], num_frames: int) -> Tensor:
     num_segments = cu_seqlens.shape[0] - 1
     lengths = (cu_seqlens.diff() - max(delays)).clamp_(min=0)
     zero = cu_seqlens.new_zeros(1)
-    host_table = torch.cat([cu_seqlens, zero, lengths.cumsum(0), torch.tensor(delays, dtype=torch.int64)])
+    host_table = torch.cat(
+        [cu_seqlens, zero, lengths.cumsum(0), torch.tensor(delays, dtype=torch.int64, device="cpu")]
+    )
     out = ids.new_empty((num_frames, ids.shape[1]))
     table = _to_device(host_table, ids.device)
-    native.delay_unpack(
+    _checked(
+        native.delay_unpack,
         ids.contiguous(),
         host_table,
         host_table if table is None else table,
@@ -247,25 +269,28 @@ def _delay_unpack_impl(ids: Tensor, cu_seqlens: Tensor, delays: list[int], num_f
     return out
 
 
-def eager(like: Tensor) -> bool:
-    """Whether nothing but the kernel would see a call of the op: a plain tensor of the CPU, and nobody who traces."""
+def eager(*tensors: Tensor) -> bool:
+    """Whether nothing but the kernel would see a call of the op: plain tensors of the CPU, and nobody who traces."""
+    if torch.compiler.is_compiling():
+        return False
     return (
-        type(like) is Tensor
-        and like.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        all(type(t) is Tensor and t.device.type == "cpu" and not t.is_neg() for t in tensors)
+        and not torch.jit.is_tracing()
         and _get_current_dispatch_mode() is None
         and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
 def delay_pack_op(*arguments: Any) -> list[Tensor]:
     """The op, without the dispatcher where that would only pass it on: a fifth of a small call."""
-    return _EAGER["delay_pack"](*arguments) if eager(arguments[0]) else _PACK(*arguments)
+    tensors = arguments[:1] if arguments[1] is None else arguments[:2]
+    return _EAGER["delay_pack"](*arguments) if eager(*tensors) else _PACK(*arguments)
 
 
 def delay_pack_segments_op(*arguments: Any) -> list[Tensor]:
     """As `delay_pack_op`, for a list of segments."""
-    if eager(arguments[0][0]):
+    if eager(*arguments[0], *arguments[1]):
         return _EAGER["delay_pack_segments"](*arguments)
     return _PACK_SEGMENTS(*arguments)
 

@@ -6,6 +6,7 @@ none. There is no silent fallback: without the compiled module, importing the op
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -73,7 +74,10 @@ def partition_hint(parameter: Tensor) -> str:
 
 def int_list(values: Sequence[int] | Tensor, name: str, length: int | None = None) -> list[int]:
     """``values`` as plain ints, checked for length; ``name`` is the argument's name with its op."""
-    out = values.tolist() if isinstance(values, Tensor) else [int(v) for v in values]
+    try:
+        out = [operator.index(v) for v in (values.tolist() if isinstance(values, Tensor) else values)]
+    except TypeError:
+        raise OpError(f"{name} must be a list of whole numbers; got {values}") from None
     check(
         length is None or len(out) == length,
         f"{name} must have {length} values, one per stream; got {len(out)}",

@@ -24,7 +24,7 @@ from speechlm_ext.ops._delay_pack_specials import specials
 from speechlm_ext.ops._native import check, describe, int_list
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
     """A packed block: what a multi-stream language model trains on. N rows, S streams, n sequences."""
 
@@ -99,7 +99,7 @@ def delay_pack(
             id of the segments.
         tail: rows that follow a segment's last frame. ``"keep"``: ``max(delays)``, which loses nothing. ``"trim"``: 0;
             the last ``max(delays)`` rows are cut, which loses nothing where a segment ends with as many all-pad
-            frames. Or a number in between.
+            frames. Or a number in between; `delay_unpack` gives back all but the last ``max(delays) - tail`` frames.
         segment_weight: float ``[n, S]`` factor of the weights of each segment's streams; ``None`` is 1.
         prefix, suffix: special ids written before and after each segment's content, each in a row of its own: in stream
             0 (delayed like it), with pads in the other streams. A list of ints for every segment the same; a list of n
@@ -141,12 +141,13 @@ def delay_pack(
         flat, offsets = args.flat_form(segments[0], segments[1], S)  # type: ignore[arg-type]
         num_frames, parts = flat.shape[0], None
     elif len(segments) == 0:
-        flat, offsets = torch.empty(0, S, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        flat = torch.empty(0, S, dtype=torch.int64, device="cpu")
+        offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
         num_frames, parts = 0, None
     else:
         parts = args.list_form(segments, S)  # type: ignore[arg-type]
         borders = [0, *itertools.accumulate(segment.shape[0] for segment in parts)]
-        flat, offsets, num_frames = parts[0], torch.tensor(borders), borders[-1]
+        flat, offsets, num_frames = parts[0], torch.tensor(borders, device="cpu"), borders[-1]
         if any(segment.shape[1] != S for segment in parts):
             widths = [segment.shape[1] for segment in parts]
     n = offsets.shape[0] - 1
@@ -196,8 +197,9 @@ def delay_unpack(ids: Tensor, cu_seqlens: Tensor | Sequence[int], *, delays: Seq
             fall, or do not end at N.
     """
     delays = int_list(delays, "delay_unpack: delays")
+    check(len(delays) >= 1, "delay_unpack: delays must have at least one value")
     args.check_segment("delay_unpack: ids", ids, len(delays))
-    borders = torch.as_tensor(cu_seqlens).detach().to("cpu", torch.int64)
+    borders = args.host_tensor(cu_seqlens, torch.int64)
     check(
         borders.dim() == 1 and len(borders) >= 1,
         f"delay_unpack: cu_seqlens must be [n + 1]; got {describe(cu_seqlens)}",
@@ -226,8 +228,8 @@ class DelayUnpacker:
         """
         self.delays = int_list(delays, "DelayUnpacker: delays")
         check(
-            len(self.delays) >= 1 and min(self.delays) >= 0,
-            f"DelayUnpacker: delays must be 0 or more rows for 1 stream or more; got {self.delays}",
+            1 <= len(self.delays) <= args.MOST_STREAMS and min(self.delays) >= 0,
+            f"DelayUnpacker: delays must be 0 or more rows for 1 to {args.MOST_STREAMS} streams; got {self.delays}",
         )
         self._open: Tensor | None = None
 
@@ -267,7 +269,7 @@ class DelayUnpacker:
         self._open = rows[..., max(0, length - most) :, :].clone()
         sequences = rows.shape[0] if rows.dim() == 3 else 1
         complete = max(0, length - most)
-        borders = torch.arange(sequences + 1) * length
+        borders = torch.arange(sequences + 1, device="cpu") * length
         flat = torch.ops.speechlm_ext.delay_unpack(
             rows.reshape(-1, S), borders, self.delays, sequences * complete
         )

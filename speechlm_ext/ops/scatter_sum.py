@@ -49,12 +49,10 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tenso
         f"{op}: segment_ids must be int32 or int64 [{values.shape[0]}]; got {describe(segment_ids)}",
     )
     check(num_segments >= 0, f"{op}: num_segments must be 0 or more; got {num_segments}")
-    if segment_ids.device.type == "cpu" and segment_ids.numel() and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in segment_ids.aminmax())
-        if low < 0 or high >= num_segments:
-            raise OpIndexError(
-                f"{op}: segment_ids must be in [0, {num_segments}); got values from {low} to {high}"
-            )
+    check(
+        segment_ids.device == values.device,
+        f"{op}: segment_ids is {describe(segment_ids)} but values is on {values.device}",
+    )
     return torch.ops.speechlm_ext.scatter_sum(values, segment_ids[:, None], None, [], [], num_segments)
 
 
@@ -119,10 +117,26 @@ def _scatter_sum_cpu(
     values: Tensor, ids: Tensor, pad_id: int | None, offsets: list[int], scale: list[float], num_rows: int
 ) -> Tensor:
     out = lazy_zeros(num_rows, values.shape[1], values.dtype)
-    if out.numel() and ids.numel():
+    if ids.numel():
         pairs = native.sort_pairs(ids.contiguous(), pad_id, offsets, num_rows)
+        if pairs.first_bad >= 0:
+            _raise_outside("scatter_sum", ids, pairs.first_bad, pad_id, offsets, num_rows)
+    if out.numel() and ids.numel():
         native.scatter_sum(values.contiguous(), pairs, scale, out, None, torch.get_num_threads())
     return out
+
+
+def _raise_outside(
+    op: str, ids: Tensor, place: int, pad_id: int | None, offsets: list[int], num_rows: int
+) -> None:
+    n, s = divmod(place, ids.shape[1])
+    value = int(ids[n, s])
+    if op == "scatter_sum" and ids.shape[1] == 1 and pad_id is None and not offsets:
+        raise OpIndexError(f"segment_sum: segment_ids[{n}] is {value}; it must be in [0, {num_rows})")
+    raise OpIndexError(
+        f"{op}: ids[{n}, {s}] (row {n}, stream {s}) is {value}; the table has {num_rows} rows"
+        + (f", and offsets are {list(offsets)}" if any(offsets) else "")
+    )
 
 
 def _scatter_sum_rows_cpu(
@@ -130,11 +144,7 @@ def _scatter_sum_rows_cpu(
 ) -> tuple[Tensor, Tensor]:
     pairs = native.sort_pairs(ids.contiguous(), pad_id, offsets, num_rows)
     if pairs.first_bad >= 0:
-        n, s = divmod(pairs.first_bad, ids.shape[1])
-        raise OpIndexError(
-            f"scatter_sum_rows: ids[{n}, {s}] (row {n}, stream {s}) is {int(ids[n, s])}; the table has rows 0 to "
-            f"{num_rows - 1}" + (f", and offsets are {list(offsets)}" if any(offsets) else "")
-        )
+        _raise_outside("scatter_sum_rows", ids, pairs.first_bad, pad_id, offsets, num_rows)
     rows = ids.new_empty(pairs.touched, dtype=torch.int64)
     out = empty_in_huge_pages(pairs.touched, values.shape[1], values.dtype)
     native.scatter_sum(values.contiguous(), pairs, scale, out, rows, torch.get_num_threads())
