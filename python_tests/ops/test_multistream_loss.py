@@ -10,6 +10,7 @@ import speechlm_ext as sx
 from speechlm_ext.ops import _multistream_loss_pass as internals
 from speechlm_ext.ops._multistream_loss_op import flatten_scopes
 from speechlm_ext.ops._native import native
+from speechlm_ext.ops.reference.multistream_loss import LossOptions, loss_pass, merge_intervals
 
 SCOPES = {
     "full_and_own": (20, [[(0, 20)], [(3, 9)], [(9, 12)]]),
@@ -428,3 +429,31 @@ def test_result_is_a_tuple_that_engines_can_walk():
     again = type(out)(*(value if value is None else value + 0 for value in out))
     torch.testing.assert_close(again.loss_sum, out.loss_sum)
     assert [name for name, value in zip(out._fields, out, strict=True) if value is None] == ["token_nll"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", SCOPES)
+def test_reference_pass_agrees(name, options):
+    """The plain torch pass, which is what runs on a GPU, gives what the row kernel gives."""
+    scopes, parts, targets, weights = make_case(name)
+    hidden, weight, embed, bias = (p.detach() for p in parts)
+    merged = tuple(merge_intervals(scope) for scope in scopes)
+    settings = LossOptions(**OPTIONS[options])
+    arguments = (
+        hidden,
+        weight,
+        targets,
+        weights > 0,
+        weights,
+        weights * 0.5,
+        merged,
+        embed,
+        bias,
+        settings,
+        True,
+        True,
+    )
+    for got, want in zip(
+        vars(internals.native_pass(*arguments)).values(), vars(loss_pass(*arguments)).values(), strict=True
+    ):
+        torch.testing.assert_close(got, want)
