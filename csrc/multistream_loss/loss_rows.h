@@ -16,6 +16,8 @@ struct LossLoops {
   T (*sum)(const T* z, const T* bias, int64_t n);
   // out = exp(z + bias - largest); their sum. `out` may be `z`.
   T (*exp_sum)(T* out, const T* z, const T* bias, int64_t n, T largest);
+  // Sum of exp(x) * x, x = z + bias - largest.
+  T (*exp_dot)(const T* z, const T* bias, int64_t n, T largest);
   // v = scale * e - minus; out += v, and sums += v unless null.
   void (*accumulate)(T* out, T* sums, const T* e, int64_t n, T scale, T minus);
   // e = scale * e - minus, and sums += e unless null.

@@ -97,6 +97,22 @@ T exp_sum_of(T* out, const T* z, const T* __restrict bias, int64_t n, T largest)
   return join(lanes);
 }
 
+template <typename T, bool kBias>
+T exp_dot_of(const T* __restrict z, const T* __restrict bias, int64_t n, T largest) {
+  T lanes[kLanes] = {};
+  const auto term = [&](int64_t i) {
+    const T x = (kBias ? z[i] + bias[i] : z[i]) - largest;
+    const T kept = x < T{-87} ? T{-87} : x;  // 0 * -infinity is 0 here
+    return exponential(kept) * kept;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += term(i + j);
+  }
+  for (int64_t j = 0; i + j < n; ++j) lanes[j] += term(i + j);
+  return join(lanes);
+}
+
 template <typename T>
 T max(const T* z, const T* bias, int64_t n) {
   return bias ? max_of<T, true>(z, bias, n) : max_of<T, false>(z, bias, n);
@@ -110,6 +126,11 @@ T sum(const T* z, const T* bias, int64_t n) {
 template <typename T>
 T exp_sum(T* out, const T* z, const T* bias, int64_t n, T largest) {
   return bias ? exp_sum_of<T, true>(out, z, bias, n, largest) : exp_sum_of<T, false>(out, z, bias, n, largest);
+}
+
+template <typename T>
+T exp_dot(const T* z, const T* bias, int64_t n, T largest) {
+  return bias ? exp_dot_of<T, true>(z, bias, n, largest) : exp_dot_of<T, false>(z, bias, n, largest);
 }
 
 template <typename T>
@@ -141,7 +162,7 @@ void finish(T* __restrict e, T* __restrict sums, int64_t n, T scale, T minus) {
 
 template <typename T>
 const LossLoops<T>& loss_loops_of() {
-  static const LossLoops<T> table{&max<T>, &sum<T>, &exp_sum<T>, &accumulate<T>, &finish<T>};
+  static const LossLoops<T> table{&max<T>, &sum<T>, &exp_sum<T>, &exp_dot<T>, &accumulate<T>, &finish<T>};
   return table;
 }
 

@@ -53,6 +53,7 @@ struct LossRowsArgs {
   const T* coef_nll = nullptr;        // [*, S] or null
   const T* bias = nullptr;            // [num_streams, num_columns] or null
   T* token_nll = nullptr;             // [*, S] or null
+  T* token_entropy = nullptr;         // [*, S] or null: of the softmax, in nats
   double* stream_loss = nullptr;      // [num_streams] += coef * loss
   int64_t* stream_correct = nullptr;  // [num_streams] += targets that are the most likely id
   int64_t num_sums = 0;               // columns of all sums that are wanted

@@ -46,8 +46,8 @@ template <typename T>
 void run(const TensorView& logits, const TensorView& rows, const TensorView& targets, const TensorView& live,
          const TensorView& coef, const std::optional<TensorView>& coef_nll, const std::optional<TensorView>& bias,
          const Scopes& scopes, const LossOptions& options, bool want_grad, const std::optional<TensorView>& token_nll,
-         const TensorView& stream_loss, const TensorView& stream_correct, const std::optional<TensorView>& column_sums,
-         int threads) {
+         const std::optional<TensorView>& token_entropy, const TensorView& stream_loss,
+         const TensorView& stream_correct, const std::optional<TensorView>& column_sums, int threads) {
   LossRowsArgs<T> args;
   args.num_rows = logits.sizes[0];
   args.num_columns = logits.sizes[1];
@@ -65,6 +65,7 @@ void run(const TensorView& logits, const TensorView& rows, const TensorView& tar
   args.coef_nll = coef_nll ? coef_nll->ptr<T>() : nullptr;
   args.bias = bias ? bias->ptr<T>() : nullptr;
   args.token_nll = token_nll ? token_nll->ptr<T>() : nullptr;
+  args.token_entropy = token_entropy ? token_entropy->ptr<T>() : nullptr;
   args.stream_loss = stream_loss.ptr<double>();
   args.stream_correct = stream_correct.ptr<int64_t>();
   args.num_sums = scopes.num_sums;
@@ -77,9 +78,9 @@ void multistream_loss_rows(const TensorView& logits, const TensorView& rows, con
                            const TensorView& live, const TensorView& coef, const std::optional<TensorView>& coef_nll,
                            const std::optional<TensorView>& bias, const std::vector<StreamTuple>& streams,
                            double z_loss, double label_smoothing, double softcap, bool want_grad,
-                           const std::optional<TensorView>& token_nll, const TensorView& stream_loss,
-                           const TensorView& stream_correct, const std::optional<TensorView>& column_sums,
-                           int threads) {
+                           const std::optional<TensorView>& token_nll, const std::optional<TensorView>& token_entropy,
+                           const TensorView& stream_loss, const TensorView& stream_correct,
+                           const std::optional<TensorView>& column_sums, int threads) {
   constexpr Device on = Device::kCpu;
   logits.expect("multistream_loss: logits", {DType::kFloat32, DType::kFloat64}, on, {-1, -1});
   const DType dtype = logits.dtype;
@@ -98,13 +99,14 @@ void multistream_loss_rows(const TensorView& logits, const TensorView& rows, con
   const Scopes scopes = scopes_of(streams, S, logits.sizes[1]);
   const int64_t k = static_cast<int64_t>(scopes.streams.size());
   if (bias) bias->expect("multistream_loss: bias", {dtype}, on, {k, logits.sizes[1]});
+  if (token_entropy) token_entropy->expect("multistream_loss: token_entropy", {dtype}, on, {N, S});
   stream_loss.expect("multistream_loss: stream_loss", {DType::kFloat64}, on, {k});
   stream_correct.expect("multistream_loss: stream_correct", {DType::kInt64}, on, {k});
   if (column_sums) column_sums->expect("multistream_loss: column_sums", {dtype}, on, {scopes.num_sums});
   const LossOptions options{z_loss, label_smoothing, softcap};
   auto call = dtype == DType::kFloat32 ? &run<float> : &run<double>;
-  call(logits, rows, targets, live, coef, coef_nll, bias, scopes, options, want_grad, token_nll, stream_loss,
-       stream_correct, column_sums, threads);
+  call(logits, rows, targets, live, coef, coef_nll, bias, scopes, options, want_grad, token_nll, token_entropy,
+       stream_loss, stream_correct, column_sums, threads);
 }
 
 }  // namespace
@@ -113,8 +115,8 @@ void bind_multistream_loss(py::module_& m) {
   m.def("multistream_loss_rows", &multistream_loss_rows, py::arg("logits"), py::arg("rows"), py::arg("targets"),
         py::arg("live"), py::arg("coef"), py::arg("coef_nll").none(true), py::arg("bias").none(true),
         py::arg("streams"), py::arg("z_loss"), py::arg("label_smoothing"), py::arg("softcap"), py::arg("want_grad"),
-        py::arg("token_nll").none(true), py::arg("stream_loss"), py::arg("stream_correct"),
-        py::arg("column_sums").none(true), py::arg("threads"));
+        py::arg("token_nll").none(true), py::arg("token_entropy").none(true), py::arg("stream_loss"),
+        py::arg("stream_correct"), py::arg("column_sums").none(true), py::arg("threads"));
 }
 
 }  // namespace speechlm

@@ -106,6 +106,10 @@ class RowBlock {
       out.target_in_scope = before + column;
       at_target = z(i)[column] + (b(i) ? b(i)[column] : T{0});
     }
+    T dot = 0;  // before the exponentials take the logits' place
+    for (int64_t i = 0; a_.token_entropy && i < s.num_slices; ++i) {
+      dot += loops_.exp_dot(z(i), b(i), slices[i].count, largest);
+    }
     T total = 0;
     for (int64_t i = 0; i < s.num_slices; ++i) total += loops_.exp_sum(e(i), z(i), b(i), slices[i].count, largest);
     const T lse = largest + std::log(total);
@@ -118,6 +122,7 @@ class RowBlock {
     loss_[k] += static_cast<double>(coef) * static_cast<double>(loss);
     correct_[k] += at_target == largest;
     if (a_.token_nll) a_.token_nll[at] = nll;
+    if (a_.token_entropy) a_.token_entropy[at] = std::log(total) - dot / total;
     out.scale = (coef * (1 + 2 * zl * lse) + coef_nll) / total;
     out.minus = coef * ls / static_cast<T>(s.width);
     out.minus_target = coef * (1 - ls) + coef_nll;

@@ -112,15 +112,14 @@ def test_chunks_change_nothing(monkeypatch):
     scopes, parts, targets, weights = make_case("full_and_own", num_rows=64)
     hidden, weight, embed, bias = parts
 
-    def run():
+    def run(chunk_bytes=None):
         return sx.ops.multistream_loss(
-            hidden, weight, targets, weights, scopes=scopes, stream_embed=embed, bias=bias
+            hidden, weight, targets, weights, scopes=scopes, stream_embed=embed, bias=bias, chunk_bytes=chunk_bytes
         )
 
     whole = torch.autograd.grad(run().loss_sum, parts)
     monkeypatch.setattr(internals, "_MIN_ROWS", 7)
-    monkeypatch.setattr(internals, "_CHUNK_BYTES", 1)
-    for got, want in zip(torch.autograd.grad(run().loss_sum, parts), whole, strict=True):
+    for got, want in zip(torch.autograd.grad(run(1).loss_sum, parts), whole, strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -226,4 +225,7 @@ def test_result_is_a_tuple_that_engines_can_walk():
     assert isinstance(out, tuple)
     again = type(out)(*(value if value is None else value + 0 for value in out))
     torch.testing.assert_close(again.loss_sum, out.loss_sum)
-    assert [name for name, value in zip(out._fields, out, strict=True) if value is None] == ["token_nll"]
+    assert [name for name, value in zip(out._fields, out, strict=True) if value is None] == [
+        "token_nll",
+        "stream_entropy",
+    ]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import speechlm_ext as sx
 from python_tests.ops.test_multistream_loss import OPTIONS, SCOPES, make_case
 from speechlm_ext.ops import _multistream_loss_pass as internals
-from speechlm_ext.ops._multistream_loss_op import flatten_scopes
+from speechlm_ext.ops._multistream_loss_scopes import flatten, read_scopes
 from speechlm_ext.ops._native import native
-from speechlm_ext.ops.reference.multistream_loss import LossOptions, loss_pass, merge_intervals
+from speechlm_ext.ops.reference.multistream_loss import LossOptions, loss_pass
 
 
 def large_case(dtype=torch.float32, num_rows=700):
@@ -78,14 +78,14 @@ def test_row_kernel_gives_the_same_bits_for_every_number_of_threads():
     bias = torch.randn(3, 517)
     results = []
     for threads in (1, 2, 3, 7):
-        z, token_nll = logits.clone(), torch.zeros(300, 4)
+        z, token_nll, entropy = logits.clone(), torch.zeros(300, 4), torch.zeros(300, 4)
         loss, correct = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
         sums = torch.zeros(517 + 200 + 102)
         native.multistream_loss_rows(
             z, torch.arange(300), targets, weights > 0, weights, None, bias, streams, 0.1, 0.1, 0.0, True, token_nll,
-            loss, correct, sums, threads,
+            entropy, loss, correct, sums, threads,
         )  # fmt: skip
-        results.append((z, token_nll, loss, correct, sums))
+        results.append((z, token_nll, entropy, loss, correct, sums))
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
             assert torch.equal(got, want)
@@ -160,12 +160,13 @@ def test_a_broken_row_breaks_the_loss_and_no_other_row(bad):
 def test_opcheck_and_compile():
     scopes, parts, targets, weights = large_case(num_rows=20)
     hidden, weight, embed, bias = (p.detach() for p in parts)
-    flat = flatten_scopes(tuple(tuple(scope) for scope in scopes))
+    flat = flatten(read_scopes([scopes, scopes[:1] + scopes[2:] + scopes[1:2]], 517, False)[0])
+    row_scope = torch.zeros(20, dtype=torch.int64)
     for want_grad, want_tokens in ((True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.speechlm_ext.multistream_loss.default,
-            (hidden, weight, targets, weights > 0, weights, None, embed, bias, flat, 0.1, 0.1, 3.0, want_grad,
-             want_tokens, True),
+            (hidden, weight, targets, weights > 0, weights, None, row_scope, embed, bias, flat, 0.1, 0.1, 3.0, 0,
+             want_grad, want_tokens, want_tokens, True),
         )  # fmt: skip
 
     def step(hidden, weight, embed, bias):
@@ -192,7 +193,7 @@ def test_native_layer_checks_for_itself():
         given = {**good, **changed}
         native.multistream_loss_rows(
             logits, given["rows"], targets, given["live"], given["coef"], None, None, given["streams"], 0.0, 0.0, 0.0,
-            True, None, loss, torch.zeros(1, dtype=torch.int64), sums, 1,
+            True, None, None, loss, torch.zeros(1, dtype=torch.int64), sums, 1,
         )  # fmt: skip
 
     call()
@@ -219,7 +220,7 @@ def test_reference_pass_agrees(name, options):
     """The plain torch pass, which is what runs on a GPU, gives what the row kernel gives."""
     scopes, parts, targets, weights = make_case(name)
     hidden, weight, embed, bias = (p.detach() for p in parts)
-    merged = tuple(merge_intervals(scope) for scope in scopes)
+    sets, _ = read_scopes([scopes], weight.shape[0], False)
     settings = LossOptions(**OPTIONS[options])
     arguments = (
         hidden,
@@ -228,10 +229,12 @@ def test_reference_pass_agrees(name, options):
         weights > 0,
         weights,
         weights * 0.5,
-        merged,
+        None,
+        sets,
         embed,
         bias,
         settings,
+        True,
         True,
         True,
     )

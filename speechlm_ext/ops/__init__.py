@@ -5,7 +5,12 @@ from speechlm_ext.ops.delay_pack import DelayUnpacker, PackedBatch, delay_pack, 
 from speechlm_ext.ops.delay_preset import delay_preset
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 from speechlm_ext.ops.multistream_embed import multistream_embed
-from speechlm_ext.ops.multistream_loss import MultiStreamLoss, multistream_loss
+from speechlm_ext.ops.multistream_loss import (
+    MultiStreamLoss,
+    multistream_logprobs,
+    multistream_loss,
+    separate_head_rows,
+)
 from speechlm_ext.ops.multistream_sample import DecodeState, SampledStep, advance, multistream_sample
 from speechlm_ext.ops.scatter_sum import scatter_sum_rows, segment_sum
 
@@ -23,8 +28,10 @@ __all__ = [
     "delay_unpack",
     "kmeans_assign",
     "multistream_embed",
+    "multistream_logprobs",
     "multistream_loss",
     "multistream_sample",
     "scatter_sum_rows",
     "segment_sum",
+    "separate_head_rows",
 ]

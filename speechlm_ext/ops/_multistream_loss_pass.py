@@ -1,4 +1,4 @@
-"""multistream_loss on the CPU, chunk by chunk.
+"""multistream_loss, chunk by chunk.
 
 Per group of streams that one product serves: ``Z = h Wᵀ`` of a chunk of rows into a buffer that all chunks share, the
 row kernel, which turns Z into the streams' summed logit gradients G in place, then ``dH = G W`` and ``dW += Gᵀ h``.
@@ -7,70 +7,29 @@ row kernel, which turns Z into the streams' summed logit gradients G in place, t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops._memory import empty_in_huge_pages, lazy_zeros
-from speechlm_ext.ops._native import native
-from speechlm_ext.ops.reference.multistream_loss import Interval, LossOptions, LossResult, merge_intervals
+from speechlm_ext.ops._memory import empty_in_huge_pages
+from speechlm_ext.ops._multistream_loss_rows import loss_rows
+from speechlm_ext.ops._multistream_loss_scopes import (
+    Group,
+    Interval,
+    Scopes,
+    ScopeSets,
+    group_all,
+    group_streams,
+)
+from speechlm_ext.ops.reference.multistream_loss import LossOptions, LossResult
 
 #: Bytes of logits in a chunk, but at least _MIN_ROWS rows: with fewer, the products wait for memory.
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 384 << 20}
 _MIN_ROWS = 512
 #: Rows of the weight that are widened to float64 at a time.
 _WIDE_ROWS = 2048
-
-Scopes = tuple[tuple[Interval, ...], ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Streams that one product serves."""
-
-    root: tuple[Interval, ...]
-    """The ids whose logits are computed, one interval after the other."""
-    streams: tuple[int, ...]
-    slices: tuple[tuple[tuple[int, int, int], ...], ...]
-    """Per stream, its scope as ``(first id, first column, count)``."""
-
-    @property
-    def columns(self) -> int:
-        return sum(end - start for start, end in self.root)
-
-
-@lru_cache(maxsize=64)
-def group_streams(scopes: Scopes) -> tuple[Group, ...]:
-    """Stream 0 and all streams whose scopes lie inside its own share a product; the others share one.
-
-    Streams after the first are live in nearly the same rows (a frame has all its codes), stream 0 in others too (text).
-    """
-    first = [s for s, scope in enumerate(scopes) if _covers(scopes[0], scope)]
-    rest = [s for s in range(len(scopes)) if s not in first]
-    groups = []
-    for members in (first, rest):
-        if not members:
-            continue
-        root = merge_intervals([interval for s in members for interval in scopes[s]])
-        slices = tuple(tuple(_place(root, interval) for interval in scopes[s]) for s in members)
-        groups.append(Group(root, tuple(members), slices))
-    return tuple(groups)
-
-
-def _covers(outer: Sequence[Interval], inner: Sequence[Interval]) -> bool:
-    return all(any(a <= start and end <= b for a, b in outer) for start, end in inner)
-
-
-def _place(root: Sequence[Interval], interval: Interval) -> tuple[int, int, int]:
-    start, end = interval
-    base = 0
-    for a, b in root:
-        if a <= start and end <= b:
-            return start, base + start - a, end - start
-        base += b - a
-    raise AssertionError(f"{interval} is not in {root}")
+#: All streams share one product where that costs at most this much more than two.
+_ONE_PRODUCT = 1.02
 
 
 def native_pass(
@@ -80,139 +39,228 @@ def native_pass(
     live: Tensor,
     coef_loss: Tensor,
     coef_nll: Tensor | None,
-    scopes: Scopes,
+    row_scope: Tensor | None,
+    sets: ScopeSets,
     stream_embed: Tensor | None,
     bias: Tensor | None,
     options: LossOptions,
     want_grad: bool,
     want_tokens: bool,
+    want_entropy: bool,
+    chunk_bytes: int | None = None,
 ) -> LossResult:
-    """As `speechlm_ext.ops.reference.multistream_loss.loss_pass`, with the row kernel."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    N, S = targets.shape
-    targets, live = targets.contiguous(), live.contiguous()
-    coef_loss = coef_loss.to(dtype).contiguous()
-    coef_nll = None if coef_nll is None else coef_nll.to(dtype).contiguous()
-    # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
-    weight_f = weight.to(dtype)
-    embed_f = None if stream_embed is None else stream_embed.to(dtype)
-    bias_f = None if bias is None else bias.to(dtype)
-    stream_loss = torch.zeros(S, dtype=torch.float64)
-    result = LossResult(
-        stream_loss,
-        torch.zeros(N, S, dtype=dtype) if want_tokens else None,
-        torch.zeros(S, dtype=torch.int64),
-    )
-    if want_grad:
-        result.grad_hidden = torch.zeros(hidden.shape, dtype=dtype)
-        result.grad_weight = lazy_zeros(weight.shape[0], weight.shape[1], dtype)
-        result.grad_embed = None if embed_f is None else torch.zeros_like(embed_f)
-        result.grad_bias = None if bias_f is None else torch.zeros_like(bias_f)
-    wants_sums = want_grad and (embed_f is not None or bias_f is not None)
-    written: list[Interval] = []
-    for group in group_streams(scopes):
-        rows = live[:, group.streams].any(dim=1).nonzero().squeeze(1)
-        if rows.numel() == 0:
-            continue
-        C, k = group.columns, len(group.streams)
-        chunk = max(_MIN_ROWS, _CHUNK_BYTES // (C * dtype.itemsize))
+    """As `speechlm_ext.ops.reference.multistream_loss.loss_pass`, with the row kernel.
+
+    ``chunk_bytes``: bytes of logits in a chunk.
+    """
+    work = _Pass(
+        hidden, weight, targets, coef_loss, coef_nll, stream_embed, bias, options, want_grad, want_tokens,
+        want_entropy, chunk_bytes,
+    )  # fmt: skip
+    for kind, scopes in enumerate(sets):
+        live_here = live if row_scope is None else live & (row_scope == kind)[:, None]
+        work.run_kind(scopes, live_here.contiguous())
+    return work.finish()
+
+
+class _Pass:
+    """One call: its inputs in the dtype of the sums, and the results so far."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        coef_loss: Tensor,
+        coef_nll: Tensor | None,
+        stream_embed: Tensor | None,
+        bias: Tensor | None,
+        options: LossOptions,
+        want_grad: bool,
+        want_tokens: bool,
+        want_entropy: bool,
+        chunk_bytes: int | None,
+    ) -> None:
+        # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.hidden, self.targets = hidden, targets.contiguous()
+        self.weight = weight.to(self.dtype)
+        self.embed = None if stream_embed is None else stream_embed.to(self.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.coef_loss = coef_loss.to(self.dtype).contiguous()
+        self.coef_nll = None if coef_nll is None else coef_nll.to(self.dtype).contiguous()
+        self.options, self.want_grad = options, want_grad
+        self.want_sums = want_grad and (self.embed is not None or self.bias is not None)
+        self.chunk_bytes = chunk_bytes or _CHUNK_BYTES[hidden.device.type]
+        N, S = targets.shape
+        new = hidden.new_zeros
+        self.result = LossResult(
+            new(S, dtype=torch.float64),
+            new(S, dtype=torch.int64),
+            new(N, S, dtype=self.dtype) if want_tokens else None,
+            new(N, S, dtype=self.dtype) if want_entropy else None,
+        )
+        if want_grad:
+            self.result.grad_hidden = new(hidden.shape, dtype=self.dtype)
+            self.result.grad_weight = empty_in_huge_pages(*weight.shape, self.dtype)
+            self.result.grad_embed = None if self.embed is None else torch.zeros_like(self.embed)
+            self.result.grad_bias = None if self.bias is None else torch.zeros_like(self.bias)
+        #: Rows of grad_weight that have been written, (start, end); the others hold whatever memory holds.
+        self.written: list[tuple[int, int]] = []
+
+    def finish(self) -> LossResult:
+        """The results, with zeros in all that no row has reached."""
+        result = self.result
+        result.stream_loss = result.stream_loss.to(self.dtype)
+        if result.grad_weight is not None:
+            self._zero_unwritten(0, result.grad_weight.shape[0])
+        return result
+
+    def _zero_unwritten(self, start: int, end: int) -> None:
+        """Writes zeros to those of grad_weight's rows start to end that hold nothing yet."""
+        for a, b in sorted(self.written):
+            if start < min(a, end):
+                self.result.grad_weight[start : min(a, end)] = 0  # type: ignore[index]
+            start = max(start, b)
+        if start < end:
+            self.result.grad_weight[start:end] = 0  # type: ignore[index]
+
+    def _claim(self, group: Group) -> list[bool]:
+        """For each interval of the root, whether nothing has been written to its rows of grad_weight yet. Where
+        something has, the rest becomes zero, so that all can be added to."""
+        fresh = []
+        for interval in group.root:
+            start, end = interval.row, interval.row + interval.count
+            fresh.append(not any(a < end and start < b for a, b in self.written))
+            if not fresh[-1]:
+                self._zero_unwritten(start, end)
+        self.written += [(i.row, i.row + i.count) for i in group.root]
+        return fresh
+
+    def run_kind(self, scopes: Scopes, live: Tensor) -> None:
+        """All rows that ``live`` has, whose streams run over ``scopes``."""
+        for number, (group, rows) in enumerate(_plan(scopes, live)):
+            if rows.numel():
+                self._run_group(group, rows, live, first=number == 0)
+
+    def _run_group(self, group: Group, rows: Tensor, live: Tensor, first: bool) -> None:
+        dtype, C = self.dtype, group.columns
+        chunk = max(_MIN_ROWS, self.chunk_bytes // (C * dtype.itemsize))
         buffer = empty_in_huge_pages(min(chunk, rows.numel()), C, dtype)
-        offsets = _stream_bias(group, weight_f, embed_f, bias_f)
-        streams = [(s, wants_sums, slices) for s, slices in zip(group.streams, group.slices, strict=True)]
-        num_sums = sum(count for slices in group.slices for _, _, count in slices) if wants_sums else 0
-        column_sums = torch.zeros(num_sums, dtype=dtype) if wants_sums else None
-        group_loss = torch.zeros(k, dtype=torch.float64)
-        group_correct = torch.zeros(k, dtype=torch.int64)
-        fresh = not any(a < d and c < b for a, b in group.root for c, d in written)
-        written += group.root
-        first_group = not written[len(group.root) :]
-        for chunk_rows in rows.split(chunk):
-            everyone = chunk_rows.numel() == N
-            h = (hidden if everyone else hidden[chunk_rows]).to(dtype).contiguous()
+        offsets = _stream_bias(group, self.weight, self.embed, self.bias)
+        streams = [(s, self.want_sums, slices) for s, slices in zip(group.streams, group.slices, strict=True)]
+        num_sums = sum(count for slices in group.slices for _, _, count in slices)
+        column_sums = self.hidden.new_zeros(num_sums, dtype=dtype) if self.want_sums else None
+        loss = self.hidden.new_zeros(len(streams), dtype=torch.float64)
+        correct = torch.zeros_like(loss, dtype=torch.int64)
+        fresh = self._claim(group) if self.want_grad else None
+        everyone = rows.numel() == self.hidden.shape[0]
+        for start in range(0, rows.numel(), chunk):
+            chunk_rows = rows[start : start + chunk]
+            span = slice(start, start + chunk)
+            h = (self.hidden[span] if everyone else self.hidden[chunk_rows]).to(dtype).contiguous()
             z = buffer[: h.shape[0]]
-            for (a, b), columns in _blocks(group, z):
-                torch.mm(h, weight_f[a:b].T, out=columns)
-            native.multistream_loss_rows(
-                z,
-                chunk_rows,
-                targets,
-                live,
-                coef_loss,
-                coef_nll,
-                offsets,
-                streams,
-                options.z_loss,
-                options.label_smoothing,
-                options.softcap or 0.0,
-                want_grad,
-                result.token_nll,
-                group_loss,
-                group_correct,
-                column_sums,
-                torch.get_num_threads(),
-            )
-            if not want_grad:
-                continue
-            grad_h = None
-            for (a, b), columns in _blocks(group, z):
-                part = weight_f[a:b]
-                grad_h = columns @ part if grad_h is None else grad_h.addmm_(columns, part)
-                result.grad_weight[a:b].addmm_(columns.T, h, beta=0 if fresh else 1)  # type: ignore[index]
-            fresh = False
-            if first_group:
-                result.grad_hidden[chunk_rows] = grad_h  # type: ignore[index]
-            else:
-                result.grad_hidden.index_add_(0, chunk_rows, grad_h)  # type: ignore[union-attr,arg-type]
-        index = torch.tensor(group.streams)
-        result.stream_loss.index_add_(0, index, group_loss)
-        result.stream_correct.index_add_(0, index, group_correct)
+            for interval, columns in _blocks(group, z):
+                torch.mm(h, _rows(self.weight, interval).T, out=columns)
+            loss_rows(
+                z, chunk_rows, self.targets, live, self.coef_loss, self.coef_nll, offsets, streams, self.options,
+                self.want_grad, self.result.token_nll, self.result.token_entropy, loss, correct, column_sums,
+            )  # fmt: skip
+            if self.want_grad:
+                self._add_products(group, z, h, fresh if start == 0 else None)
+                self._put_grad_hidden(group, z, span if everyone else chunk_rows, first)
+        index = torch.tensor(group.streams, device=loss.device)
+        self.result.stream_loss.index_add_(0, index, loss)
+        self.result.stream_correct.index_add_(0, index, correct)
         if column_sums is not None:
-            _add_rank_one_terms(result, group, column_sums, weight_f, embed_f)
-    result.stream_loss = result.stream_loss.to(dtype)
-    return result
+            self._add_rank_one_terms(group, column_sums)
+
+    def _add_products(self, group: Group, grad: Tensor, h: Tensor, fresh: Sequence[bool] | None) -> None:
+        """``dW += Gᵀ h``; ``fresh`` says for each interval whether nothing has been written there yet."""
+        for number, (interval, columns) in enumerate(_blocks(group, grad)):
+            keep = not (fresh and fresh[number])
+            _rows(self.result.grad_weight, interval).addmm_(columns.T, h, beta=int(keep))
+
+    def _put_grad_hidden(self, group: Group, grad: Tensor, rows: slice | Tensor, first: bool) -> None:
+        """``dH = G W`` into its rows; ``first``: nothing has been written there yet."""
+        whole = self.result.grad_hidden
+        in_place = isinstance(rows, slice)
+        out = whole[rows] if in_place else whole.new_empty(grad.shape[0], whole.shape[1])  # type: ignore[union-attr,index]
+        keep = in_place and not first
+        for interval, columns in _blocks(group, grad):
+            out.addmm_(columns, _rows(self.weight, interval), beta=int(keep))
+            keep = True
+        if in_place:
+            return
+        if first:
+            whole[rows] = out  # type: ignore[index]
+        else:
+            whole.index_add_(0, rows, out)  # type: ignore[union-attr,arg-type]
+
+    def _add_rank_one_terms(self, group: Group, column_sums: Tensor) -> None:
+        """What stream embeddings and bias get, and what the embeddings add to dW."""
+        sums = column_sums.new_zeros(len(group.streams), group.columns)
+        at = 0
+        for k, slices in enumerate(group.slices):
+            for _, begin, count in slices:
+                sums[k, begin : begin + count] = column_sums[at : at + count]
+                at += count
+        streams = list(group.streams)
+        for interval, columns in _blocks(group, sums):
+            if self.embed is not None:
+                _rows(self.result.grad_weight, interval).addmm_(columns.T, self.embed[streams])
+                self.result.grad_embed[streams] += columns @ _rows(self.weight, interval)  # type: ignore[index]
+            if self.result.grad_bias is not None:
+                self.result.grad_bias[interval.row : interval.row + interval.count] += columns.sum(dim=0)
+
+
+def _plan(scopes: Scopes, live: Tensor) -> list[tuple[Group, Tensor]]:
+    """Groups of streams, and the rows where any of them is live."""
+    groups = [
+        (group, live[:, group.streams].any(dim=1).nonzero().squeeze(1)) for group in group_streams(scopes)
+    ]
+    if len(groups) == 2:
+        whole = group_all(scopes)
+        rows = live.any(dim=1).nonzero().squeeze(1)
+        apart = sum(len(part) * group.columns for group, part in groups)
+        if len(rows) * whole.columns <= _ONE_PRODUCT * apart:
+            return [(whole, rows)]
+    return groups
+
+
+def _rows(matrix: Tensor | None, interval: Interval) -> Tensor:
+    return matrix[interval.row : interval.row + interval.count]  # type: ignore[index]
 
 
 def _blocks(group: Group, matrix: Tensor) -> list[tuple[Interval, Tensor]]:
-    """Each interval of ids with its columns of ``matrix``."""
+    """Each interval of the root with its columns of ``matrix``."""
     out, base = [], 0
-    for start, end in group.root:
-        out.append(((start, end), matrix[:, base : base + end - start]))
-        base += end - start
+    for interval in group.root:
+        out.append((interval, matrix[:, base : base + interval.count]))
+        base += interval.count
     return out
 
 
 def _stream_bias(group: Group, weight: Tensor, embed: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """``[k, C]``: what each stream adds to the shared logits.
+    """``[k, C]``: what each stream adds to the shared logits, over its scope.
 
     Summed in float64: all rows share this row of numbers, so its error would not average out over them.
     """
     if embed is None and bias is None:
         return None
     out = weight.new_zeros(len(group.streams), group.columns)
-    wide = None if embed is None else embed[list(group.streams)].double()
-    for (a, b), columns in _blocks(group, out):
-        for start in range(a, b, _WIDE_ROWS):
-            end = min(b, start + _WIDE_ROWS)
-            part = columns[:, start - a : end - a]
-            total = 0.0 if bias is None else bias[start:end].double()
-            part.copy_(total if wide is None else wide @ weight[start:end].double().T + total)
-    return out
-
-
-def _add_rank_one_terms(
-    result: LossResult, group: Group, column_sums: Tensor, weight: Tensor, embed: Tensor | None
-) -> None:
-    """What stream embeddings and bias get, and what the embeddings add to dW."""
-    sums = weight.new_zeros(len(group.streams), group.columns)
-    at = 0
+    members: dict[tuple[int, int], list[int]] = {}
     for k, slices in enumerate(group.slices):
         for _, begin, count in slices:
-            sums[k, begin : begin + count] = column_sums[at : at + count]
-            at += count
-    streams = list(group.streams)
-    for (a, b), columns in _blocks(group, sums):
-        if embed is not None:
-            result.grad_weight[a:b].addmm_(columns.T, embed[streams])  # type: ignore[index]
-            result.grad_embed[streams] += columns @ weight[a:b]  # type: ignore[index]
-        if result.grad_bias is not None:
-            result.grad_bias[a:b] += columns.sum(dim=0)
+            members.setdefault((begin, count), []).append(k)
+    for (begin, count), ks in members.items():
+        vectors = None if embed is None else embed[[group.streams[k] for k in ks]].double()
+        if bias is None and weight.device.type == "cpu" and not vectors.any():  # type: ignore[union-attr]
+            continue
+        row = group.row_of(begin)
+        for start in range(0, count, _WIDE_ROWS):
+            part = slice(row + start, row + min(count, start + _WIDE_ROWS))
+            total = 0.0 if bias is None else bias[part].double()
+            total = total if vectors is None else vectors @ weight[part].double().T + total
+            out[ks, begin + start : begin + start + part.stop - part.start] = total.to(out.dtype)  # type: ignore[union-attr]
+    return out

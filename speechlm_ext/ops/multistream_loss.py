@@ -12,9 +12,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops._multistream_loss_op import MultiStreamLossFunction, Scopes, flatten_scopes
-from speechlm_ext.ops._native import check, describe, partition_hint
-from speechlm_ext.ops.reference.multistream_loss import LossOptions, merge_intervals
+from speechlm_ext.ops._multistream_loss_op import LossSettings, MultiStreamLossFunction
+from speechlm_ext.ops._multistream_loss_scopes import GivenScopes, flatten, read_scopes
+from speechlm_ext.ops._native import OpError, check, describe, partition_hint
+
+
+Heads = Literal["shared", "separate"]
 
 
 class MultiStreamLoss(NamedTuple):
@@ -37,6 +40,9 @@ class MultiStreamLoss(NamedTuple):
     token_nll: Tensor | None = None
     """``[N, S]`` unweighted -log p(target), without smoothing and z-loss, 0 where not live; only with
     ``reduction="none"``."""
+    stream_entropy: Tensor | None = None
+    """``[S]`` entropies in nats of the softmaxes of live targets, summed; only with ``entropy=True``. Divide by
+    ``stream_count`` for the mean."""
 
 
 def multistream_loss(
@@ -45,13 +51,18 @@ def multistream_loss(
     targets: Tensor,
     loss_weight: Tensor,
     *,
-    scopes: Sequence[Sequence[tuple[int, int]]],
+    scopes: GivenScopes | Sequence[GivenScopes],
+    row_scope: Tensor | None = None,
+    heads: Heads = "shared",
     stream_embed: Tensor | None = None,
     bias: Tensor | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     reduction: Literal["sum", "none"] = "sum",
+    entropy: bool = False,
+    recompute: bool = False,
+    chunk_bytes: int | None = None,
 ) -> MultiStreamLoss:
     """Linear layer and weighted cross-entropy over S streams.
 
@@ -64,13 +75,23 @@ def multistream_loss(
         weight: ``[V, D]`` output table, the same dtype; differentiable, may be tied to the embedding.
         targets: int32 or int64 ``[N, S]``, e.g. ``PackedBatch.labels``.
         loss_weight: float ``[N, S]`` >= 0, e.g. ``PackedBatch.loss_weight``; carries no gradient.
-        scopes: per stream the id intervals ``(start, end)`` that its softmax runs over.
+        scopes: per stream the id intervals ``(start, end)`` that its softmax runs over. With ``row_scope``, a list of
+            such scopes, one for each kind of row.
+        row_scope: int ``[N]``, which of ``scopes`` each row uses (e.g. speech or text); None when all use the same.
+        heads: ``"shared"``: row i of ``weight`` belongs to id i, for all streams. ``"separate"``: each stream has rows
+            of its own; ``weight`` (and ``bias``) hold the ids of stream 0's scope in ascending order, then those of
+            stream 1, … (`separate_head_rows` in all). Targets and scopes are ids as before.
         stream_embed: ``[S, D]`` added to the hidden state of each stream; None for none.
         bias: ``[V]``; None for none.
         z_loss: adds ``z_loss · logsumexp²`` to each token's loss.
         label_smoothing: share of the target spread evenly over the scope, in [0, 1).
         softcap: logits become ``softcap · tanh(logits / softcap)``.
         reduction: ``"sum"``, or ``"none"`` for ``token_nll`` as well (differentiable; recomputes in backward).
+        entropy: whether to give ``stream_entropy``, for one more pass of exponentials.
+        recompute: compute no gradients in forward but everything in backward: one product more (four instead of
+            three), and nothing is held between the two.
+        chunk_bytes: bytes of logits held at a time, though never less than 512 rows; None for 64 MiB on the CPU and
+            384 MiB on a GPU.
 
     Returns:
         `MultiStreamLoss`. With no live target all sums are 0 and gradients are zero, not absent.
@@ -79,24 +100,30 @@ def multistream_loss(
         OpError: (a ValueError) for shapes that do not fit, an empty, overlapping or out-of-range scope, a negative or
             not finite weight, or a live target outside its stream's scope (row, stream and id are named).
     """
-    merged = _check_arguments(hidden, weight, targets, loss_weight, scopes, stream_embed, bias)
+    sets = _check_arguments(
+        hidden, weight, targets, loss_weight, scopes, row_scope, heads, stream_embed, bias, softcap
+    )
     check(z_loss >= 0, f"multistream_loss: z_loss must be 0 or more; got {z_loss}")
     check(
         0 <= label_smoothing < 1,
         f"multistream_loss: label_smoothing must be in [0, 1); got {label_smoothing}",
     )
-    check(softcap is None or softcap > 0, f"multistream_loss: softcap must be above 0; got {softcap}")
     check(
         reduction in ("sum", "none"),
         f'multistream_loss: reduction must be "sum" or "none"; got {reduction!r}',
     )
+    check(
+        chunk_bytes is None or chunk_bytes > 0,
+        f"multistream_loss: chunk_bytes must be above 0; got {chunk_bytes}",
+    )
     targets = targets.to(torch.int64)
+    row_scope = None if row_scope is None else row_scope.to(torch.int64)
     loss_weight = loss_weight.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     live = loss_weight > 0
-    options = LossOptions(float(z_loss), float(label_smoothing), None if softcap is None else float(softcap))
-    loss_sum, stream_loss, token_nll, stream_correct = MultiStreamLossFunction.apply(
-        hidden, weight, stream_embed, bias, targets, live, loss_weight, flatten_scopes(merged), options,
-        reduction == "none", torch.is_grad_enabled(),
+    settings = LossSettings(sets, float(z_loss), float(label_smoothing), float(softcap or 0), chunk_bytes or 0)
+    loss_sum, stream_loss, stream_correct, token_nll, token_entropy = MultiStreamLossFunction.apply(
+        hidden, weight, stream_embed, bias, targets, live, loss_weight, row_scope, settings, reduction == "none",
+        entropy, recompute, torch.is_grad_enabled(),
     )  # fmt: skip
     return MultiStreamLoss(
         loss_sum=loss_sum,
@@ -105,7 +132,70 @@ def multistream_loss(
         stream_weight=loss_weight.sum(dim=0).float(),
         stream_correct=stream_correct,
         token_nll=token_nll if reduction == "none" else None,
+        stream_entropy=token_entropy.sum(dim=0) if entropy else None,
     )
+
+
+def multistream_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scopes: GivenScopes | Sequence[GivenScopes],
+    row_scope: Tensor | None = None,
+    heads: Heads = "shared",
+    stream_embed: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of targets and the entropies of their softmaxes, for scoring: no gradients, one product.
+
+    Args:
+        mask: bool ``[N, S]``, which targets are asked for; None for all. The others' ids may be anything.
+        hidden, weight, targets, scopes, row_scope, heads, stream_embed, bias, softcap, chunk_bytes: as in
+            `multistream_loss`.
+
+    Returns:
+        ``(logprobs, entropy)``, both float32 ``[N, S]`` (float64 for float64 input) in nats, 0 where not asked for.
+
+    Raises:
+        OpError: as `multistream_loss`; a mask that is not bool ``[N, S]``.
+    """
+    if mask is None:
+        mask = torch.ones_like(targets, dtype=torch.bool)
+    check(
+        mask.dtype == torch.bool and mask.shape == targets.shape,
+        f"multistream_logprobs: mask must be bool {list(targets.shape)} like targets; got {describe(mask)}",
+    )
+    ones = mask.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    sets = _check_arguments(hidden, weight, targets, ones, scopes, row_scope, heads, stream_embed, bias, softcap)
+    settings = LossSettings(sets, 0.0, 0.0, float(softcap or 0), chunk_bytes or 0)
+    with torch.no_grad():
+        _, _, nll, entropy = torch.ops.speechlm_ext.multistream_loss(
+            hidden, weight, targets.to(torch.int64), mask, ones, None,
+            None if row_scope is None else row_scope.to(torch.int64), stream_embed, bias, *settings, False, True, True,
+            True,
+        )  # fmt: skip
+    return -nll, entropy
+
+
+def separate_head_rows(scopes: GivenScopes | Sequence[GivenScopes]) -> int:
+    """Rows of the weight that ``heads="separate"`` needs for ``scopes`` (one set, or one for each kind of row)."""
+    return read_scopes(_sets(scopes), None, True)[1]
+
+
+def _sets(scopes: GivenScopes | Sequence[GivenScopes]) -> Sequence[GivenScopes]:
+    """Scopes of one kind of row as the list of one."""
+    try:
+        innermost = next(scope[0][0] for scope in scopes if len(scope))
+        return scopes if isinstance(innermost, Sequence) else [scopes]  # type: ignore[list-item,return-value]
+    except (IndexError, StopIteration, TypeError):
+        raise OpError(
+            "multistream_loss: scopes must hold, for each stream, a list of intervals (start, end), or with row_scope "
+            f"a list of such scopes; got {scopes!r}"
+        ) from None
 
 
 def _check_arguments(
@@ -113,11 +203,14 @@ def _check_arguments(
     weight: Tensor,
     targets: Tensor,
     loss_weight: Tensor,
-    scopes: Sequence[Sequence[tuple[int, int]]],
+    scopes: GivenScopes | Sequence[GivenScopes],
+    row_scope: Tensor | None,
+    heads: str,
     stream_embed: Tensor | None,
     bias: Tensor | None,
-) -> Scopes:
-    """Checks shapes and gives each stream's scope as merged intervals."""
+    softcap: float | None,
+) -> list[int]:
+    """Checks shapes and gives the scopes as the op takes them."""
     op = "multistream_loss"
     check(
         hidden.dim() == 2 and hidden.is_floating_point(),
@@ -129,7 +222,8 @@ def _check_arguments(
         f"{op}: weight must be float [V, {width}] to fit hidden; got {describe(weight)}"
         + partition_hint(weight),
     )
-    num_streams = len(scopes)
+    given, vocab = _sets(scopes), weight.shape[0]
+    num_streams = len(given[0])
     check(
         tuple(targets.shape) == (num_rows, num_streams) and targets.dtype in (torch.int32, torch.int64),
         f"{op}: targets must be int32 or int64 [{num_rows}, {num_streams}] (hidden's rows, one column per scope); "
@@ -139,25 +233,26 @@ def _check_arguments(
         loss_weight.shape == targets.shape and loss_weight.is_floating_point(),
         f"{op}: loss_weight must be float {list(targets.shape)} like targets; got {describe(loss_weight)}",
     )
+    check(heads in ("shared", "separate"), f'{op}: heads must be "shared" or "separate"; got {heads!r}')
+    separate = heads == "separate"
+    sets, rows = read_scopes(given, None if separate else vocab, separate)
+    check(
+        not separate or rows == vocab,
+        f"{op}: weight must have {rows} rows, one for each id of each stream's scope; got {vocab}",
+    )
+    if row_scope is None:
+        check(len(sets) == 1, f"{op}: {len(sets)} kinds of rows have scopes; row_scope [N] must say which is which")
+    else:
+        check(
+            tuple(row_scope.shape) == (num_rows,) and row_scope.dtype in (torch.int32, torch.int64),
+            f"{op}: row_scope must be int32 or int64 [{num_rows}]; got {describe(row_scope)}",
+        )
     if stream_embed is not None:
         check(
             tuple(stream_embed.shape) == (num_streams, width),
             f"{op}: stream_embed must be [{num_streams}, {width}]; got {describe(stream_embed)}",
         )
-    vocab = weight.shape[0]
     if bias is not None:
         check(tuple(bias.shape) == (vocab,), f"{op}: bias must be [{vocab}]; got {describe(bias)}")
-    merged = []
-    for s, scope in enumerate(scopes):
-        intervals = [(int(start), int(end)) for start, end in scope]
-        check(len(intervals) > 0, f"{op}: scopes[{s}] is empty")
-        for start, end in intervals:
-            check(
-                0 <= start < end <= vocab,
-                f"{op}: scopes[{s}] has ({start}, {end}), which is no interval of the {vocab} ids of weight",
-            )
-        ordered = sorted(intervals)
-        for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False):
-            check(end <= start, f"{op}: the intervals of scopes[{s}] overlap: {ordered}")
-        merged.append(merge_intervals(ordered))
-    return tuple(merged)
+    check(softcap is None or softcap > 0, f"{op}: softcap must be above 0; got {softcap}")
+    return flatten(sets)

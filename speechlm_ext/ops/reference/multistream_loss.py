@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops._multistream_loss_scopes import Interval, Scopes, ScopeSets, local_targets
+
 #: Bytes of logits per chunk (a chunk has at least _MIN_ROWS rows). On the CPU the C library hands buffers of more than
 #: 32 MiB back to the system at once, and zeroing their pages again for each chunk costs more than the arithmetic.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 384 << 20}
 _MIN_ROWS = 512
-
-Interval = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -36,35 +36,21 @@ class LossResult:
     """Sums over all rows, and the gradients of ``coef_loss · loss + coef_nll · nll`` where asked for."""
 
     stream_loss: Tensor  # [S] sum of coef_loss * loss
-    token_nll: Tensor | None  # [N, S]
     stream_correct: Tensor  # [S]
+    token_nll: Tensor | None  # [N, S]
+    token_entropy: Tensor | None  # [N, S]
     grad_hidden: Tensor | None = None
     grad_weight: Tensor | None = None
     grad_embed: Tensor | None = None
     grad_bias: Tensor | None = None
 
 
-def merge_intervals(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
-    """Sorted intervals with touching ones joined."""
-    merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return tuple(merged)
-
-
-def _contains(outer: Sequence[Interval], inner: Sequence[Interval]) -> bool:
-    return all(any(a <= start and end <= b for a, b in outer) for start, end in inner)
-
-
-def group_streams(scopes: Sequence[tuple[Interval, ...]]) -> list[tuple[tuple[Interval, ...], list[int]]]:
+def group_streams(scopes: Scopes) -> list[tuple[tuple[Interval, ...], list[int]]]:
     """Streams that one GEMM can serve: a widest scope, and the streams whose scopes lie inside it."""
     groups: list[tuple[tuple[Interval, ...], list[int]]] = []
-    for s in sorted(range(len(scopes)), key=lambda s: -sum(end - start for start, end in scopes[s])):
+    for s in sorted(range(len(scopes)), key=lambda s: -sum(i.count for i in scopes[s])):
         for root, members in groups:
-            if _contains(root, scopes[s]):
+            if all(local_columns(root, [i]) for i in scopes[s]):
                 members.append(s)
                 break
         else:
@@ -73,31 +59,20 @@ def group_streams(scopes: Sequence[tuple[Interval, ...]]) -> list[tuple[tuple[In
 
 
 def local_columns(root: Sequence[Interval], scope: Sequence[Interval]) -> list[slice]:
-    """Where a scope's intervals lie among the concatenated columns of ``root``."""
+    """Where a scope's intervals lie among the concatenated columns of ``root``; those that do not are left out."""
     slices = []
-    for start, end in scope:
+    for i in scope:
         base = 0
-        for a, b in root:
-            if a <= start and end <= b:
-                slices.append(slice(base + start - a, base + end - a))
+        for outer in root:
+            if outer.row <= i.row and i.row + i.count <= outer.row + outer.count:
+                slices.append(slice(base + i.row - outer.row, base + i.row - outer.row + i.count))
                 break
-            base += b - a
+            base += outer.count
     return slices
 
 
-def local_targets(targets: Tensor, scope: Sequence[Interval]) -> Tensor:
-    """Column of each target within its scope; -1 outside it."""
-    local = torch.full_like(targets, -1)
-    base = 0
-    for start, end in scope:
-        inside = (targets >= start) & (targets < end)
-        local = torch.where(inside, targets - start + base, local)
-        base += end - start
-    return local
-
-
 def _rows_of(matrix: Tensor, intervals: Sequence[Interval]) -> Tensor:
-    parts = [matrix[start:end] for start, end in intervals]
+    parts = [matrix[i.row : i.row + i.count] for i in intervals]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -112,16 +87,18 @@ def _stream_pass(
     coef_nll: Tensor | None,
     options: LossOptions,
     want_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Cross-entropy of ``logits [R, C]``: ``(loss [R], nll [R], is_correct [R], dlogits [R, C] or None)``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Cross-entropy of ``logits [R, C]``: ``(loss [R], nll [R], entropy [R], is_correct [R], dlogits [R, C] or None)``."""
     capped_slope = None
     if options.softcap is not None:
         tanh = torch.tanh(logits / options.softcap)
         logits = options.softcap * tanh
         capped_slope = 1 - tanh * tanh if want_grad else None
     largest = logits.amax(dim=1)
+    below = (logits - largest[:, None]).clamp_(min=-87)  # 0 · -infinity is 0 in the entropy
     exponentials = torch.sub(logits, largest[:, None]).exp_()
     total = exponentials.sum(dim=1)
+    entropy = total.log() - below.mul_(exponentials).sum(dim=1) / total
     lse = largest + total.log()
     at_target = logits.gather(1, target[:, None]).squeeze(1)
     nll = lse - at_target
@@ -133,7 +110,7 @@ def _stream_pass(
     if options.z_loss:
         loss = loss + options.z_loss * lse * lse
     if not want_grad:
-        return loss, nll, is_correct, None
+        return loss, nll, entropy, is_correct, None
     scale = coef_loss * (1 + 2 * options.z_loss * lse)
     at = coef_loss * (1 - eps)
     if coef_nll is not None:
@@ -144,7 +121,7 @@ def _stream_pass(
     grad.scatter_add_(1, target[:, None], -at[:, None])
     if capped_slope is not None:
         grad.mul_(capped_slope)
-    return loss, nll, is_correct, grad
+    return loss, nll, entropy, is_correct, grad
 
 
 def loss_pass(
@@ -154,19 +131,24 @@ def loss_pass(
     live: Tensor,
     coef_loss: Tensor,
     coef_nll: Tensor | None,
-    scopes: Sequence[tuple[Interval, ...]],
+    row_scope: Tensor | None,
+    sets: ScopeSets,
     stream_embed: Tensor | None,
     bias: Tensor | None,
     options: LossOptions,
     want_grad: bool,
     want_tokens: bool,
+    want_entropy: bool,
+    chunk_bytes: int | None = None,
 ) -> LossResult:
     """Losses of all live targets, and gradients of ``Σ coef_loss · loss + coef_nll · nll`` when ``want_grad``.
 
     Args:
         hidden: ``[N, D]``. weight: ``[V, D]``. targets: int64 ``[N, S]``. live: bool ``[N, S]``.
         coef_loss, coef_nll: ``[N, S]`` weights of the full loss and of the bare NLL.
-        scopes: per stream merged intervals. stream_embed: ``[S, D]``. bias: ``[V]``.
+        row_scope: int64 ``[N]``, which of ``sets`` each row uses, or None with one set.
+        sets: per kind of row, per stream, merged intervals. stream_embed: ``[S, D]``. bias: ``[V]``.
+        chunk_bytes: bytes of logits per chunk.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     device = hidden.device
@@ -174,7 +156,8 @@ def loss_pass(
     stream_loss = torch.zeros(num_streams, dtype=dtype, device=device)
     stream_correct = torch.zeros(num_streams, dtype=torch.int64, device=device)
     token_nll = torch.zeros(num_rows, num_streams, dtype=dtype, device=device) if want_tokens else None
-    result = LossResult(stream_loss, token_nll, stream_correct)
+    token_entropy = torch.zeros(num_rows, num_streams, dtype=dtype, device=device) if want_entropy else None
+    result = LossResult(stream_loss, stream_correct, token_nll, token_entropy)
     # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
     weight_f = weight.to(dtype)
     embed_f = None if stream_embed is None else stream_embed.to(dtype)
@@ -185,7 +168,7 @@ def loss_pass(
         result.grad_embed = None if embed_f is None else torch.zeros_like(embed_f)
         result.grad_bias = None if bias_f is None else torch.zeros_like(bias_f)
 
-    for root, members in group_streams(scopes):
+    for scopes, live, root, members in _parts(sets, live, row_scope):
         rows = live[:, members].any(dim=1).nonzero().squeeze(1)
         if rows.numel() == 0:
             continue
@@ -200,7 +183,7 @@ def loss_pass(
             if embed_f is not None:
                 parts.append(root_weight @ embed_f[s])
             stream_bias[s] = sum(parts[1:], parts[0]) if parts else None
-        chunk = max(_MIN_ROWS, _CHUNK_BYTES.get(device.type, 384 << 20) // (num_columns * dtype.itemsize))
+        chunk = max(_MIN_ROWS, (chunk_bytes or _CHUNK_BYTES[device.type]) // (num_columns * dtype.itemsize))
         for chunk_rows in rows.split(chunk):
             hidden_rows = hidden[chunk_rows].to(dtype)
             logits = hidden_rows @ root_weight.T
@@ -220,11 +203,13 @@ def loss_pass(
                 target = local_targets(targets[at_rows, s], scopes[s])
                 coef = coef_loss[at_rows, s].to(dtype)
                 coef_n = None if coef_nll is None else coef_nll[at_rows, s].to(dtype)
-                loss, nll, is_correct, dlogits = _stream_pass(mine, target, coef, coef_n, options, want_grad)
+                loss, nll, entropy, is_correct, dlogits = _stream_pass(mine, target, coef, coef_n, options, want_grad)
                 stream_loss[s] += (loss * coef).sum()
                 stream_correct[s] += is_correct.sum()
                 if token_nll is not None:
                     token_nll[at_rows, s] = nll
+                if token_entropy is not None:
+                    token_entropy[at_rows, s] = entropy
                 if dlogits is None:
                     continue
                 sums = dlogits.sum(dim=0)
@@ -252,6 +237,14 @@ def loss_pass(
     return result
 
 
+def _parts(sets: ScopeSets, live: Tensor, row_scope: Tensor | None):  # type: ignore[no-untyped-def]
+    """``(scopes, live targets, root, members)`` of every product."""
+    for kind, scopes in enumerate(sets):
+        live_here = live if row_scope is None else live & (row_scope == kind)[:, None]
+        for root, members in group_streams(scopes):
+            yield scopes, live_here, root, members
+
+
 def _add_root_gradients(
     result: LossResult,
     grad_root: Tensor,
@@ -266,10 +259,10 @@ def _add_root_gradients(
             grad_root.addr_(sums, embed[s])
             result.grad_embed[s] += sums @ root_weight  # type: ignore[index]
     base = 0
-    for start, end in root:
-        width = end - start
-        result.grad_weight[start:end] += grad_root[base : base + width]  # type: ignore[index]
+    for interval in root:
+        rows, width = slice(interval.row, interval.row + interval.count), interval.count
+        result.grad_weight[rows] += grad_root[base : base + width]  # type: ignore[index]
         if result.grad_bias is not None:
             for sums in column_sums.values():
-                result.grad_bias[start:end] += sums[base : base + width]
+                result.grad_bias[rows] += sums[base : base + width]
         base += width

@@ -1,0 +1,218 @@
+"""Scopes of multistream_loss: which ids each stream's softmax runs over, and which rows of the weight give their logits.
+
+With a shared head an id is its row of the weight. With separate heads every stream has rows of its own: the ids of its
+scope in ascending order, one stream's rows after the other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from speechlm_ext.ops._native import OpError, check
+
+
+class Interval(NamedTuple):
+    """Ids ``start`` to ``end - 1``; their logits come from the weight's rows from ``row`` on."""
+
+    start: int
+    end: int
+    row: int
+
+    @property
+    def count(self) -> int:
+        return self.end - self.start
+
+
+#: The scope of each stream.
+Scopes = tuple[tuple[Interval, ...], ...]
+#: The scopes of each kind of row; one kind unless ``row_scope`` is given.
+ScopeSets = tuple[Scopes, ...]
+GivenScopes = Sequence[Sequence[tuple[int, int]]]
+
+
+def read_scopes(sets: Sequence[GivenScopes], vocab: int | None, separate: bool) -> tuple[ScopeSets, int]:
+    """Checks scopes and finds the weight's rows for them.
+
+    Args:
+        sets: per kind of row, per stream, the intervals ``(start, end)``.
+        vocab: number of ids of a shared head; None for separate heads.
+        separate: whether every stream has rows of its own.
+
+    Returns:
+        The scopes, and the number of rows that the weight must have at least (shared) or exactly (separate).
+    """
+    op = "multistream_loss"
+    ordered = []
+    for kind, scopes in enumerate(sets):
+        where = f"scopes[{kind}]" if len(sets) > 1 else "scopes"
+        check(
+            len(scopes) == len(sets[0]) > 0,
+            f"{op}: {where} must hold one scope per stream ({len(sets[0])}); got {len(scopes)}",
+        )
+        for s, scope in enumerate(scopes):
+            check(len(scope) > 0, f"{op}: {where}[{s}] is empty")
+            for start, end in scope:
+                check(
+                    0 <= start < end and (vocab is None or end <= vocab),
+                    f"{op}: {where}[{s}] has ({start}, {end}), which is no interval of "
+                    + ("ids" if vocab is None else f"the {vocab} ids of weight"),
+                )
+            by_start = sorted((int(start), int(end)) for start, end in scope)
+            for (_, end), (start, _) in zip(by_start, by_start[1:], strict=False):
+                check(end <= start, f"{op}: the intervals of {where}[{s}] overlap: {by_start}")
+        ordered.append([[Interval(int(a), int(b), int(a)) for a, b in scope] for scope in scopes])
+    rows = max(i.end for scopes in ordered for scope in scopes for i in scope)
+    if separate:
+        rows = 0
+        for s in range(len(ordered[0])):
+            head = []
+            for interval in merge([i for scopes in ordered for i in scopes[s]]):
+                head.append(interval._replace(row=rows))
+                rows += interval.count
+            for scopes in ordered:
+                scopes[s] = [i._replace(row=_row_in(head, i.start)) for i in scopes[s]]
+    return tuple(tuple(merge(scope) for scope in scopes) for scopes in ordered), rows
+
+
+def merge(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
+    """Sorted by row, with those joined that touch or overlap."""
+    merged: list[Interval] = []
+    for interval in sorted(intervals, key=lambda i: (i.row, i.end)):
+        last = merged[-1] if merged else None
+        if last and interval.row - last.row == interval.start - last.start <= last.count:
+            merged[-1] = last._replace(end=max(interval.end, last.end))
+        else:
+            merged.append(interval)
+    return tuple(merged)
+
+
+def _row_in(head: Sequence[Interval], start: int) -> int:
+    return next(i.row + start - i.start for i in head if i.start <= start < i.end)
+
+
+def flatten(sets: ScopeSets) -> list[int]:
+    """Scopes as the op's schema can carry them: for each stream the number of its intervals, then those."""
+    return [
+        value
+        for scopes in sets
+        for scope in scopes
+        for value in (len(scope), *(number for interval in scope for number in interval))
+    ]
+
+
+def unflatten(flat: Sequence[int], num_streams: int) -> ScopeSets:
+    """What `flatten` took apart."""
+    scopes, at = [], 0
+    while at < len(flat):
+        stop = at + 1 + 3 * flat[at]
+        scopes.append(tuple(Interval(*flat[i : i + 3]) for i in range(at + 1, stop, 3)))
+        at = stop
+    return tuple(tuple(scopes[i : i + num_streams]) for i in range(0, len(scopes), num_streams))
+
+
+def local_targets(targets: Tensor, scope: Sequence[Interval]) -> Tensor:
+    """Place of each target within its scope; -1 outside it."""
+    local = torch.full_like(targets, -1)
+    base = 0
+    for interval in scope:
+        inside = (targets >= interval.start) & (targets < interval.end)
+        local = torch.where(inside, targets - interval.start + base, local)
+        base += interval.count
+    return local
+
+
+def check_values(
+    targets: Tensor, loss_weight: Tensor, live: Tensor, row_scope: Tensor | None, sets: ScopeSets
+) -> None:
+    """Refuses weights that mean nothing, kinds that do not exist, and live targets that their softmax lacks."""
+    op = "multistream_loss"
+    bad_weight = ~((loss_weight >= 0) & loss_weight.isfinite())
+    if bool(bad_weight.any()):
+        n, s = bad_weight.nonzero()[0].tolist()
+        raise OpError(
+            f"{op}: loss_weight[{n}, {s}] is {float(loss_weight[n, s])}; weights must be finite and >= 0"
+        )
+    if row_scope is not None:
+        unknown = (row_scope < 0) | (row_scope >= len(sets))
+        if bool(unknown.any()):
+            n = int(unknown.nonzero()[0])
+            raise OpError(
+                f"{op}: row_scope[{n}] is {int(row_scope[n])}; it must be 0 to {len(sets) - 1}, one of scopes"
+            )
+    for kind, scopes in enumerate(sets):
+        wanted = live if row_scope is None else live & (row_scope == kind)[:, None]
+        for s, scope in enumerate(scopes):
+            outside = wanted[:, s] & (local_targets(targets[:, s], scope) < 0)
+            if bool(outside.any()):
+                n = int(outside.nonzero()[0])
+                raise OpError(
+                    f"{op}: targets[{n}, {s}] (row {n}, stream {s}) is id {int(targets[n, s])}, outside the stream's "
+                    f"scope {[(i.start, i.end) for i in scope]}, with weight {float(loss_weight[n, s])}. Give it "
+                    "weight 0 or widen the scope"
+                )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Streams that one product serves."""
+
+    root: tuple[Interval, ...]
+    """The rows of the weight whose logits are computed, one interval after the other."""
+    streams: tuple[int, ...]
+    slices: tuple[tuple[tuple[int, int, int], ...], ...]
+    """Per stream, its scope as ``(first id, first column, count)``."""
+
+    @property
+    def columns(self) -> int:
+        return sum(interval.count for interval in self.root)
+
+    def row_of(self, column: int) -> int:
+        """The weight's row that gives a column of the logits."""
+        for interval in self.root:
+            if column < interval.count:
+                return interval.row + column
+            column -= interval.count
+        raise AssertionError(f"{self.columns} columns have no column {column}")
+
+
+@lru_cache(maxsize=64)
+def group_streams(scopes: Scopes) -> tuple[Group, ...]:
+    """Stream 0 with all streams whose scopes lie inside its own, and the others.
+
+    Streams after the first are live in nearly the same rows (a frame has all its codes), stream 0 in others too (text).
+    """
+    first = [s for s, scope in enumerate(scopes) if _covers(scopes[0], scope)]
+    rest = [s for s in range(len(scopes)) if s not in first]
+    return tuple(_group(scopes, members) for members in (first, rest) if members)
+
+
+@lru_cache(maxsize=64)
+def group_all(scopes: Scopes) -> Group:
+    """All streams in one product."""
+    return _group(scopes, range(len(scopes)))
+
+
+def _group(scopes: Scopes, members: Sequence[int]) -> Group:
+    # What counts from here on is rows of the weight, so rows are the ids of the root.
+    root = merge([i._replace(start=i.row, end=i.row + i.count) for s in members for i in scopes[s]])
+    slices = tuple(tuple(_place(root, interval) for interval in scopes[s]) for s in members)
+    return Group(root, tuple(members), slices)
+
+
+def _covers(outer: Sequence[Interval], inner: Sequence[Interval]) -> bool:
+    return all(any(o.row <= i.row and i.row + i.count <= o.row + o.count for o in outer) for i in inner)
+
+
+def _place(root: Sequence[Interval], interval: Interval) -> tuple[int, int, int]:
+    base = 0
+    for i in root:
+        if i.row <= interval.row and interval.row + interval.count <= i.row + i.count:
+            return interval.start, base + interval.row - i.row, interval.count
+        base += i.count
+    raise AssertionError(f"{interval} is not in {root}")
