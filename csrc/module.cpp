@@ -1,6 +1,10 @@
 // speechlm_ext._C: the ops, and what tells Python what this build is.
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <exception>
+#include <vector>
+
 #include "bind.h"
 #include "common/build_info.h"
 #include "common/cpu_info.h"
@@ -8,6 +12,32 @@
 #include "common/simd.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// Calls the tasks, each on one thread of a team. A library that would split a call over threads (a matrix product) does
+// not do so inside a team, so what a task computes does not depend on the number of threads.
+void run_tasks(const std::vector<py::function>& tasks, int threads) {
+  std::atomic<size_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+  {
+    const py::gil_scoped_release no_gil;
+    speechlm::run_team(threads, [&] {
+      for (size_t i = next++; i < tasks.size() && !failed; i = next++) {
+        const py::gil_scoped_acquire gil;
+        try {
+          tasks[i]();
+        } catch (...) {  // must not leave an OpenMP region
+          if (!failed.exchange(true)) error = std::current_exception();
+        }
+      }
+    });
+  }
+  if (failed) std::rethrow_exception(error);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "speechlm_ext's kernels. Use speechlm_ext.ops; these functions have no stable signature.";
@@ -17,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("use_openmp_of", &speechlm::use_openmp_of, py::arg("library_path"));
+  m.def("run_tasks", &run_tasks, py::arg("tasks"), py::arg("threads"));
   m.def("openmp_runtime", &speechlm::openmp_runtime);
   m.def("cpu_features", &speechlm::cpu_features);
   m.def("simd_available", &speechlm::simd_available);

@@ -67,7 +67,6 @@ def test_same_bits_for_every_instruction_set(options):
 
 
 def test_row_kernel_gives_the_same_bits_for_every_number_of_threads():
-    """The row kernel alone: how the products are split over threads is the business of their library."""
     logits = torch.randn(300, 517, generator=torch.Generator().manual_seed(0))
     _, _, targets, weights = large_case(num_rows=300)
     streams = [
@@ -91,8 +90,51 @@ def test_row_kernel_gives_the_same_bits_for_every_number_of_threads():
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "width", "vocab"),
+    [(512, 24, 13_192), (5, 576, 1000), (64, 24, 100), (17, 63, 20), (333, 63, 5001), (700, 200, 300)],
+)
+def test_same_bits_for_every_number_of_threads(num_rows, width, vocab):
+    """Loss and all gradients, at sizes where torch's own products differ by the number of threads."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = vocab // 4, vocab // 2
+    parts = [
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((num_rows, width), (vocab, width), (3, width), (vocab,))
+    ]
+    targets = torch.randint(low, high, (num_rows, 3), generator=generator)
+    weights = torch.rand(num_rows, 3, generator=generator)
+    scopes = [[(0, vocab)], [(low, high)], [(low, high)]]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            out, gradients = run_large((scopes, parts, targets, weights), z_loss=0.1)
+            results.append((out.loss_sum, out.stream_loss, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_task_that_fails_is_reported_and_the_team_goes_on():
+    done = []
+
+    def fail():
+        raise ValueError("a bad tile")
+
+    for threads in (1, 2, 3):
+        with pytest.raises(ValueError, match="a bad tile"):
+            native.run_tasks([fail], threads)
+        done.clear()
+        native.run_tasks([lambda i=i: done.append(i) for i in range(50)], threads)
+        assert sorted(done) == list(range(50))
+    native.run_tasks([], 2)
+
+
 def error(got, want):
-    return float((got.double() - want).norm() / want.norm())
+    return float((got.detach().double() - want.detach()).norm() / want.detach().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_HUGE_PAGE = 2 << 20
+#: Matrix products into memory that does not start on a cache line are a third slower. NumPy's memory does not.
+_CACHE_LINE = 64
+
 
 def lazy_zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """Zeros on the CPU whose memory the operating system hands out page by page, when it is first written.
@@ -15,7 +19,7 @@ def lazy_zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     size = num_rows * width * dtype.itemsize
     if size == 0:
         return torch.zeros(num_rows, width, dtype=dtype)
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(num_rows, width)
+    return _aligned(np.zeros(size + _CACHE_LINE, np.uint8), size, _CACHE_LINE, dtype).view(num_rows, width)
 
 
 def empty_in_huge_pages(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -24,6 +28,12 @@ def empty_in_huge_pages(num_rows: int, width: int, dtype: torch.dtype) -> Tensor
     Every page of the result is new and is written once; with small pages that costs more than the values.
     """
     size = num_rows * width * dtype.itemsize
-    if size < 2**22:
+    if size < 2 * _HUGE_PAGE:
         return torch.empty(num_rows, width, dtype=dtype)
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(num_rows, width)
+    return _aligned(np.empty(size + _HUGE_PAGE, np.uint8), size, _HUGE_PAGE, dtype).view(num_rows, width)
+
+
+def _aligned(memory: np.ndarray, size: int, alignment: int, dtype: torch.dtype) -> Tensor:
+    """``size`` bytes of ``memory``, from the first address that is a multiple of ``alignment``."""
+    start = -memory.ctypes.data % alignment
+    return torch.from_numpy(memory[start : start + size]).view(dtype)

@@ -7,11 +7,19 @@ row kernel, which turns Z into the streams' summed logit gradients G in place, t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from speechlm_ext.ops._memory import empty_in_huge_pages
+from speechlm_ext.ops._multistream_loss_products import (
+    add_hidden_gradient,
+    add_weight_gradient,
+    put_logits,
+    run,
+    weight_tiles,
+)
 from speechlm_ext.ops._multistream_loss_rows import loss_rows
 from speechlm_ext.ops._multistream_loss_scopes import (
     Group,
@@ -26,8 +34,6 @@ from speechlm_ext.ops.reference.multistream_loss import LossOptions, LossResult
 #: Bytes of logits in a chunk, but at least _MIN_ROWS rows: with fewer, the products wait for memory.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 384 << 20}
 _MIN_ROWS = 512
-#: Rows of the weight that are widened to float64 at a time.
-_WIDE_ROWS = 2048
 #: All streams share one product where that costs at most this much more than two.
 _ONE_PRODUCT = 1.02
 
@@ -83,10 +89,10 @@ class _Pass:
     ) -> None:
         # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.hidden, self.targets = hidden, targets.contiguous()
-        self.weight = weight.to(self.dtype)
-        self.embed = None if stream_embed is None else stream_embed.to(self.dtype)
-        self.bias = None if bias is None else bias.to(self.dtype)
+        self.hidden, self.targets = hidden.detach(), targets.contiguous()
+        self.weight = weight.detach().to(self.dtype)
+        self.embed = None if stream_embed is None else stream_embed.detach().to(self.dtype)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
         self.coef_loss = coef_loss.to(self.dtype).contiguous()
         self.coef_nll = None if coef_nll is None else coef_nll.to(self.dtype).contiguous()
         self.options, self.want_grad = options, want_grad
@@ -161,7 +167,7 @@ class _Pass:
             h = (self.hidden[span] if everyone else self.hidden[chunk_rows]).to(dtype).contiguous()
             z = buffer[: h.shape[0]]
             for interval, columns in _blocks(group, z):
-                torch.mm(h, _rows(self.weight, interval).T, out=columns)
+                put_logits(columns, h, _rows(self.weight, interval))
             loss_rows(
                 z, chunk_rows, self.targets, live, self.coef_loss, self.coef_nll, offsets, streams, self.options,
                 self.want_grad, self.result.token_nll, self.result.token_entropy, loss, correct, column_sums,
@@ -179,7 +185,7 @@ class _Pass:
         """``dW += Gᵀ h``; ``fresh`` says for each interval whether nothing has been written there yet."""
         for number, (interval, columns) in enumerate(_blocks(group, grad)):
             keep = not (fresh and fresh[number])
-            _rows(self.result.grad_weight, interval).addmm_(columns.T, h, beta=int(keep))
+            add_weight_gradient(_rows(self.result.grad_weight, interval), columns, h, keep)
 
     def _put_grad_hidden(self, group: Group, grad: Tensor, rows: slice | Tensor, first: bool) -> None:
         """``dH = G W`` into its rows; ``first``: nothing has been written there yet."""
@@ -188,7 +194,7 @@ class _Pass:
         out = whole[rows] if in_place else whole.new_empty(grad.shape[0], whole.shape[1])  # type: ignore[union-attr,index]
         keep = in_place and not first
         for interval, columns in _blocks(group, grad):
-            out.addmm_(columns, _rows(self.weight, interval), beta=int(keep))
+            add_hidden_gradient(out, columns, _rows(self.weight, interval), keep)
             keep = True
         if in_place:
             return
@@ -206,12 +212,15 @@ class _Pass:
                 sums[k, begin : begin + count] = column_sums[at : at + count]
                 at += count
         streams = list(group.streams)
+        grad_embed = sums.new_zeros(len(streams), self.hidden.shape[1])
         for interval, columns in _blocks(group, sums):
             if self.embed is not None:
-                _rows(self.result.grad_weight, interval).addmm_(columns.T, self.embed[streams])
-                self.result.grad_embed[streams] += columns @ _rows(self.weight, interval)  # type: ignore[index]
+                add_weight_gradient(_rows(self.result.grad_weight, interval), columns, self.embed[streams], True)
+                add_hidden_gradient(grad_embed, columns, _rows(self.weight, interval), True)
             if self.result.grad_bias is not None:
                 self.result.grad_bias[interval.row : interval.row + interval.count] += columns.sum(dim=0)
+        if self.embed is not None:
+            self.result.grad_embed[streams] += grad_embed  # type: ignore[index]
 
 
 def _plan(scopes: Scopes, live: Tensor) -> list[tuple[Group, Tensor]]:
@@ -234,11 +243,10 @@ def _rows(matrix: Tensor | None, interval: Interval) -> Tensor:
 
 def _blocks(group: Group, matrix: Tensor) -> list[tuple[Interval, Tensor]]:
     """Each interval of the root with its columns of ``matrix``."""
-    out, base = [], 0
-    for interval in group.root:
-        out.append((interval, matrix[:, base : base + interval.count]))
-        base += interval.count
-    return out
+    return [
+        (interval, matrix[:, begin : begin + interval.count])
+        for interval, begin in zip(group.root, group.begins, strict=True)
+    ]
 
 
 def _stream_bias(group: Group, weight: Tensor, embed: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -258,9 +266,17 @@ def _stream_bias(group: Group, weight: Tensor, embed: Tensor | None, bias: Tenso
         if bias is None and weight.device.type == "cpu" and not vectors.any():  # type: ignore[union-attr]
             continue
         row = group.row_of(begin)
-        for start in range(0, count, _WIDE_ROWS):
-            part = slice(row + start, row + min(count, start + _WIDE_ROWS))
-            total = 0.0 if bias is None else bias[part].double()
-            total = total if vectors is None else vectors @ weight[part].double().T + total
-            out[ks, begin + start : begin + start + part.stop - part.start] = total.to(out.dtype)  # type: ignore[union-attr]
+
+        def add(tile: slice, ks=ks, begin=begin, row=row, vectors=vectors) -> None:  # type: ignore[no-untyped-def]
+            ids = slice(row + tile.start, row + tile.stop)
+            total = 0.0 if bias is None else bias[ids].double()
+            total = total if vectors is None else vectors @ weight[ids].double().T + total
+            out[ks, begin + tile.start : begin + tile.stop] = total.to(out.dtype)  # type: ignore[union-attr]
+
+        tasks = [partial(add, tile) for tile in weight_tiles(count)]
+        if weight.device.type == "cpu":
+            run(tasks)
+        else:
+            for task in tasks:
+                task()
     return out

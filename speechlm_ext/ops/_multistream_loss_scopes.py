@@ -158,27 +158,31 @@ def check_values(
                 )
 
 
+#: Columns per cache line of float32. The logits of each interval start on one: matrix products whose rows do not take up
+#: to a third longer.
+_ALIGNMENT = 16
+
+
 @dataclass(frozen=True)
 class Group:
     """Streams that one product serves."""
 
     root: tuple[Interval, ...]
-    """The rows of the weight whose logits are computed, one interval after the other."""
+    """The rows of the weight whose logits are computed."""
+    begins: tuple[int, ...]
+    """First column of each interval's logits."""
+    columns: int
+    """Columns of a row of logits; those behind an interval's end belong to no stream."""
     streams: tuple[int, ...]
     slices: tuple[tuple[tuple[int, int, int], ...], ...]
     """Per stream, its scope as ``(first id, first column, count)``."""
 
-    @property
-    def columns(self) -> int:
-        return sum(interval.count for interval in self.root)
-
     def row_of(self, column: int) -> int:
         """The weight's row that gives a column of the logits."""
-        for interval in self.root:
-            if column < interval.count:
-                return interval.row + column
-            column -= interval.count
-        raise AssertionError(f"{self.columns} columns have no column {column}")
+        for interval, begin in zip(self.root, self.begins, strict=True):
+            if begin <= column < begin + interval.count:
+                return interval.row + column - begin
+        raise AssertionError(f"column {column} of {self} belongs to nobody")
 
 
 @lru_cache(maxsize=64)
@@ -201,18 +205,17 @@ def group_all(scopes: Scopes) -> Group:
 def _group(scopes: Scopes, members: Sequence[int]) -> Group:
     # What counts from here on is rows of the weight, so rows are the ids of the root.
     root = merge([i._replace(start=i.row, end=i.row + i.count) for s in members for i in scopes[s]])
-    slices = tuple(tuple(_place(root, interval) for interval in scopes[s]) for s in members)
-    return Group(root, tuple(members), slices)
+    begins = [0]
+    for interval in root:
+        begins.append(begins[-1] + -(-interval.count // _ALIGNMENT) * _ALIGNMENT)
+
+    def place(interval: Interval) -> tuple[int, int, int]:
+        outer, begin = next((o, b) for o, b in zip(root, begins, strict=False) if _covers([o], [interval]))
+        return interval.start, begin + interval.row - outer.row, interval.count
+
+    slices = tuple(tuple(place(interval) for interval in scopes[s]) for s in members)
+    return Group(root, tuple(begins[:-1]), begins[-1], tuple(members), slices)
 
 
 def _covers(outer: Sequence[Interval], inner: Sequence[Interval]) -> bool:
     return all(any(o.row <= i.row and i.row + i.count <= o.row + o.count for o in outer) for i in inner)
-
-
-def _place(root: Sequence[Interval], interval: Interval) -> tuple[int, int, int]:
-    base = 0
-    for i in root:
-        if i.row <= interval.row and interval.row + interval.count <= i.row + i.count:
-            return interval.start, base + interval.row - i.row, interval.count
-        base += i.count
-    raise AssertionError(f"{interval} is not in {root}")
