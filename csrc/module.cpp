@@ -16,8 +16,16 @@ namespace py = pybind11;
 namespace {
 
 // Calls the tasks, each on one thread of a team. A library that would split a call over threads (a matrix product) does
-// not do so inside a team, so what a task computes does not depend on the number of threads.
-void run_tasks(const std::vector<py::function>& tasks, int threads) {
+// not do so inside a team, so what a task computes does not depend on the number of threads. Small tasks run on this
+// thread, since waking a team takes longer, if the library can be told not to split them.
+void run_tasks(const std::vector<py::function>& tasks, int threads, bool small) {
+  if (small || threads <= 1) {
+    const speechlm::OneMklThread one;
+    if (one.works() || threads <= 1) {
+      for (const py::function& task : tasks) task();
+      return;
+    }
+  }
   std::atomic<size_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;
@@ -47,7 +55,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("use_openmp_of", &speechlm::use_openmp_of, py::arg("library_path"));
-  m.def("run_tasks", &run_tasks, py::arg("tasks"), py::arg("threads"));
+  m.def("run_tasks", &run_tasks, py::arg("tasks"), py::arg("threads"), py::arg("small") = false);
   m.def("openmp_runtime", &speechlm::openmp_runtime);
   m.def("cpu_features", &speechlm::cpu_features);
   m.def("simd_available", &speechlm::simd_available);

@@ -73,7 +73,7 @@ def test_scopes() -> None:
     assert SMALL.scopes("codec") == [[(0, 374)]] + [[(276, 324)]] * 3
     assert SMALL.scopes("own") == [[(0, 276), (324, 374)], [(276, 292)], [(292, 308)], [(308, 324)]]
     assert TokenLayout.build(codec=[16, 16], text=5).scopes("own") == [[(0, 272), (288, 293)], [(272, 288)]]
-    with pytest.raises(LayoutError, match="'full', 'codec' or 'own', got 'mine'"):
+    with pytest.raises(LayoutError, match="'full', 'codec', 'own' or 'modality', got 'mine'"):
         SMALL.scopes("mine")
 
 

@@ -272,11 +272,17 @@ class TokenLayout:
             return tuple(first + [self.interval(f"codec{k}") for k in range(self.num_codebooks)])
         return (self.interval(modality),) + (None,) * (self.num_streams - 1)
 
-    def scopes(self, preset: str = "own") -> list[list[tuple[int, int]]]:
+    def stream0_contents(self) -> list[tuple[int, int]]:
+        """The interval of each modality that stream 0 can carry, special tokens left out."""
+        return [self.interval(name) for name in self.streams[0].carries if name != "special"]
+
+    def scopes(self, preset: str = "own") -> list[Any]:
         """Per stream, the intervals of ids over which its softmax runs.
 
         ``full``: the whole vocabulary for every stream. ``codec``: the whole vocabulary for stream 0 and all
-        codebooks for the others. ``own``: for each stream only the intervals that it can carry.
+        codebooks for the others. ``own``: for each stream only the intervals that it can carry. ``modality``: a list
+        of such scopes, one for each kind of row: for the n-th of :meth:`stream0_contents` stream 0 runs over that
+        modality and the special tokens alone, and last, for rows of no known modality, over all it can carry.
 
         Raises:
             LayoutError: an unknown preset.
@@ -288,7 +294,10 @@ class TokenLayout:
             return [everything] + [[self.interval("codec")] for _ in self.streams[1:]]
         if preset == "own":
             return [_merge([self.interval(c) for c in stream.carries]) for stream in self.streams]
-        raise LayoutError(f"scope preset must be 'full', 'codec' or 'own', got {preset!r}.")
+        if preset == "modality":
+            own, special = self.scopes("own"), self.interval("special")
+            return [[_merge([special, content]), *own[1:]] for content in self.stream0_contents()] + [own]
+        raise LayoutError(f"scope preset must be 'full', 'codec', 'own' or 'modality', got {preset!r}.")
 
     # ---- files, hash, comparison --------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:

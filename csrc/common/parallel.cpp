@@ -20,12 +20,18 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 std::atomic<GompParallel> gomp_parallel{nullptr};
 
+// MKL lies inside libtorch_cpu on x86. Sets the calling thread's number of threads (0: the global one), gives the old.
+using MklThreads = int (*)(int);
+
+std::atomic<MklThreads> mkl_threads{nullptr};
+
 }  // namespace
 
 std::string use_openmp_of(const std::string& library_path) {
   // RTLD_NOLOAD: only what is loaded already. dlsym on a handle searches that library, then its dependencies in order.
   if (void* handle = dlopen(library_path.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
     gomp_parallel = reinterpret_cast<GompParallel>(dlsym(handle, "GOMP_parallel"));
+    mkl_threads = reinterpret_cast<MklThreads>(dlsym(handle, "MKL_Set_Num_Threads_Local"));
   }
   return openmp_runtime();
 }
@@ -35,6 +41,14 @@ std::string openmp_runtime() {
   GompParallel entry = gomp_parallel;
   if (entry == nullptr || dladdr(reinterpret_cast<void*>(entry), &info) == 0) return "";
   return info.dli_fname;
+}
+
+OneMklThread::OneMklThread() {
+  if (MklThreads set = mkl_threads) before_ = set(1);
+}
+
+OneMklThread::~OneMklThread() {
+  if (works()) mkl_threads.load()(before_);
 }
 
 void run_team(int threads, const std::function<void()>& fn) {

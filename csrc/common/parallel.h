@@ -24,6 +24,19 @@ std::string openmp_runtime();
 // Runs fn() on `threads` threads at once, this one among them.
 void run_team(int threads, const std::function<void()>& fn);
 
+// While it lives, Intel's MKL computes on the calling thread alone. `works` is false where that library is not known.
+class OneMklThread {
+ public:
+  OneMklThread();
+  ~OneMklThread();
+  OneMklThread(const OneMklThread&) = delete;
+  OneMklThread& operator=(const OneMklThread&) = delete;
+  bool works() const { return before_ >= 0; }
+
+ private:
+  int before_ = -1;
+};
+
 // Calls body(begin, end) over [0, n) in chunks of at least `grain`, on up to `threads` threads. Chunk borders depend on
 // n, grain and threads alone. An exception in a body is thrown again here.
 template <typename Body>

@@ -37,6 +37,7 @@ namespace {
 
 constexpr int64_t kMinBlockRows = 8;
 constexpr int64_t kMostBlocks = 16;
+constexpr int64_t kSmall = 1 << 16;  // logits, for which waking another thread takes longer than it saves
 constexpr int64_t kSumsBytes = 8 << 20;  // of all blocks' column sums together
 
 template <typename T>
@@ -225,6 +226,7 @@ void multistream_loss_rows_cpu(const LossRowsArgs<T>& a, int threads) {
   std::vector<T> sums(with_sums ? blocks * a.num_sums : 0);
   std::vector<std::vector<double>> loss(blocks);
   std::vector<std::vector<int64_t>> correct(blocks);
+  if (a.num_rows * a.num_columns < kSmall) threads = 1;
   parallel_for(blocks, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       RowBlock<T> work(a, sums.data() + (with_sums ? block * a.num_sums : 0));

@@ -20,17 +20,20 @@ class LossSettings:
 
     scope: str = "own"
     """Ids over which each stream's softmax runs: ``full`` vocabulary, ``codec`` (all codebooks, as ESPnet-SpeechLM
-    trains), or each stream's ``own`` intervals."""
+    trains), each stream's ``own`` intervals, or ``modality``: as ``own``, but stream 0 of a frame of speech sees only
+    speech and special ids and that of a text token only text and special ids, as in generation."""
     z_loss: float = 0.0
     """Weight of ``logsumexp²``, which keeps logits from drifting."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the scope."""
     softcap: float | None = None
     """Soft bound on the logits, ``softcap · tanh(logits / softcap)``."""
+    recompute: bool = False
+    """Compute the logits once more in the backward pass instead of holding the head's gradients since the forward."""
 
     def __post_init__(self) -> None:
-        if self.scope not in ("full", "codec", "own"):
-            raise ConfigError(f"loss.scope must be 'full', 'codec' or 'own', got {self.scope!r}.")
+        if self.scope not in ("full", "codec", "own", "modality"):
+            raise ConfigError(f"loss.scope must be 'full', 'codec', 'own' or 'modality', got {self.scope!r}.")
         if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
             raise ConfigError(
                 f"loss.label_smoothing must be in [0, 1) and loss.z_loss >= 0, got {self.label_smoothing} and "
@@ -50,6 +53,14 @@ class ModelConfig:
     """Settings of the loss."""
     tie_head: bool = False
     """Whether the head shares the embedding table."""
+    heads: str = "shared"
+    """``shared``: one output table for all streams. ``separate``: every stream has output rows of its own."""
+
+    def __post_init__(self) -> None:
+        if self.heads not in ("shared", "separate"):
+            raise ConfigError(f"heads must be 'shared' or 'separate', got {self.heads!r}.")
+        if self.heads == "separate" and self.tie_head:
+            raise ConfigError("tie_head needs heads 'shared': separate heads have other rows than the embedding.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``config.json``."""
@@ -84,7 +95,7 @@ class ModelConfig:
                 )
                 for t in data["tasks"]
             )
-            return cls(data["backbone"], tasks, LossSettings(**data["loss"]), data["tie_head"])
+            return cls(data["backbone"], tasks, LossSettings(**data["loss"]), data["tie_head"], data["heads"])
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from speechlm_ext.errors import ConfigError
 from speechlm_ext.model.config import LossSettings
-from speechlm_ext.ops import MultiStreamLoss, multistream_loss
+from speechlm_ext.ops import MultiStreamLoss, multistream_loss, separate_head_rows
+from speechlm_ext.ops._multistream_loss_args import Heads, head_rows
 
 
 class MultiStreamHead(nn.Module):
@@ -20,9 +22,13 @@ class MultiStreamHead(nn.Module):
 
     Args:
         vocab_size, hidden_size, num_streams: V, D, S.
-        scopes: per stream, the id ranges of its softmax in training.
+        scopes: per stream, the id ranges of its softmax in training; with ``contents`` a list of these, one for each
+            range of ``contents`` and one for rows that belong to none of them.
         settings: loss settings.
         weight: share this ``[V, D]`` parameter (a tied embedding) instead of making one.
+        heads: ``shared``, or ``separate`` for rows of every stream's own: ``[rows, D]`` in the order that
+            :func:`speechlm_ext.ops.multistream_loss` defines, and no stream vectors.
+        contents: id ranges ``(start, end)`` of stream 0 that tell which kind a row is of; see :meth:`row_scope`.
     """
 
     def __init__(
@@ -30,23 +36,48 @@ class MultiStreamHead(nn.Module):
         vocab_size: int,
         hidden_size: int,
         num_streams: int,
-        scopes: Sequence[Sequence[tuple[int, int]]],
+        scopes: Sequence[Any],
         settings: LossSettings,
         weight: nn.Parameter | None = None,
+        heads: Heads = "shared",
+        contents: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         super().__init__()
+        self.scopes, self.contents, self.heads, self.settings = scopes, contents, heads, settings
+        separate = heads == "separate"
+        if separate:
+            vocab_size = separate_head_rows(scopes)
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size)) if weight is None else weight
         self.stream_embed = (
-            nn.Parameter(torch.empty(num_streams - 1, hidden_size)) if num_streams > 1 else None
+            nn.Parameter(torch.empty(num_streams - 1, hidden_size))
+            if num_streams > 1 and not separate
+            else None
         )
-        self.scopes: list[list[tuple[int, int]]] = [[(int(a), int(b)) for a, b in scope] for scope in scopes]
-        self.settings = settings
 
     def stream_vectors(self) -> Tensor | None:
-        """``e_s`` as ``[S, D]``, or None with one stream."""
+        """``e_s`` as ``[S, D]``, or None with one stream or separate heads."""
         if self.stream_embed is None:
             return None
         return torch.cat((self.stream_embed.new_zeros(1, self.stream_embed.shape[1]), self.stream_embed))
+
+    def row_scope(self, targets_NS: Tensor, loss_weight_NS: Tensor) -> Tensor | None:
+        """Which of the scopes each row uses, int64 ``[N]``; None when all use the same.
+
+        A row whose target in stream 0 lies in a range of ``contents`` is of that kind. A special token (an end) belongs
+        to the content right before it, if there is any. Where stream 0 learns nothing, the kind before goes on.
+        """
+        if self.contents is None:
+            return None
+        target_N, learnt_N = targets_NS[:, 0], loss_weight_NS[:, 0] > 0
+        kind_N = torch.full_like(target_N, len(self.contents), dtype=torch.int64)
+        for number, (start, end) in enumerate(self.contents):
+            kind_N = torch.where(learnt_N & (target_N >= start) & (target_N < end), number, kind_N)
+        unknown_N = kind_N == len(self.contents)
+        before_N = torch.cat((kind_N.new_full((1,), len(self.contents)), kind_N))[: len(kind_N)]
+        kind_N = torch.where(unknown_N & learnt_N, before_N, kind_N)
+        place_N = torch.arange(len(kind_N), device=kind_N.device)
+        last_N = torch.where(learnt_N, place_N, 0).cummax(0).values if len(kind_N) else place_N
+        return kind_N[last_N]
 
     def forward(
         self,
@@ -62,12 +93,29 @@ class MultiStreamHead(nn.Module):
             targets_NS,
             loss_weight_NS,
             scopes=self.scopes,
+            row_scope=self.row_scope(targets_NS, loss_weight_NS),
+            heads=self.heads,
             stream_embed=self.stream_vectors(),
             z_loss=self.settings.z_loss,
             label_smoothing=self.settings.label_smoothing,
             softcap=self.settings.softcap,
             reduction=reduction,
+            recompute=self.settings.recompute,
         )
+
+    def rows_of(self, stream: int, start: int, end: int) -> slice:
+        """The weight's rows that give the logits of ids start to end - 1 in a stream.
+
+        Raises:
+            ConfigError: the stream has no logits for these ids.
+        """
+        rows = head_rows(self.scopes, stream, start, end) if self.heads == "separate" else slice(start, end)
+        if rows is None:
+            raise ConfigError(
+                f"stream {stream} has no output rows for ids {start} to {end - 1}: with separate heads a stream has "
+                f"those of its scope ({self.settings.scope!r})."
+            )
+        return rows
 
     def scope_logits(
         self, hidden_BD: Tensor, ranges: Sequence[Sequence[tuple[int, int]] | None]
@@ -80,6 +128,9 @@ class MultiStreamHead(nn.Module):
 
         Returns:
             Per stream float32 ``[B, V_s]`` with the ranges side by side, or None.
+
+        Raises:
+            ConfigError: see :meth:`rows_of`.
         """
         logits: list[Tensor | None] = []
         cap = self.settings.softcap
@@ -88,6 +139,6 @@ class MultiStreamHead(nn.Module):
                 logits.append(None)
                 continue
             h = hidden_BD if s == 0 or self.stream_embed is None else hidden_BD + self.stream_embed[s - 1]
-            z = torch.cat([h @ self.weight[a:b].T for a, b in scope], dim=1).float()
+            z = torch.cat([h @ self.weight[self.rows_of(s, a, b)].T for a, b in scope], dim=1).float()
             logits.append(z if cap is None else cap * torch.tanh(z / cap))
         return logits

@@ -78,6 +78,8 @@ class SpeechLM(nn.Module):
             layout.scopes(config.loss.scope),
             config.loss,
             weight=self.embedding.weight if config.tie_head else None,
+            heads=config.heads,
+            contents=layout.stream0_contents() if config.loss.scope == "modality" else None,
         )
         self._init_head(std)
 
@@ -301,7 +303,8 @@ class SpeechLM(nn.Module):
         self.embedding.load_text_rows(table, start, end)
         if not self.config.tie_head:
             with whole(self.head.weight):
-                load_rows(self.head.weight, head, start, end)
+                rows = self.head.rows_of(0, start, end)
+                load_rows(self.head.weight, head, rows.start, rows.stop)
 
 
 def backbone_settings(folder: str | Path) -> dict[str, Any]:

@@ -275,7 +275,7 @@ def _stream_bias(group: Group, weight: Tensor, embed: Tensor | None, bias: Tenso
 
         tasks = [partial(add, tile) for tile in weight_tiles(count)]
         if weight.device.type == "cpu":
-            run(tasks)
+            run(tasks, count * len(ks) * weight.shape[1])
         else:
             for task in tasks:
                 task()

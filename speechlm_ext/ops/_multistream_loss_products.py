@@ -20,9 +20,13 @@ _MOST_WEIGHT_ROWS, _LEAST_WEIGHT_ROWS, _TILES = 2048, 256, 16
 _HIDDEN_ROWS, _HIDDEN_WIDTH = 256, 192
 
 
-def run(tasks: Sequence[Callable[[], object]]) -> None:
-    """Runs each task on one thread, all on as many as torch uses."""
-    native.run_tasks(list(tasks), torch.get_num_threads())
+#: Multiplications of a product that one thread does sooner than a second one wakes up.
+_SMALL = 1 << 22
+
+
+def run(tasks: Sequence[Callable[[], object]], work: int) -> None:
+    """Runs each task on one thread, all on as many as torch uses; ``work``: their multiplications."""
+    native.run_tasks(list(tasks), torch.get_num_threads(), work < _SMALL)
 
 
 def weight_tiles(num_rows: int) -> list[slice]:
@@ -37,7 +41,8 @@ def put_logits(out: Tensor, h: Tensor, weight: Tensor) -> None:
     if out.device.type != "cpu":
         torch.mm(h, weight.T, out=out)
         return
-    run([partial(torch.mm, h, weight[t].T, out=out[:, t]) for t in weight_tiles(weight.shape[0])])
+    tasks = [partial(torch.mm, h, weight[t].T, out=out[:, t]) for t in weight_tiles(weight.shape[0])]
+    run(tasks, out.numel() * h.shape[1])
 
 
 def add_weight_gradient(out: Tensor, grad: Tensor, h: Tensor, keep: bool) -> None:
@@ -45,7 +50,8 @@ def add_weight_gradient(out: Tensor, grad: Tensor, h: Tensor, keep: bool) -> Non
     if out.device.type != "cpu":
         out.addmm_(grad.T, h, beta=int(keep))
         return
-    run([partial(out[t].addmm_, grad[:, t].T, h, beta=int(keep)) for t in weight_tiles(out.shape[0])])
+    tasks = [partial(out[t].addmm_, grad[:, t].T, h, beta=int(keep)) for t in weight_tiles(out.shape[0])]
+    run(tasks, out.numel() * h.shape[0])
 
 
 def add_hidden_gradient(out: Tensor, grad: Tensor, weight: Tensor, keep: bool) -> None:
@@ -64,5 +70,6 @@ def add_hidden_gradient(out: Tensor, grad: Tensor, weight: Tensor, keep: bool) -
             )
             for i in range(0, n, _HIDDEN_ROWS)
             for j in range(0, D, _HIDDEN_WIDTH)
-        ]
+        ],
+        grad.numel() * D,
     )

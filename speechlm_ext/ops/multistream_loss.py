@@ -12,12 +12,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops._multistream_loss_args import Heads, check_arguments
 from speechlm_ext.ops._multistream_loss_op import LossSettings, MultiStreamLossFunction
-from speechlm_ext.ops._multistream_loss_scopes import GivenScopes, flatten, read_scopes
-from speechlm_ext.ops._native import OpError, check, describe, partition_hint
-
-
-Heads = Literal["shared", "separate"]
+from speechlm_ext.ops._multistream_loss_scopes import GivenScopes
+from speechlm_ext.ops._native import check
 
 
 class MultiStreamLoss(NamedTuple):
@@ -100,7 +98,7 @@ def multistream_loss(
         OpError: (a ValueError) for shapes that do not fit, an empty, overlapping or out-of-range scope, a negative or
             not finite weight, or a live target outside its stream's scope (row, stream and id are named).
     """
-    sets = _check_arguments(
+    sets = check_arguments(
         hidden, weight, targets, loss_weight, scopes, row_scope, heads, stream_embed, bias, softcap
     )
     check(z_loss >= 0, f"multistream_loss: z_loss must be 0 or more; got {z_loss}")
@@ -134,125 +132,3 @@ def multistream_loss(
         token_nll=token_nll if reduction == "none" else None,
         stream_entropy=token_entropy.sum(dim=0) if entropy else None,
     )
-
-
-def multistream_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    mask: Tensor | None = None,
-    *,
-    scopes: GivenScopes | Sequence[GivenScopes],
-    row_scope: Tensor | None = None,
-    heads: Heads = "shared",
-    stream_embed: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    chunk_bytes: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of targets and the entropies of their softmaxes, for scoring: no gradients, one product.
-
-    Args:
-        mask: bool ``[N, S]``, which targets are asked for; None for all. The others' ids may be anything.
-        hidden, weight, targets, scopes, row_scope, heads, stream_embed, bias, softcap, chunk_bytes: as in
-            `multistream_loss`.
-
-    Returns:
-        ``(logprobs, entropy)``, both float32 ``[N, S]`` (float64 for float64 input) in nats, 0 where not asked for.
-
-    Raises:
-        OpError: as `multistream_loss`; a mask that is not bool ``[N, S]``.
-    """
-    if mask is None:
-        mask = torch.ones_like(targets, dtype=torch.bool)
-    check(
-        mask.dtype == torch.bool and mask.shape == targets.shape,
-        f"multistream_logprobs: mask must be bool {list(targets.shape)} like targets; got {describe(mask)}",
-    )
-    ones = mask.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    sets = _check_arguments(hidden, weight, targets, ones, scopes, row_scope, heads, stream_embed, bias, softcap)
-    settings = LossSettings(sets, 0.0, 0.0, float(softcap or 0), chunk_bytes or 0)
-    with torch.no_grad():
-        _, _, nll, entropy = torch.ops.speechlm_ext.multistream_loss(
-            hidden, weight, targets.to(torch.int64), mask, ones, None,
-            None if row_scope is None else row_scope.to(torch.int64), stream_embed, bias, *settings, False, True, True,
-            True,
-        )  # fmt: skip
-    return -nll, entropy
-
-
-def separate_head_rows(scopes: GivenScopes | Sequence[GivenScopes]) -> int:
-    """Rows of the weight that ``heads="separate"`` needs for ``scopes`` (one set, or one for each kind of row)."""
-    return read_scopes(_sets(scopes), None, True)[1]
-
-
-def _sets(scopes: GivenScopes | Sequence[GivenScopes]) -> Sequence[GivenScopes]:
-    """Scopes of one kind of row as the list of one."""
-    try:
-        innermost = next(scope[0][0] for scope in scopes if len(scope))
-        return scopes if isinstance(innermost, Sequence) else [scopes]  # type: ignore[list-item,return-value]
-    except (IndexError, StopIteration, TypeError):
-        raise OpError(
-            "multistream_loss: scopes must hold, for each stream, a list of intervals (start, end), or with row_scope "
-            f"a list of such scopes; got {scopes!r}"
-        ) from None
-
-
-def _check_arguments(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    loss_weight: Tensor,
-    scopes: GivenScopes | Sequence[GivenScopes],
-    row_scope: Tensor | None,
-    heads: str,
-    stream_embed: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-) -> list[int]:
-    """Checks shapes and gives the scopes as the op takes them."""
-    op = "multistream_loss"
-    check(
-        hidden.dim() == 2 and hidden.is_floating_point(),
-        f"{op}: hidden must be float [N, D]; got {describe(hidden)}",
-    )
-    num_rows, width = hidden.shape
-    check(
-        weight.dim() == 2 and weight.shape[1] == width and weight.is_floating_point(),
-        f"{op}: weight must be float [V, {width}] to fit hidden; got {describe(weight)}"
-        + partition_hint(weight),
-    )
-    given, vocab = _sets(scopes), weight.shape[0]
-    num_streams = len(given[0])
-    check(
-        tuple(targets.shape) == (num_rows, num_streams) and targets.dtype in (torch.int32, torch.int64),
-        f"{op}: targets must be int32 or int64 [{num_rows}, {num_streams}] (hidden's rows, one column per scope); "
-        f"got {describe(targets)}",
-    )
-    check(
-        loss_weight.shape == targets.shape and loss_weight.is_floating_point(),
-        f"{op}: loss_weight must be float {list(targets.shape)} like targets; got {describe(loss_weight)}",
-    )
-    check(heads in ("shared", "separate"), f'{op}: heads must be "shared" or "separate"; got {heads!r}')
-    separate = heads == "separate"
-    sets, rows = read_scopes(given, None if separate else vocab, separate)
-    check(
-        not separate or rows == vocab,
-        f"{op}: weight must have {rows} rows, one for each id of each stream's scope; got {vocab}",
-    )
-    if row_scope is None:
-        check(len(sets) == 1, f"{op}: {len(sets)} kinds of rows have scopes; row_scope [N] must say which is which")
-    else:
-        check(
-            tuple(row_scope.shape) == (num_rows,) and row_scope.dtype in (torch.int32, torch.int64),
-            f"{op}: row_scope must be int32 or int64 [{num_rows}]; got {describe(row_scope)}",
-        )
-    if stream_embed is not None:
-        check(
-            tuple(stream_embed.shape) == (num_streams, width),
-            f"{op}: stream_embed must be [{num_streams}, {width}]; got {describe(stream_embed)}",
-        )
-    if bias is not None:
-        check(tuple(bias.shape) == (vocab,), f"{op}: bias must be [{vocab}]; got {describe(bias)}")
-    check(softcap is None or softcap > 0, f"{op}: softcap must be above 0; got {softcap}")
-    return flatten(sets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from speechlm_ext.data.plan import PlanConfig
 from speechlm_ext.errors import ConfigError
@@ -33,6 +34,8 @@ class ModelSettings:
     """Base of the rotary position embedding."""
     tie_head: bool = False
     """Share one table between embedding and head."""
+    heads: Literal["shared", "separate"] = "shared"
+    """One output table for all streams, or output rows for every stream."""
     loss: LossSettings = field(default_factory=LossSettings)
     """How the multi-stream loss is computed."""
 

@@ -41,7 +41,7 @@ def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLM:
     backbone = settings.llama() if settings.backbone is None else backbone_settings(settings.backbone)
     torch.manual_seed(config.seed)
     model = SpeechLM(
-        ModelConfig(backbone, tuple(loader.tasks), settings.loss, settings.tie_head),
+        ModelConfig(backbone, tuple(loader.tasks), settings.loss, settings.tie_head, settings.heads),
         loader.layout,
         loader.tokenizers,
     )
