@@ -2,14 +2,18 @@
 
 ``compare`` checks each rival's result against the expected one, times ours with pytest-benchmark and the rivals in
 interleaved rounds beside ours, and notes in ``extra_info``: op, shape, device, ``ratios`` {rival: rival time / our
-time}, ``limit_fraction`` (the limit's time / our time), ``peak_bytes``, and how far ours spread over the rounds.
+time}, ``limit_fraction`` (the limit's time / our time), ``peak_bytes`` and ``rival_peak_bytes`` (memory beyond inputs
+and results), and how far ours spread over the rounds.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,15 +49,36 @@ def seconds_of(run: Run, calls: int) -> float:
 
 
 def peak_bytes(run: Run, device: str) -> int | None:
-    """Most device memory that a call holds beyond what was there; None on the CPU, where torch does not count."""
-    if device == "cpu":
+    """Most memory that a call holds beyond what was there and what it returns; None where the system does not tell.
+
+    On the CPU it is counted in pages of this process, as Linux counts them, after freed memory was given back.
+    """
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - _bytes_of(result)
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not (status.exists() and os.access(reset, os.W_OK)):
         return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")  # the peak becomes what is held now
+    before = _status_bytes(status, "VmRSS")
+    result = run()
+    return _status_bytes(status, "VmHWM") - before - _bytes_of(result)
+
+
+def _status_bytes(status: Path, name: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def _bytes_of(result: Any) -> int:
+    if isinstance(result, torch.Tensor):
+        return result.numel() * result.element_size()
+    return sum(map(_bytes_of, result)) if isinstance(result, (tuple, list)) else 0
 
 
 def settle_allocator() -> None:
@@ -109,6 +134,7 @@ def compare(
         "ratios": {name: round(best[name] / best["ours"], 4) for name in rivals},
         "limit_fraction": round(best["limit"] / best["ours"], 4) if limit is not None else None,
         "peak_bytes": peak_bytes(ours, device),
+        "rival_peak_bytes": {name: peak_bytes(run, device) for name, run in rivals.items()},
         "spread": round(statistics.median(times["ours"]) / best["ours"] - 1, 4),
     }
     benchmark.group = f"{op} {shape} {device}"

@@ -114,7 +114,14 @@ def test_chunks_change_nothing(monkeypatch):
 
     def run(chunk_bytes=None):
         return sx.ops.multistream_loss(
-            hidden, weight, targets, weights, scopes=scopes, stream_embed=embed, bias=bias, chunk_bytes=chunk_bytes
+            hidden,
+            weight,
+            targets,
+            weights,
+            scopes=scopes,
+            stream_embed=embed,
+            bias=bias,
+            chunk_bytes=chunk_bytes,
         )
 
     whole = torch.autograd.grad(run().loss_sum, parts)

@@ -261,14 +261,19 @@ def test_entropy_with_forbidden_ids():
         (dict(heads="own"), "heads must be .shared. or .separate.; got 'own'"),
         (dict(heads="separate"), "weight must have 31 rows, one for each id of each stream's scope; got 25"),
         (dict(chunk_bytes=0), "chunk_bytes must be above 0; got 0"),
-        (dict(row_scope=torch.tensor([0, 1])), r"targets\[1, 0\] \(row 1, stream 0\) is id 5, outside .* scope \[\(0, 4\), \(16, 25\)\]"),
+        (
+            dict(row_scope=torch.tensor([0, 1])),
+            r"targets\[1, 0\] \(row 1, stream 0\) is id 5, outside .* scope \[\(0, 4\), \(16, 25\)\]",
+        ),
     ],
 )  # fmt: skip
 def test_rejects_bad_input(changed, message):
     arguments = {**dict(scopes=KINDS, row_scope=torch.tensor([0, 2])), **changed}
     targets = torch.tensor([[5, 10, 13], [5, 10, 13]])
     with pytest.raises(ValueError, match=message):
-        sx.ops.multistream_loss(torch.randn(2, D), torch.randn(VOCAB, D), targets, torch.ones(2, 3), **arguments)
+        sx.ops.multistream_loss(
+            torch.randn(2, D), torch.randn(VOCAB, D), targets, torch.ones(2, 3), **arguments
+        )
 
 
 def test_logprobs_rejects_a_mask_that_is_none():

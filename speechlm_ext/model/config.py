@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.tasks import Entry, TaskTemplate
@@ -53,14 +53,16 @@ class ModelConfig:
     """Settings of the loss."""
     tie_head: bool = False
     """Whether the head shares the embedding table."""
-    heads: str = "shared"
+    heads: Literal["shared", "separate"] = "shared"
     """``shared``: one output table for all streams. ``separate``: every stream has output rows of its own."""
 
     def __post_init__(self) -> None:
         if self.heads not in ("shared", "separate"):
             raise ConfigError(f"heads must be 'shared' or 'separate', got {self.heads!r}.")
         if self.heads == "separate" and self.tie_head:
-            raise ConfigError("tie_head needs heads 'shared': separate heads have other rows than the embedding.")
+            raise ConfigError(
+                "tie_head needs heads 'shared': separate heads have other rows than the embedding."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``config.json``."""

@@ -19,9 +19,7 @@ def separate_head_rows(scopes: GivenScopes | Sequence[GivenScopes]) -> int:
     return read_scopes(_sets(scopes), None, True)[1]
 
 
-def head_rows(
-    scopes: GivenScopes | Sequence[GivenScopes], stream: int, start: int, end: int
-) -> slice | None:
+def head_rows(scopes: GivenScopes | Sequence[GivenScopes], stream: int, start: int, end: int) -> slice | None:
     """With separate heads, the weight's rows of ids start to end - 1 in a stream; None where it has none for them."""
     for kind in read_scopes(_sets(scopes), None, True)[0]:
         for interval in kind[stream]:
@@ -85,7 +83,10 @@ def check_arguments(
         f"{op}: weight must have {rows} rows, one for each id of each stream's scope; got {vocab}",
     )
     if row_scope is None:
-        check(len(sets) == 1, f"{op}: {len(sets)} kinds of rows have scopes; row_scope [N] must say which is which")
+        check(
+            len(sets) == 1,
+            f"{op}: {len(sets)} kinds of rows have scopes; row_scope [N] must say which is which",
+        )
     else:
         check(
             tuple(row_scope.shape) == (num_rows,) and row_scope.dtype in (torch.int32, torch.int64),

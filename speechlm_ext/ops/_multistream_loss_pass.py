@@ -108,7 +108,7 @@ class _Pass:
         )
         if want_grad:
             self.result.grad_hidden = new(hidden.shape, dtype=self.dtype)
-            self.result.grad_weight = empty_in_huge_pages(*weight.shape, self.dtype)
+            self.result.grad_weight = empty_in_huge_pages(weight.shape[0], weight.shape[1], self.dtype)
             self.result.grad_embed = None if self.embed is None else torch.zeros_like(self.embed)
             self.result.grad_bias = None if self.bias is None else torch.zeros_like(self.bias)
         #: Rows of grad_weight that have been written, (start, end); the others hold whatever memory holds.
@@ -136,11 +136,11 @@ class _Pass:
         something has, the rest becomes zero, so that all can be added to."""
         fresh = []
         for interval in group.root:
-            start, end = interval.row, interval.row + interval.count
+            start, end = interval.row, interval.row + interval.num_ids
             fresh.append(not any(a < end and start < b for a, b in self.written))
             if not fresh[-1]:
                 self._zero_unwritten(start, end)
-        self.written += [(i.row, i.row + i.count) for i in group.root]
+        self.written += [(i.row, i.row + i.num_ids) for i in group.root]
         return fresh
 
     def run_kind(self, scopes: Scopes, live: Tensor) -> None:
@@ -215,10 +215,12 @@ class _Pass:
         grad_embed = sums.new_zeros(len(streams), self.hidden.shape[1])
         for interval, columns in _blocks(group, sums):
             if self.embed is not None:
-                add_weight_gradient(_rows(self.result.grad_weight, interval), columns, self.embed[streams], True)
+                add_weight_gradient(
+                    _rows(self.result.grad_weight, interval), columns, self.embed[streams], True
+                )
                 add_hidden_gradient(grad_embed, columns, _rows(self.weight, interval), True)
             if self.result.grad_bias is not None:
-                self.result.grad_bias[interval.row : interval.row + interval.count] += columns.sum(dim=0)
+                self.result.grad_bias[interval.row : interval.row + interval.num_ids] += columns.sum(dim=0)
         if self.embed is not None:
             self.result.grad_embed[streams] += grad_embed  # type: ignore[index]
 
@@ -238,13 +240,13 @@ def _plan(scopes: Scopes, live: Tensor) -> list[tuple[Group, Tensor]]:
 
 
 def _rows(matrix: Tensor | None, interval: Interval) -> Tensor:
-    return matrix[interval.row : interval.row + interval.count]  # type: ignore[index]
+    return matrix[interval.row : interval.row + interval.num_ids]  # type: ignore[index]
 
 
 def _blocks(group: Group, matrix: Tensor) -> list[tuple[Interval, Tensor]]:
     """Each interval of the root with its columns of ``matrix``."""
     return [
-        (interval, matrix[:, begin : begin + interval.count])
+        (interval, matrix[:, begin : begin + interval.num_ids])
         for interval, begin in zip(group.root, group.begins, strict=True)
     ]
 

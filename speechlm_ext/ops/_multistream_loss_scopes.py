@@ -1,4 +1,4 @@
-"""Scopes of multistream_loss: which ids each stream's softmax runs over, and which rows of the weight give their logits.
+"""Scopes of multistream_loss: the ids that each softmax runs over, and the rows of the weight that give their logits.
 
 With a shared head an id is its row of the weight. With separate heads every stream has rows of its own: the ids of its
 scope in ascending order, one stream's rows after the other's.
@@ -25,7 +25,7 @@ class Interval(NamedTuple):
     row: int
 
     @property
-    def count(self) -> int:
+    def num_ids(self) -> int:
         return self.end - self.start
 
 
@@ -74,9 +74,9 @@ def read_scopes(sets: Sequence[GivenScopes], vocab: int | None, separate: bool) 
             head = []
             for interval in merge([i for scopes in ordered for i in scopes[s]]):
                 head.append(interval._replace(row=rows))
-                rows += interval.count
-            for scopes in ordered:
-                scopes[s] = [i._replace(row=_row_in(head, i.start)) for i in scopes[s]]
+                rows += interval.num_ids
+            for kind_scopes in ordered:
+                kind_scopes[s] = [i._replace(row=_row_in(head, i.start)) for i in kind_scopes[s]]
     return tuple(tuple(merge(scope) for scope in scopes) for scopes in ordered), rows
 
 
@@ -85,7 +85,7 @@ def merge(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
     merged: list[Interval] = []
     for interval in sorted(intervals, key=lambda i: (i.row, i.end)):
         last = merged[-1] if merged else None
-        if last and interval.row - last.row == interval.start - last.start <= last.count:
+        if last and interval.row - last.row == interval.start - last.start <= last.num_ids:
             merged[-1] = last._replace(end=max(interval.end, last.end))
         else:
             merged.append(interval)
@@ -123,7 +123,7 @@ def local_targets(targets: Tensor, scope: Sequence[Interval]) -> Tensor:
     for interval in scope:
         inside = (targets >= interval.start) & (targets < interval.end)
         local = torch.where(inside, targets - interval.start + base, local)
-        base += interval.count
+        base += interval.num_ids
     return local
 
 
@@ -158,8 +158,8 @@ def check_values(
                 )
 
 
-#: Columns per cache line of float32. The logits of each interval start on one: matrix products whose rows do not take up
-#: to a third longer.
+#: Columns per cache line of float32, on which the logits of each interval start: products with other rows take up to a
+#: third longer.
 _ALIGNMENT = 16
 
 
@@ -180,7 +180,7 @@ class Group:
     def row_of(self, column: int) -> int:
         """The weight's row that gives a column of the logits."""
         for interval, begin in zip(self.root, self.begins, strict=True):
-            if begin <= column < begin + interval.count:
+            if begin <= column < begin + interval.num_ids:
                 return interval.row + column - begin
         raise AssertionError(f"column {column} of {self} belongs to nobody")
 
@@ -204,18 +204,18 @@ def group_all(scopes: Scopes) -> Group:
 
 def _group(scopes: Scopes, members: Sequence[int]) -> Group:
     # What counts from here on is rows of the weight, so rows are the ids of the root.
-    root = merge([i._replace(start=i.row, end=i.row + i.count) for s in members for i in scopes[s]])
+    root = merge([i._replace(start=i.row, end=i.row + i.num_ids) for s in members for i in scopes[s]])
     begins = [0]
     for interval in root:
-        begins.append(begins[-1] + -(-interval.count // _ALIGNMENT) * _ALIGNMENT)
+        begins.append(begins[-1] + -(-interval.num_ids // _ALIGNMENT) * _ALIGNMENT)
 
     def place(interval: Interval) -> tuple[int, int, int]:
         outer, begin = next((o, b) for o, b in zip(root, begins, strict=False) if _covers([o], [interval]))
-        return interval.start, begin + interval.row - outer.row, interval.count
+        return interval.start, begin + interval.row - outer.row, interval.num_ids
 
     slices = tuple(tuple(place(interval) for interval in scopes[s]) for s in members)
     return Group(root, tuple(begins[:-1]), begins[-1], tuple(members), slices)
 
 
 def _covers(outer: Sequence[Interval], inner: Sequence[Interval]) -> bool:
-    return all(any(o.row <= i.row and i.row + i.count <= o.row + o.count for o in outer) for i in inner)
+    return all(any(o.row <= i.row and i.row + i.num_ids <= o.row + o.num_ids for o in outer) for i in inner)

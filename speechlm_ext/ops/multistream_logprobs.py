@@ -47,7 +47,9 @@ def multistream_logprobs(
         f"multistream_logprobs: mask must be bool {list(targets.shape)} like targets; got {describe(mask)}",
     )
     ones = mask.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    sets = check_arguments(hidden, weight, targets, ones, scopes, row_scope, heads, stream_embed, bias, softcap)
+    sets = check_arguments(
+        hidden, weight, targets, ones, scopes, row_scope, heads, stream_embed, bias, softcap
+    )
     settings = LossSettings(sets, 0.0, 0.0, float(softcap or 0), chunk_bytes or 0)
     with torch.no_grad():
         _, _, nll, entropy = torch.ops.speechlm_ext.multistream_loss(

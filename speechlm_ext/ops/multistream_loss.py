@@ -118,7 +118,9 @@ def multistream_loss(
     row_scope = None if row_scope is None else row_scope.to(torch.int64)
     loss_weight = loss_weight.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     live = loss_weight > 0
-    settings = LossSettings(sets, float(z_loss), float(label_smoothing), float(softcap or 0), chunk_bytes or 0)
+    settings = LossSettings(
+        sets, float(z_loss), float(label_smoothing), float(softcap or 0), chunk_bytes or 0
+    )
     loss_sum, stream_loss, stream_correct, token_nll, token_entropy = MultiStreamLossFunction.apply(
         hidden, weight, stream_embed, bias, targets, live, loss_weight, row_scope, settings, reduction == "none",
         entropy, recompute, torch.is_grad_enabled(),

@@ -48,7 +48,7 @@ class LossResult:
 def group_streams(scopes: Scopes) -> list[tuple[tuple[Interval, ...], list[int]]]:
     """Streams that one GEMM can serve: a widest scope, and the streams whose scopes lie inside it."""
     groups: list[tuple[tuple[Interval, ...], list[int]]] = []
-    for s in sorted(range(len(scopes)), key=lambda s: -sum(i.count for i in scopes[s])):
+    for s in sorted(range(len(scopes)), key=lambda s: -sum(i.num_ids for i in scopes[s])):
         for root, members in groups:
             if all(local_columns(root, [i]) for i in scopes[s]):
                 members.append(s)
@@ -64,15 +64,15 @@ def local_columns(root: Sequence[Interval], scope: Sequence[Interval]) -> list[s
     for i in scope:
         base = 0
         for outer in root:
-            if outer.row <= i.row and i.row + i.count <= outer.row + outer.count:
-                slices.append(slice(base + i.row - outer.row, base + i.row - outer.row + i.count))
+            if outer.row <= i.row and i.row + i.num_ids <= outer.row + outer.num_ids:
+                slices.append(slice(base + i.row - outer.row, base + i.row - outer.row + i.num_ids))
                 break
-            base += outer.count
+            base += outer.num_ids
     return slices
 
 
 def _rows_of(matrix: Tensor, intervals: Sequence[Interval]) -> Tensor:
-    parts = [matrix[i.row : i.row + i.count] for i in intervals]
+    parts = [matrix[i.row : i.row + i.num_ids] for i in intervals]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -88,7 +88,7 @@ def _stream_pass(
     options: LossOptions,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Cross-entropy of ``logits [R, C]``: ``(loss [R], nll [R], entropy [R], is_correct [R], dlogits [R, C] or None)``."""
+    """Cross-entropy of ``logits [R, C]``: loss, nll, entropy, is_correct, each ``[R]``, and dlogits ``[R, C]``."""
     capped_slope = None
     if options.softcap is not None:
         tanh = torch.tanh(logits / options.softcap)
@@ -168,8 +168,8 @@ def loss_pass(
         result.grad_embed = None if embed_f is None else torch.zeros_like(embed_f)
         result.grad_bias = None if bias_f is None else torch.zeros_like(bias_f)
 
-    for scopes, live, root, members in _parts(sets, live, row_scope):
-        rows = live[:, members].any(dim=1).nonzero().squeeze(1)
+    for scopes, live_here, root, members in _parts(sets, live, row_scope):
+        rows = live_here[:, members].any(dim=1).nonzero().squeeze(1)
         if rows.numel() == 0:
             continue
         root_weight = _rows_of(weight_f, root)
@@ -189,7 +189,7 @@ def loss_pass(
             logits = hidden_rows @ root_weight.T
             grad: Tensor | None = None
             for s in members:
-                is_live = live[chunk_rows, s]
+                is_live = live_here[chunk_rows, s]
                 picked = is_live.nonzero().squeeze(1)
                 if picked.numel() == 0:
                     continue
@@ -203,7 +203,9 @@ def loss_pass(
                 target = local_targets(targets[at_rows, s], scopes[s])
                 coef = coef_loss[at_rows, s].to(dtype)
                 coef_n = None if coef_nll is None else coef_nll[at_rows, s].to(dtype)
-                loss, nll, entropy, is_correct, dlogits = _stream_pass(mine, target, coef, coef_n, options, want_grad)
+                loss, nll, entropy, is_correct, dlogits = _stream_pass(
+                    mine, target, coef, coef_n, options, want_grad
+                )
                 stream_loss[s] += (loss * coef).sum()
                 stream_correct[s] += is_correct.sum()
                 if token_nll is not None:
@@ -260,7 +262,7 @@ def _add_root_gradients(
             result.grad_embed[s] += sums @ root_weight  # type: ignore[index]
     base = 0
     for interval in root:
-        rows, width = slice(interval.row, interval.row + interval.count), interval.count
+        rows, width = slice(interval.row, interval.row + interval.num_ids), interval.num_ids
         result.grad_weight[rows] += grad_root[base : base + width]  # type: ignore[index]
         if result.grad_bias is not None:
             for sums in column_sums.values():
