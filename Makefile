@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py 
 CXX_FILES := $(shell find csrc python_tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev build demo test test-gpu bench bench-report gpu-check fmt lint compile-gate sanitize doctor clean
+.PHONY: help venv dev build demo test test-gpu bench bench-growth bench-report gpu-check fmt lint compile-gate sanitize doctor clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -73,6 +73,9 @@ bench: dev       ## benchmarks of the ops, or of one (OP=delay_pack), into bench
 	    --benchmark-columns=min,median --benchmark-sort=name \
 	    --benchmark-json=benchmarks/out/$${op#bench_}.json $(ARGS) || exit 1; \
 	done
+
+bench-growth: dev  ## how multistream_loss grows with rows, vocabulary and streams: tables, and a picture in docs/
+	@$(BIN)/python benchmarks/loss_growth.py
 
 bench-report: dev  ## history of committed results: benchmarks/out/report.html, and the newest table
 	@$(BIN)/python benchmarks/report.py
