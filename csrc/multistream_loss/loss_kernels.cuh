@@ -55,18 +55,31 @@ struct LossWorkspace {
   int64_t num_splits = 0;
 };
 
-// exp and its companions by the name that every compiler takes for the right type.
-__device__ inline float exponential(float x) { return expf(x); }
+// e^x for x <= 0, by way of 2^x: fewer instructions than expf, and an error that is no larger than that of rounding a
+// logit of the size of x, which every y = z + bias has.
+__device__ inline float exponential(float x) { return exp2f(x * 1.44269504088896341f); }
 __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
 __device__ inline float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
 
+template <typename Acc>
+struct Softcap {
+  Acc most;
+  Acc inverse;
+  Acc tangent = 0;  // tanh of the logit that came last
+
+  __device__ explicit Softcap(double softcap)
+      : most(static_cast<Acc>(softcap)), inverse(static_cast<Acc>(softcap > 0 ? 1 / softcap : 0)) {}
+};
+
 // The logit that a stream sees.
 template <bool kCap, typename Acc>
-__device__ inline Acc logit_of(Acc z, Acc bias, Acc softcap) {
-  return kCap ? softcap * hyperbolic_tangent((z + bias) / softcap) : z + bias;
+__device__ inline Acc logit_of(Acc z, Acc bias, Softcap<Acc>& cap) {
+  if (!kCap) return z + bias;
+  cap.tangent = hyperbolic_tangent((z + bias) * cap.inverse);
+  return cap.most * cap.tangent;
 }
 
 template <typename T>

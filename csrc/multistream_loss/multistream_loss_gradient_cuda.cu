@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t split_begin = static_cast<int64_t>(blockIdx.y) * w.split_rows;
   const int64_t split_end = min(a.num_rows, split_begin + w.split_rows);
-  const auto softcap = static_cast<Acc>(a.options.softcap);
+  Softcap<Acc> cap(a.options.softcap);
   for (int64_t begin = split_begin; begin < split_end; begin += kRows) {
     const auto count = static_cast<int>(min(static_cast<int64_t>(kRows), split_end - begin));
     if (begin > split_begin) __syncthreads();  // all have read the terms of the rows before
@@ -74,13 +74,10 @@ __global__ void __launch_bounds__(kThreads)
             if (target.v[i] == kNotLive) continue;  // the same for all threads
             const int r = four + i;
             const LossTerms<Acc> of = terms[k * kRows + r];
-            const Acc y = logit_of<kCap>(z[r], bias, softcap);
+            const Acc y = logit_of<kCap>(z[r], bias, cap);
             Acc value = of.scale * exponential(y - of.largest) - of.minus;
             if (target.v[i] == column) value -= of.minus_target;
-            if (kCap) {  // the slope of the cap, 1 - tanh^2
-              const Acc tangent = y / softcap;
-              value *= 1 - tangent * tangent;
-            }
+            if (kCap) value *= 1 - cap.tangent * cap.tangent;  // the slope of the cap
             grad[r] += value;
             sum += value;
           }

@@ -1,7 +1,8 @@
 // The first kernel of multistream_loss on the GPU: a block per row, an online softmax per stream. Streams of equal
 // slices are taken in tiles, so that the row is read once for all of them. Bytes that must move: the chunk of logits,
 // once for every tile that a row has live; the streams' biases are the same for all rows and come from the caches.
-#include "common/vec.cuh"
+#include <type_traits>
+
 #include "multistream_loss/loss_kernels.cuh"
 
 namespace speechlm {
@@ -9,6 +10,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+// Columns of a thread whose logits are on their way together.
+template <typename Acc>
+constexpr int kAtOnce = sizeof(Acc) == sizeof(double) ? 4 : 8;
 constexpr unsigned kFull = 0xffffffffu;
 
 // Of the logits y seen so far, in any order: their maximum, the sum of e = exp(y - largest), of e * (y - largest) for
@@ -22,16 +26,8 @@ struct Softmax {
 };
 
 // Passes over NaN, which the sums find.
-template <typename Acc>
-__device__ inline Acc larger(Acc a, Acc b) {
-  return b > a ? b : a;
-}
-
-// Below -87 an exponential counts for nothing beside the maximum's 1, but -inf would make 0 * -inf of it. NaN stays.
-template <typename Acc>
-__device__ inline Acc floored(Acc x) {
-  return x < Acc{-87} ? Acc{-87} : x;
-}
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline double larger(double a, double b) { return fmax(a, b); }
 
 // Nothing but -inf so far: any finite number in place of the maximum gives sums of 0.
 template <typename Acc>
@@ -39,35 +35,45 @@ __device__ inline Acc origin_of(Acc largest) {
   return largest == static_cast<Acc>(-INFINITY) ? Acc{0} : largest;
 }
 
+// The exponent as a factor: beside the maximum's 1, e^-87 counts for nothing, and 0 * -inf would be NaN.
+template <typename Acc>
+__device__ inline Acc factor_of(Acc x) {
+  return larger(x, Acc{-87});
+}
+
 // Counts the sums from another maximum on.
 template <bool kExtra, typename Acc>
 __device__ inline void move_to(Softmax<Acc>& soft, Acc largest) {
-  const Acc shift = floored(soft.largest - origin_of(largest));
+  const Acc shift = soft.largest - origin_of(largest);
   const Acc factor = exponential(shift);
-  if (kExtra) soft.weighted = factor * (soft.weighted + shift * soft.total);
+  if (kExtra) soft.weighted = factor * (soft.weighted + factor_of(shift) * soft.total);
   soft.total *= factor;
   soft.largest = largest;
 }
 
-template <int kCount, bool kCap, bool kExtra, typename Acc>
-__device__ inline void take(Softmax<Acc>& soft, const Acc* z, const Acc* bias, Acc softcap) {
-  Acc y[kCount];
+// Logits z[0], z[1], ... of columns that lie kThreads apart, `count` of them where not kWhole.
+template <bool kWhole, bool kCap, bool kExtra, typename Acc>
+__device__ inline void take(Softmax<Acc>& soft, const Acc (&z)[kAtOnce<Acc>], const Acc* bias, int count,
+                            Softcap<Acc>& cap) {
+  Acc y[kAtOnce<Acc>];
   Acc largest = soft.largest;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    y[i] = logit_of<kCap>(z[i], bias != nullptr ? bias[i] : Acc{0}, softcap);
+  for (int i = 0; i < kAtOnce<Acc>; ++i) {
+    const bool is_there = kWhole || i < count;
+    y[i] = is_there ? logit_of<kCap>(z[i], bias != nullptr ? bias[i * kThreads] : Acc{0}, cap)
+                    : static_cast<Acc>(-INFINITY);
     largest = larger(largest, y[i]);
   }
   move_to<kExtra>(soft, largest);
   const Acc origin = origin_of(largest);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const Acc x = floored(y[i] - origin);
+  for (int i = 0; i < kAtOnce<Acc>; ++i) {
+    const Acc x = y[i] - origin;
     const Acc e = exponential(x);
     soft.total += e;
     if (kExtra) {
-      soft.weighted += e * x;
-      soft.all += y[i];
+      soft.weighted += e * factor_of(x);
+      if (kWhole || i < count) soft.all += y[i];
     }
   }
 }
@@ -96,9 +102,8 @@ __device__ __forceinline__ void read_row(const LossRowsArgs<T>& a, const T* row,
                                          int64_t num_slices, unsigned live, int member,
                                          Softmax<Accumulator<T>>* parts) {
   using Acc = Accumulator<T>;
-  constexpr int kVec = 16 / sizeof(T);
   const int thread = static_cast<int>(threadIdx.x);
-  const auto softcap = static_cast<Acc>(a.options.softcap);
+  Softcap<Acc> cap(a.options.softcap);
   const int only = __ffs(static_cast<int>(live)) - 1;
   Softmax<Acc> soft[kTile];
   const Acc* bias[kTile];
@@ -108,37 +113,24 @@ __device__ __forceinline__ void read_row(const LossRowsArgs<T>& a, const T* row,
     bias[i] = a.bias != nullptr ? a.bias + k * a.num_columns : nullptr;
   }
   const auto is_live = [&](int i) { return kTile == 1 || (live >> i & 1u) != 0; };
+  const auto read = [&](auto whole, int64_t column, int count) {
+    constexpr bool kWhole = decltype(whole)::value;
+    Acc z[kAtOnce<Acc>];
+#pragma unroll
+    for (int i = 0; i < kAtOnce<Acc>; ++i) z[i] = kWhole || i < count ? widen(row[column + i * kThreads]) : Acc{0};
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      if (!is_live(i)) continue;
+      take<kWhole, kCap, kExtra>(soft[i], z, bias[i] != nullptr ? bias[i] + column : nullptr, count, cap);
+    }
+  };
   for (int64_t s = 0; s < num_slices; ++s) {
-    const auto begin = static_cast<int>(slices[s].begin), count = static_cast<int>(slices[s].count);
-    // Whole vectors from the first aligned element on; single elements before and behind.
-    const auto past = static_cast<int>(reinterpret_cast<uintptr_t>(row + begin) % 16 / sizeof(T));
-    const int head = min(count, past == 0 ? 0 : kVec - past);
-    const int vecs = (count - head) / kVec;
-    const auto* body = reinterpret_cast<const Vec<T, kVec>*>(row + begin + head);
-    Vec<T, kVec> next;
-    if (thread < vecs) next = body[thread];
-    for (int v = thread; v < vecs; v += kThreads) {
-      const Vec<T, kVec> now = next;
-      if (v + kThreads < vecs) next = body[v + kThreads];  // on its way while this one is worked on
-      Acc z[kVec];
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) z[i] = widen(now.v[i]);
-      const int64_t column = begin + head + static_cast<int64_t>(v) * kVec;
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-        if (is_live(i)) {
-          take<kVec, kCap, kExtra>(soft[i], z, bias[i] != nullptr ? bias[i] + column : nullptr, softcap);
-        }
-      }
+    const int64_t begin = slices[s].begin, count = slices[s].count;
+    int64_t at = thread;
+    for (; at + (kAtOnce<Acc> - 1) * kThreads < count; at += kAtOnce<Acc> * kThreads) {
+      read(std::true_type{}, begin + at, kAtOnce<Acc>);
     }
-    for (int r = thread; r < count - vecs * kVec; r += kThreads) {
-      const int64_t column = begin + (r < head ? r : r + vecs * kVec);
-      const Acc z = widen(row[column]);
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-        if (is_live(i)) take<1, kCap, kExtra>(soft[i], &z, bias[i] != nullptr ? bias[i] + column : nullptr, softcap);
-      }
-    }
+    if (at < count) read(std::false_type{}, begin + at, static_cast<int>((count - at + kThreads - 1) / kThreads));
   }
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
@@ -167,6 +159,7 @@ __device__ inline void finish(const LossRowsArgs<T>& a, const LossTable& table, 
   const LossStream& s = table.streams[k];
   const int64_t at = a.rows[r] * a.num_targets + s.index;
   const int64_t id = a.targets[at];
+  Softcap<Acc> cap(a.options.softcap);
   Acc at_target = 0;
   int32_t target = kTargetOutside;
   for (int64_t i = 0; i < s.num_slices; ++i) {
@@ -175,7 +168,7 @@ __device__ inline void finish(const LossRowsArgs<T>& a, const LossTable& table, 
     const int64_t column = slice.begin + (id - slice.id);
     target = static_cast<int32_t>(column);
     const Acc bias = a.bias != nullptr ? a.bias[k * a.num_columns + column] : Acc{0};
-    at_target = logit_of<kCap>(widen(a.logits[r * a.num_columns + column]), bias, static_cast<Acc>(a.options.softcap));
+    at_target = logit_of<kCap>(widen(a.logits[r * a.num_columns + column]), bias, cap);
   }
   const auto width = static_cast<Acc>(s.width);
   const auto ls = static_cast<Acc>(a.options.label_smoothing), zl = static_cast<Acc>(a.options.z_loss);
@@ -196,9 +189,13 @@ __device__ inline void finish(const LossRowsArgs<T>& a, const LossTable& table, 
                    coef * (1 - ls) + coef_nll};
 }
 
+// Blocks of a multiprocessor that the registers are to be shared out to.
+template <typename T, bool kCap, bool kExtra>
+constexpr int kBlocks = sizeof(Accumulator<T>) == sizeof(double) ? 1 : (kCap ? 2 : (kExtra ? 3 : 4));
+
 // kExtra: with the sums that smoothing and entropy need.
 template <typename T, bool kCap, bool kExtra>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kCap, kExtra>)
     statistics_kernel(const LossRowsArgs<T> a, const LossTable table, const LossWorkspace<Accumulator<T>> w) {
   using Acc = Accumulator<T>;
   SX_SHARED(Softmax<Acc>, parts, kLossTile * kWarps);
