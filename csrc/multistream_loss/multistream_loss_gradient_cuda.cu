@@ -27,9 +27,14 @@ __device__ inline int64_t place_in_scope(const LossTable& table, const LossStrea
   return at < slice.count ? slice.before + at : -1;
 }
 
+// Blocks of a multiprocessor that the registers are to be shared out to: without this the compiler aims at more of
+// them, and spills.
+template <typename T>
+constexpr int kBlocks = sizeof(Accumulator<T>) == sizeof(double) ? 4 : 6;
+
 // Block (x, y): kThreads columns from x * kThreads on, the rows of split y.
 template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     gradient_kernel(const LossRowsArgs<T> a, const LossTable table, const LossWorkspace<Accumulator<T>> w) {
   using Acc = Accumulator<T>;
   SX_DYNAMIC_SHARED(LossTerms<Acc>, terms);  // [num_streams, kRows], and then their targets
