@@ -1,0 +1,92 @@
+// What the CUDA kernels of multistream_loss share: the table of streams on the device, the workspace between the
+// kernels, and the arithmetic of one logit.
+#pragma once
+
+#include <cmath>
+
+#include "common/cuda.cuh"
+#include "multistream_loss/multistream_loss.h"
+
+namespace speechlm {
+
+constexpr int kLossTile = 8;       // streams of equal slices that one pass over a row serves
+constexpr int kGradientRows = 16;  // rows whose logits and gradients a thread of the gradient kernel holds
+constexpr int kGradientColumns = 128;
+constexpr int32_t kTargetOutside = -1;  // a live target outside its scope, as on the CPU
+constexpr int32_t kNotLive = -2;
+
+// A slice, and how many columns of the scope lie before it.
+struct PlacedSlice {
+  int64_t id;
+  int64_t begin;
+  int64_t count;
+  int64_t before;
+};
+
+// In device memory. A tile is up to kLossTile streams that have the same slices.
+struct LossTable {
+  const LossStream* streams = nullptr;   // [num_streams]
+  const PlacedSlice* slices = nullptr;   // in the order of args.slices
+  const int64_t* tile_begins = nullptr;  // [num_tiles + 1] of members
+  const int64_t* members = nullptr;      // [num_streams] the streams, tile by tile
+  int64_t num_tiles = 0;
+};
+
+// What the gradient of one stream in one row is made of: scale * exp(y - largest) - minus, and minus_target from the
+// target's column.
+template <typename Acc>
+struct alignas(16) LossTerms {
+  Acc largest;
+  Acc scale;
+  Acc minus;
+  Acc minus_target;
+};
+
+// Where the pieces of the workspace lie.
+template <typename Acc>
+struct LossWorkspace {
+  int64_t* table = nullptr;
+  LossTerms<Acc>* terms = nullptr;  // [num_rows, num_streams]
+  double* loss = nullptr;           // [num_rows, num_streams] coef * loss
+  int32_t* target = nullptr;        // [num_rows, num_streams] its column, or one of the two constants above
+  uint8_t* correct = nullptr;       // [num_rows, num_streams]
+  Acc* partials = nullptr;          // [num_splits, num_sums] column sums of each split of the rows
+  int64_t split_rows = 0;           // a multiple of kGradientRows
+  int64_t num_splits = 0;
+};
+
+// e^x for x <= 0, by way of 2^x: fewer instructions than expf, and an error that is no larger than that of rounding a
+// logit of the size of x, which every y = z + bias has.
+__device__ inline float exponential(float x) { return exp2f(x * 1.44269504088896341f); }
+__device__ inline double exponential(double x) { return exp(x); }
+__device__ inline float logarithm(float x) { return logf(x); }
+__device__ inline double logarithm(double x) { return log(x); }
+__device__ inline float hyperbolic_tangent(float x) { return tanhf(x); }
+__device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
+
+template <typename Acc>
+struct Softcap {
+  Acc most;
+  Acc inverse;
+  Acc tangent = 0;  // tanh of the logit that came last
+
+  __device__ explicit Softcap(double softcap)
+      : most(static_cast<Acc>(softcap)), inverse(static_cast<Acc>(softcap > 0 ? 1 / softcap : 0)) {}
+};
+
+// The logit that a stream sees.
+template <bool kCap, typename Acc>
+__device__ inline Acc logit_of(Acc z, Acc bias, Softcap<Acc>& cap) {
+  if (!kCap) return z + bias;
+  cap.tangent = hyperbolic_tangent((z + bias) * cap.inverse);
+  return cap.most * cap.tangent;
+}
+
+template <typename T>
+void launch_statistics(const LossRowsArgs<T>& args, const LossTable& table, const LossWorkspace<Accumulator<T>>& w,
+                       cudaStream_t stream);
+template <typename T>
+void launch_gradient(const LossRowsArgs<T>& args, const LossTable& table, const LossWorkspace<Accumulator<T>>& w,
+                     cudaStream_t stream);
+
+}  // namespace speechlm

@@ -1,0 +1,207 @@
+// multistream_loss on the GPU, from the table of streams to the sums: statistics of every row, gradients in place, and
+// then the sums over the rows, in one order whatever the device does.
+#include <algorithm>
+#include <vector>
+
+#include "multistream_loss/loss_kernels.cuh"
+
+namespace speechlm {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kPieceWords = 480;       // of the table, so that a kernel's parameters stay below 4 KiB
+constexpr int64_t kMinSplitRows = 64;      // four rounds of the gradient kernel for one line of column sums
+constexpr int64_t kGradientBlocks = 2048;  // a few rounds of blocks on the largest devices
+
+struct TablePiece {
+  int64_t first;
+  int64_t count;
+  int64_t words[kPieceWords];
+};
+
+__global__ void __launch_bounds__(kThreads) table_kernel(const TablePiece piece, int64_t* table) {
+  for (int64_t i = threadIdx.x; i < piece.count; i += kThreads) table[piece.first + i] = piece.words[i];
+}
+
+// Block k: loss and correct targets of stream k.
+template <typename Acc>
+__global__ void __launch_bounds__(kThreads)
+    totals_kernel(const LossWorkspace<Acc> w, int64_t num_rows, double* stream_loss, int64_t* stream_correct) {
+  SX_SHARED(double, loss, kThreads);
+  SX_SHARED(int64_t, correct, kThreads);
+  const auto thread = static_cast<int>(threadIdx.x);
+  double my_loss = 0;
+  int64_t my_correct = 0;
+  for (int64_t r = thread; r < num_rows; r += kThreads) {
+    my_loss += w.loss[r * gridDim.x + blockIdx.x];
+    my_correct += w.correct[r * gridDim.x + blockIdx.x];
+  }
+  loss[thread] = my_loss;
+  correct[thread] = my_correct;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (thread < half) {
+      loss[thread] += loss[thread + half];
+      correct[thread] += correct[thread + half];
+    }
+    __syncthreads();
+  }
+  if (thread != 0) return;
+  stream_loss[blockIdx.x] += loss[0];
+  stream_correct[blockIdx.x] += correct[0];
+}
+
+template <typename Acc>
+__global__ void __launch_bounds__(kThreads)
+    column_sums_kernel(const LossWorkspace<Acc> w, int64_t num_sums, Acc* column_sums) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < num_sums; i += step) {
+    Acc sum = 0;
+    for (int64_t split = 0; split < w.num_splits; ++split) sum += w.partials[split * num_sums + i];
+    column_sums[i] += sum;
+  }
+}
+
+template <typename T>
+int64_t num_slices_of(const LossRowsArgs<T>& args) {
+  int64_t total = 0;
+  for (int64_t k = 0; k < args.num_streams; ++k) total += args.streams[k].num_slices;
+  return total;
+}
+
+template <typename T>
+bool equal_slices(const LossRowsArgs<T>& args, const LossStream& a, const LossStream& b) {
+  return a.num_slices == b.num_slices &&
+         std::equal(args.slices + a.first_slice, args.slices + a.first_slice + a.num_slices,
+                    args.slices + b.first_slice, [](const LossSlice& x, const LossSlice& y) {
+                      return x.id == y.id && x.begin == y.begin && x.count == y.count;
+                    });
+}
+
+static_assert(sizeof(LossStream) == 5 * sizeof(int64_t) && sizeof(PlacedSlice) == 4 * sizeof(int64_t),
+              "the table is an array of int64");
+
+template <typename T>
+int64_t table_words(const LossRowsArgs<T>& args) {  // with as many tiles as streams
+  return 5 * args.num_streams + 4 * num_slices_of(args) + (args.num_streams + 1) + args.num_streams;
+}
+
+// The words of the table, and, in `table`, where its parts will lie from `base` on.
+template <typename T>
+std::vector<int64_t> build_table(const LossRowsArgs<T>& args, const int64_t* base, LossTable& table) {
+  std::vector<int64_t> words;
+  words.reserve(table_words(args));
+  for (int64_t k = 0; k < args.num_streams; ++k) {
+    const LossStream& s = args.streams[k];
+    words.insert(words.end(), {s.index, s.first_slice, s.num_slices, s.width, s.sums});
+  }
+  table.streams = reinterpret_cast<const LossStream*>(base);
+  table.slices = reinterpret_cast<const PlacedSlice*>(base + words.size());
+  for (int64_t k = 0; k < args.num_streams; ++k) {  // first_slice counts in this order
+    int64_t before = 0;
+    for (int64_t i = 0; i < args.streams[k].num_slices; ++i) {
+      const LossSlice& slice = args.slices[args.streams[k].first_slice + i];
+      words.insert(words.end(), {slice.id, slice.begin, slice.count, before});
+      before += slice.count;
+    }
+  }
+  std::vector<int64_t> tile_begins, members;
+  std::vector<bool> taken(args.num_streams);
+  for (int64_t k = 0; k < args.num_streams; ++k) {
+    if (taken[k]) continue;
+    tile_begins.push_back(static_cast<int64_t>(members.size()));
+    for (int64_t other = k; other < args.num_streams; ++other) {
+      if (taken[other] || !equal_slices(args, args.streams[k], args.streams[other])) continue;
+      if (static_cast<int64_t>(members.size()) - tile_begins.back() == kLossTile) break;  // the next tile begins there
+      taken[other] = true;
+      members.push_back(other);
+    }
+  }
+  table.num_tiles = static_cast<int64_t>(tile_begins.size());
+  tile_begins.push_back(args.num_streams);
+  table.tile_begins = base + words.size();
+  words.insert(words.end(), tile_begins.begin(), tile_begins.end());
+  table.members = base + words.size();
+  words.insert(words.end(), members.begin(), members.end());
+  return words;
+}
+
+void upload(const std::vector<int64_t>& words, int64_t* table, cudaStream_t stream) {
+  const auto total = static_cast<int64_t>(words.size());
+  for (int64_t first = 0; first < total; first += kPieceWords) {
+    TablePiece piece{first, std::min(kPieceWords, total - first), {}};
+    std::copy_n(words.begin() + first, piece.count, piece.words);
+    SX_LAUNCH(table_kernel, 1u, kThreads, 0, stream, piece, table);
+  }
+}
+
+template <typename T>
+int64_t layout(void* base, const LossRowsArgs<T>& args, LossWorkspace<Accumulator<T>>& w) {
+  using Acc = Accumulator<T>;
+  int64_t used = 0;
+  const auto take = [&](int64_t bytes) {
+    char* here = static_cast<char*>(base) + used;
+    used += (bytes + 255) / 256 * 256;
+    return static_cast<void*>(here);
+  };
+  const int64_t pairs = args.num_rows * args.num_streams;
+  w.table = static_cast<int64_t*>(take(8 * table_words(args)));
+  w.terms = static_cast<LossTerms<Acc>*>(take(pairs * static_cast<int64_t>(sizeof(LossTerms<Acc>))));
+  w.loss = static_cast<double*>(take(8 * pairs));
+  w.target = static_cast<int32_t*>(take(4 * pairs));
+  w.correct = static_cast<uint8_t*>(take(pairs));
+  // Borders that depend on the sizes alone, so that every device adds in the same order.
+  const int64_t blocks = (args.num_columns + kGradientColumns - 1) / kGradientColumns;
+  const int64_t most = std::clamp<int64_t>(kGradientBlocks / std::max<int64_t>(blocks, 1), 1, 64);
+  const int64_t rows = std::max(kMinSplitRows, (args.num_rows + most - 1) / most);
+  w.split_rows = (rows + kGradientRows - 1) / kGradientRows * kGradientRows;
+  w.num_splits = (args.num_rows + w.split_rows - 1) / w.split_rows;
+  w.partials = nullptr;
+  if (args.want_grad && args.num_sums > 0) {
+    w.partials = static_cast<Acc*>(take(w.num_splits * args.num_sums * static_cast<int64_t>(sizeof(Acc))));
+  }
+  return used;
+}
+
+}  // namespace
+
+template <typename T>
+int64_t multistream_loss_workspace(const LossRowsArgs<T>& args) {
+  LossWorkspace<Accumulator<T>> w;
+  return layout(nullptr, args, w);
+}
+
+template <typename T>
+void multistream_loss_rows_cuda(const LossRowsArgs<T>& args, void* workspace, int device, void* stream) {
+  if (args.num_rows == 0) return;
+  SX_CHECK(args.num_columns < (int64_t{1} << 31), "multistream_loss: more than 2^31 - 1 columns in a chunk");
+  const DeviceGuard guard(device);
+  const auto on = static_cast<cudaStream_t>(stream);
+  LossWorkspace<Accumulator<T>> w;
+  layout(workspace, args, w);
+  if (args.column_sums == nullptr) w.partials = nullptr;
+  LossTable table;
+  upload(build_table(args, w.table, table), w.table, on);
+  launch_statistics(args, table, w, on);
+  SX_LAUNCH(totals_kernel<Accumulator<T>>, static_cast<unsigned>(args.num_streams), kThreads, 0, on, w, args.num_rows,
+            args.stream_loss, args.stream_correct);
+  if (args.want_grad) {
+    launch_gradient(args, table, w, on);
+    if (w.partials != nullptr) {
+      SX_LAUNCH(column_sums_kernel<Accumulator<T>>, grid_for(args.num_sums, kThreads), kThreads, 0, on, w,
+                args.num_sums, args.column_sums);
+    }
+  }
+  cuda_check(cudaGetLastError(), "multistream_loss: launch of the sums");
+}
+
+#define SX_INSTANTIATE(T)                                                 \
+  template int64_t multistream_loss_workspace<T>(const LossRowsArgs<T>&); \
+  template void multistream_loss_rows_cuda<T>(const LossRowsArgs<T>&, void*, int, void*);
+SX_INSTANTIATE(float)
+SX_INSTANTIATE(double)
+SX_INSTANTIATE(BFloat16)
+SX_INSTANTIATE(Float16)
+#undef SX_INSTANTIATE
+
+}  // namespace speechlm

@@ -1,0 +1,126 @@
+// The second kernel of multistream_loss on the GPU: from logits to the sum of all streams' gradients, in place. A
+// thread owns a column and holds the logits and gradients of a few rows, so that every stream still sees the logits. It
+// owns its column of its split's sums as well: no atomics, the same bits in every run.
+#include "common/vec.cuh"
+#include "multistream_loss/loss_kernels.cuh"
+
+namespace speechlm {
+namespace {
+
+constexpr int kRows = kGradientRows;
+constexpr int kThreads = kGradientColumns;
+
+// Where a column lies in a scope, -1 where it does not. Slices ascend.
+__device__ inline int64_t place_in_scope(const LossTable& table, const LossStream& s, int64_t column) {
+  int64_t low = 0, high = s.num_slices;  // the last slice that begins at the column or before is in [low - 1, high - 1]
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (table.slices[s.first_slice + middle].begin <= column) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  if (low == 0) return -1;
+  const PlacedSlice& slice = table.slices[s.first_slice + low - 1];
+  const int64_t at = column - slice.begin;
+  return at < slice.count ? slice.before + at : -1;
+}
+
+// Blocks of a multiprocessor that the registers are to be shared out to: without this the compiler aims at more of
+// them, and spills.
+template <typename T>
+constexpr int kBlocks = sizeof(Accumulator<T>) == sizeof(double) ? 4 : 6;
+
+// Block (x, y): kThreads columns from x * kThreads on, the rows of split y.
+template <typename T, bool kCap>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    gradient_kernel(const LossRowsArgs<T> a, const LossTable table, const LossWorkspace<Accumulator<T>> w) {
+  using Acc = Accumulator<T>;
+  SX_DYNAMIC_SHARED(LossTerms<Acc>, terms);  // [num_streams, kRows], and then their targets
+  const auto num_streams = static_cast<int>(a.num_streams);
+  auto* targets = reinterpret_cast<int32_t*>(terms + num_streams * kRows);
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t split_begin = static_cast<int64_t>(blockIdx.y) * w.split_rows;
+  const int64_t split_end = min(a.num_rows, split_begin + w.split_rows);
+  Softcap<Acc> cap(a.options.softcap);
+  for (int64_t begin = split_begin; begin < split_end; begin += kRows) {
+    const auto count = static_cast<int>(min(static_cast<int64_t>(kRows), split_end - begin));
+    if (begin > split_begin) __syncthreads();  // all have read the terms of the rows before
+    for (int i = static_cast<int>(threadIdx.x); i < num_streams * kRows; i += kThreads) {
+      const int r = i / num_streams, k = i % num_streams;  // neighbours in memory for neighbouring threads
+      const int64_t from = (begin + r) * a.num_streams + k;
+      const int32_t target = r < count ? w.target[from] : kNotLive;
+      targets[k * kRows + r] = target;
+      if (target != kNotLive) terms[k * kRows + r] = w.terms[from];
+    }
+    __syncthreads();
+    if (column >= a.num_columns) continue;
+    T* logits = a.logits + begin * a.num_columns + column;
+    Acc z[kRows], grad[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      z[r] = r < count ? widen(logits[r * a.num_columns]) : Acc{0};
+      grad[r] = 0;
+    }
+    for (int64_t t = 0; t < table.num_tiles; ++t) {
+      const int64_t first = table.tile_begins[t], last = table.tile_begins[t + 1];
+      const int64_t place = place_in_scope(table, table.streams[table.members[first]], column);
+      if (place < 0) continue;
+      for (int64_t m = first; m < last; ++m) {
+        const int64_t k = table.members[m];
+        const Acc bias = a.bias != nullptr ? a.bias[k * a.num_columns + column] : Acc{0};
+        Acc sum = 0;
+#pragma unroll
+        for (int four = 0; four < kRows; four += 4) {
+          const auto target = *reinterpret_cast<const Vec<int32_t, 4>*>(targets + k * kRows + four);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (target.v[i] == kNotLive) continue;  // the same for all threads
+            const int r = four + i;
+            const LossTerms<Acc> of = terms[k * kRows + r];
+            const Acc y = logit_of<kCap>(z[r], bias, cap);
+            Acc value = of.scale * exponential(y - of.largest) - of.minus;
+            if (target.v[i] == column) value -= of.minus_target;
+            if (kCap) value *= 1 - cap.tangent * cap.tangent;  // the slope of the cap
+            grad[r] += value;
+            sum += value;
+          }
+        }
+        const int64_t sums = table.streams[k].sums;
+        if (w.partials == nullptr || sums < 0) continue;
+        Acc& partial = w.partials[blockIdx.y * a.num_sums + sums + place];
+        partial = begin == split_begin ? sum : partial + sum;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r < count) narrow(grad[r], logits[r * a.num_columns]);
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void launch_gradient(const LossRowsArgs<T>& args, const LossTable& table, const LossWorkspace<Accumulator<T>>& w,
+                     cudaStream_t stream) {
+  const auto kernel = args.options.softcap > 0 ? &gradient_kernel<T, true> : &gradient_kernel<T, false>;
+  const auto columns = static_cast<unsigned>((args.num_columns + kThreads - 1) / kThreads);
+  const auto splits = static_cast<unsigned>(w.num_splits);
+  // At most 36 KiB, for 64 streams of double: within what every device grants unasked.
+  const size_t shared = args.num_streams * kRows * (sizeof(LossTerms<Accumulator<T>>) + sizeof(int32_t));
+  SX_LAUNCH(kernel, dim3(columns, splits), kThreads, shared, stream, args, table, w);
+  cuda_check(cudaGetLastError(), "multistream_loss: launch of the gradient");
+}
+
+#define SX_INSTANTIATE(T)                                                                                          \
+  template void launch_gradient<T>(const LossRowsArgs<T>&, const LossTable&, const LossWorkspace<Accumulator<T>>&, \
+                                   cudaStream_t);
+SX_INSTANTIATE(float)
+SX_INSTANTIATE(double)
+SX_INSTANTIATE(BFloat16)
+SX_INSTANTIATE(Float16)
+#undef SX_INSTANTIATE
+
+}  // namespace speechlm
