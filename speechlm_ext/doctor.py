@@ -134,8 +134,7 @@ def _fallbacks() -> list[str]:
     from speechlm_ext.ops._native import OPENMP_RUNTIME, native
 
     found = [
-        "kmeans_assign and multistream_sample, and multistream_loss on a GPU, run in plain torch: their native "
-        "kernels are not written yet"
+        "kmeans_assign and multistream_sample run in plain torch: their native kernels are not written yet"
     ]
     has_device = torch.cuda.is_available()
     has_kernels = bool(native.build_info()["cuda_version"])

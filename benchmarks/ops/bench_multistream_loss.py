@@ -176,5 +176,5 @@ def test_bench(benchmark, shape, device):
         rivals=rivals,
         check=check,
         limit=own_products(sizes, device, dtype, weights > 0, scopes),
-        rounds=3 if sizes.N > 1000 else None,
+        rounds=5 if sizes.N > 1000 else None,
     )

@@ -38,7 +38,7 @@ namespace {
 constexpr int64_t kMinBlockRows = 8;
 constexpr int64_t kMostBlocks = 16;
 constexpr int64_t kSmall = 1 << 16;      // logits, for which waking another thread takes longer than it saves
-constexpr int64_t kSumsBytes = 8 << 20;  // of all blocks' column sums together
+constexpr int64_t kSumsBytes = 2 << 20;  // of all blocks' column sums together
 
 template <typename T>
 class RowBlock {

@@ -104,35 +104,42 @@ def call(parts, targets, weights, sets, kinds, separate, **options):
     )
 
 
-def compare(parts, targets, weights, sets, kinds, separate, **options):
+def compare(device, parts, targets, weights, sets, kinds, separate, **options):
+    """Every way to call the op on a device against the formula on the CPU, whose logprobs and entropies it gives."""
     want, logprobs, entropies = formula(parts, targets, weights, sets, kinds, separate, **options)
     given_parts = [p for p in parts if p is not None]
     want_grads = torch.autograd.grad(want, given_parts)
+    parts = [None if p is None else p.detach().to(device).requires_grad_() for p in parts]
+    given_parts = [p for p in parts if p is not None]
+    targets, weights, kinds = targets.to(device), weights.to(device), kinds.to(device)
     for extra in ({}, dict(recompute=True), dict(reduction="none", entropy=True)):
         out = call(parts, targets, weights, sets, kinds, separate, **options, **extra)
-        torch.testing.assert_close(out.loss_sum, want)
+        torch.testing.assert_close(out.loss_sum.cpu(), want)
         for got, expected in zip(torch.autograd.grad(out.loss_sum, given_parts), want_grads, strict=True):
-            torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(out.token_nll, -logprobs)
-    torch.testing.assert_close(out.stream_entropy, entropies.sum(0))
+            torch.testing.assert_close(got.cpu(), expected)
+    torch.testing.assert_close(out.token_nll.cpu(), -logprobs)
+    torch.testing.assert_close(out.stream_entropy.cpu(), entropies.sum(0))
     return logprobs, entropies
 
 
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("options", [{}, dict(z_loss=0.1, label_smoothing=0.2, softcap=3.0)])
 @pytest.mark.parametrize("sets", [KINDS, KINDS[:1], KINDS[2:]], ids=["kinds", "one", "shared codes"])
-def test_matches_float64_formula(sets, options, separate):
+def test_matches_float64_formula(sets, options, separate, device):
     case = make_case(sets, 17, separate)
-    logprobs, entropies = compare(*case[:3], sets, case[3], separate, **options)
-    (hidden, weight, embed, bias), targets, weights, kinds = case
+    logprobs, entropies = compare(device, *case[:3], sets, case[3], separate, **options)
+    (hidden, weight, embed, bias), targets, weights, kinds = (
+        [p.to(device) for p in case[0]],
+        *(t.to(device) for t in case[1:]),
+    )
     single = len(sets) == 1
     got, got_entropy = sx.ops.multistream_logprobs(
         hidden, weight, targets.int(), weights > 0, scopes=sets[0] if single else sets,
         row_scope=None if single else kinds.int(), heads="separate" if separate else "shared", stream_embed=embed,
         bias=bias, softcap=options.get("softcap"),
     )  # fmt: skip
-    torch.testing.assert_close(got, logprobs)
-    torch.testing.assert_close(got_entropy, entropies)
+    torch.testing.assert_close(got.cpu(), logprobs)
+    torch.testing.assert_close(got_entropy.cpu(), entropies)
     assert not got.requires_grad and not got_entropy.requires_grad
 
 

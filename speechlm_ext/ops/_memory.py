@@ -22,14 +22,16 @@ def lazy_zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return _aligned(np.zeros(size + _CACHE_LINE, np.uint8), size, _CACHE_LINE, dtype).view(num_rows, width)
 
 
-def empty_in_huge_pages(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """As `torch.empty` on the CPU, but a large one comes from NumPy, which asks for huge pages.
+def empty_in_huge_pages(
+    num_rows: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """As `torch.empty`, but a large one on the CPU comes from NumPy, which asks for huge pages.
 
     Every page of the result is new and is written once; with small pages that costs more than the values.
     """
     size = num_rows * width * dtype.itemsize
-    if size < 2 * _HUGE_PAGE:
-        return torch.empty(num_rows, width, dtype=dtype)
+    if size < 2 * _HUGE_PAGE or torch.device(device).type != "cpu":
+        return torch.empty(num_rows, width, dtype=dtype, device=device)
     return _aligned(np.empty(size + _HUGE_PAGE, np.uint8), size, _HUGE_PAGE, dtype).view(num_rows, width)
 
 

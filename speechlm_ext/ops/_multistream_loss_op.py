@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops._multistream_loss_pass import native_pass
+from speechlm_ext.ops._multistream_loss_pass import capturing, native_pass
 from speechlm_ext.ops._multistream_loss_scopes import check_values, unflatten
 from speechlm_ext.ops._native import LIBRARY
-from speechlm_ext.ops.reference.multistream_loss import LossOptions, loss_pass
+from speechlm_ext.ops.reference.multistream_loss import LossOptions
 
 LIBRARY.define(
     "multistream_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor live, Tensor coef, Tensor? coef_nll, "
@@ -19,27 +19,24 @@ LIBRARY.define(
 )
 
 
-def _op(run):  # type: ignore[no-untyped-def]
-    def op(  # type: ignore[no-untyped-def]
-        hidden, weight, targets, live, coef, coef_nll, row_scope, stream_embed, bias, scopes, z_loss, label_smoothing,
-        softcap, chunk_bytes, want_grad, want_tokens, want_entropy, check,
-    ):  # fmt: skip
-        sets = unflatten(scopes, targets.shape[1])
-        if check:
-            check_values(targets, coef, live, row_scope, sets)
-        options = LossOptions(z_loss, label_smoothing, softcap or None)
-        with torch.autocast(hidden.device.type, enabled=False):
-            result = run(
-                hidden, weight, targets, live, coef, coef_nll, row_scope, sets, stream_embed, bias, options, want_grad,
-                want_tokens, want_entropy, chunk_bytes or None,
-            )  # fmt: skip
-        return [value for value in vars(result).values() if value is not None]
-
-    return op
+def _op(  # type: ignore[no-untyped-def]
+    hidden, weight, targets, live, coef, coef_nll, row_scope, stream_embed, bias, scopes, z_loss, label_smoothing,
+    softcap, chunk_bytes, want_grad, want_tokens, want_entropy, check,
+):  # fmt: skip
+    sets = unflatten(scopes, targets.shape[1])
+    if check and not capturing(hidden):
+        check_values(targets, coef, live, row_scope, sets)
+    options = LossOptions(z_loss, label_smoothing, softcap or None)
+    with torch.autocast(hidden.device.type, enabled=False):
+        result = native_pass(
+            hidden, weight, targets, live, coef, coef_nll, row_scope, sets, stream_embed, bias, options, want_grad,
+            want_tokens, want_entropy, chunk_bytes or None,
+        )  # fmt: skip
+    return [value for value in vars(result).values() if value is not None]
 
 
-LIBRARY.impl("multistream_loss", _op(native_pass), "CPU")
-LIBRARY.impl("multistream_loss", _op(loss_pass), "CUDA")
+LIBRARY.impl("multistream_loss", _op, "CPU")
+LIBRARY.impl("multistream_loss", _op, "CUDA")
 
 
 @torch.library.register_fake("speechlm_ext::multistream_loss", lib=LIBRARY)

@@ -34,6 +34,8 @@ from speechlm_ext.ops.reference.multistream_loss import LossOptions, LossResult
 #: Bytes of logits in a chunk, but at least _MIN_ROWS rows: with fewer, the products wait for memory.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 384 << 20}
 _MIN_ROWS = 512
+#: Rows of the weight that are widened to float64 at a time: what they take is held beside the logits.
+_WIDE_ROWS = 512
 #: All streams share one product where that costs at most this much more than two.
 _ONE_PRODUCT = 1.02
 
@@ -65,8 +67,14 @@ def native_pass(
     )  # fmt: skip
     for kind, scopes in enumerate(sets):
         live_here = live if row_scope is None else live & (row_scope == kind)[:, None]
-        work.run_kind(scopes, live_here.contiguous())
+        # The kinds' rows are others, unless all kinds run over all rows.
+        work.run_kind(scopes, live_here.contiguous(), first=kind == 0 or not capturing(live))
     return work.finish()
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded: then nothing may wait for the device, so no row is left out."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Pass:
@@ -88,9 +96,12 @@ class _Pass:
         chunk_bytes: int | None,
     ) -> None:
         # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
-        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.dtype = _sum_dtype(hidden.dtype)
+        # On a GPU the products of 16-bit tensors run in 16 bits, and their sums in float32.
+        narrow = hidden.is_cuda and hidden.dtype.itemsize == 2 and hidden.dtype == weight.dtype
+        self.product_dtype = hidden.dtype if narrow else self.dtype
         self.hidden, self.targets = hidden.detach(), targets.contiguous()
-        self.weight = weight.detach().to(self.dtype)
+        self.weight = weight.detach().to(self.product_dtype)
         self.embed = None if stream_embed is None else stream_embed.detach().to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self.coef_loss = coef_loss.to(self.dtype).contiguous()
@@ -108,7 +119,9 @@ class _Pass:
         )
         if want_grad:
             self.result.grad_hidden = new(hidden.shape, dtype=self.dtype)
-            self.result.grad_weight = empty_in_huge_pages(weight.shape[0], weight.shape[1], self.dtype)
+            self.result.grad_weight = empty_in_huge_pages(
+                weight.shape[0], weight.shape[1], self.dtype, weight.device
+            )
             self.result.grad_embed = None if self.embed is None else torch.zeros_like(self.embed)
             self.result.grad_bias = None if self.bias is None else torch.zeros_like(self.bias)
         #: Rows of grad_weight that have been written, (start, end); the others hold whatever memory holds.
@@ -143,20 +156,20 @@ class _Pass:
         self.written += [(i.row, i.row + i.num_ids) for i in group.root]
         return fresh
 
-    def run_kind(self, scopes: Scopes, live: Tensor) -> None:
-        """All rows that ``live`` has, whose streams run over ``scopes``."""
+    def run_kind(self, scopes: Scopes, live: Tensor, first: bool) -> None:
+        """All rows that ``live`` has, whose streams run over ``scopes``; ``first``: no kind before had these rows."""
         for number, (group, rows) in enumerate(_plan(scopes, live)):
             if rows.numel():
-                self._run_group(group, rows, live, first=number == 0)
+                self._run_group(group, rows, live, first and number == 0)
 
     def _run_group(self, group: Group, rows: Tensor, live: Tensor, first: bool) -> None:
-        dtype, C = self.dtype, group.columns
+        dtype, C = self.product_dtype, group.columns
         chunk = max(_MIN_ROWS, self.chunk_bytes // (C * dtype.itemsize))
-        buffer = empty_in_huge_pages(min(chunk, rows.numel()), C, dtype)
+        buffer = empty_in_huge_pages(min(chunk, rows.numel()), C, dtype, rows.device)
         offsets = _stream_bias(group, self.weight, self.embed, self.bias)
         streams = [(s, self.want_sums, slices) for s, slices in zip(group.streams, group.slices, strict=True)]
         num_sums = sum(count for slices in group.slices for _, _, count in slices)
-        column_sums = self.hidden.new_zeros(num_sums, dtype=dtype) if self.want_sums else None
+        column_sums = self.hidden.new_zeros(num_sums, dtype=self.dtype) if self.want_sums else None
         loss = self.hidden.new_zeros(len(streams), dtype=torch.float64)
         correct = torch.zeros_like(loss, dtype=torch.int64)
         fresh = self._claim(group) if self.want_grad else None
@@ -175,9 +188,8 @@ class _Pass:
             if self.want_grad:
                 self._add_products(group, z, h, fresh if start == 0 else None)
                 self._put_grad_hidden(group, z, span if everyone else chunk_rows, first)
-        index = torch.tensor(group.streams, device=loss.device)
-        self.result.stream_loss.index_add_(0, index, loss)
-        self.result.stream_correct.index_add_(0, index, correct)
+        self.result.stream_loss[group.index] += loss
+        self.result.stream_correct[group.index] += correct
         if column_sums is not None:
             self._add_rank_one_terms(group, column_sums)
 
@@ -211,32 +223,40 @@ class _Pass:
             for _, begin, count in slices:
                 sums[k, begin : begin + count] = column_sums[at : at + count]
                 at += count
-        streams = list(group.streams)
-        grad_embed = sums.new_zeros(len(streams), self.hidden.shape[1])
+        grad_embed = sums.new_zeros(len(group.streams), self.hidden.shape[1])
         for interval, columns in _blocks(group, sums):
             if self.embed is not None:
                 add_weight_gradient(
-                    _rows(self.result.grad_weight, interval), columns, self.embed[streams], True
+                    _rows(self.result.grad_weight, interval), columns, self.embed[group.index], True
                 )
                 add_hidden_gradient(grad_embed, columns, _rows(self.weight, interval), True)
             if self.result.grad_bias is not None:
                 self.result.grad_bias[interval.row : interval.row + interval.num_ids] += columns.sum(dim=0)
         if self.embed is not None:
-            self.result.grad_embed[streams] += grad_embed  # type: ignore[index]
+            self.result.grad_embed[group.index] += grad_embed  # type: ignore[index]
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _plan(scopes: Scopes, live: Tensor) -> list[tuple[Group, Tensor]]:
     """Groups of streams, and the rows where any of them is live."""
-    groups = [
-        (group, live[:, group.streams].any(dim=1).nonzero().squeeze(1)) for group in group_streams(scopes)
-    ]
+    groups = [(group, _rows_with(live[:, group.index])) for group in group_streams(scopes)]
     if len(groups) == 2:
         whole = group_all(scopes)
-        rows = live.any(dim=1).nonzero().squeeze(1)
+        rows = _rows_with(live)
         apart = sum(len(part) * group.columns for group, part in groups)
         if len(rows) * whole.columns <= _ONE_PRODUCT * apart:
             return [(whole, rows)]
     return groups
+
+
+def _rows_with(live: Tensor) -> Tensor:
+    """Rows with a live target. On a GPU their number is waited for: the products' sizes depend on it."""
+    if capturing(live):
+        return torch.arange(live.shape[0], device=live.device)
+    return live.any(dim=1).nonzero().squeeze(1)
 
 
 def _rows(matrix: Tensor | None, interval: Interval) -> Tensor:
@@ -252,13 +272,15 @@ def _blocks(group: Group, matrix: Tensor) -> list[tuple[Interval, Tensor]]:
 
 
 def _stream_bias(group: Group, weight: Tensor, embed: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """``[k, C]``: what each stream adds to the shared logits, over its scope.
+    """``[k, C]``: what each stream adds to the shared logits, over its scope; elsewhere nobody looks.
 
     Summed in float64: all rows share this row of numbers, so its error would not average out over them.
     """
     if embed is None and bias is None:
         return None
-    out = weight.new_zeros(len(group.streams), group.columns)
+    out = torch.empty(
+        len(group.streams), group.columns, dtype=_sum_dtype(weight.dtype), device=weight.device
+    )
     members: dict[tuple[int, int], list[int]] = {}
     for k, slices in enumerate(group.slices):
         for _, begin, count in slices:
@@ -266,6 +288,7 @@ def _stream_bias(group: Group, weight: Tensor, embed: Tensor | None, bias: Tenso
     for (begin, count), ks in members.items():
         vectors = None if embed is None else embed[[group.streams[k] for k in ks]].double()
         if bias is None and weight.device.type == "cpu" and not vectors.any():  # type: ignore[union-attr]
+            out[ks, begin : begin + count] = 0
             continue
         row = group.row_of(begin)
 
@@ -275,7 +298,7 @@ def _stream_bias(group: Group, weight: Tensor, embed: Tensor | None, bias: Tenso
             total = total if vectors is None else vectors @ weight[ids].double().T + total
             out[ks, begin + tile.start : begin + tile.stop] = total.to(out.dtype)  # type: ignore[union-attr]
 
-        tasks = [partial(add, tile) for tile in weight_tiles(count)]
+        tasks = [partial(add, tile) for tile in weight_tiles(count, _WIDE_ROWS)]
         if weight.device.type == "cpu":
             run(tasks, count * len(ks) * weight.shape[1])
         else:

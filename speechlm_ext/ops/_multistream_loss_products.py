@@ -20,6 +20,8 @@ _MOST_WEIGHT_ROWS, _LEAST_WEIGHT_ROWS, _TILES = 2048, 256, 16
 _HIDDEN_ROWS, _HIDDEN_WIDTH = 256, 192
 
 
+#: Whether torch's addmm adds a product of 16-bit matrices to a float32 one in place.
+_ADDS_IN_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 12)
 #: Multiplications of a product that one thread does sooner than a second one wakes up.
 _SMALL = 1 << 22
 
@@ -29,11 +31,29 @@ def run(tasks: Sequence[Callable[[], object]], work: int) -> None:
     native.run_tasks(list(tasks), torch.get_num_threads(), work < _SMALL)
 
 
-def weight_tiles(num_rows: int) -> list[slice]:
+def weight_tiles(num_rows: int, most: int = _MOST_WEIGHT_ROWS) -> list[slice]:
     """Cuts rows of the weight into tiles, whose borders are multiples of 16."""
-    size = min(_MOST_WEIGHT_ROWS, max(_LEAST_WEIGHT_ROWS, -(-num_rows // _TILES)))
+    size = min(most, max(_LEAST_WEIGHT_ROWS, -(-num_rows // _TILES)))
     size = -(-size // 16) * 16
     return [slice(start, min(num_rows, start + size)) for start in range(0, num_rows, size)]
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    """``out += a b``, or ``=`` unless ``keep``, on a GPU, where 16-bit factors may have a float32 ``out``."""
+    if a.dtype == b.dtype == out.dtype:
+        out.addmm_(a, b, beta=int(keep))
+    elif a.dtype != b.dtype:  # sums in float32 with a 16-bit weight
+        for start in range(0, b.shape[0], _MOST_WEIGHT_ROWS):
+            t = slice(start, start + _MOST_WEIGHT_ROWS)
+            out.addmm_(a[:, t], b[t].to(out.dtype), beta=int(keep or start > 0))
+    elif not keep:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif _ADDS_IN_FLOAT32:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        for start in range(0, out.shape[0], 4 * _MOST_WEIGHT_ROWS):
+            t = slice(start, start + 4 * _MOST_WEIGHT_ROWS)
+            out[t] += torch.ops.aten.mm.dtype(a[t], b, out.dtype)
 
 
 def put_logits(out: Tensor, h: Tensor, weight: Tensor) -> None:
@@ -48,7 +68,7 @@ def put_logits(out: Tensor, h: Tensor, weight: Tensor) -> None:
 def add_weight_gradient(out: Tensor, grad: Tensor, h: Tensor, keep: bool) -> None:
     """``out += Gᵀ h``, or ``=`` unless ``keep``: ``[C, D]`` from ``[n, C]`` and ``[n, D]``."""
     if out.device.type != "cpu":
-        out.addmm_(grad.T, h, beta=int(keep))
+        _multiply(out, grad.T, h, keep)
         return
     tasks = [partial(out[t].addmm_, grad[:, t].T, h, beta=int(keep)) for t in weight_tiles(out.shape[0])]
     run(tasks, out.numel() * h.shape[0])
@@ -57,7 +77,7 @@ def add_weight_gradient(out: Tensor, grad: Tensor, h: Tensor, keep: bool) -> Non
 def add_hidden_gradient(out: Tensor, grad: Tensor, weight: Tensor, keep: bool) -> None:
     """``out += G W``, or ``=`` unless ``keep``: ``[n, D]`` from ``[n, C]`` and ``[C, D]``."""
     if out.device.type != "cpu":
-        out.addmm_(grad, weight, beta=int(keep))
+        _multiply(out, grad, weight, keep)
         return
     n, D = out.shape
     run(

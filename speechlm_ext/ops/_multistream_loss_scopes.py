@@ -177,6 +177,12 @@ class Group:
     slices: tuple[tuple[tuple[int, int, int], ...], ...]
     """Per stream, its scope as ``(first id, first column, count)``."""
 
+    @property
+    def index(self) -> slice | list[int]:
+        """The streams as an index; a slice where they lie side by side, for which a GPU needs no copy of it."""
+        first, last = self.streams[0], self.streams[-1]
+        return slice(first, last + 1) if last - first + 1 == len(self.streams) else list(self.streams)
+
     def row_of(self, column: int) -> int:
         """The weight's row that gives a column of the logits."""
         for interval, begin in zip(self.root, self.begins, strict=True):
