@@ -19,7 +19,7 @@ def lazy_zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     size = num_rows * width * dtype.itemsize
     if size == 0:
         return torch.zeros(num_rows, width, dtype=dtype)
-    return _aligned(np.zeros(size + _CACHE_LINE, np.uint8), size, _CACHE_LINE, dtype).view(num_rows, width)
+    return _aligned(np.zeros(size + _CACHE_LINE, np.uint8), size, dtype).view(num_rows, width)
 
 
 def empty_in_huge_pages(
@@ -32,10 +32,10 @@ def empty_in_huge_pages(
     size = num_rows * width * dtype.itemsize
     if size < 2 * _HUGE_PAGE or torch.device(device).type != "cpu":
         return torch.empty(num_rows, width, dtype=dtype, device=device)
-    return _aligned(np.empty(size + _HUGE_PAGE, np.uint8), size, _HUGE_PAGE, dtype).view(num_rows, width)
+    return _aligned(np.empty(size + _CACHE_LINE, np.uint8), size, dtype).view(num_rows, width)
 
 
-def _aligned(memory: np.ndarray, size: int, alignment: int, dtype: torch.dtype) -> Tensor:
-    """``size`` bytes of ``memory``, from the first address that is a multiple of ``alignment``."""
-    start = -memory.ctypes.data % alignment
+def _aligned(memory: np.ndarray, size: int, dtype: torch.dtype) -> Tensor:
+    """``size`` bytes of ``memory``, from the start of a cache line on."""
+    start = -memory.ctypes.data % _CACHE_LINE
     return torch.from_numpy(memory[start : start + size]).view(dtype)

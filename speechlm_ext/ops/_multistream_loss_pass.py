@@ -35,7 +35,7 @@ from speechlm_ext.ops.reference.multistream_loss import LossOptions, LossResult
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 384 << 20}
 _MIN_ROWS = 512
 #: Rows of the weight that are widened to float64 at a time: what they take is held beside the logits.
-_WIDE_ROWS = 512
+_WIDE_ROWS = 256
 #: All streams share one product where that costs at most this much more than two.
 _ONE_PRODUCT = 1.02
 
@@ -188,6 +188,7 @@ class _Pass:
             if self.want_grad:
                 self._add_products(group, z, h, fresh if start == 0 else None)
                 self._put_grad_hidden(group, z, span if everyone else chunk_rows, first)
+        del buffer, z  # before more is taken
         self.result.stream_loss[group.index] += loss
         self.result.stream_correct[group.index] += correct
         if column_sums is not None:
@@ -278,9 +279,7 @@ def _stream_bias(group: Group, weight: Tensor, embed: Tensor | None, bias: Tenso
     """
     if embed is None and bias is None:
         return None
-    out = torch.empty(
-        len(group.streams), group.columns, dtype=_sum_dtype(weight.dtype), device=weight.device
-    )
+    out = torch.empty(len(group.streams), group.columns, dtype=_sum_dtype(weight.dtype), device=weight.device)
     members: dict[tuple[int, int], list[int]] = {}
     for k, slices in enumerate(group.slices):
         for _, begin, count in slices:
