@@ -1,8 +1,8 @@
 """multistream_loss, forward and backward, against its rivals: ``make bench OP=multistream_loss``.
 
 Rivals: ESPnet-SpeechLM's way at the same scopes (the hidden states of all streams, stream 0 over the whole vocabulary,
-the others over the codes), that compiled by torch, and torch's own `F.linear_cross_entropy` once per stream. The limit
-is the op's own matrix products by themselves, in the op's own chunks.
+the others over the codes), that compiled by torch, torch's own `F.linear_cross_entropy` once per stream, and on a GPU
+Liger's fused loss, called as ESPnet-SpeechLM calls it. The limit is the op's own matrix products by themselves, in the op's own chunks.
 
 Shapes: half of the rows text and half speech; speech alone; speech alone with stream 0 over speech ids, against
 ESPnet's way over all ids as well; and a vocabulary of speech alone that every stream runs over.
@@ -10,6 +10,7 @@ ESPnet's way over all ids as well; and a vocabulary of speech alone that every s
 
 from __future__ import annotations
 
+import importlib.util
 from typing import NamedTuple
 
 import pytest
@@ -43,9 +44,14 @@ SHAPES = {
     "speech": Shape(2048, 1.0, 576, 62_670, (5_256, 13_448)),
     "speech_modality": Shape(2048, 1.0, 576, 62_670, (5_256, 13_448), (0, 5_256)),
     "codes_alone": Shape(2048, 1.0, 576, 13_192, (0, 13_192)),
-    "1p7b_8k": Shape(8192, 0.5, 2048, 62_670, (5_256, 13_448)),
-    "1p7b_32k": Shape(32_768, 0.5, 2048, 113_870, (5_256, 13_448)),
+    "1p7b_8k": Shape(8192, 0.5, 2048, 62_670, (256, 13_448)),
+    "1p7b_8k_v114k": Shape(8192, 0.5, 2048, 113_870, (256, 13_448)),
+    "1p7b_32k": Shape(32_768, 0.5, 2048, 62_670, (256, 13_448)),
+    "1p7b_32k_v114k": Shape(32_768, 0.5, 2048, 113_870, (256, 13_448)),
 }
+
+
+CODE_WEIGHT = 0.0625
 
 
 def make_inputs(shape, device, dtype):
@@ -60,8 +66,8 @@ def make_inputs(shape, device, dtype):
     targets[:, 0] = torch.where(
         is_speech, torch.randint(0, max(1, low or V), (N,)), torch.randint(0, V, (N,))
     )
-    weights = torch.full((N, S), 0.0625) * is_speech[:, None]
-    weights[:, 0] = torch.where(is_speech, 0.5, 1.0)
+    weights = torch.full((N, S), CODE_WEIGHT) * is_speech[:, None]
+    weights[:, 0] = 1  # one for all rows, which is all that Liger's loss can
     scopes = [[first or (0, V)]] + [[(low, high)]] * (S - 1)
     return (hidden, weight, embed), targets.to(device), weights.to(device), scopes
 
@@ -115,6 +121,19 @@ def chunked(hidden, weight, targets):
     return F.linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
+def liger(hidden, weight, embed, targets, weights, scopes):
+    """As ESPnet-SpeechLM calls it: stream 0 over all ids, and the other streams together in a second call."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+    hidden_S = hidden[:, None] + embed[None]
+    [(low, high)] = scopes[1]
+    live = weights[:, 1] > 0
+    rest = hidden_S[live, 1:].flatten(0, 1)
+    first = loss(weight, hidden_S[:, 0].contiguous(), targets[:, 0])
+    return first + CODE_WEIGHT * loss(weight[low:high], rest, (targets[live, 1:] - low).flatten())
+
+
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bench(benchmark, shape, device):
@@ -144,6 +163,8 @@ def test_bench(benchmark, shape, device):
         rivals["torch_linear_cross_entropy"] = lambda: gradients(
             one_by_one(chunked)(*parts, targets, weights, scopes)
         )
+    if device == "cuda" and importlib.util.find_spec("liger_kernel") and sizes.first is None:
+        rivals["liger"] = lambda: gradients(liger(*parts, targets, weights, scopes))
     if sizes.first is not None:
         everything = [[(0, sizes.V)], *scopes[1:]]
         rivals["espnet_all_ids"] = lambda: gradients(espnet(*parts, targets, weights, everything))

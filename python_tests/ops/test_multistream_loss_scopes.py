@@ -19,7 +19,7 @@ KINDS = [
     [[(0, 4), (16, 25)], [(10, 13)], [(13, 16)]],
     [[(0, 10), (16, 25)], [(10, 16)], [(10, 16)]],
 ]
-VOCAB, D = 25, 6
+VOCAB, MOST_IDS, D = 25, 70, 6
 
 
 def ids_of(scope):
@@ -29,9 +29,9 @@ def ids_of(scope):
 def head_rows(sets, s, separate):
     """For stream s the weight's row of every id (-1: none), found by laying the heads out one after the other."""
     if not separate:
-        return torch.arange(VOCAB)
+        return torch.arange(MOST_IDS)
     base = sum(len(ids_union(sets, k)) for k in range(s))
-    rows = torch.full((VOCAB,), -1)
+    rows = torch.full((MOST_IDS,), -1)
     ids = ids_union(sets, s)
     rows[ids] = base + torch.arange(len(ids))
     return rows
@@ -60,7 +60,9 @@ def formula(parts, targets, weights, sets, kinds, separate, z_loss=0.0, label_sm
     return total, logprobs, entropies
 
 
-def make_case(sets, num_rows, separate, *, with_embed=True, with_bias=True, seed=0, live=0.6):
+def make_case(
+    sets, num_rows, separate, *, with_embed=True, with_bias=True, seed=0, live=0.6, vocab=VOCAB, width=D
+):
     generator = torch.Generator().manual_seed(seed)
     num_streams = len(sets[0])
     kinds = torch.randint(0, len(sets), (num_rows,), generator=generator)
@@ -71,11 +73,11 @@ def make_case(sets, num_rows, separate, *, with_embed=True, with_bias=True, seed
             targets[n, s] = ids[torch.randint(0, len(ids), (), generator=generator)]
     weights = torch.rand(num_rows, num_streams, generator=generator, dtype=torch.float64)
     weights *= torch.rand(num_rows, num_streams, generator=generator) < live
-    rows = sum(len(ids_union(sets, s)) for s in range(num_streams)) if separate else VOCAB
+    rows = sum(len(ids_union(sets, s)) for s in range(num_streams)) if separate else vocab
     shapes = [
-        (num_rows, D),
-        (rows, D),
-        (num_streams, D) if with_embed else None,
+        (num_rows, width),
+        (rows, width),
+        (num_streams, width) if with_embed else None,
         (rows,) if with_bias else None,
     ]
     parts = [
@@ -145,11 +147,11 @@ def test_matches_float64_formula(sets, options, separate, device):
 
 @st.composite
 def cases(draw):
-    """Any scopes, kinds, sizes, weights and chunks."""
-    num_streams = draw(st.integers(1, 4))
+    """Any sizes, scopes, kinds, weights and chunks."""
+    num_streams, vocab = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 25, 70]))
 
     def scope():
-        borders = sorted(draw(st.sets(st.integers(0, VOCAB), min_size=2, max_size=6)))
+        borders = sorted(draw(st.sets(st.integers(0, vocab), min_size=2, max_size=6)))
         pairs = list(zip(borders[::2], borders[1::2], strict=False))
         return draw(st.permutations(pairs))
 
@@ -163,6 +165,8 @@ def cases(draw):
         with_bias=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
         live=draw(st.sampled_from([0.0, 0.05, 0.5, 1.0])),
+        vocab=vocab,
+        width=draw(st.sampled_from([1, 3, 16, 17])),
     )
     chunk = draw(st.sampled_from([1, 2, 3, 8, 512]))
     options = draw(st.sampled_from([{}, dict(z_loss=0.05), dict(label_smoothing=0.3), dict(softcap=2.0)]))
