@@ -2,7 +2,8 @@
 
 Rivals: ESPnet-SpeechLM's way at the same scopes (the hidden states of all streams, stream 0 over the whole vocabulary,
 the others over the codes), that compiled by torch, torch's own `F.linear_cross_entropy` once per stream, and on a GPU
-Liger's fused loss, called as ESPnet-SpeechLM calls it. The limit is the op's own matrix products by themselves, in the op's own chunks.
+Liger's fused loss, called as ESPnet-SpeechLM calls it. The limit is the op's own matrix products by themselves, in the
+op's own chunks.
 
 Shapes: half of the rows text and half speech; speech alone; speech alone with stream 0 over speech ids, against
 ESPnet's way over all ids as well; and a vocabulary of speech alone that every stream runs over.
