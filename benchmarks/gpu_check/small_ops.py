@@ -26,8 +26,30 @@ def main(device: str = "cuda") -> None:
         sx.ops.multistream_embed(
             ids, table, features=features, feature_positions=positions, sparse=True
         ).sum().backward()
+    loss(device)
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def loss(device: str) -> None:
+    """multistream_loss in every dtype, with and without its options, over scopes with odd borders."""
+    scopes = [[(0, 517)], [(100, 301)], [(100, 301)], [(301, 402), (440, 441)]]
+    targets = torch.tensor([516, 300, 100, 440], device=device).expand(700, 4).contiguous()
+    weights = torch.rand(700, 4, device=device)
+    weights[::2, 1:] = 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        parts = [
+            torch.randn(shape, device=device).to(dtype).requires_grad_()
+            for shape in ((700, 33), (517, 33), (4, 33), (517,))
+        ]
+        for options in (
+            {},
+            dict(z_loss=0.1, label_smoothing=0.1, softcap=3.0, reduction="none", entropy=True),
+        ):
+            out = sx.ops.multistream_loss(
+                *parts[:2], targets, weights, scopes=scopes, stream_embed=parts[2], bias=parts[3], **options
+            )
+            (out.loss_sum if out.token_nll is None else out.token_nll.sum()).backward()
 
 
 if __name__ == "__main__":
