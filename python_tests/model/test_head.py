@@ -78,6 +78,9 @@ def test_loss_is_the_naive_one(scope: str, heads: str) -> None:
         log_p = F.log_softmax(logits[0], dim=0)
         expected = expected - weight[n, s] * log_p[(columns == labels[n, s]).nonzero()[0, 0]]
     torch.testing.assert_close(out.loss_sum, expected, rtol=1e-4, atol=1e-5)
+    logprobs, entropy = model.logprobs(ids, labels, weight > 0, position, bounds)
+    torch.testing.assert_close(-(logprobs * weight).sum(), expected, rtol=1e-4, atol=1e-5)
+    assert not logprobs[weight == 0].any() and (entropy[weight > 0] > 0).all()
     ours = torch.autograd.grad(out.loss_sum, model.head.weight)[0]
     theirs = torch.autograd.grad(expected, model.head.weight)[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -114,11 +114,11 @@ def _task_perplexity(
     with torch.no_grad():
         for part in iter_eval(template.name, corpus, budget=budget, loss=unit, limit=limit):
             batch = part.batch.to(model.device)
-            loss = model(
-                batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens, reduction="none"
+            live_NS = batch.loss_weight > 0
+            logprobs_NS, _ = model.logprobs(
+                batch.ids, batch.labels, live_NS, batch.position, batch.cu_seqlens
             )
-            nll_NS = loss.token_nll.double().cpu().numpy()
-            live_NS = batch.loss_weight.cpu().numpy() > 0
+            nll_NS, live_NS = -logprobs_NS.double().cpu().numpy(), live_NS.cpu().numpy()
             kinds_NS = classify(batch.labels.cpu().numpy(), model.layout)
             for index, name in enumerate(MODALITIES):
                 chosen = live_NS & (kinds_NS == index)

@@ -86,13 +86,13 @@ def scores(model: SpeechLM, task: TaskTemplate, text: str, tries: Sequence[np.nd
     if not samples:
         return out
     batch = SequencePacker(model.layout, _EQUAL).pack(samples).to(model.device)
-    result = model(
-        batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens, reduction="none"
+    logprobs_NS, _ = model.logprobs(
+        batch.ids, batch.labels, batch.loss_weight > 0, batch.position, batch.cu_seqlens
     )
-    nll_N = result.token_nll.double().sum(1)
+    score_N = logprobs_NS.double().sum(1)
     borders = batch.cu_seqlens.tolist()
     for place, start, end in zip(places, borders[:-1], borders[1:], strict=True):
-        out[place] = -float(nll_N[start:end].sum())
+        out[place] = float(score_N[start:end].sum())
     return out
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.model.config import LossSettings
-from speechlm_ext.ops import MultiStreamLoss, multistream_loss, separate_head_rows
+from speechlm_ext.ops import MultiStreamLoss, multistream_logprobs, multistream_loss, separate_head_rows
 from speechlm_ext.ops._multistream_loss_args import Heads, head_rows
 
 
@@ -63,8 +63,9 @@ class MultiStreamHead(nn.Module):
     def row_scope(self, targets_NS: Tensor, loss_weight_NS: Tensor) -> Tensor | None:
         """Which of the scopes each row uses, int64 ``[N]``; None when all use the same.
 
-        A row whose target in stream 0 lies in a range of ``contents`` is of that kind. A special token (an end) belongs
-        to the content right before it, if there is any. Where stream 0 learns nothing, the kind before goes on.
+        ``loss_weight_NS`` may be a mask. A row whose target in stream 0 lies in a range of ``contents`` is of that kind.
+        A special token (an end) belongs to the content right before it, if there is any. Where stream 0 learns nothing,
+        the kind before goes on.
         """
         if self.contents is None:
             return None
@@ -101,6 +102,20 @@ class MultiStreamHead(nn.Module):
             softcap=self.settings.softcap,
             reduction=reduction,
             recompute=self.settings.recompute,
+        )
+
+    def logprobs(self, hidden_ND: Tensor, targets_NS: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies; see :func:`speechlm_ext.ops.multistream_logprobs`."""
+        return multistream_logprobs(
+            hidden_ND,
+            self.weight,
+            targets_NS,
+            mask_NS,
+            scopes=self.scopes,
+            row_scope=self.row_scope(targets_NS, mask_NS),
+            heads=self.heads,
+            stream_embed=self.stream_vectors(),
+            softcap=self.settings.softcap,
         )
 
     def rows_of(self, stream: int, start: int, end: int) -> slice:

@@ -154,6 +154,24 @@ class SpeechLM(nn.Module):
         """
         return self.head(self.hidden(ids, position, cu_seqlens), labels, loss_weight, reduction)
 
+    def logprobs(
+        self, ids: Tensor, labels: Tensor, mask: Tensor, position: Tensor, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of a packed batch's labels, for scoring: no gradients.
+
+        Args:
+            ids, labels: int ``[N, S]``.
+            mask: bool ``[N, S]``, which labels are asked for.
+            position: int ``[N]``.
+            cu_seqlens: int32 ``[n+1]``.
+
+        Returns:
+            ``(logprobs, entropy)``, float32 ``[N, S]`` in nats, 0 where not asked for; the entropy is that of the
+            softmax that gave the label its probability.
+        """
+        with torch.no_grad():
+            return self.head.logprobs(self.hidden(ids, position, cu_seqlens), labels, mask)
+
     # ---- generation ---------------------------------------------------------------------------------------------
     def new_cache(self) -> Cache:
         """An empty key/value cache for :meth:`cached_hidden`."""
