@@ -63,7 +63,7 @@ class MultiStreamHead(nn.Module):
     def row_scope(self, targets_NS: Tensor, loss_weight_NS: Tensor) -> Tensor | None:
         """Which of the scopes each row uses, int64 ``[N]``; None when all use the same.
 
-        ``loss_weight_NS`` may be a mask. A row whose target in stream 0 lies in a range of ``contents`` is of that kind.
+        ``loss_weight_NS`` may be a mask. A row whose target in stream 0 lies in a range of ``contents`` is of its kind.
         A special token (an end) belongs to the content right before it, if there is any. Where stream 0 learns nothing,
         the kind before goes on.
         """
