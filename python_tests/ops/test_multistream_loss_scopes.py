@@ -269,9 +269,17 @@ def test_entropy_with_forbidden_ids():
         (dict(scopes=[KINDS[0], [[(0, 4)], [], [(1, 2)]]]), r"scopes\[1\]\[1\] is empty"),
         (dict(scopes=[[], []]), "scopes must hold, for each stream, a list of intervals"),
         (dict(scopes=7), "scopes must hold, for each stream, a list of intervals"),
+        (dict(scopes=[[(0, 5, 7)]] * 3), "scopes must hold, for each stream, a list of intervals"),
+        (dict(scopes="own"), "scopes must hold, for each stream, a list of intervals"),
+        (dict(scopes=[[(0.5, 5)]] * 3), "scopes must hold, for each stream, a list of intervals"),
+        (dict(scopes=[[(0, 5)], 7, [(0, 5)]]), "scopes must hold, for each stream, a list of intervals"),
+        (dict(scopes=[[(0, 5)]] * 65, row_scope=None), "at most 64 streams; got scopes of 65"),
+        (dict(softcap=float("inf")), "softcap must be above 0 and finite; got inf"),
+        (dict(z_loss=float("inf")), "z_loss must be 0 or more and finite; got inf"),
+        (dict(chunk_bytes=1e6), "chunk_bytes must be an int above 0; got 1000000.0"),
         (dict(heads="own"), "heads must be .shared. or .separate.; got 'own'"),
         (dict(heads="separate"), "weight must have 31 rows, one for each id of each stream's scope; got 25"),
-        (dict(chunk_bytes=0), "chunk_bytes must be above 0; got 0"),
+        (dict(chunk_bytes=0), "chunk_bytes must be an int above 0; got 0"),
         (
             dict(row_scope=torch.tensor([0, 1])),
             r"targets\[1, 0\] \(row 1, stream 0\) is id 5, outside .* scope \[\(0, 4\), \(16, 25\)\]",
@@ -293,6 +301,55 @@ def test_logprobs_rejects_a_mask_that_is_none():
             torch.randn(2, D), torch.randn(VOCAB, D), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3),
             scopes=KINDS[0],
         )  # fmt: skip
+
+
+def test_inference_mode_on_several_threads():
+    """The mode is a thread's own, and the products run on others."""
+    hidden, weight = torch.randn(300, 64), torch.randn(3000, 64)
+    targets = torch.randint(0, 3000, (300, 1))
+    want, _ = sx.ops.multistream_logprobs(hidden, weight, targets, scopes=[[(0, 3000)]])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with torch.inference_mode():
+            got, _ = sx.ops.multistream_logprobs(hidden, weight, targets, scopes=[[(0, 3000)]])
+            loss = sx.ops.multistream_loss(
+                hidden, weight, targets, torch.ones(300, 1), scopes=[[(0, 3000)]], stream_embed=hidden[:1]
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got, want) and loss.loss_sum.isfinite()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("learnt", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
+def test_what_is_frozen_costs_no_gradient(learnt, recompute):
+    parts, targets, weights, kinds = make_case(KINDS, 30, True)
+    want = torch.autograd.grad(formula(parts, targets, weights, KINDS, kinds, True)[0], parts)
+    parts = [p.detach().requires_grad_(i in learnt) for i, p in enumerate(parts)]
+    out = call(parts, targets, weights, KINDS, kinds, True, recompute=recompute)
+    if not recompute:
+        assert len(out.loss_sum.grad_fn.gradients) == len(learnt)
+    out.loss_sum.backward()
+    for i, (part, expected) in enumerate(zip(parts, want, strict=True)):
+        if i in learnt:
+            torch.testing.assert_close(part.grad, expected)
+        else:
+            assert part.grad is None
+
+
+def test_compiles_with_sizes_that_change():
+    def loss(hidden, weight, targets, weights, kinds):
+        return sx.ops.multistream_loss(
+            hidden * 1, weight, targets, weights, scopes=KINDS, row_scope=kinds, z_loss=0.1
+        ).loss_sum
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for num_rows in (5, 9):
+        (hidden, weight, _, _), targets, weights, kinds = make_case(KINDS, num_rows, False)
+        torch.testing.assert_close(
+            compiled(hidden, weight, targets, weights, kinds), loss(hidden, weight, targets, weights, kinds)
+        )
 
 
 def test_rows_of_separate_heads():

@@ -15,13 +15,13 @@ from speechlm_ext.ops.reference.multistream_loss import LossOptions
 LIBRARY.define(
     "multistream_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor live, Tensor coef, Tensor? coef_nll, "
     "Tensor? row_scope, Tensor? stream_embed, Tensor? bias, int[] scopes, float z_loss, float label_smoothing, "
-    "float softcap, int chunk_bytes, bool want_grad, bool want_tokens, bool want_entropy, bool check) -> Tensor[]"
+    "float softcap, int chunk_bytes, bool[] wants, bool want_tokens, bool want_entropy, bool check) -> Tensor[]"
 )
 
 
 def _op(  # type: ignore[no-untyped-def]
     hidden, weight, targets, live, coef, coef_nll, row_scope, stream_embed, bias, scopes, z_loss, label_smoothing,
-    softcap, chunk_bytes, want_grad, want_tokens, want_entropy, check,
+    softcap, chunk_bytes, wants, want_tokens, want_entropy, check,
 ):  # fmt: skip
     sets = unflatten(scopes, targets.shape[1])
     if check and not capturing(hidden):
@@ -29,8 +29,8 @@ def _op(  # type: ignore[no-untyped-def]
     options = LossOptions(z_loss, label_smoothing, softcap or None)
     with torch.autocast(hidden.device.type, enabled=False):
         result = native_pass(
-            hidden, weight, targets, live, coef, coef_nll, row_scope, sets, stream_embed, bias, options, want_grad,
-            want_tokens, want_entropy, chunk_bytes or None,
+            hidden, weight, targets, live, coef, coef_nll, row_scope, sets, stream_embed, bias, options, any(wants),
+            want_tokens, want_entropy, chunk_bytes or None, wants,
         )  # fmt: skip
     return [value for value in vars(result).values() if value is not None]
 
@@ -42,14 +42,14 @@ LIBRARY.impl("multistream_loss", _op, "CUDA")
 @torch.library.register_fake("speechlm_ext::multistream_loss", lib=LIBRARY)
 def _fake(  # type: ignore[no-untyped-def]
     hidden, weight, targets, live, coef, coef_nll, row_scope, stream_embed, bias, scopes, z_loss, label_smoothing,
-    softcap, chunk_bytes, want_grad, want_tokens, want_entropy, check,
+    softcap, chunk_bytes, wants, want_tokens, want_entropy, check,
 ):  # fmt: skip
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     S = targets.shape[1]
     out = [hidden.new_empty(S, dtype=dtype), hidden.new_empty(S, dtype=torch.int64)]
     out += [hidden.new_empty(targets.shape, dtype=dtype) for _ in range(want_tokens + want_entropy)]
-    given = (hidden, weight, stream_embed, bias) if want_grad else ()
-    return out + [t.new_empty(t.shape, dtype=dtype) for t in given if t is not None]
+    given = zip(wants, (hidden, weight, stream_embed, bias), strict=True)
+    return out + [t.new_empty(t.shape, dtype=dtype) for wanted, t in given if wanted and t is not None]
 
 
 class LossSettings(NamedTuple):
@@ -87,22 +87,24 @@ class MultiStreamLossFunction(torch.autograd.Function):
         recompute,
         want_grad,
     ):
-        wants = want_grad and any(ctx.needs_input_grad[:4])
+        wants = [want_grad and needed for needed in ctx.needs_input_grad[:4]]
         later = per_token or recompute
         stream_loss, stream_correct, *rest = torch.ops.speechlm_ext.multistream_loss(
             hidden, weight, targets, live, loss_weight, None, row_scope, stream_embed, bias, *settings,
-            wants and not later, per_token, want_entropy, True,
+            [False] * 4 if later else wants, per_token, want_entropy, True,
         )  # fmt: skip
         loss_sum = stream_loss.sum()
         token_nll = rest.pop(0) if per_token else loss_sum.new_empty(0)
         token_entropy = rest.pop(0) if want_entropy else loss_sum.new_empty(0)
         ctx.per_token, ctx.settings = per_token, settings
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, stream_embed, bias)]
+        ctx.wants = wants
+        given = zip(wants, (hidden, weight, stream_embed, bias), strict=True)
+        ctx.dtypes = [t.dtype if wanted and t is not None else None for wanted, t in given]
         ctx.gradients, ctx.from_inputs = None, later or not torch.compiler.is_compiling()
-        if wants and ctx.from_inputs:
+        if any(wants) and ctx.from_inputs:
             ctx.save_for_backward(hidden, weight, stream_embed, bias, targets, live, loss_weight, row_scope)
             ctx.gradients = None if later else rest
-        elif wants:
+        elif any(wants):
             ctx.save_for_backward(*rest)
         ctx.mark_non_differentiable(stream_loss, stream_correct, token_entropy)
         return loss_sum, stream_loss, stream_correct, token_nll, token_entropy
@@ -119,7 +121,7 @@ class MultiStreamLossFunction(torch.autograd.Function):
             hidden, weight, stream_embed, bias, targets, live, loss_weight, row_scope = ctx.saved_tensors
             _, _, *gradients = torch.ops.speechlm_ext.multistream_loss(
                 hidden, weight, targets, live, loss_weight * grad_sum, grad_nll if ctx.per_token else None,
-                row_scope, stream_embed, bias, *ctx.settings, True, False, False, False,
+                row_scope, stream_embed, bias, *ctx.settings, ctx.wants, False, False, False,
             )  # fmt: skip
         else:
             gradients = [g * grad_sum for g in ctx.saved_tensors]

@@ -26,6 +26,7 @@ from speechlm_ext.ops._multistream_loss_scopes import (
     Interval,
     Scopes,
     ScopeSets,
+    as_index,
     group_all,
     group_streams,
 )
@@ -35,7 +36,7 @@ from speechlm_ext.ops.reference.multistream_loss import LossOptions, LossResult
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 384 << 20}
 _MIN_ROWS = 512
 #: Rows of the weight that are widened to float64 at a time: what they take is held beside the logits.
-_WIDE_ROWS = 256
+_WIDE_ROWS, _WIDE_ROWS_GPU = 256, 8192
 #: All streams share one product where that costs at most this much more than two.
 _ONE_PRODUCT = 1.02
 
@@ -56,19 +57,21 @@ def native_pass(
     want_tokens: bool,
     want_entropy: bool,
     chunk_bytes: int | None = None,
+    wants: Sequence[bool] = (True,) * 4,
 ) -> LossResult:
     """As `speechlm_ext.ops.reference.multistream_loss.loss_pass`, with the row kernel.
 
-    ``chunk_bytes``: bytes of logits in a chunk.
+    ``chunk_bytes``: bytes of logits in a chunk. ``wants``: which gradients of hidden, weight, stream_embed and bias.
     """
     work = _Pass(
         hidden, weight, targets, coef_loss, coef_nll, stream_embed, bias, options, want_grad, want_tokens,
-        want_entropy, chunk_bytes,
+        want_entropy, chunk_bytes, wants,
     )  # fmt: skip
     for kind, scopes in enumerate(sets):
         live_here = live if row_scope is None else live & (row_scope == kind)[:, None]
         # The kinds' rows are others, unless all kinds run over all rows.
-        work.run_kind(scopes, live_here.contiguous(), first=kind == 0 or not capturing(live))
+        apart = row_scope is not None and not capturing(live)
+        work.run_kind(scopes, live_here.contiguous(), first=kind == 0 or apart)
     return work.finish()
 
 
@@ -94,11 +97,13 @@ class _Pass:
         want_tokens: bool,
         want_entropy: bool,
         chunk_bytes: int | None,
+        wants: Sequence[bool],
     ) -> None:
         # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
         self.dtype = _sum_dtype(hidden.dtype)
-        # On a GPU the products of 16-bit tensors run in 16 bits, and their sums in float32.
-        narrow = hidden.is_cuda and hidden.dtype.itemsize == 2 and hidden.dtype == weight.dtype
+        # On a GPU the products of bfloat16 tensors run in bfloat16, and their sums in float32. Not those of float16, in
+        # which the logits' gradients, that nobody has scaled up yet, would be lost.
+        narrow = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
         self.product_dtype = hidden.dtype if narrow else self.dtype
         self.hidden, self.targets = hidden.detach(), targets.contiguous()
         self.weight = weight.detach().to(self.product_dtype)
@@ -107,7 +112,10 @@ class _Pass:
         self.coef_loss = coef_loss.to(self.dtype).contiguous()
         self.coef_nll = None if coef_nll is None else coef_nll.to(self.dtype).contiguous()
         self.options, self.want_grad = options, want_grad
-        self.want_sums = want_grad and (self.embed is not None or self.bias is not None)
+        want_hidden, want_weight, want_embed, want_bias = wants
+        self.want_sums = want_grad and (
+            (self.embed is not None and (want_weight or want_embed)) or (self.bias is not None and want_bias)
+        )
         self.chunk_bytes = chunk_bytes or _CHUNK_BYTES[hidden.device.type]
         N, S = targets.shape
         new = hidden.new_zeros
@@ -117,13 +125,16 @@ class _Pass:
             new(N, S, dtype=self.dtype) if want_tokens else None,
             new(N, S, dtype=self.dtype) if want_entropy else None,
         )
-        if want_grad:
+        if want_grad and want_hidden:
             self.result.grad_hidden = new(hidden.shape, dtype=self.dtype)
+        if want_grad and want_weight:
             self.result.grad_weight = empty_in_huge_pages(
                 weight.shape[0], weight.shape[1], self.dtype, weight.device
             )
-            self.result.grad_embed = None if self.embed is None else torch.zeros_like(self.embed)
-            self.result.grad_bias = None if self.bias is None else torch.zeros_like(self.bias)
+        if want_grad and want_embed and stream_embed is not None:
+            self.result.grad_embed = new(stream_embed.shape, dtype=self.dtype)
+        if want_grad and want_bias and bias is not None:
+            self.result.grad_bias = new(bias.shape, dtype=self.dtype)
         #: Rows of grad_weight that have been written, (start, end); the others hold whatever memory holds.
         self.written: list[tuple[int, int]] = []
 
@@ -172,7 +183,7 @@ class _Pass:
         column_sums = self.hidden.new_zeros(num_sums, dtype=self.dtype) if self.want_sums else None
         loss = self.hidden.new_zeros(len(streams), dtype=torch.float64)
         correct = torch.zeros_like(loss, dtype=torch.int64)
-        fresh = self._claim(group) if self.want_grad else None
+        fresh = self._claim(group) if self.result.grad_weight is not None else None
         everyone = rows.numel() == self.hidden.shape[0]
         for start in range(0, rows.numel(), chunk):
             chunk_rows = rows[start : start + chunk]
@@ -185,8 +196,9 @@ class _Pass:
                 z, chunk_rows, self.targets, live, self.coef_loss, self.coef_nll, offsets, streams, self.options,
                 self.want_grad, self.result.token_nll, self.result.token_entropy, loss, correct, column_sums,
             )  # fmt: skip
-            if self.want_grad:
-                self._add_products(group, z, h, fresh if start == 0 else None)
+            if self.result.grad_weight is not None:
+                self._add_grad_weight(group, z, h, fresh if start == 0 else None)
+            if self.result.grad_hidden is not None:
                 self._put_grad_hidden(group, z, span if everyone else chunk_rows, first)
         del buffer, z  # before more is taken
         self.result.stream_loss[group.index] += loss
@@ -194,7 +206,7 @@ class _Pass:
         if column_sums is not None:
             self._add_rank_one_terms(group, column_sums)
 
-    def _add_products(self, group: Group, grad: Tensor, h: Tensor, fresh: Sequence[bool] | None) -> None:
+    def _add_grad_weight(self, group: Group, grad: Tensor, h: Tensor, fresh: Sequence[bool] | None) -> None:
         """``dW += Gᵀ h``; ``fresh`` says for each interval whether nothing has been written there yet."""
         for number, (interval, columns) in enumerate(_blocks(group, grad)):
             keep = not (fresh and fresh[number])
@@ -226,15 +238,16 @@ class _Pass:
                 at += count
         grad_embed = sums.new_zeros(len(group.streams), self.hidden.shape[1])
         for interval, columns in _blocks(group, sums):
-            if self.embed is not None:
+            if self.embed is not None and self.result.grad_weight is not None:
                 add_weight_gradient(
                     _rows(self.result.grad_weight, interval), columns, self.embed[group.index], True
                 )
+            if self.result.grad_embed is not None:
                 add_hidden_gradient(grad_embed, columns, _rows(self.weight, interval), True)
             if self.result.grad_bias is not None:
                 self.result.grad_bias[interval.row : interval.row + interval.num_ids] += columns.sum(dim=0)
-        if self.embed is not None:
-            self.result.grad_embed[group.index] += grad_embed  # type: ignore[index]
+        if self.result.grad_embed is not None:
+            self.result.grad_embed[group.index] += grad_embed
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -285,20 +298,22 @@ def _stream_bias(group: Group, weight: Tensor, embed: Tensor | None, bias: Tenso
         for _, begin, count in slices:
             members.setdefault((begin, count), []).append(k)
     for (begin, count), ks in members.items():
-        vectors = None if embed is None else embed[[group.streams[k] for k in ks]].double()
+        index = as_index(ks)
+        vectors = None if embed is None else embed[as_index([group.streams[k] for k in ks])].double()
         if bias is None and weight.device.type == "cpu" and not vectors.any():  # type: ignore[union-attr]
-            out[ks, begin : begin + count] = 0
+            out[index, begin : begin + count] = 0
             continue
         row = group.row_of(begin)
 
-        def add(tile: slice, ks=ks, begin=begin, row=row, vectors=vectors) -> None:  # type: ignore[no-untyped-def]
+        def add(tile: slice, index=index, begin=begin, row=row, vectors=vectors) -> None:  # type: ignore[no-untyped-def]
             ids = slice(row + tile.start, row + tile.stop)
             total = 0.0 if bias is None else bias[ids].double()
             total = total if vectors is None else vectors @ weight[ids].double().T + total
-            out[ks, begin + tile.start : begin + tile.stop] = total.to(out.dtype)  # type: ignore[union-attr]
+            out[index, begin + tile.start : begin + tile.stop] = total.to(out.dtype)  # type: ignore[union-attr]
 
-        tasks = [partial(add, tile) for tile in weight_tiles(count, _WIDE_ROWS)]
-        if weight.device.type == "cpu":
+        on_cpu = weight.device.type == "cpu"
+        tasks = [partial(add, tile) for tile in weight_tiles(count, _WIDE_ROWS if on_cpu else _WIDE_ROWS_GPU)]
+        if on_cpu:
             run(tasks, count * len(ks) * weight.shape[1])
         else:
             for task in tasks:

@@ -58,11 +58,9 @@ def read_scopes(sets: Sequence[GivenScopes], vocab: int | None, separate: bool) 
         for s, scope in enumerate(scopes):
             check(len(scope) > 0, f"{op}: {where}[{s}] is empty")
             for start, end in scope:
-                check(
-                    0 <= start < end and (vocab is None or end <= vocab),
-                    f"{op}: {where}[{s}] has ({start}, {end}), which is no interval of "
-                    + ("ids" if vocab is None else f"the {vocab} ids of weight"),
-                )
+                if not (0 <= start < end and (vocab is None or end <= vocab)):
+                    ids = "ids" if vocab is None else f"the {vocab} ids of weight"
+                    raise OpError(f"{op}: {where}[{s}] has ({start}, {end}), which is no interval of {ids}")
             by_start = sorted((int(start), int(end)) for start, end in scope)
             for (_, end), (start, _) in zip(by_start, by_start[1:], strict=False):
                 check(end <= start, f"{op}: the intervals of {where}[{s}] overlap: {by_start}")
@@ -133,29 +131,42 @@ def check_values(
     """Refuses weights that mean nothing, kinds that do not exist, and live targets that their softmax lacks."""
     op = "multistream_loss"
     bad_weight = ~((loss_weight >= 0) & loss_weight.isfinite())
-    if bool(bad_weight.any()):
+    found = [bad_weight.any()]
+    if row_scope is not None:
+        unknown = (row_scope < 0) | (row_scope >= len(sets))
+        found.append(unknown.any())
+    outside: list[tuple[int, tuple[Interval, ...], Tensor]] = []
+    for kind, scopes in enumerate(sets):
+        wanted = live if row_scope is None else live & (row_scope == kind)[:, None]
+        for s, scope in enumerate(scopes):
+            outside.append((s, scope, wanted[:, s] & (local_targets(targets[:, s], scope) < 0)))
+            found.append(outside[-1][2].any())
+    if not bool(torch.stack(found).any()):  # one look, for which a GPU is waited for
+        return
+    if bool(found[0]):
         n, s = bad_weight.nonzero()[0].tolist()
         raise OpError(
             f"{op}: loss_weight[{n}, {s}] is {float(loss_weight[n, s])}; weights must be finite and >= 0"
         )
-    if row_scope is not None:
-        unknown = (row_scope < 0) | (row_scope >= len(sets))
-        if bool(unknown.any()):
-            n = int(unknown.nonzero()[0])
+    if row_scope is not None and bool(found[1]):
+        n = int(unknown.nonzero()[0])
+        raise OpError(
+            f"{op}: row_scope[{n}] is {int(row_scope[n])}; it must be 0 to {len(sets) - 1}, one of scopes"
+        )
+    for s, scope, bad in outside:
+        if bool(bad.any()):
+            n = int(bad.nonzero()[0])
             raise OpError(
-                f"{op}: row_scope[{n}] is {int(row_scope[n])}; it must be 0 to {len(sets) - 1}, one of scopes"
+                f"{op}: targets[{n}, {s}] (row {n}, stream {s}) is id {int(targets[n, s])}, outside the stream's "
+                f"scope {[(i.start, i.end) for i in scope]}, with weight {float(loss_weight[n, s])}. Give it "
+                "weight 0 or widen the scope"
             )
-    for kind, scopes in enumerate(sets):
-        wanted = live if row_scope is None else live & (row_scope == kind)[:, None]
-        for s, scope in enumerate(scopes):
-            outside = wanted[:, s] & (local_targets(targets[:, s], scope) < 0)
-            if bool(outside.any()):
-                n = int(outside.nonzero()[0])
-                raise OpError(
-                    f"{op}: targets[{n}, {s}] (row {n}, stream {s}) is id {int(targets[n, s])}, outside the stream's "
-                    f"scope {[(i.start, i.end) for i in scope]}, with weight {float(loss_weight[n, s])}. Give it "
-                    "weight 0 or widen the scope"
-                )
+
+
+def as_index(numbers: Sequence[int]) -> slice | list[int]:
+    """Ascending numbers as an index; a slice where they lie side by side, for which a GPU needs no copy of it."""
+    first, last = numbers[0], numbers[-1]
+    return slice(first, last + 1) if last - first + 1 == len(numbers) else list(numbers)
 
 
 #: Columns per cache line of float32, on which the logits of each interval start: products with other rows take up to a
@@ -179,9 +190,8 @@ class Group:
 
     @property
     def index(self) -> slice | list[int]:
-        """The streams as an index; a slice where they lie side by side, for which a GPU needs no copy of it."""
-        first, last = self.streams[0], self.streams[-1]
-        return slice(first, last + 1) if last - first + 1 == len(self.streams) else list(self.streams)
+        """The streams as an index."""
+        return as_index(self.streams)
 
     def row_of(self, column: int) -> int:
         """The weight's row that gives a column of the logits."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,10 +52,11 @@ class OpIndexError(OpError, IndexError):
     """An id lies outside the table, or outside the range that the op was given."""
 
 
-def check(condition: bool, message: str) -> None:
-    """Raise `OpError` with ``message`` unless ``condition`` holds."""
+def check(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise `OpError` with ``message`` unless ``condition`` holds. A function is called only then: torch.compile cannot
+    write a size that it does not know into a string."""
     if not condition:
-        raise OpError(message)
+        raise OpError(message if isinstance(message, str) else message())
 
 
 def describe(value: object) -> str:

@@ -40,6 +40,10 @@ def multistream_logprobs(
     Raises:
         OpError: as `multistream_loss`; a mask that is not bool ``[N, S]``.
     """
+    check(
+        targets.dim() == 2,
+        f"multistream_logprobs: targets must be int32 or int64 [N, S]; got {describe(targets)}",
+    )
     if mask is None:
         mask = torch.ones_like(targets, dtype=torch.bool)
     check(
@@ -54,7 +58,7 @@ def multistream_logprobs(
     with torch.no_grad():
         _, _, nll, entropy = torch.ops.speechlm_ext.multistream_loss(
             hidden, weight, targets.to(torch.int64), mask, ones, None,
-            None if row_scope is None else row_scope.to(torch.int64), stream_embed, bias, *settings, False, True, True,
-            True,
+            None if row_scope is None else row_scope.to(torch.int64), stream_embed, bias, *settings, [False] * 4, True,
+            True, True,
         )  # fmt: skip
-    return -nll, entropy
+    return 0 - nll, entropy

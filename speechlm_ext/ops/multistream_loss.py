@@ -6,6 +6,7 @@ caller chooses the normaliser: divide ``loss_sum`` by what suits (tokens, frames
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -70,7 +71,8 @@ def multistream_loss(
 
     Args:
         hidden: ``[N, D]`` float.
-        weight: ``[V, D]`` output table, the same dtype; differentiable, may be tied to the embedding.
+        weight: ``[V, D]`` output table; differentiable, may be tied to the embedding. In bfloat16 like hidden the
+            products on a GPU run in bfloat16; in any other case they run in float32.
         targets: int32 or int64 ``[N, S]``, e.g. ``PackedBatch.labels``.
         loss_weight: float ``[N, S]`` >= 0, e.g. ``PackedBatch.loss_weight``; carries no gradient.
         scopes: per stream the id intervals ``(start, end)`` that its softmax runs over. With ``row_scope``, a list of
@@ -101,18 +103,21 @@ def multistream_loss(
     sets = check_arguments(
         hidden, weight, targets, loss_weight, scopes, row_scope, heads, stream_embed, bias, softcap
     )
-    check(z_loss >= 0, f"multistream_loss: z_loss must be 0 or more; got {z_loss}")
+    check(
+        0 <= z_loss < math.inf,
+        lambda: f"multistream_loss: z_loss must be 0 or more and finite; got {z_loss}",
+    )
     check(
         0 <= label_smoothing < 1,
-        f"multistream_loss: label_smoothing must be in [0, 1); got {label_smoothing}",
+        lambda: f"multistream_loss: label_smoothing must be in [0, 1); got {label_smoothing}",
     )
     check(
         reduction in ("sum", "none"),
-        f'multistream_loss: reduction must be "sum" or "none"; got {reduction!r}',
+        lambda: f'multistream_loss: reduction must be "sum" or "none"; got {reduction!r}',
     )
     check(
-        chunk_bytes is None or chunk_bytes > 0,
-        f"multistream_loss: chunk_bytes must be above 0; got {chunk_bytes}",
+        chunk_bytes is None or (isinstance(chunk_bytes, int) and chunk_bytes > 0),
+        lambda: f"multistream_loss: chunk_bytes must be an int above 0; got {chunk_bytes!r}",
     )
     targets = targets.to(torch.int64)
     row_scope = None if row_scope is None else row_scope.to(torch.int64)
