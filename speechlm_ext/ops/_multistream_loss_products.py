@@ -29,7 +29,7 @@ _SMALL = 1 << 22
 def run(tasks: Sequence[Callable[[], object]], work: int) -> None:
     """Runs each task on one thread, all on as many as torch uses; ``work``: their multiplications."""
     if torch.is_inference_mode_enabled():  # a thread's own setting, and these may run on others
-        tasks = [partial(torch.inference_mode()(task)) for task in tasks]
+        tasks = [torch.inference_mode()(task) for task in tasks]
     native.run_tasks(list(tasks), torch.get_num_threads(), work < _SMALL)
 
 

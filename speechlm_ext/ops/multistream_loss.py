@@ -97,8 +97,9 @@ def multistream_loss(
         `MultiStreamLoss`. With no live target all sums are 0 and gradients are zero, not absent.
 
     Raises:
-        OpError: (a ValueError) for shapes that do not fit, an empty, overlapping or out-of-range scope, a negative or
-            not finite weight, or a live target outside its stream's scope (row, stream and id are named).
+        OpError: (a ValueError) for shapes that do not fit, an empty, overlapping or out-of-range scope, a kind of row
+            that has no scopes, more than 64 streams, a negative or not finite weight, or a live target outside its
+            stream's scope (row, stream and id are named).
     """
     sets = check_arguments(
         hidden, weight, targets, loss_weight, scopes, row_scope, heads, stream_embed, bias, softcap
