@@ -59,6 +59,7 @@ struct KmeansAssignArgs {
   const double* centre = nullptr;  // [F]
   double unit = 0;
   bool exact = true;
+  bool products_only = false;  // nothing is labelled: benchmarks ask what the rest costs
   int32_t* labels = nullptr;   // [N]; -1: a row that is not finite
   double* distance = nullptr;  // [N] squared, NaN for -1; or null
   int64_t* counts = nullptr;   // [3] rows compared again, their candidates, rows that are not finite

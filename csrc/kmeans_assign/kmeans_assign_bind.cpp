@@ -49,7 +49,8 @@ void kmeans_index(const TensorView& centroids, const TensorView& centre, const T
 
 void kmeans_assign(const TensorView& x, const TensorView& centroids, const TensorView& codes, const TensorView& terms,
                    const TensorView& centre, const TensorView& unit, bool exact, const TensorView& labels,
-                   const std::optional<TensorView>& distance, const TensorView& counts, int threads) {
+                   const std::optional<TensorView>& distance, const TensorView& counts, int threads,
+                   bool products_only) {
   constexpr Device on = Device::kCpu;
   x.expect("kmeans_assign: x", kFloats, on, {-1, -1});
   const int64_t N = x.sizes[0], F = x.sizes[1];
@@ -79,6 +80,7 @@ void kmeans_assign(const TensorView& x, const TensorView& centroids, const Tenso
       args.centre = centre.ptr<double>();
       args.unit = *unit.ptr<double>();
       args.exact = exact;
+      args.products_only = products_only;
       args.labels = labels.ptr<int32_t>();
       args.distance = distance ? distance->ptr<double>() : nullptr;
       args.counts = counts.ptr<int64_t>();
@@ -169,7 +171,7 @@ void bind_kmeans_assign(py::module_& m) {
         py::arg("unit"), py::arg("threads"));
   m.def("kmeans_assign", &kmeans_assign, py::arg("x"), py::arg("centroids"), py::arg("codes"), py::arg("terms"),
         py::arg("centre"), py::arg("unit"), py::arg("exact"), py::arg("labels"), py::arg("distance").none(true),
-        py::arg("counts"), py::arg("threads"));
+        py::arg("counts"), py::arg("threads"), py::arg("products_only") = false);
   m.def("kmeans_rows_cuda", &kmeans_rows, py::arg("x"), py::arg("centre"), py::arg("unit"), py::arg("exact"),
         py::arg("codes"), py::arg("terms"), py::arg("stream"));
   m.def("kmeans_settle_cuda", &kmeans_settle, py::arg("products"), py::arg("x"), py::arg("centroids"), py::arg("terms"),

@@ -53,7 +53,6 @@ namespace {
 
 constexpr int64_t kBlockBytes = 192 << 10;  // of a block's codes
 constexpr int64_t kMostBlockRows = 384;
-constexpr int64_t kPruneFrom = 32;   // candidates of a row that are looked through again
 constexpr int64_t kSmall = 1 << 20;  // products, for which waking another thread takes longer than it saves
 
 struct Candidate {
@@ -61,11 +60,46 @@ struct Candidate {
   float low;
 };
 
-// Leaves those that can still be the nearest.
-void prune(std::vector<Candidate>& candidates, float least) {
-  candidates.erase(
-      std::remove_if(candidates.begin(), candidates.end(), [&](const Candidate& c) { return c.low > least; }),
-      candidates.end());
+// The centroids that may be the nearest of one row, in ascending order.
+class Candidates {
+ public:
+  void clear() {
+    count_ = 0;
+    more_.clear();
+  }
+
+  void add(const Candidate& candidate, float least) {
+    if (count_ == kFirst && more_.empty()) prune(least);
+    if (count_ < kFirst) {
+      first_[count_++] = candidate;
+    } else {
+      more_.push_back(candidate);
+    }
+  }
+
+  // Leaves those that still may be.
+  void prune(float least) {
+    const auto is_above = [&](const Candidate& c) { return c.low > least; };
+    count_ = std::remove_if(first_, first_ + count_, is_above) - first_;
+    more_.erase(std::remove_if(more_.begin(), more_.end(), is_above), more_.end());
+  }
+
+  int64_t size() const { return count_ + static_cast<int64_t>(more_.size()); }
+  const Candidate& operator[](int64_t i) const { return i < count_ ? first_[i] : more_[i - count_]; }
+
+ private:
+  static constexpr int64_t kFirst = 24;
+  int64_t count_ = 0;
+  Candidate first_[kFirst];
+  std::vector<Candidate> more_;
+};
+
+template <typename T>
+bool all_finite(const T* x, int64_t width) {
+  for (int64_t f = 0; f < width; ++f) {
+    if (!std::isfinite(widen(x[f]))) return false;
+  }
+  return true;
 }
 
 RowTerms terms_of(const Quantised& q, double unit, int64_t width, bool exact) {
@@ -74,17 +108,17 @@ RowTerms terms_of(const Quantised& q, double unit, int64_t width, bool exact) {
     r.eta = std::numeric_limits<float>::infinity();
     return r;
   }
-  const double most = std::max(unit, q.norm);
-  const double beta = unit / most;
-  r.alpha = static_cast<float>(q.scale / most);
+  const double inverse = 1 / std::max(unit, q.norm);
+  const double beta = unit * inverse;
+  r.alpha = static_cast<float>(q.scale * inverse);
   r.beta_low = r.beta_high = static_cast<float>(beta);
   if (!exact) return r;
   constexpr double kSlack = kFloatSlack * 0x1p-24, kUp = 1 + 0x1p-20;
   r.beta_low = static_cast<float>(beta * (1 - kSlack));
   r.beta_high = static_cast<float>(beta * (1 + kSlack));
-  r.rho = static_cast<float>((q.residual + 2 * kSlack * q.hat) / most * kUp);
-  r.hat = static_cast<float>(q.hat / most * kUp);
-  const double direct = 0x1p-52 * static_cast<double>(width + 8) * (q.norm / unit) * (q.norm / most);
+  r.rho = static_cast<float>((q.residual + 2 * kSlack * q.hat) * inverse * kUp);
+  r.hat = static_cast<float>(q.hat * inverse * kUp);
+  const double direct = 0x1p-52 * static_cast<double>(width + 8) * (q.norm / unit) * (q.norm * inverse);
   r.eta = static_cast<float>(direct * kUp + 1e-36);  // 1e-36: what floats lose below their normal numbers
   return r;
 }
@@ -96,8 +130,9 @@ class RowBlock {
       : a_(args),
         loops_(kmeans_loops()),
         pairs_((a_.width + 1) / 2),
-        value_(a_.width),
-        row_codes_(2 * pairs_),
+        norm_share_(norm_share_of(a_.width)),
+        value_(padded_width(a_.width)),
+        row_codes_(padded_width(a_.width)),
         codes_(most_rows * pairs_),
         terms_(most_rows),
         least_(most_rows),
@@ -114,13 +149,14 @@ class RowBlock {
                             a_.terms.residual + first};
       for (int64_t i = 0; i < padded; i += loops_.rows) {
         loops_.tile(products_, codes_.data() + i * pairs_, a_.codes + first * pairs_, pairs_);
-        loops_.bounds(products_, &terms_[i], c, &least_[i], low_, masks_);
+        if (a_.products_only) continue;
+        loops_.below(products_, &terms_[i], c, &least_[i], masks_);
         for (int t = 0; t < loops_.panels * loops_.rows; ++t) {
           if (masks_[t] != 0) collect(t, i + t % loops_.rows, first + t / loops_.rows * kPanel);
         }
       }
     }
-    for (int64_t i = 0; i < num_rows; ++i) settle(begin + i, i);
+    for (int64_t i = 0; i < num_rows && !a_.products_only; ++i) settle(begin + i, i);
   }
 
   int64_t reranked = 0, compared = 0, not_finite = 0;
@@ -128,26 +164,36 @@ class RowBlock {
  private:
   void quantise(int64_t begin, int64_t num_rows, int64_t padded) {
     const KmeansRowLoops<T>& rows = kmeans_row_loops<T>();
+    std::fill(value_.begin(), value_.end(), 0.0);
     for (int64_t i = 0; i < padded; ++i) {
-      finite_[i] = i < num_rows && rows.subtract(value_.data(), a_.x + (begin + i) * a_.width, a_.centre, a_.width);
-      if (!finite_[i]) std::fill(value_.begin(), value_.end(), 0.0);
-      const Quantised q = loops_.quantise(row_codes_.data(), value_.data(), a_.width);
+      const T* x = a_.x + (begin + i) * a_.width;
+      if (i < num_rows) {
+        rows.subtract(value_.data(), x, a_.centre, a_.width);
+      } else {
+        std::fill(value_.begin(), value_.end(), 0.0);
+      }
+      const auto width = static_cast<int64_t>(value_.size());
+      const Quantised q = loops_.quantise(row_codes_.data(), value_.data(), width, norm_share_);
+      finite_[i] = i < num_rows && (q.fits || all_finite(x, a_.width));
       terms_[i] = terms_of(q, a_.unit, a_.width, a_.exact);
       least_[i] = std::numeric_limits<float>::infinity();
       candidates_[i].clear();
       int32_t* to = codes_.data() + i / loops_.rows * loops_.rows * pairs_ + i % loops_.rows;
-      for (int64_t p = 0; p < pairs_; ++p) std::memcpy(to + p * loops_.rows, &row_codes_[2 * p], sizeof(int32_t));
+      for (int64_t p = 0; p < pairs_; ++p) to[p * loops_.rows] = pair_of(&row_codes_[2 * p]);
     }
   }
 
   void collect(int tile_row, int64_t row, int64_t first) {
-    std::vector<Candidate>& candidates = candidates_[row];
     if (!finite_[row]) return;
+    float low[kPanel];
+    const CentroidTerms panel{a_.terms.scale + first, a_.terms.half_norm + first, a_.terms.norm + first,
+                              a_.terms.residual + first};
+    const float high = loops_.ends(low, products_ + tile_row * kPanel, terms_[row], panel);
+    least_[row] = high < least_[row] ? high : least_[row];
     for (uint32_t mask = masks_[tile_row]; mask != 0; mask &= mask - 1) {
-      const int j = __builtin_ctz(mask);
-      if (first + j >= a_.num_clusters) return;
-      if (static_cast<int64_t>(candidates.size()) == kPruneFrom) prune(candidates, least_[row]);
-      candidates.push_back({static_cast<int32_t>(first + j), low_[tile_row * kPanel + j]});
+      const int64_t j = __builtin_ctz(mask), k = first + j;
+      if (k >= a_.num_clusters) return;
+      if (!(low[j] > least_[row])) candidates_[row].add({static_cast<int32_t>(k), low[j]}, least_[row]);
     }
   }
 
@@ -158,9 +204,9 @@ class RowBlock {
       if (a_.distance != nullptr) a_.distance[n] = std::numeric_limits<double>::quiet_NaN();
       return;
     }
-    std::vector<Candidate>& candidates = candidates_[i];
-    prune(candidates, least_[i]);
-    int32_t label = candidates[0].cluster;
+    Candidates& candidates = candidates_[i];
+    candidates.prune(least_[i]);
+    int64_t label = candidates[0].cluster;
     // Without a finite upper end there is nothing to go by.
     const bool again = candidates.size() > 1 && (a_.exact || !(least_[i] < std::numeric_limits<float>::infinity()));
     if (again || a_.distance != nullptr) {
@@ -168,41 +214,36 @@ class RowBlock {
     }
     if (again) {
       ++reranked;
-      compared += static_cast<int64_t>(candidates.size());
+      compared += candidates.size();
       double best = std::numeric_limits<double>::infinity();
-      for (const Candidate& c : candidates) {  // ascending, so the first of equals wins
-        const double d = distance(c.cluster);
+      for (int64_t c = 0; c < candidates.size(); ++c) {  // ascending, so the first of equals wins
+        const double d = distance(candidates[c].cluster);
         if (d < best) {
           best = d;
-          label = c.cluster;
+          label = candidates[c].cluster;
         }
       }
-    } else if (!a_.exact) {
-      for (const Candidate& c : candidates) {
-        if (c.low < candidates[0].low) candidates[0] = c;
-      }
-      label = candidates[0].cluster;
     }
-    a_.labels[n] = label;
+    a_.labels[n] = static_cast<int32_t>(label);
     if (a_.distance != nullptr) a_.distance[n] = distance(label);
   }
 
-  double distance(int32_t cluster) const {
+  double distance(int64_t cluster) const {
     return kmeans_row_loops<C>().distance(value_.data(), a_.centroids + cluster * a_.width, a_.width);
   }
 
   const KmeansAssignArgs<T, C>& a_;
   const KmeansLoops& loops_;
   int64_t pairs_;
+  double norm_share_;
   std::vector<double> value_;
-  std::vector<int16_t> row_codes_;
+  std::vector<int32_t> row_codes_;
   std::vector<int32_t> codes_;
   std::vector<RowTerms> terms_;
   std::vector<float> least_;
-  std::vector<std::vector<Candidate>> candidates_;
+  std::vector<Candidates> candidates_;
   std::vector<char> finite_;
   int32_t products_[kMostTileRows * kMostTilePanels * kPanel];
-  float low_[kMostTileRows * kMostTilePanels * kPanel];
   uint32_t masks_[kMostTileRows * kMostTilePanels];
 };
 

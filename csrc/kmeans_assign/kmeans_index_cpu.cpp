@@ -49,19 +49,20 @@ void kmeans_index_cpu(const KmeansIndexArgs<C>& a, int threads) {
   const KmeansLoops& loops = kmeans_loops();
   const KmeansRowLoops<C>& rows = kmeans_row_loops<C>();
   const int64_t K = a.num_clusters, F = a.width, pairs = (F + 1) / 2, padded = padded_clusters(K);
+  const double norm_share = norm_share_of(F);
   std::vector<Quantised> found(K);
   parallel_for(padded, 16, threads, [&](int64_t begin, int64_t end) {
-    std::vector<double> value(F);
-    std::vector<int16_t> codes(2 * pairs);
+    std::vector<double> value(padded_width(F));
+    std::vector<int32_t> codes(padded_width(F));
     for (int64_t k = begin; k < end; ++k) {
       if (k < K) {
         rows.subtract(value.data(), a.centroids + k * F, a.centre, F);
-        found[k] = loops.quantise(codes.data(), value.data(), F);
+        found[k] = loops.quantise(codes.data(), value.data(), padded_width(F), norm_share);
       } else {
-        std::fill(codes.begin(), codes.end(), int16_t{0});
+        std::fill(codes.begin(), codes.end(), 0);
       }
       int32_t* to = a.codes + k / kPanel * kPanel * pairs + k % kPanel;
-      for (int64_t p = 0; p < pairs; ++p) std::memcpy(to + p * kPanel, &codes[2 * p], sizeof(int32_t));
+      for (int64_t p = 0; p < pairs; ++p) to[p * kPanel] = pair_of(&codes[2 * p]);
     }
   });
   double unit = 0;

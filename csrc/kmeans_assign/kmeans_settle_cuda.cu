@@ -136,7 +136,8 @@ __device__ inline void settle(const KmeansSettleArgs<T, C>& a, Shared& s, int i,
 }
 
 template <typename T, typename C>
-__global__ void __launch_bounds__(kThreads) settle_kernel(const KmeansSettleArgs<T, C> a) {
+// Two blocks a multiprocessor at least: without this the compiler aims at more of them, and spills.
+__global__ void __launch_bounds__(kThreads, 2) settle_kernel(const KmeansSettleArgs<T, C> a) {
   SX_SHARED(Shared, shared, 1);
   Shared& s = shared[0];
   const auto thread = static_cast<int>(threadIdx.x);

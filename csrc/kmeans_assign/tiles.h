@@ -3,6 +3,7 @@
 // instructions of float.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/simd.h"
@@ -16,8 +17,12 @@ struct Quantised {
   double scale = 0;
   double residual = 0;  // its norm, rounded up
   double hat = 0;       // norm of scale * code, rounded up
-  bool fits = true;     // false: beyond what squares in float64 can hold
+  bool fits = true;     // false: beyond what squares in float64 can hold, or not finite
 };
+
+// Values and codes are padded with zeros to whole vectors.
+constexpr int64_t kVector = 4;
+inline int64_t padded_width(int64_t width) { return (width + kVector - 1) / kVector * kVector; }
 
 constexpr int kMostTileRows = 12;
 constexpr int kMostTilePanels = 2;
@@ -27,22 +32,34 @@ struct KmeansLoops {
   int panels;  // of a tile, 1 or 2
   // out[panel][row][kPanel] = dot products of `rows` rows, [pairs][rows] pairs of codes, with `panels` panels.
   void (*tile)(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pairs);
-  // For each panel and row of the tile: the least upper end so far, and which centroids (bits) of the panel have a
-  // lower end that is not above it. low[panel][row][kPanel].
-  void (*bounds)(const int32_t* products, const RowTerms* rows, const CentroidTerms& panel, float* least, float* low,
-                 uint32_t* masks);
-  // Codes of `value` [F], which is relative to the centre; the odd one out is paired with 0.
-  Quantised (*quantise)(int16_t* codes, const double* value, int64_t width);
+  // masks[panel][row]: which centroids (bits) of the panel have a lower end that is not above the row's `least`.
+  void (*below)(const int32_t* products, const RowTerms* rows, const CentroidTerms& panel, const float* least,
+                uint32_t* masks);
+  // Of one row and a panel: low[kPanel], and the least upper end.
+  float (*ends)(float* low, const int32_t* products, const RowTerms& row, const CentroidTerms& panel);
+  // Codes of `value` [padded F], which is relative to the centre. `norm_share`: 1 / the norm that codes may have when
+  // they are rounded.
+  Quantised (*quantise)(int32_t* codes, const double* value, int64_t padded, double norm_share);
 };
 
 // The loops that depend on the type of a row.
 template <typename T>
 struct KmeansRowLoops {
-  // value = x - centre. False: x is not finite.
-  bool (*subtract)(double* value, const T* x, const double* centre, int64_t width);
+  // value = x - centre.
+  void (*subtract)(double* value, const T* x, const double* centre, int64_t width);
   // Squared distance of x to a centroid.
   double (*distance)(const double* x, const T* centroid, int64_t width);
 };
+
+// Two codes as a tile takes them.
+inline int32_t pair_of(const int32_t* codes) {
+  return static_cast<int32_t>((static_cast<uint32_t>(codes[0]) & 0xffffu) | static_cast<uint32_t>(codes[1]) << 16);
+}
+
+// Each code is rounded by up to a half, the norm of all by up to sqrt(F) / 2.
+inline double norm_share_of(int64_t width) {
+  return 1 / (kMostCodeNorm - 1 - 0.5 * std::sqrt(static_cast<double>(width)));
+}
 
 const KmeansLoops& kmeans_loops();  // of simd_in_use()
 template <typename T>

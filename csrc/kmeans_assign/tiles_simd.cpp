@@ -85,81 +85,96 @@ void tile(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pair
 }
 #endif
 
-void bounds(const int32_t* products, const RowTerms* rows, const CentroidTerms& c, float* least, float* low,
-            uint32_t* masks) {
+// The lower end, in an order of roundings that all that follows keeps to.
+inline float low_of(float product, float scale, float half_norm, float norm, float residual, const RowTerms& r) {
+  const float z = product * scale * r.alpha;
+  return (half_norm * r.beta_low - z) - (norm * r.rho + residual * r.hat + r.eta);
+}
+
+float ends(float* low, const int32_t* products, const RowTerms& row, const CentroidTerms& c) {
+  const RowTerms r = row;
+  float high[kPanel];
+  for (int64_t k = 0; k < kPanel; ++k) {
+    const float z = static_cast<float>(products[k]) * c.scale[k] * r.alpha;
+    const float error = c.norm[k] * r.rho + c.residual[k] * r.hat + r.eta;
+    low[k] = (c.half_norm[k] * r.beta_low - z) - error;
+    high[k] = (c.half_norm[k] * r.beta_high - z) + error;
+  }
+  float least = high[0];
+  for (int64_t k = 1; k < kPanel; ++k) least = high[k] < least ? high[k] : least;
+  return least;
+}
+
+void below(const int32_t* products, const RowTerms* rows, const CentroidTerms& c, const float* least, uint32_t* masks) {
   for (int panel = 0; panel < kPanels; ++panel) {
     const int64_t from = panel * kPanel;
-    for (int i = 0; i < kRows; ++i, products += kPanel, low += kPanel, ++masks) {
+    for (int i = 0; i < kRows; ++i, products += kPanel, ++masks) {
       const RowTerms r = rows[i];
-      float high[kPanel];
+      const float end = least[i];
+      int32_t is_below[kPanel];  // all ones or zero
       for (int64_t j = 0; j < kPanel; ++j) {
-        const float z = static_cast<float>(products[j]) * c.scale[from + j] * r.alpha;
-        const float error = c.norm[from + j] * r.rho + c.residual[from + j] * r.hat + r.eta;
-        low[j] = (c.half_norm[from + j] * r.beta_low - z) - error;
-        high[j] = (c.half_norm[from + j] * r.beta_high - z) + error;
+        const int64_t k = from + j;
+        const float low =
+            low_of(static_cast<float>(products[j]), c.scale[k], c.half_norm[k], c.norm[k], c.residual[k], r);
+        is_below[j] = low > end ? 0 : -1;
       }
-      float lowest = least[i];
-      for (int64_t j = 0; j < kPanel; ++j) lowest = high[j] < lowest ? high[j] : lowest;
-      least[i] = lowest;
+#if defined(__AVX2__)
+      const auto* at = reinterpret_cast<const __m256*>(is_below);
+      *masks = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(at)))) |
+               static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(at + 1)))) << 8;
+#else
       uint32_t mask = 0;
-      for (int64_t j = 0; j < kPanel; ++j) mask |= static_cast<uint32_t>(!(low[j] > lowest)) << j;
+      for (int64_t j = 0; j < kPanel; ++j) mask |= (static_cast<uint32_t>(is_below[j]) & 1u) << j;
       *masks = mask;
+#endif
     }
   }
 }
 
-constexpr int64_t kLanes = 8;
+typedef double Doubles __attribute__((vector_size(kVector * sizeof(double))));
+typedef int32_t Ints __attribute__((vector_size(kVector * sizeof(int32_t))));
 
-double join(const double* lanes) {
-  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+inline Doubles load(const double* from) {
+  Doubles v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
 }
 
-Quantised quantise(int16_t* codes, const double* __restrict value, int64_t width) {
-  double squares[kLanes] = {}, largest[kLanes] = {};
-  int64_t f = 0;
-  const auto look = [&](int64_t at, int64_t j) {
-    const double v = value[at];
-    const double magnitude = v < 0 ? -v : v;
-    squares[j] += v * v;
-    largest[j] = magnitude > largest[j] ? magnitude : largest[j];
-  };
-  for (; f + kLanes <= width; f += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) look(f + j, j);
+inline double join(const Doubles& v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+Quantised quantise(int32_t* codes, const double* value, int64_t padded, double norm_share) {
+  Doubles squares = {}, largest = {};
+  for (int64_t f = 0; f < padded; f += kVector) {
+    const Doubles v = load(value + f);
+    const Doubles magnitude = v < 0 ? -v : v;
+    squares += v * v;
+    largest = magnitude > largest ? magnitude : largest;
   }
-  for (int64_t j = 0; f + j < width; ++j) look(f + j, j);
-  Quantised out;
   const double total = join(squares);
   double most = 0;
-  for (double lane : largest) most = lane > most ? lane : most;
+  for (int64_t j = 0; j < kVector; ++j) most = largest[j] > most ? largest[j] : most;
+  Quantised out;
   // Squares that overflow or lose digits say nothing.
   out.fits = total < 1e300 && (most == 0 || most > 1e-140);
-  const int64_t padded = (width + 1) / 2 * 2;
   if (!out.fits || most == 0) {
-    std::memset(codes, 0, static_cast<size_t>(padded) * sizeof(int16_t));
+    std::memset(codes, 0, static_cast<size_t>(padded) * sizeof(int32_t));
     return out;
   }
   out.norm = std::sqrt(total);
-  // Each code is rounded by up to a half, the norm of all by up to sqrt(F) / 2.
-  const double by_norm = out.norm / (kMostCodeNorm - 1 - 0.5 * std::sqrt(static_cast<double>(width)));
-  const double by_largest = most / 32766;
+  const double by_norm = out.norm * norm_share, by_largest = most * (1.0 / 32766);
   out.scale = by_norm > by_largest ? by_norm : by_largest;
   const double inverse = 1 / out.scale;
-  double residuals[kLanes] = {}, hats[kLanes] = {};
-  const auto round = [&](int64_t at, int64_t j) {
-    constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to whole numbers
-    const double code = (value[at] * inverse + kMagic) - kMagic;
-    const double rest = value[at] - code * out.scale;
-    residuals[j] += rest * rest;
-    hats[j] += code * code;
-    codes[at] = static_cast<int16_t>(static_cast<int32_t>(code));
-  };
-  f = 0;
-  for (; f + kLanes <= width; f += kLanes) {
-#pragma GCC ivdep
-    for (int64_t j = 0; j < kLanes; ++j) round(f + j, j);
+  Doubles residuals = {}, hats = {};
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to whole numbers
+  for (int64_t f = 0; f < padded; f += kVector) {
+    const Doubles v = load(value + f);
+    const Doubles code = (v * inverse + kMagic) - kMagic;
+    const Doubles rest = v - code * out.scale;
+    residuals += rest * rest;
+    hats += code * code;
+    const Ints whole = __builtin_convertvector(code, Ints);
+    std::memcpy(codes + f, &whole, sizeof whole);
   }
-  for (int64_t j = 0; f + j < width; ++j) round(f + j, j);
-  if (width % 2 != 0) codes[width] = 0;
   // 2^-40: far more than these sums, and the subtraction of the centre before them, can have lost.
   out.residual = std::sqrt(join(residuals)) * (1 + 0x1p-40) + out.norm * 0x1p-50;
   out.hat = std::sqrt(join(hats)) * out.scale * (1 + 0x1p-40);
@@ -167,22 +182,8 @@ Quantised quantise(int16_t* codes, const double* __restrict value, int64_t width
 }
 
 template <typename T>
-bool subtract(double* __restrict value, const T* __restrict x, const double* __restrict centre, int64_t width) {
-  double lanes[kLanes] = {};  // 0 * x is 0, or NaN where x is not finite
-  int64_t f = 0;
-  for (; f + kLanes <= width; f += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) {
-      const auto v = static_cast<double>(widen(x[f + j]));
-      lanes[j] += 0 * v;
-      value[f + j] = v - centre[f + j];
-    }
-  }
-  for (int64_t j = 0; f + j < width; ++j) {
-    const auto v = static_cast<double>(widen(x[f + j]));
-    lanes[j] += 0 * v;
-    value[f + j] = v - centre[f + j];
-  }
-  return join(lanes) == 0;
+void subtract(double* __restrict value, const T* __restrict x, const double* __restrict centre, int64_t width) {
+  for (int64_t f = 0; f < width; ++f) value[f] = static_cast<double>(widen(x[f])) - centre[f];
 }
 
 template <typename T>
@@ -209,7 +210,7 @@ double distance(const double* __restrict x, const T* __restrict centroid, int64_
 
 const KmeansLoops& kmeans_loops_of() {
   static const KmeansLoops table = [] {
-    KmeansLoops loops{kRows, kPanels, &tile, &bounds, &quantise};
+    KmeansLoops loops{kRows, kPanels, &tile, &below, &ends, &quantise};
 #if defined(__AVX512BW__)
     if (__builtin_cpu_supports("avx512vnni")) loops.tile = &tile_vnni;
 #endif

@@ -1,0 +1,149 @@
+"""kmeans_assign against its rivals: ``make bench OP=kmeans_assign``.
+
+Rivals: faiss's exact index, scikit-learn's predict, torch's cdist with argmin in chunks, and torch's product with argmin
+in chunks, compiled too; on a GPU flash-kmeans where it is installed. All of them are float32 (flash-kmeans: TF32), so a
+few labels differ from the float64 argmin; how many of the first rows do is noted as ``wrong``. The limit is the op's own
+products alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import speechlm_ext as sx
+from benchmarks.harness import compare, devices
+from speechlm_ext.ops._native import native
+from speechlm_ext.ops.kmeans_assign import _multiply
+from speechlm_ext.ops.reference.kmeans_assign import kmeans_assign as direct
+
+
+class Shape(NamedTuple):
+    """Sizes of a benchmark."""
+
+    N: int
+    F: int
+    K: int
+    near: float = 1.0
+    """Rows lie about a centroid, at this share of the distance of random ones; 1: anywhere."""
+
+
+SHAPES = {
+    "smoke": Shape(500, 64, 100),
+    "mfcc": Shape(20_000, 39, 500),
+    "whisper_base": Shape(20_000, 512, 2_000, 0.5),
+    "ssl": Shape(20_000, 1_024, 5_000),
+    "ssl_clusters": Shape(20_000, 1_024, 5_000, 0.5),
+    "ssl_million": Shape(1_000_000, 1_024, 5_000, 0.5),
+}
+#: Rows whose labels are compared with float64.
+_CHECKED = 128
+
+
+def make_inputs(shape: Shape, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[N, F]`` and centroids ``[K, F]``."""
+    torch.manual_seed(0)
+    centroids = torch.randn(shape.K, shape.F, device=device)
+    x = torch.randn(shape.N, shape.F, device=device)
+    if shape.near < 1:
+        x = centroids[torch.randint(shape.K, (shape.N,), device=device)] + shape.near * x
+    return x, centroids
+
+
+def in_chunks(label: Any, x: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+    """Labels of all rows, ``chunk`` at a time."""
+    return torch.cat([label(x[i : i + chunk]) for i in range(0, len(x), chunk)])
+
+
+def rivals_of(x: torch.Tensor, centroids: torch.Tensor, device: str) -> dict[str, Any]:
+    """Name -> call that gives int labels; each has prepared its centroids beforehand, as ours has."""
+    half_norms = centroids.square().sum(1) / 2
+
+    def by_product(rows: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(half_norms, rows, centroids.T, alpha=-1).argmin(1)
+
+    rivals = {
+        "torch_cdist": lambda: in_chunks(lambda rows: torch.cdist(rows, centroids).argmin(1), x),
+        "torch_product": lambda: in_chunks(by_product, x),
+    }
+    compiled = torch.compile(by_product, dynamic=False)
+    try:
+        in_chunks(compiled, x)
+        rivals["torch_product_compiled"] = lambda: in_chunks(compiled, x)
+    except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here: not our subject
+        print(f"torch.compile does not manage it here: {type(error).__name__}")
+    if device == "cuda":
+        if importlib.util.find_spec("flash_kmeans"):
+            from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+            squares = x.square().sum(1)[None]
+            rivals["flash_kmeans"] = lambda: euclid_assign_triton(x[None], centroids[None], squares)[0]
+        return rivals
+    x_numpy, centroids_numpy = x.numpy(), centroids.numpy()
+    if importlib.util.find_spec("faiss"):
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        index = faiss.IndexFlatL2(x.shape[1])
+        index.add(centroids_numpy)
+        rivals["faiss"] = lambda: torch.from_numpy(index.search(x_numpy, 1)[1][:, 0])
+    from sklearn.cluster import KMeans
+
+    fitted = KMeans(len(centroids), init=centroids_numpy, n_init=1, max_iter=1).fit(centroids_numpy)
+    fitted.cluster_centers_ = centroids_numpy
+    rivals["scikit_learn"] = lambda: torch.from_numpy(fitted.predict(x_numpy))
+    return rivals
+
+
+def own_products(x: torch.Tensor, index: sx.ops.CentroidIndex, device: str) -> Any:
+    """The op's products by themselves, into memory that is there already."""
+    if device == "cuda":
+        codes = torch.zeros(2048, index.codes.shape[1], dtype=torch.float16, device=device)
+        out = torch.empty(2048, index.codes.shape[0], device=device)
+
+        def run() -> None:
+            for start in range(0, len(x), 2048):
+                n = min(2048, len(x) - start)
+                _multiply(out[:n], codes[:n], index.codes)
+
+        return run
+    labels, counts = torch.empty(len(x), dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
+    prepared = (index.wide, index.codes, index.terms, index.centre, index.unit)
+    return lambda: native.kmeans_assign(
+        x, *prepared, True, labels, None, counts, torch.get_num_threads(), products_only=True
+    )
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bench(benchmark, shape, device):
+    sizes = SHAPES[shape]
+    if sizes.N >= 1_000_000 and device == "cpu":
+        pytest.skip("a shape for GPUs")
+    x, centroids = make_inputs(sizes, device)
+    index = sx.ops.CentroidIndex.build(centroids)
+    want = direct(x[:_CHECKED], centroids)[0]
+    wrong = {}
+
+    def check(name: str, labels: torch.Tensor) -> None:
+        wrong[name] = int((labels[:_CHECKED].to(want.dtype) != want).sum())
+        assert wrong[name] <= (0 if name == "ours" else _CHECKED // 16), f"{name} computes something else"
+
+    stats = sx.ops.kmeans_assign(x, index, return_stats=True)[1]
+    compare(
+        benchmark,
+        op="kmeans_assign",
+        shape=shape,
+        device=device,
+        ours=lambda: sx.ops.kmeans_assign(x, index),
+        rivals=rivals_of(x, centroids, device),
+        check=check,
+        limit=own_products(x, index, device),
+        rounds=5 if sizes.N * sizes.F * sizes.K > 10**10 else None,
+        reranked_share=float(stats.num_reranked) / sizes.N,
+        wrong=wrong,
+        flops=2 * sizes.N * sizes.F * sizes.K,
+    )
