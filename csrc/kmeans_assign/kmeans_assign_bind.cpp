@@ -6,6 +6,7 @@
 #include "common/cuda_build.h"
 #include "common/tensor_caster.h"
 #include "kmeans_assign/kmeans_assign.h"
+#include "kmeans_assign/kmeans_sums.h"
 
 namespace speechlm {
 namespace {
@@ -164,6 +165,46 @@ void kmeans_settle(const TensorView& products, const TensorView& x, const Tensor
 #endif
 }
 
+void kmeans_sums(const TensorView& x, const TensorView& labels, const TensorView& offset, const TensorView& step,
+                 const TensorView& sums, const std::optional<TensorView>& counts,
+                 const std::optional<TensorView>& order, int threads, uintptr_t stream) {
+  const bool on_cuda = x.device == Device::kCuda;
+  if (on_cuda) require_cuda_build(kOp);
+  const Device on = on_cuda ? Device::kCuda : Device::kCpu;
+  x.expect("kmeans_sums: x", kFloats, on, {-1, -1});
+  const int64_t N = x.sizes[0], F = x.sizes[1];
+  labels.expect("kmeans_sums: labels", {DType::kInt32}, on, {N});
+  offset.expect("kmeans_sums: offset", {DType::kFloat64}, on, {F});
+  step.expect("kmeans_sums: step", {DType::kFloat64}, on, {F});
+  sums.expect("kmeans_sums: sums", {DType::kFloat64}, on, {-1, F});
+  if (counts) counts->expect("kmeans_sums: counts", {DType::kInt64}, on, {sums.sizes[0]});
+  if (order) order->expect("kmeans_sums: order", {DType::kInt64}, on, {N});
+  SX_CHECK(on_cuda ? order.has_value() : counts.has_value(), "kmeans_sums: ", on_cuda ? "order" : "counts",
+           " must be given");
+  with_float(x.dtype, [&](auto value) {
+    using T = decltype(value);
+    const KmeansSumsArgs<T> args{N,
+                                 sums.sizes[0],
+                                 F,
+                                 x.ptr<T>(),
+                                 labels.ptr<int32_t>(),
+                                 offset.ptr<double>(),
+                                 step.ptr<double>(),
+                                 sums.ptr<double>(),
+                                 counts ? counts->ptr<int64_t>() : nullptr};
+    const py::gil_scoped_release no_gil;
+#ifdef SPEECHLM_HAVE_CUDA
+    if (on_cuda) {
+      kmeans_sums_cuda(args, order->ptr<int64_t>(), x.device_index, reinterpret_cast<void*>(stream));
+      return;
+    }
+#else
+    (void)stream;
+#endif
+    kmeans_sums_cpu(args, threads);
+  });
+}
+
 }  // namespace
 
 void bind_kmeans_assign(py::module_& m) {
@@ -172,6 +213,9 @@ void bind_kmeans_assign(py::module_& m) {
   m.def("kmeans_assign", &kmeans_assign, py::arg("x"), py::arg("centroids"), py::arg("codes"), py::arg("terms"),
         py::arg("centre"), py::arg("unit"), py::arg("exact"), py::arg("labels"), py::arg("distance").none(true),
         py::arg("counts"), py::arg("threads"), py::arg("products_only") = false);
+  m.def("kmeans_sums", &kmeans_sums, py::arg("x"), py::arg("labels"), py::arg("offset"), py::arg("step"),
+        py::arg("sums"), py::arg("counts").none(true), py::arg("order").none(true), py::arg("threads"),
+        py::arg("stream"));
   m.def("kmeans_rows_cuda", &kmeans_rows, py::arg("x"), py::arg("centre"), py::arg("unit"), py::arg("exact"),
         py::arg("codes"), py::arg("terms"), py::arg("stream"));
   m.def("kmeans_settle_cuda", &kmeans_settle, py::arg("products"), py::arg("x"), py::arg("centroids"), py::arg("terms"),

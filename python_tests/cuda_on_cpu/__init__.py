@@ -33,6 +33,7 @@ SEEDS = range(8)
 CUDA_ENTRIES = {
     "delay_pack_segments": ("speechlm_ext.ops._delay_pack_op", "_delay_pack_segments_cuda"),
     "kmeans_assign": ("speechlm_ext.ops.kmeans_assign", "_assign_cuda"),
+    "kmeans_sums": ("speechlm_ext.ops._kmeans_sums", "_sums_cuda"),
     "kmeans_index": ("speechlm_ext.ops._kmeans_index", "_index_cuda"),
     "multistream_embed": ("speechlm_ext.ops.multistream_embed", "_embed_cuda"),
     "scatter_sum": ("speechlm_ext.ops.scatter_sum", "_scatter_sum_cuda"),

@@ -45,7 +45,9 @@ def assert_exact(x, centroids, device="cpu"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (50, 39, 50), (83, 7, 1), (47, 31, 123), (60, 2, 256), (19, 64, 600)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (50, 39, 50), (83, 7, 1), (47, 31, 123), (60, 2, 256), (19, 64, 600)]
+)
 def test_matches_float64(device, shape, dtype):
     num_rows, width, num_clusters = shape
     x = randn(num_rows, width, seed=1).to(dtype)
@@ -224,7 +226,9 @@ def test_same_result_for_every_instruction_set_and_number_of_threads():
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 for mode in ("exact", "fast"):
-                    out = sx.ops.kmeans_assign(x, centroids, mode=mode, return_distance=True, return_stats=True)
+                    out = sx.ops.kmeans_assign(
+                        x, centroids, mode=mode, return_distance=True, return_stats=True
+                    )
                     results.append((mode, out[0], out[1].nan_to_num(-1), torch.stack(out[2])))
     finally:
         native.use_simd("")

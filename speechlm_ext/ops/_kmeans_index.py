@@ -54,7 +54,9 @@ class CentroidIndex:
             and centroids.is_floating_point()
             and centroids.shape[0] > 0
             and centroids.shape[1] > 0,
-            lambda: f"kmeans_assign: centroids must be float [K, F] with K >= 1 and F >= 1; got {describe(centroids)}",
+            lambda: (
+                f"kmeans_assign: centroids must be float [K, F] with K >= 1 and F >= 1; got {describe(centroids)}"
+            ),
         )
         wide = centroids.detach()
         wide = wide.to(torch.float64 if wide.dtype == torch.float64 else torch.float32).contiguous()
@@ -106,7 +108,9 @@ def _index_cuda(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes = torch.where(fits[:, None], value / scale[:, None], 0.0).half()
     hat = codes.double() * scale[:, None]
     residual = torch.linalg.vector_norm(torch.where(fits[:, None], value - hat, 0.0), dim=1) + norm * 2.0**-50
-    terms = torch.stack([scale / unit, (norm / unit).square() / 2, norm / unit * _SLACK, residual / unit * _SLACK])
+    terms = torch.stack(
+        [scale / unit, (norm / unit).square() / 2, norm / unit * _SLACK, residual / unit * _SLACK]
+    )
     terms[1] = torch.where(fits, torch.where(_copies(centroids), _NEVER, terms[1]), 0.0)
     terms[2] = torch.where(fits, terms[2], torch.inf)
     terms[3] = torch.where(fits, terms[3], 0.0)
@@ -141,4 +145,9 @@ def _fake(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     else:
         codes = centroids.new_empty(padded // _PANEL, (width + 1) // 2, _PANEL, dtype=torch.int32)
     terms = centroids.new_empty(4, padded, dtype=torch.float32)
-    return codes, terms, centroids.new_empty(width, dtype=torch.float64), centroids.new_empty(1, dtype=torch.float64)
+    return (
+        codes,
+        terms,
+        centroids.new_empty(width, dtype=torch.float64),
+        centroids.new_empty(1, dtype=torch.float64),
+    )

@@ -84,7 +84,14 @@ def kmeans_assign(
         lambda: f"{op}: x is on {x.device} but centroids is {describe(index.centroids)}",
     )
     labels, distance, counts = torch.ops.speechlm_ext.kmeans_assign(
-        x.detach(), index.wide, index.codes, index.terms, index.centre, index.unit, mode == "exact", return_distance
+        x.detach(),
+        index.wide,
+        index.codes,
+        index.terms,
+        index.centre,
+        index.unit,
+        mode == "exact",
+        return_distance,
     )
     if nonfinite == "error":
         _require_finite(x, labels, counts)

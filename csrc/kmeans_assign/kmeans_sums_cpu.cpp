@@ -1,0 +1,59 @@
+// Sums of each cluster's rows on the CPU: the rows in the order of their labels, so that a cluster's sums stay in cache
+// while they grow; each thread has columns of its own.
+#include "kmeans_assign/kmeans_sums.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common/parallel.h"
+
+namespace speechlm {
+namespace {
+
+constexpr int64_t kLeastColumns = 64;  // of a thread
+constexpr int64_t kSmall = 1 << 15;    // values, for which waking another thread takes longer than it saves
+
+template <typename T>
+void add_row(double* __restrict sums, const T* __restrict x, const double* __restrict offset,
+             const double* __restrict rounder, int64_t count) {
+  for (int64_t f = 0; f < count; ++f) {
+    sums[f] += ((static_cast<double>(widen(x[f])) - offset[f]) + rounder[f]) - rounder[f];
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void kmeans_sums_cpu(const KmeansSumsArgs<T>& a, int threads) {
+  const int64_t N = a.num_rows, K = a.num_clusters, F = a.width;
+  const auto is_label = [&](int64_t n) { return a.labels[n] >= 0 && a.labels[n] < K; };
+  std::vector<int64_t> begin(K + 1), order(N);
+  for (int64_t n = 0; n < N; ++n) {
+    if (is_label(n)) ++begin[a.labels[n] + 1];
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    a.counts[k] += begin[k + 1];
+    begin[k + 1] += begin[k];
+  }
+  const int64_t num_labelled = begin[K];
+  for (int64_t n = 0; n < N; ++n) {
+    if (is_label(n)) order[begin[a.labels[n]]++] = n;
+  }
+  std::vector<double> rounder(F);
+  for (int64_t f = 0; f < F; ++f) rounder[f] = a.step[f] * kRounder;
+  if (num_labelled * F < kSmall) threads = 1;
+  parallel_for(F, std::max(kLeastColumns, (F + threads - 1) / threads), threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = 0; i < num_labelled; ++i) {
+      const int64_t n = order[i];
+      add_row(a.sums + a.labels[n] * F + first, a.x + n * F + first, a.offset + first, rounder.data() + first,
+              last - first);
+    }
+  });
+}
+
+template void kmeans_sums_cpu<float>(const KmeansSumsArgs<float>&, int);
+template void kmeans_sums_cpu<double>(const KmeansSumsArgs<double>&, int);
+template void kmeans_sums_cpu<BFloat16>(const KmeansSumsArgs<BFloat16>&, int);
+template void kmeans_sums_cpu<Float16>(const KmeansSumsArgs<Float16>&, int);
+
+}  // namespace speechlm
