@@ -165,8 +165,8 @@ def check_encoder_wave(wave: np.ndarray, sample_rate: int | None, spec: EncoderS
     """The waveform as contiguous float32 ``[n]``. Raises :class:`AudioError`."""
     if sample_rate is not None and sample_rate != SAMPLE_RATE:
         raise AudioError(
-            f"feature encoder {spec}: expected a waveform at {SAMPLE_RATE} Hz, got {sample_rate} Hz; resample it first, "
-            f"e.g. read_audio(path, {SAMPLE_RATE})."
+            f"feature encoder {spec}: expected a waveform at {SAMPLE_RATE} Hz, got {sample_rate} Hz; resample it "
+            f"first, e.g. read_audio(path, {SAMPLE_RATE})."
         )
     return check_wave(wave, f"waveform for {spec}")
 

@@ -71,8 +71,8 @@ class HFEncoder:
         layers = self._family.layers
         if spec.layer > len(layers):
             raise TokenizerError(
-                f"feature encoder {spec}: layer {spec.layer} does not exist, the model has {len(layers)} layers. Choose "
-                f"one of 0 (what enters the first layer) to {len(layers)} (the output of the last)."
+                f"feature encoder {spec}: layer {spec.layer} does not exist, the model has {len(layers)} layers. "
+                f"Choose one of 0 (what enters the first layer) to {len(layers)} (the output of the last)."
             )
         # Hidden state L is what enters layer L + 1: nothing after that layer is ever looked at.
         del layers[spec.layer + 1 :]

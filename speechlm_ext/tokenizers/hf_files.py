@@ -72,8 +72,8 @@ def weight_files(folder: Path) -> list[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise TokenizerError(
-            f"feature encoder: {folder} lacks {missing[0] if missing else WEIGHTS}, one of {len(names)} files of weights; "
-            "copy the model again."
+            f"feature encoder: {folder} lacks {missing[0] if missing else WEIGHTS}, one of {len(names)} files of "
+            "weights; copy the model again."
         )
     return [folder / name for name in names]
 
@@ -108,8 +108,8 @@ def load_parts(folder: Path, what: Any) -> tuple[Any, Any, Any]:
         if not is_known:
             raise TokenizerError(
                 f"feature encoder {what}: a model of type {config.model_type!r} is not a speech encoder that is known "
-                "here; expected Whisper, wav2vec2-bert, or one with convolutions over the waveform (HuBERT, wav2vec 2.0, "
-                "WavLM, data2vec-audio, …)."
+                "here; expected Whisper, wav2vec2-bert, or one with convolutions over the waveform (HuBERT, wav2vec "
+                "2.0, WavLM, data2vec-audio, …)."
             )
         extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         model, info = AutoModel.from_pretrained(
@@ -143,8 +143,9 @@ def load_parts(folder: Path, what: Any) -> tuple[Any, Any, Any]:
         if key.startswith(prefix) and key.rsplit(".", 1)[-1] not in _MAY_MISS
     )
     if missing or info.get("mismatched_keys"):
+        first = missing[0] if missing else sorted(info["mismatched_keys"])[0]
         raise TokenizerError(
-            f"feature encoder {what}: the weights in {folder} do not fit its config.json, e.g. "
-            f"{missing[0] if missing else sorted(info['mismatched_keys'])[0]} ({len(missing)} missing); copy its folder again."
+            f"feature encoder {what}: the weights in {folder} do not fit its config.json: {first} is missing or of "
+            f"another shape ({len(missing)} missing); copy its folder again."
         )
     return config, extractor, model.float().eval().requires_grad_(False)
