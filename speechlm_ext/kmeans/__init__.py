@@ -1,0 +1,1 @@
+"""K-Means: fitting, artefacts, and the command line around them."""
