@@ -30,7 +30,10 @@ def test_every_setting_is_explained(name: str) -> None:
 def test_a_group_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kmeans", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"kmeans {verb}" in printed for verb in ("fit", "assign", "inspect")) and "evaluate" not in printed
+    assert (
+        all(f"kmeans {verb}" in printed for verb in ("fit", "assign", "inspect"))
+        and "evaluate" not in printed
+    )
     assert main(["kmeans"]) == 2 and "needs a verb" in capsys.readouterr().err
     assert main(["kmeans", "fitt"]) == 2
     message = capsys.readouterr().err

@@ -1,8 +1,8 @@
 """The command line: ``speechlm VERB``. Each verb is a dataclass of settings and a function, both in the verb's room.
 
 ``--config recipe.yaml`` fills the settings from a file, dotted options override them, unknown keys fail. A verb's
-modules are imported only when it is called, so ``speechlm --help`` is quick. A verb of two words (``kmeans fit``) belongs
-to a group, whose help lists its verbs.
+modules are imported only when it is called, so ``speechlm --help`` is quick. A verb of two words (``kmeans fit``)
+belongs to a group, whose help lists its verbs.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ VERBS = {
 }
 
 GROUPS = {
-    "kmeans": "Discrete units of speech by K-Means: fit them to your recordings, label recordings with them, look at them.\n"
+    "kmeans": "Discrete units of speech by K-Means: fit them to recordings, label recordings with them, look at them.\n"
     "\n"
     "  speechlm kmeans fit     --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output units/\n"
     "  speechlm kmeans assign  --kmeans units/ --audio data/manifest.jsonl --output labels/train\n"

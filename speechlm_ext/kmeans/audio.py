@@ -41,7 +41,7 @@ def find_audio(path: str | Path) -> list[Utterance]:
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
             raise AudioError(
-                f"folder {path} has no recordings ({', '.join(SUFFIXES)}); give a folder with some, or a manifest.jsonl."
+                f"folder {path} has no recordings ({', '.join(SUFFIXES)}); give another folder or a manifest.jsonl."
             )
         found = [
             Utterance(str(p.relative_to(path).with_suffix("")), audio=p.absolute(), manifest=str(path))

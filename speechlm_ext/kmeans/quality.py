@@ -1,7 +1,7 @@
 """How well units agree with phones: purities and phone-normalised mutual information.
 
-The three measures of Hsu et al., "HuBERT" (2021), section IV-C, of the joint distribution ``p(y, z)`` of phone ``y`` and
-unit ``z`` over frames.
+The three measures of Hsu et al., "HuBERT" (2021), section IV-C, of the joint distribution ``p(y, z)`` of phone ``y``
+and unit ``z`` over frames.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Choosing a share of the frames: exactly so many rows, evenly spread, by a hash of the seed.
 
-M of N rows are chosen as one row from each of M strata of consecutive rows (stratified sampling), which stratum j
-covering rows ``[j N // M, (j + 1) N // M)``. So the number is exact, every recording is represented by its length, and a
-range of rows can be sampled without knowing the others.
+M of N rows are chosen as one row from each of M strata of consecutive rows (stratified sampling), stratum j covering
+rows ``[j N // M, (j + 1) N // M)``. So the number is exact, every recording is represented by its length, and a range
+of rows can be sampled without knowing the others.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def sampled_rows(
         count: M <= N rows chosen in all.
         purpose: separates the draws of different places.
     """
+    if count == 0:
+        return np.zeros(0, np.int64)
     end = num_rows if end is None else end
     first, last = begin * count // num_rows, min(count, -(-end * count // num_rows) + 1)
     strata = np.arange(first, max(first, last), dtype=np.int64)

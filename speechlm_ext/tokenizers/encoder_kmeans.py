@@ -76,8 +76,8 @@ class EncoderKMeans:
         missing = sorted(_FIELDS - set(description))
         if missing:
             raise TokenizerError(
-                f"encoder-kmeans units: the description of the encoder lacks {missing[0]!r}; it says which features the "
-                "centroids belong to. Fit with `speechlm kmeans fit --encoder …`."
+                f"encoder-kmeans units: the description of the encoder lacks {missing[0]!r}; it says which "
+                "features the centroids belong to. Fit with `speechlm kmeans fit --encoder …`."
             )
         width = int(description["num_features"])
         if centroids.dim() != 2 or centroids.shape[1] != width or not centroids.shape[0]:
@@ -112,7 +112,7 @@ class EncoderKMeans:
         from speechlm_ext.kmeans.sampling import sampled_rows
 
         config = config or EncoderKMeansConfig()
-        encoder = build_encoder(averaged_spec(config.encoder, config.frames_per_token))
+        encoder = averaged_encoder(config.encoder, config.frames_per_token)
         parts = [
             encoder(check_wave(wave, f"waveform {index} of the units' fit"))
             for index, wave in enumerate(waves)
@@ -142,12 +142,12 @@ class EncoderKMeans:
         from speechlm_ext.kmeans import KMeans
 
         kmeans = KMeans.load(folder)
-        if not kmeans.features_info_:
+        if not kmeans.features_:
             raise TokenizerError(
-                f"{folder} does not say which encoder its features came from; fit it with --encoder, also when you give "
-                "--features."
+                f"{folder} does not say which encoder its features came from; fit it with --encoder, also when "
+                "you give --features."
             )
-        return cls(kmeans.features_info_, kmeans.cluster_centers_.cpu())
+        return cls(kmeans.features_, kmeans.cluster_centers_.cpu())
 
     @property
     def encoder(self) -> FeatureEncoder:
@@ -162,9 +162,9 @@ class EncoderKMeans:
             for key, expected in self.description.items():
                 if found.get(key) != expected:
                     raise TokenizerError(
-                        f"encoder-kmeans units: {key} of the encoder {self.spec} is {found.get(key)!r}, but the centroids "
-                        f"were fitted on {expected!r}; its features mean something else. Use the model that the units were "
-                        "fitted with, or fit again."
+                        f"encoder-kmeans units: {key} of the encoder {self.spec} is {found.get(key)!r}, but the "
+                        f"centroids were fitted on {expected!r}; its features mean something else. Use the model that "
+                        "the units were fitted with, or fit again."
                     )
             self._encoder = encoder
         return self._encoder
@@ -189,8 +189,8 @@ class EncoderKMeans:
         if (units_T < 0).any():
             frame = int(np.argmax(units_T < 0))
             raise TokenizerError(
-                f"encoder-kmeans units: {self.spec} gave features that are not finite at frame {frame}; the model or the "
-                "recording is damaged."
+                f"encoder-kmeans units: {self.spec} gave features that are not finite at frame {frame}; the model or "
+                "the recording is damaged."
             )
         return units_T[:, None]
 
@@ -223,29 +223,27 @@ class EncoderKMeans:
         try:
             units = cls(record["config"], arrays["centroids"])
         except (KeyError, TypeError, ValueError) as error:
-            raise TokenizerError(
-                f"{folder}: not encoder-kmeans units ({error}); save them again."
-            ) from None
+            raise TokenizerError(f"{folder}: not encoder-kmeans units ({error}); save them again.") from None
         base.require_fingerprint(folder, record["sha256"], units.fingerprint)
         return units
 
 
-def averaged_spec(encoder: str, frames_per_token: int) -> EncoderSpec:
+def averaged_encoder(encoder: str, frames_per_token: int) -> FeatureEncoder:
     """The encoder with so many of its frames averaged that one unit covers ``frames_per_token`` frames of 10 ms.
 
     Raises:
         ConfigError: they are no whole number of the encoder's frames.
+        TokenizerError: the encoder cannot be loaded.
     """
-    spec = EncoderSpec.parse(encoder)
-    # All of mfcc and log-mel give 100 frames a second; of a model the rate is known when it is there.
-    rate = 100.0 if spec.kind != "hf" else build_encoder(spec).frame_rate
-    count = rate * frames_per_token / 100
+    built = build_encoder(encoder)
+    count = built.frame_rate * frames_per_token / 100
     if count < 1 or count != int(count):
         raise ConfigError(
-            f"encoder-kmeans units: {frames_per_token} frames of 10 ms are {count:g} frames of {encoder} ({rate:g} a "
-            f"second), which must be a whole number; set frames_per_token to a multiple of {round(100 / rate)}."
+            f"encoder-kmeans units: {frames_per_token} frames of 10 ms are {count:g} frames of {encoder}, which has "
+            f"{built.frame_rate:g} a second; they must be a whole number. Set frames_per_token to a multiple of "
+            f"{round(100 / built.frame_rate)}."
         )
-    return EncoderSpec(spec.kind, spec.name, spec.layer, int(count))
+    return built if count == 1 else build_encoder(encoder, frames_per_token=int(count))
 
 
 base.register_tokenizer(EncoderKMeans.kind, EncoderKMeans)

@@ -1,1 +1,0 @@
-"""K-Means: fitting, artefacts, and the command line around them."""
