@@ -62,20 +62,20 @@ def find_audio(path: str | Path) -> list[Utterance]:
 
 
 def estimated_frames(utterances: Sequence[Utterance], frame_rate: float) -> int:
-    """Frames that recordings will give, by their headers or the manifest's durations; exact to a frame each.
+    """Frames that recordings will give, by their headers or the manifest's durations; rounded up by a frame each.
 
     Raises:
         AudioError: a recording that cannot be read.
     """
     import soundfile
 
-    seconds = 0.0
+    total = 0
     for u in utterances:
         assert u.audio is not None
         if u.start is not None and u.duration is not None:
-            seconds += u.duration
+            seconds = u.duration
         elif u.audio.suffix.lower() == ".g722":
-            seconds += u.audio.stat().st_size * 2 / SAMPLE_RATE  # four bits a sample
+            seconds = u.audio.stat().st_size * 2 / SAMPLE_RATE  # four bits a sample
         else:
             try:
                 info = soundfile.info(u.audio)
@@ -83,8 +83,9 @@ def estimated_frames(utterances: Sequence[Utterance], frame_rate: float) -> int:
                 raise AudioError(
                     f"{u.where}: audio file {u.audio} cannot be read ({str(error).strip()})."
                 ) from None
-            seconds += info.frames / info.samplerate - (u.start or 0.0)
-    return max(1, round(seconds * frame_rate))
+            seconds = info.frames / info.samplerate - (u.start or 0.0)
+        total += int(max(seconds, 0.0) * frame_rate) + 1
+    return total
 
 
 @dataclass(frozen=True)

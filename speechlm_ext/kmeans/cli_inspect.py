@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.kmeans import KMeans
+from speechlm_ext.kmeans.usage import draw_usage, usage
 
 _BLOCK = 1024
 
@@ -24,7 +25,7 @@ class InspectConfig:
     pairs: int = 5
     """Pairs of nearest centroids to list."""
     plot: str | None = None
-    """Where to write the plot of usage and inertia as SVG; default usage.svg in the folder."""
+    """Where to write the plot of usage and inertia (.svg or .png); default usage.svg in the folder."""
 
 
 def run_inspect(cfg: InspectConfig) -> int:
@@ -48,13 +49,9 @@ def run_inspect(cfg: InspectConfig) -> int:
     return 0
 
 
-def describe_units(kmeans: Any, folder: Path) -> list[str]:
+def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
     """Lines that say what units are."""
-    counts = kmeans.counts_.double().cpu()
-    total = float(counts.sum())
-    p = counts[counts > 0] / max(total, 1.0)
-    bits = float(-(p * p.log2()).sum())
-    num_dead = int((counts == 0).sum())
+    used = usage(kmeans.counts_)
     info = kmeans.features_ or {}
     lines = [
         f"units         {folder}",
@@ -64,13 +61,12 @@ def describe_units(kmeans: Any, folder: Path) -> list[str]:
     ]
     if "weights_sha256" in info:
         lines.append(f"weights       sha256 {info['weights_sha256']}")
-    rows, num_clusters = max(total, 1.0), len(kmeans.cluster_centers_)
     lines += [
-        f"fit           {total:.0f} frames, {kmeans.n_iter_} iterations, inertia {kmeans.inertia_:.6g} "
-        f"({kmeans.inertia_ / rows:.6g} a frame)",
-        f"usage         entropy {bits:.3f} of {math.log2(num_clusters):.3f} bits, perplexity {2**bits:.1f} of "
-        f"{num_clusters}",
-        f"dead          {num_dead} clusters without a frame",
+        f"fit           {used.num_rows} frames, {kmeans.n_iter_} iterations, inertia {kmeans.inertia_:.6g} "
+        f"({kmeans.inertia_ / used.num_rows:.6g} a frame)",
+        f"usage         entropy {used.entropy:.3f} of {math.log2(used.num_clusters):.3f} bits, perplexity "
+        f"{used.perplexity:.1f} of {used.num_clusters}, {used.smallest} to {used.largest} frames a cluster",
+        f"dead          {used.num_dead} clusters without a frame",
     ]
     return lines
 
@@ -99,8 +95,10 @@ def nearest_pairs(centroids_KF: torch.Tensor, count: int) -> list[tuple[int, int
     return [(i, j, v) for v, i, j in best]
 
 
-def write_plot(kmeans: Any, path: Path) -> bool:
-    """Write the usage plot; says why where matplotlib is missing. Returns whether it was written."""
-    from speechlm_ext.kmeans.usage import write_usage_plot
-
-    return write_usage_plot(kmeans, path)
+def write_plot(kmeans: KMeans, path: Path) -> bool:
+    """Draw usage and inertia; without matplotlib say so. Returns whether there is a picture."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("plot          none: it needs matplotlib, pip install 'speechlm_ext[eval]'")
+        return False
+    draw_usage(kmeans, path)
+    return True
