@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,19 @@ def find_audio(path: str | Path) -> list[Utterance]:
     if not spoken:
         raise AudioError(f"manifest {path} has no line with 'audio'; give recordings.")
     return spoken
+
+
+def recording_rows(utterances: Sequence[Utterance]) -> list[list[Any]]:
+    """What tells recordings apart, as JSON: ids, file names and sizes, which part of the file."""
+    return [[u.id, u.audio and [u.audio.name, file_size(u.audio)], u.start, u.duration] for u in utterances]
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file; -1 where it cannot be seen."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def estimated_frames(utterances: Sequence[Utterance], frame_rate: float) -> int:

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.audio import AudioJob, AudioPool, find_audio
-from speechlm_ext.kmeans.cli_fit import REJECTED, _size, resolve_device
+from speechlm_ext.kmeans.audio import AudioJob, AudioPool, file_size, find_audio, recording_rows
+from speechlm_ext.kmeans.cli_fit import REJECTED, resolve_device
 from speechlm_ext.kmeans.sources import FeatureSource, ShardSource, open_source
 from speechlm_ext.kmeans.unit_files import SUFFIXES, Format, deduplicated, unit_writer
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
@@ -104,7 +104,7 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
             f"two shards have one name, or {out} is the folder of the features; labels would overwrite something. "
             "Choose another output, or one folder of shards at a time."
         )
-    _claim(cfg, out, [[path.name, _size(path)] for path in paths])
+    _claim(cfg, out, [[path.name, file_size(path)] for path in paths])
     todo = [path for path in paths if not targets[path].is_file()]
     index = CentroidIndex.build(kmeans.cluster_centers_.to(device))
     total = sum(shard.num_rows for shard in source.shards if shard.path in todo)
@@ -140,8 +140,7 @@ def _assign_audio(cfg: AssignConfig, out: Path, device: str) -> int:
     units.prepare()
     utterances = find_audio(cfg.audio)
     _check_ids(utterances, cfg.format)
-    rows = [[u.id, u.audio and [u.audio.name, _size(u.audio)], u.start, u.duration] for u in utterances]
-    _claim(cfg, out, rows)
+    _claim(cfg, out, recording_rows(utterances))
     target = out / f"units{SUFFIXES[cfg.format]}"
     if target.is_file():
         print(f"{target}: these recordings are labelled already")

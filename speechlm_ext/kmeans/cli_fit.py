@@ -22,7 +22,7 @@ from tqdm import tqdm
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.audio import AudioJob, AudioPool, estimated_frames, find_audio
+from speechlm_ext.kmeans.audio import AudioJob, AudioPool, estimated_frames, find_audio, recording_rows
 from speechlm_ext.kmeans.sampling import sample_size, sampled_rows, write_sample
 from speechlm_ext.kmeans.sources import open_source
 from speechlm_ext.tokenizers.encoders import EncoderSpec, FeatureEncoder, build_encoder
@@ -170,16 +170,9 @@ def _record(cfg: FitConfig, utterances: Sequence[Utterance]) -> dict[str, Any]:
     for name in ("output", "device", "num_workers", "keep_features"):
         del settings[name]
     if utterances:
-        rows = [[u.id, u.audio and [u.audio.name, _size(u.audio)], u.start, u.duration] for u in utterances]
-        settings["recordings"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        rows = json.dumps(recording_rows(utterances))
+        settings["recordings"] = hashlib.sha256(rows.encode()).hexdigest()
     return settings
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 def _claim(out: Path, record: dict[str, Any]) -> None:
