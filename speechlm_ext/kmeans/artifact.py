@@ -18,7 +18,6 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.kmeans.state import State
 from speechlm_ext.utils.io import atomic_write_bytes, atomic_write_json
 
 if TYPE_CHECKING:
@@ -92,15 +91,13 @@ def read(folder: str | Path, cls: type[KMeans]) -> KMeans:
         if settings["init"].startswith("array "):
             settings["init"] = centers  # the array itself is not kept; its hash is in the record
         model = cls(**settings)
-        for name in ("n_rows", "n_dropped", "n_iter", "n_steps", "inertia", "inertia_history"):
-            setattr(model, f"{name}_", record[name])
+        names = ("n_rows", "n_dropped", "n_iter", "n_steps", "inertia", "inertia_history")
+        model._adopt(centers, counts, **{name: record[name] for name in names})
     except (KeyError, TypeError, AttributeError, KMeansError) as error:
         raise KMeansError(
             f"{folder / JSON_NAME}: not a K-Means description ({error}); save it again."
         ) from None
-    model.cluster_centers_, model.counts_, model.labels_ = centers, counts, None
-    model.n_features_in_, model.features_ = record["n_features"], record["features"]
-    model._learnt = State(centers=centers, seen=counts.double(), iteration=model.n_steps_)
+    model.features_ = record["features"]
     return model
 
 

@@ -67,7 +67,8 @@ class KMeans:
     Attributes:
         cluster_centers_: ``[K, F]`` float32, float64 for float64 features.
         counts_: int64 ``[K]``, rows of each cluster (after ``partial_fit`` alone: rows each centroid learnt from).
-        inertia_: sum of squared distances of the rows to their centroids, which are ``cluster_centers_``.
+        inertia_: sum of squared distances of the rows to their centroids, which are ``cluster_centers_``; None for
+            imported centroids.
         inertia_history_: inertia before each iteration and at the end; mini-batch: its smoothed estimate at each step.
         labels_: int32 ``[N]`` of an ``x`` in memory, consistent with ``cluster_centers_``; None for files.
         n_iter_: iterations over all rows (mini-batch: epochs begun). n_steps_: mini-batch steps.
@@ -175,8 +176,8 @@ class KMeans:
     def partial_fit(self, x: Any) -> KMeans:
         """Take one mini-batch step with the rows given; the first call also chooses the start among them.
 
-        All the rows are held in memory; they may be the shares of several processes, as in :meth:`fit`. After :meth:`fit`
-        or :meth:`load` it goes on from those centroids and what they have learnt from.
+        All the rows are held in memory; they may be the shares of several processes, as in :meth:`fit`. After
+        :meth:`fit` or :meth:`load` it goes on from those centroids and what they have learnt from.
 
         Raises:
             KMeansError: rows that cannot be used, of another width than before, or at first fewer than clusters.
@@ -283,6 +284,15 @@ class KMeans:
         """sha256 over centroids, counts and the description of the features, 64 hex digits."""
         self._fitted("fingerprint")
         return artifact.fingerprint(self)
+
+    def _adopt(self, centers: Tensor, counts: Tensor, **found: Any) -> None:
+        """Be fitted with what a file says; ``found``: attributes without their underscore."""
+        self.cluster_centers_, self.counts_, self.labels_ = centers, counts, None
+        self.n_features_in_ = int(centers.shape[1])
+        known = {"n_rows": int(counts.sum()), "n_dropped": 0, "n_iter": 0, "n_steps": 0}
+        for name, value in {**known, "inertia": None, "inertia_history": [], **found}.items():
+            setattr(self, f"{name}_", value)
+        self._learnt = State(centers=centers, seen=counts.double(), iteration=self.n_steps_)
 
     def _survey(self, x: Any) -> Data:
         ranks, source, error = Ranks.join(self.distributed), None, None

@@ -19,7 +19,7 @@ from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 
 
 class Farthest:
-    """The rows farthest from their own centroids, at most ``limit``, ties by row number.
+    """The rows farthest from their own centroids, at most ``limit``, ties by row number, of equal rows the first.
 
     Rows in memory are ``limit * F`` values, as many as the centroids.
     """
@@ -42,8 +42,13 @@ class Farthest:
         )
 
     def _keep(self, distances: Tensor, labels: Tensor, rows: Tensor) -> None:
-        order = distances.sort(descending=True, stable=True).indices[: self.limit]
-        self.distances, self.labels, self.rows = distances[order], labels[order], rows[order]
+        order = distances.sort(descending=True, stable=True).indices
+        rows = rows[order]
+        # Equal rows, such as digital silence, would fill the list. They have equal distances and so stand together.
+        first = torch.ones_like(order, dtype=torch.bool)
+        first[1:] = (rows[1:] != rows[:-1]).any(dim=1)
+        order = order[first][: self.limit]
+        self.distances, self.labels, self.rows = distances[order], labels[order], rows[first][: self.limit]
 
     def gather(self, data: Data) -> None:
         """The farthest of all ranks; they come in rank order, so ties still go to the lowest row."""

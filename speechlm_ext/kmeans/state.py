@@ -77,7 +77,8 @@ class State:
             b = self.best
             tensors |= {"best.centers": b.centers, "best.counts": b.counts, "best.seen": b.seen}
             record["best"] = {"inertia": b.inertia, "history": b.history, "iterations": b.iterations}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, record
+        # Clones: the best centroids may be the present ones, and safetensors takes no memory twice.
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, record
 
     @classmethod
     def from_disk(
