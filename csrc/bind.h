@@ -6,6 +6,7 @@
 namespace speechlm {
 
 void bind_delay_pack(pybind11::module_& m);
+void bind_kmeans_assign(pybind11::module_& m);
 void bind_multistream_embed(pybind11::module_& m);
 void bind_multistream_loss(pybind11::module_& m);
 
@@ -15,6 +16,7 @@ void bind_planted(pybind11::module_& m);
 
 inline void bind_ops(pybind11::module_& m) {
   bind_delay_pack(m);
+  bind_kmeans_assign(m);
   bind_multistream_embed(m);
   bind_multistream_loss(m);
 }

@@ -32,6 +32,8 @@ SEEDS = range(8)
 #: Ops whose CUDA entry is another Python function than the CPU's: op name -> (module, function).
 CUDA_ENTRIES = {
     "delay_pack_segments": ("speechlm_ext.ops._delay_pack_op", "_delay_pack_segments_cuda"),
+    "kmeans_assign": ("speechlm_ext.ops.kmeans_assign", "_assign_cuda"),
+    "kmeans_index": ("speechlm_ext.ops._kmeans_index", "_index_cuda"),
     "multistream_embed": ("speechlm_ext.ops.multistream_embed", "_embed_cuda"),
     "scatter_sum": ("speechlm_ext.ops.scatter_sum", "_scatter_sum_cuda"),
     "scatter_sum_rows": ("speechlm_ext.ops.scatter_sum", "_scatter_sum_rows_cuda"),

@@ -1,93 +1,288 @@
-"""kmeans_assign against the float64 argmin of direct distances, ties and hostile inputs included."""
+"""kmeans_assign against the argmin of direct float64 distances, hostile inputs included."""
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import speechlm_ext as sx
+from python_tests import cuda_on_cpu
+from speechlm_ext.ops._native import native
+from speechlm_ext.ops.reference.kmeans_assign import kmeans_assign as direct
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def direct(x, centroids):
-    """Float64 argmin, lowest index among equals, and the squared distances."""
-    squared = (x.double()[:, None] - centroids.double()[None]).square().sum(dim=-1)
-    return squared.argmin(dim=1).to(torch.int32), squared.amin(dim=1)
+def test_reference_is_right_to_the_last_digits():
+    """Its least distance is the true one but for the rounding of float64, which long double does not have."""
+    x, centroids = randn(40, 37, seed=1, dtype=torch.float64), randn(30, 37, seed=2, dtype=torch.float64)
+    labels, distance = direct(x, centroids)
+    true = ((x.numpy().astype(np.longdouble)[:, None] - centroids.numpy()[None]) ** 2).sum(-1)
+    np.testing.assert_allclose(distance.numpy(), true.min(1).astype(float), rtol=1e-14)
+    assert (labels.numpy() == true.argmin(1)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (200, 39, 50), (333, 7, 1), (47, 31, 123), (500, 2, 256)])
-def test_matches_float64(shape, dtype):
-    num_rows, width, num_clusters = shape
-    x, centroids = torch.randn(num_rows, width).to(dtype), torch.randn(num_clusters, width).to(dtype)
-    labels, distance = sx.ops.kmeans_assign(x, centroids, return_distance=True)
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def assert_exact(x, centroids, device="cpu"):
+    """Labels and distances are the float64 ones; returns the statistics."""
     want, want_distance = direct(x, centroids)
+    labels, distance, stats = sx.ops.kmeans_assign(
+        x.to(device), centroids.to(device), return_distance=True, return_stats=True
+    )
     assert labels.dtype == torch.int32
+    assert torch.equal(labels.cpu(), want)
+    assert torch.equal(distance.cpu().nan_to_num(-1), want_distance.to(distance.dtype).nan_to_num(-1))
+    assert int(stats.num_nonfinite) == int((want < 0).sum())
+    return stats
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (50, 39, 50), (83, 7, 1), (47, 31, 123), (60, 2, 256), (19, 64, 600)])
+def test_matches_float64(device, shape, dtype):
+    num_rows, width, num_clusters = shape
+    x = randn(num_rows, width, seed=1).to(dtype)
+    stats = assert_exact(x, randn(num_clusters, width, seed=2).to(dtype), device)
+    assert int(stats.num_compared) >= 2 * int(stats.num_reranked)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 15, 16, 17, 255, 1024, 4096])
+def test_every_width(width):
+    assert_exact(randn(70, width, seed=1), randn(45, width, seed=2))
+
+
+def test_mixed_dtypes(device):
+    x, centroids = randn(30, 20, seed=1), randn(40, 20, seed=2)
+    for row_dtype in DTYPES:
+        for centroid_dtype in DTYPES:
+            assert_exact(x.to(row_dtype), centroids.to(centroid_dtype), device)
+
+
+def anisotropic(num, width, seed):
+    """Features as encoders give them: a large mean, a few dimensions that outweigh the rest."""
+    scale = torch.logspace(0, -2, width)
+    scale[3] = 30
+    return randn(num, width, seed=seed) * scale + randn(width, seed=9) * 5
+
+
+def hostile_cases():
+    c = randn(90, 24, seed=3)
+    near = torch.cat([c, c + 1e-7 * randn(90, 24, seed=4)])
+    tight = randn(1, 24, seed=5) + 1e-7 * c
+    midpoints = (c[:45] + c[45:]) / 2
+    copies = c[torch.arange(180) % 7]
+    one_far = c.clone()
+    one_far[17] = 1e12
+    mixed = c * torch.logspace(-15, 15, 90)[:, None]
+    grid_x = torch.randint(-3, 4, (120, 3), generator=torch.Generator().manual_seed(0)).float()
+    grid_c = torch.randint(-3, 4, (60, 3), generator=torch.Generator().manual_seed(1)).float()
+    wide = randn(80, 24, seed=6, dtype=torch.float64)
+    return {
+        "near ties": (torch.cat([near, (near[:90] + near[90:]) / 2]), near),
+        "all within 1e-7": (tight[:40] + 1e-7 * randn(40, 24, seed=7), tight),
+        "midpoints": (torch.cat([midpoints, midpoints + 1e-7 * randn(45, 24, seed=8)]), c),
+        "copies": (randn(60, 24, seed=9), copies),
+        "all equal": (randn(20, 24, seed=9), c[:1].expand(70, 24)),
+        "huge norms": (randn(50, 24, seed=10) * 1e18, c * 1e18),
+        "tiny norms": (randn(50, 24, seed=10) * 1e-22, c * 1e-22),
+        "subnormal": (randn(50, 24, seed=10) * 1e-41, c * 1e-41),
+        "norms of thirty magnitudes": (torch.cat([mixed, mixed * 1.01]), mixed),
+        "one centroid far away": (randn(50, 24, seed=11), one_far),
+        "rows far from all centroids": (randn(50, 24, seed=12) * 1e6, c),
+        "rows out of sight": (randn(20, 24, seed=12) * 1e17, c),
+        "far from the origin": (randn(60, 24, seed=13) + 1000, c + 1000),
+        "integer grid": (grid_x, grid_c),
+        "zero rows": (torch.zeros(5, 24), torch.cat([c, torch.zeros(1, 24), torch.zeros(1, 24)])),
+        "centroids that are zero": (c[:9], torch.zeros(33, 24)),
+        "constant vectors": (torch.linspace(-3, 3, 41)[:, None].expand(41, 24), torch.linspace(-3, 3, 64)[:, None].expand(64, 24)),
+        "one dimension": (randn(50, 1, seed=14), randn(40, 1, seed=15)),
+        "largest floats": (randn(30, 24, seed=16).sign() * 3e38, randn(40, 24, seed=17).sign() * 3e38),
+        "float64 beyond squares": (wide[:20] * 1e200, wide * 1e200),
+        "float64 below squares": (wide[:20] * 1e-200, wide * 1e-200),
+        "float64 of many magnitudes": (wide[:20] * torch.logspace(-290, 290, 20, dtype=torch.float64)[:, None], wide),
+        "float64 near ties": (wide[:40], torch.cat([wide, wide * (1 + 1e-13)])),
+        "anisotropic": (anisotropic(60, 120, 18), anisotropic(90, 120, 19)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", hostile_cases())
+def test_hostile(device, name):
+    x, centroids = hostile_cases()[name]
+    assert_exact(x, centroids, device)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 70),
+    st.integers(0, 10**6), st.floats(-12, 12), st.floats(-12, 12), st.sampled_from(DTYPES[:2]),
+)  # fmt: skip
+def test_any_sizes_and_magnitudes(num_rows, width, num_clusters, seed, row_exponent, exponent, dtype):
+    """Rows and centroids with magnitudes of their own, each vector with its own too, and some of the rows near ties."""
+    spread = torch.exp2(randn(num_clusters, 1, seed=seed + 2, dtype=dtype) * 3)
+    centroids = randn(num_clusters, width, seed=seed, dtype=dtype) * 10.0**exponent * spread
+    x = randn(num_rows, width, seed=seed + 1, dtype=dtype) * 10.0**row_exponent
+    pick = torch.randint(num_clusters, (2, num_rows), generator=torch.Generator().manual_seed(seed))
+    between = (centroids[pick[0]] + centroids[pick[1]]) / 2
+    assert_exact(torch.cat([x, between]), centroids)
+
+
+def test_ties_go_to_the_lowest_index(device):
+    centroids = randn(20, 8, seed=1)
+    centroids[13] = centroids[4]
+    centroids[7] = torch.nextafter(centroids[2], centroids[2] + 1)  # one unit in the last place away
+    x = torch.cat([centroids, (centroids[:10] + centroids[10:]) / 2]).to(device)
+    labels = sx.ops.kmeans_assign(x, centroids.to(device)).tolist()
+    assert 13 not in labels and labels[4] == 4 and labels[7] == 7 and labels[2] == 2
+    square = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], device=device)
+    assert sx.ops.kmeans_assign(torch.zeros(2, 2, device=device), square).tolist() == [0, 0]
+
+
+def test_bounds_leave_few_rows_to_compare_again():
+    """Of well separated features hardly any: else the bounds are wider than they need to be."""
+    centroids = anisotropic(500, 256, 1)
+    x = centroids[torch.arange(4000) % 500] + 0.5 * randn(4000, 256, seed=2) * torch.logspace(0, -2, 256)
+    assert int(assert_exact(x, centroids).num_reranked) <= 40
+
+
+def test_copies_of_a_centroid_are_not_compared(device):
+    centroids = randn(5, 12, seed=1)[torch.arange(300) % 5]
+    stats = assert_exact(randn(50, 12, seed=2), centroids, device)
+    assert int(stats.num_compared) <= 10
+
+
+def test_a_row_near_many_centroids(device):
+    """More candidates than the lists of the kernels hold at first."""
+    stats = assert_exact(1e16 * randn(5, 6, seed=3), randn(700, 6, seed=2), device)
+    assert int(stats.num_reranked) == 5 and int(stats.num_compared) > 1500
+
+
+def test_rows_that_are_not_finite(device):
+    x = randn(9, 3, seed=1)
+    x[1, 2], x[3, 0], x[4, 1], x[5] = float("nan"), float("inf"), -float("inf"), float("nan")
+    assert_exact(x, randn(5, 3, seed=2), device)
+    with pytest.raises(ValueError, match=r"4 of 9 rows of x are not finite, the first is x\[1\]"):
+        sx.ops.kmeans_assign(x.to(device), randn(5, 3, seed=2).to(device), nonfinite="error")
+    sx.ops.kmeans_assign(x[6:].to(device), randn(5, 3, seed=2).to(device), nonfinite="error")
+
+
+def test_empty_and_strided(device):
+    centroids = randn(12, 20, seed=1)
+    index = sx.ops.CentroidIndex.build(centroids.to(device))
+    labels, distance = sx.ops.kmeans_assign(torch.zeros(0, 20, device=device), index, return_distance=True)
+    assert labels.shape == distance.shape == (0,)
+    x = randn(40, 30, seed=2)
+    want = direct(x.T[:20].T[::2], centroids)[0]
+    assert torch.equal(sx.ops.kmeans_assign(x.to(device).T[:20].T[::2], index).cpu(), want)
+    strided = randn(20, 24, seed=1).T[::2]
+    assert torch.equal(
+        sx.ops.kmeans_assign(x[:, :20].to(device), strided.to(device)).cpu(), direct(x[:, :20], strided)[0]
+    )
+
+
+def test_an_index_serves_many_calls_and_dtypes(device):
+    centroids = randn(40, 12, seed=1)
+    index = sx.ops.CentroidIndex.build(centroids.to(device))
+    for dtype in DTYPES:
+        x = randn(30, 12, seed=2).to(dtype)
+        assert torch.equal(sx.ops.kmeans_assign(x.to(device), index).cpu(), direct(x, centroids)[0])
+
+
+def test_fast_mode_is_near(device):
+    """Its centroid is at most what the rounding of both can hide farther away than the nearest."""
+    x, centroids = anisotropic(80, 64, 1), anisotropic(90, 64, 2)
+    labels, distance = sx.ops.kmeans_assign(
+        x.to(device), centroids.to(device), mode="fast", return_distance=True
+    )
+    want, least = direct(x, centroids)
+    assert (labels.cpu() == want).float().mean() > 0.9
+    assert (distance.cpu() <= least + 1e-2 * centroids.norm(dim=1).max() ** 2).all()
+
+
+def test_chunks_of_the_gpu(monkeypatch):
+    x, centroids = randn(600, 9, seed=1), randn(30, 9, seed=2)
+    module = sys.modules["speechlm_ext.ops.kmeans_assign"]
+    monkeypatch.setattr(module, "_PRODUCT_BYTES", 1)
+    monkeypatch.setattr(module, "_CODE_BYTES", 1)
+    with cuda_on_cpu.kernels_on_cpu(cuda_on_cpu.load()):
+        assert_exact(x, centroids)
+
+
+def test_same_result_for_every_instruction_set_and_number_of_threads():
+    x, centroids = anisotropic(300, 75, 1), anisotropic(130, 75, 2)
+    x[5, 3] = float("nan")
+    before, results = torch.get_num_threads(), []
+    try:
+        for simd in native.simd_available():
+            native.use_simd(simd)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                for mode in ("exact", "fast"):
+                    out = sx.ops.kmeans_assign(x, centroids, mode=mode, return_distance=True, return_stats=True)
+                    results.append((mode, out[0], out[1].nan_to_num(-1), torch.stack(out[2])))
+    finally:
+        native.use_simd("")
+        torch.set_num_threads(before)
+    for mode, *got in results:
+        want = next(r for m, *r in results if m == mode)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_opcheck():
+    x, centroids = randn(20, 7, seed=1), randn(9, 7, seed=2)
+    torch.library.opcheck(torch.ops.speechlm_ext.kmeans_index.default, (centroids,))
+    made = torch.ops.speechlm_ext.kmeans_index(centroids)
+    for dtype in DTYPES:
+        torch.library.opcheck(
+            torch.ops.speechlm_ext.kmeans_assign.default, (x.to(dtype), centroids, *made, True, True)
+        )
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+def test_compiles_without_a_graph_break(with_index):
+    x, centroids = randn(50, 7, seed=1), randn(9, 7, seed=2)
+    given = sx.ops.CentroidIndex.build(centroids) if with_index else centroids
+
+    @torch.compile(fullgraph=True)
+    def run(rows):
+        labels, distance = sx.ops.kmeans_assign(rows, given, return_distance=True)
+        return labels + 0, distance.sum()
+
+    labels, total = run(x)
+    want, distance = direct(x, centroids)
     assert torch.equal(labels, want)
-    torch.testing.assert_close(distance.double(), want_distance, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total.double(), distance.sum(), rtol=1e-5, atol=0)
 
 
-def test_features_far_from_the_origin():
-    """A common offset costs float32 scores all their digits; centring and re-ranking keep the labels right."""
-    x = torch.randn(300, 16) + 1000
-    centroids = torch.randn(64, 16) + 1000
-    assert torch.equal(sx.ops.kmeans_assign(x, centroids), direct(x, centroids)[0])
-
-
-def test_near_and_exact_ties_go_to_the_float64_winner():
-    centroids = torch.randn(20, 8)
-    centroids[13] = centroids[4]  # equal: the lower index wins
-    centroids[7] = torch.nextafter(centroids[2], centroids[2] + 1)  # one ulp away
-    x = torch.cat([centroids, centroids + 1e-7, (centroids[:10] + centroids[10:]) / 2])
-    labels = sx.ops.kmeans_assign(x, centroids)
-    assert torch.equal(labels, direct(x, centroids)[0])
-    assert 13 not in labels.tolist()
-    assert labels[7] == 7 and labels[2] == 2
-
-
-def test_integer_grid_is_full_of_exact_ties():
-    x = torch.randint(-3, 4, (400, 3)).float()
-    centroids = torch.randint(-3, 4, (60, 3)).float()
-    assert torch.equal(sx.ops.kmeans_assign(x, centroids), direct(x, centroids)[0])
-
-
-def test_overflowing_scores_are_settled_in_float64():
-    centroids = torch.tensor([[1e25, 0.0], [-1e25, 0.0], [0.0, 1e25]])
-    x = torch.tensor([[2e25, 1.0], [-3e25, 1.0], [1.0, 5e24]])
-    assert torch.equal(sx.ops.kmeans_assign(x, centroids), direct(x, centroids)[0])
-
-
-def test_rows_that_are_not_finite_are_flagged():
-    x = torch.randn(4, 3)
-    x[1, 2], x[3, 0] = float("nan"), float("inf")
-    labels, distance = sx.ops.kmeans_assign(x, torch.randn(5, 3), return_distance=True)
-    assert labels[1] == -1 and labels[3] == -1 and labels[0] >= 0 and labels[2] >= 0
-    assert distance.isnan().tolist() == [False, True, False, True]
-
-
-def test_index_chunks_and_fast_mode(monkeypatch):
-    from speechlm_ext.ops.reference import kmeans_assign as internals
-
-    x, centroids = torch.randn(300, 12), torch.randn(40, 12)
-    index = sx.ops.CentroidIndex.build(centroids)
-    want = direct(x, centroids)[0]
-    monkeypatch.setattr(internals, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(internals, "_PAIR_BYTES", 1)
-    assert torch.equal(sx.ops.kmeans_assign(x, index), want)
-    assert torch.equal(sx.ops.kmeans_assign(x, index, mode="fast"), want)
-    assert sx.ops.kmeans_assign(x[:0], index).shape == (0,)
+def test_gives_no_gradient():
+    x = randn(5, 3, seed=1).requires_grad_()
+    labels, distance = sx.ops.kmeans_assign(x, randn(4, 3, seed=2).requires_grad_(), return_distance=True)
+    assert not labels.requires_grad and not distance.requires_grad
 
 
 @pytest.mark.parametrize(
     ("x", "centroids", "options", "message"),
     [
-        (torch.zeros(3), torch.zeros(2, 4), {}, r"x must be float \[N, F\]"),
+        (torch.zeros(3), torch.zeros(2, 4), {}, r"x must be float \[N, F\]; got float32 \[3\]"),
         (torch.zeros(3, 4).long(), torch.zeros(2, 4), {}, "x must be float"),
+        ([[1.0]], torch.zeros(2, 4), {}, "x must be float .* got a list"),
         (torch.zeros(3, 4), torch.zeros(2, 5), {}, r"centroids must be float \[K, 4\]"),
         (torch.zeros(3, 4), torch.zeros(0, 4), {}, "K >= 1"),
+        (torch.zeros(3, 0), torch.zeros(2, 0), {}, "F >= 1"),
+        (torch.zeros(3, 4), torch.zeros(2, 4).int(), {}, "centroids must be float"),
         (torch.zeros(3, 1), torch.tensor([[0.0], [float("nan")]]), {}, r"centroids\[1\] is not finite"),
+        (torch.zeros(3, 1), torch.tensor([[float("inf")], [0.0]]), {}, r"centroids\[0\] is not finite"),
         (torch.zeros(3, 4), torch.zeros(2, 4), dict(mode="slow"), 'mode must be "exact" or "fast"'),
+        (torch.zeros(3, 4), torch.zeros(2, 4), dict(nonfinite="drop"), 'nonfinite must be "label" or "error"'),
+        (torch.zeros(3, 4), torch.zeros(2, 4, device="meta"), {}, "Cannot|meta|device"),
     ],
-)
+)  # fmt: skip
 def test_rejects_bad_input(x, centroids, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
         sx.ops.kmeans_assign(x, centroids, **options)

@@ -1,0 +1,128 @@
+// kmeans_assign: the nearest centroid of every row, certified to be the float64 argmin.
+//
+// With x and the centroids taken relative to a centre, argmin_k |x - c_k|^2 = argmin_k |c_k|^2 / 2 - x.c_k. Rows and
+// centroids are rounded to a low precision, xh = s_x q_x and ch_k = s_k q_k, and Q = q_x.q_k is what a fast matrix
+// product gives. What rounding cost is known, |x - xh| and |c_k - ch_k|, and so is a bound for every pair:
+//   |x.c_k - s_x s_k Q| <= |x - xh| |c_k| + |xh| |c_k - ch_k|
+// Centroids whose interval reaches below the least upper end are compared again in float64 by direct distances; mostly
+// there is one. docs/ops/kmeans_assign.md has the proof.
+//
+// All is kept in float, relative to unit * max(unit, |x|), where unit is the largest |c_k|, so nothing overflows.
+#pragma once
+
+#include <cstdint>
+
+#include "common/check.h"
+#include "common/small_float.h"
+
+namespace speechlm {
+
+constexpr int64_t kPanel = 16;  // centroids whose codes lie together on the CPU
+
+// Multiples of 2^-24 that each bound gets for the roundings of its own arithmetic in float, counted in the docs.
+constexpr double kFloatSlack = 16;
+// The norm that codes of 16 bits may have: the product of two is below 2^31.
+constexpr double kMostCodeNorm = 46340;
+
+// The float64 distance that settles near ties is one number on every device: partial sums of the columns f, f + 32, ...
+// by products and sums that round by themselves, then added in halves, lane j and lane j + 16 first.
+constexpr int kDistanceLanes = 32;
+
+// What a row brings to its bounds.
+struct RowTerms {
+  float alpha = 0;      // s_x / max(unit, |x|)
+  float beta_low = 0;   // unit / max(unit, |x|), rounded so that the lower end is low
+  float beta_high = 0;  // and so that the upper one is high
+  float rho = 0;        // |x - xh| / max(unit, |x|), and slack: times |c_k|
+  float hat = 0;        // |xh| / max(unit, |x|): times |c_k - ch_k|
+  float eta = 0;        // error of a direct float64 distance
+};
+
+// What each centroid brings, relative to unit: arrays of the padded number of centroids.
+struct CentroidTerms {
+  const float* scale = nullptr;      // s_k
+  const float* half_norm = nullptr;  // |c_k|^2 / 2; enormous for a copy of an earlier centroid
+  const float* norm = nullptr;       // |c_k|
+  const float* residual = nullptr;   // |c_k - ch_k|
+};
+
+// x and the centroids have types of their own.
+template <typename T, typename C>
+struct KmeansAssignArgs {
+  int64_t num_rows = 0;            // N
+  int64_t num_clusters = 0;        // K
+  int64_t width = 0;               // F
+  const T* x = nullptr;            // [N, F]
+  const C* centroids = nullptr;    // [K, F] as given
+  const int32_t* codes = nullptr;  // [padded K / 16, ceil(F / 2), 16] pairs of 16-bit codes; the CPU's
+  CentroidTerms terms;             // of padded K
+  const double* centre = nullptr;  // [F]
+  double unit = 0;
+  bool exact = true;
+  int32_t* labels = nullptr;   // [N]; -1: a row that is not finite
+  double* distance = nullptr;  // [N] squared, NaN for -1; or null
+  int64_t* counts = nullptr;   // [3] rows compared again, their candidates, rows that are not finite
+};
+
+// Equal for any number of threads and instruction set.
+template <typename T, typename C>
+void kmeans_assign_cpu(const KmeansAssignArgs<T, C>& args, int threads);
+
+// K rounded up to what `codes` and the terms hold.
+inline int64_t padded_clusters(int64_t num_clusters) {
+  constexpr int64_t kMultiple = 2 * kPanel;  // a tile of AVX-512 takes two panels
+  return (num_clusters + kMultiple - 1) / kMultiple * kMultiple;
+}
+
+// On a GPU: rows to float16 codes with their terms, a product of the codes by the vendor's library, then the labels.
+template <typename T>
+struct KmeansRowsArgs {
+  int64_t num_rows = 0;
+  int64_t width = 0;               // F
+  int64_t padded_width = 0;        // of the codes
+  const T* x = nullptr;            // [N, F]
+  const double* centre = nullptr;  // [F]
+  const double* unit = nullptr;    // [1]
+  bool exact = true;
+  uint16_t* codes = nullptr;  // [N, padded F] float16
+  RowTerms* terms = nullptr;  // [N]; eta is NaN for a row that is not finite
+};
+
+template <typename T>
+void kmeans_rows_cuda(const KmeansRowsArgs<T>& args, int device, void* stream);
+
+template <typename T, typename C>
+struct KmeansSettleArgs {
+  int64_t num_rows = 0;
+  int64_t num_clusters = 0;
+  int64_t width = 0;
+  const float* products = nullptr;  // [N, K]
+  const T* x = nullptr;             // [N, F]
+  const C* centroids = nullptr;     // [K, F]
+  CentroidTerms terms;
+  const RowTerms* rows = nullptr;  // [N]
+  bool exact = true;
+  int32_t* labels = nullptr;             // [N]
+  double* distance = nullptr;            // [N] or null
+  unsigned long long* counts = nullptr;  // [3], added to
+};
+
+// Equal in every run. Nothing waits for the device.
+template <typename T, typename C>
+void kmeans_settle_cuda(const KmeansSettleArgs<T, C>& args, int device, void* stream);
+
+template <typename C>
+struct KmeansIndexArgs {
+  int64_t num_clusters = 0;
+  int64_t width = 0;
+  const C* centroids = nullptr;    // [K, F], finite
+  const double* centre = nullptr;  // [F]
+  int32_t* codes = nullptr;        // as above
+  float* terms = nullptr;          // [4, padded K]: scale, half norm, norm, residual
+  double* unit = nullptr;
+};
+
+template <typename C>
+void kmeans_index_cpu(const KmeansIndexArgs<C>& args, int threads);
+
+}  // namespace speechlm

@@ -1,0 +1,93 @@
+// The centroids as kmeans_assign's tiles read them.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "common/parallel.h"
+#include "kmeans_assign/kmeans_assign.h"
+#include "kmeans_assign/tiles.h"
+
+namespace speechlm {
+namespace {
+
+// FNV-1a over the numbers as doubles; -0 counts as 0.
+template <typename C>
+uint64_t hash_of(const C* row, int64_t width) {
+  uint64_t hash = 14695981039346656037u;
+  for (int64_t f = 0; f < width; ++f) {
+    hash = (hash ^ bits_as<uint64_t>(static_cast<double>(row[f]) + 0.0)) * 1099511628211u;
+  }
+  return hash;
+}
+
+// Marks every centroid that equals an earlier one. A copy can never be the label, and many of them would be compared
+// again for each row near them.
+template <typename C>
+std::vector<char> copies_of(const C* centroids, int64_t num_clusters, int64_t width, int threads) {
+  std::vector<std::pair<uint64_t, int64_t>> keys(num_clusters);
+  parallel_for(num_clusters, 64, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) keys[k] = {hash_of(centroids + k * width, width), k};
+  });
+  std::sort(keys.begin(), keys.end());
+  std::vector<char> copies(num_clusters);
+  for (int64_t i = 1, first = 0; i < num_clusters; ++i) {
+    if (keys[i].first != keys[first].first) first = i;
+    const C* a = centroids + keys[first].second * width;
+    const C* b = centroids + keys[i].second * width;
+    copies[keys[i].second] = i != first && std::equal(a, a + width, b);
+  }
+  return copies;
+}
+
+}  // namespace
+
+template <typename C>
+void kmeans_index_cpu(const KmeansIndexArgs<C>& a, int threads) {
+  const KmeansLoops& loops = kmeans_loops();
+  const KmeansRowLoops<C>& rows = kmeans_row_loops<C>();
+  const int64_t K = a.num_clusters, F = a.width, pairs = (F + 1) / 2, padded = padded_clusters(K);
+  std::vector<Quantised> found(K);
+  parallel_for(padded, 16, threads, [&](int64_t begin, int64_t end) {
+    std::vector<double> value(F);
+    std::vector<int16_t> codes(2 * pairs);
+    for (int64_t k = begin; k < end; ++k) {
+      if (k < K) {
+        rows.subtract(value.data(), a.centroids + k * F, a.centre, F);
+        found[k] = loops.quantise(codes.data(), value.data(), F);
+      } else {
+        std::fill(codes.begin(), codes.end(), int16_t{0});
+      }
+      int32_t* to = a.codes + k / kPanel * kPanel * pairs + k % kPanel;
+      for (int64_t p = 0; p < pairs; ++p) std::memcpy(to + p * kPanel, &codes[2 * p], sizeof(int32_t));
+    }
+  });
+  double unit = 0;
+  for (const Quantised& q : found) unit = std::max(unit, q.norm);
+  if (unit == 0) unit = 1;
+  *a.unit = unit;
+  const std::vector<char> copies = copies_of(a.centroids, K, F, threads);
+  constexpr double kUp = 1 + 0x1p-20;  // these ends must not be rounded down
+  constexpr float kNever = 1e30f;
+  for (int64_t k = 0; k < padded; ++k) {
+    float* scale = a.terms + k;
+    float* half_norm = scale + padded;
+    float* norm = half_norm + padded;
+    float* residual = norm + padded;
+    *scale = *norm = *residual = 0;
+    *half_norm = kNever;
+    if (k >= K || copies[k]) continue;
+    const Quantised& q = found[k];
+    *half_norm = static_cast<float>((q.norm / unit) * (q.norm / unit) / 2);
+    *scale = static_cast<float>(q.scale / unit);
+    *norm = q.fits ? static_cast<float>(q.norm / unit * kUp) : std::numeric_limits<float>::infinity();
+    *residual = static_cast<float>(q.residual / unit * kUp);
+  }
+}
+
+template void kmeans_index_cpu<float>(const KmeansIndexArgs<float>&, int);
+template void kmeans_index_cpu<double>(const KmeansIndexArgs<double>&, int);
+
+}  // namespace speechlm
