@@ -216,11 +216,35 @@ def test_assign_shards(features, tmp_path, capsys):
         expected = np.where(np.isfinite(x).all(1), nearest(np.nan_to_num(x), centroids), -1)
         assert labels.dtype == np.int32
         np.testing.assert_array_equal(labels, expected)
+    assert not list((tmp_path / "l").glob("*.km"))
     # A restart makes what is missing and nothing else.
     (tmp_path / "l" / "b.npy").unlink()
     before = (tmp_path / "l" / "a.npy").stat().st_mtime_ns
     assert kmeans(*words) == 0 and "(2 kept); 2 rows not finite" in capsys.readouterr().out
     assert (tmp_path / "l" / "a.npy").stat().st_mtime_ns == before and (tmp_path / "l" / "b.npy").is_file()
+
+
+def test_fairseqs_lengths_give_its_labels(features, tmp_path, capsys):
+    assert kmeans("fit", "--features", features, "--n_clusters", 8, "--output", tmp_path / "u") == 0
+    np.save(tmp_path / "x.npy", np.load(features / "a.npy"))
+    (tmp_path / "x.len").write_text("200\n0\n300\n")
+    words = [
+        "assign",
+        "--kmeans",
+        tmp_path / "u",
+        "--features",
+        tmp_path / "x.npy",
+        "--output",
+        tmp_path / "l",
+    ]
+    assert kmeans(*words) == 0
+    labels = np.load(tmp_path / "l" / "x.npy").tolist()
+    lines = (tmp_path / "l" / "x.km").read_text().split("\n")
+    assert [list(map(int, line.split())) for line in lines] == [labels[:200], [], labels[200:], []]
+    (tmp_path / "x.len").write_text("200\n299\n")
+    assert (
+        kmeans(*words) == 2 and "adds up to 499 frames but its shard has 500 rows" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("form", ["text", "km", "jsonl", "parquet"])
@@ -271,6 +295,10 @@ def test_assign_refusals(units, features, tmp_path, capsys):
     assert "6 features a row but the units" in message and "have 39" in message
     assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output", tmp_path / "u") == 0
     assert "does not say which encoder" in says("--kmeans", tmp_path / "u", "--audio", MANIFEST, *out)
+    wrong = says("--kmeans", tmp_path / "u", "--audio", MANIFEST, "--encoder", "mfcc", *out)
+    assert "expected centroids [K, 39] for mfcc, got [4, 6]" in wrong
+    other = says("--kmeans", units, "--audio", MANIFEST, "--encoder", "log-mel", *out)
+    assert "encoder of the encoder log-mel is 'log-mel', but the centroids were fitted on 'mfcc'" in other
     same = says("--kmeans", tmp_path / "u", "--features", features, "--output", features)
     assert "is the folder of the features" in same
     assert kmeans("assign", "--kmeans", tmp_path / "u", "--features", features, *out) == 0
@@ -323,6 +351,16 @@ def test_units_of_a_model_from_fit_to_tokenizer(tmp_path):
     words = ["--audio", MANIFEST, "--encoder", encoder, "--n_clusters", 10, "--device", "cpu"]
     assert kmeans("fit", *words, "--output", tmp_path / "u") == 0
     assert kmeans("assign", "--kmeans", tmp_path / "u", "--audio", MANIFEST, "--output", tmp_path / "l") == 0
+    # A model that has moved is named again; units that do not say their encoder are told it.
+    (tmp_path / "model").rename(tmp_path / "moved")
+    moved = f"hf:{tmp_path / 'moved'}:2"
+    assigned = ["assign", "--kmeans", tmp_path / "u", "--audio", MANIFEST, "--encoder", moved, "--output"]
+    assert kmeans(*assigned, tmp_path / "l2") == 0
+    KMeans.load(tmp_path / "u").save(tmp_path / "plain", features={"encoder": "hubert"})
+    assert kmeans(*assigned, tmp_path / "l3", "--kmeans", tmp_path / "plain") == 0
+    texts = [(tmp_path / name / "units.txt").read_text() for name in ("l", "l2", "l3")]
+    assert texts[0] == texts[1] == texts[2]
+    (tmp_path / "moved").rename(tmp_path / "model")
     tokenizer = EncoderKMeans.from_kmeans(tmp_path / "u")
     assert tokenizer.vocab_sizes == (10,) and tokenizer.frame_rate == 50
     for line, wave in zip((tmp_path / "l" / "units.txt").read_text().splitlines(), waves(), strict=True):

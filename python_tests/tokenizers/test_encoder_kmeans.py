@@ -174,7 +174,9 @@ def test_tokenize_takes_units_of_kmeans_fit(model, tmp_path):
 def test_tokenize_settings_that_contradict():
     with pytest.raises(ConfigError, match="settings of ssl.kind encoder-kmeans"):
         SSLFit(encoder="log-mel")
+    with pytest.raises(ConfigError, match="encoder-kmeans needs ssl.encoder"):
+        SSLFit(kind="encoder-kmeans")
     with pytest.raises(ConfigError, match="unknown feature encoder"):
         SSLFit(kind="encoder-kmeans", encoder="hubert")
     with pytest.raises(ConfigError, match="works at 16000 Hz, but ssl.sample_rate is 24000"):
-        SSLFit(kind="encoder-kmeans", sample_rate=24000)
+        SSLFit(kind="encoder-kmeans", encoder="mfcc", sample_rate=24000)

@@ -53,16 +53,16 @@ class SSLFit(SSLConfig):
 
     kind: Literal["mfcc-kmeans", "encoder-kmeans", "none"] = "mfcc-kmeans"
     """K-Means units over normalised MFCCs, over the features of ``encoder``, or none."""
-    encoder: str = "mfcc"
+    encoder: str | None = None
     """Of ``encoder-kmeans``: ``mfcc``, ``log-mel``, or ``hf:FOLDER_OR_HUB_NAME:LAYER``."""
     kmeans: str | None = None
-    """Of ``encoder-kmeans``: take the units of this folder, which ``speechlm kmeans fit`` has written; nothing is
-    fitted."""
+    """Of ``encoder-kmeans``: take the units of this folder, which ``speechlm kmeans fit`` has written, and fit none;
+    they know their encoder, unless they were imported."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind != "encoder-kmeans":
-            if self.encoder != "mfcc" or self.kmeans is not None:
+            if self.encoder is not None or self.kmeans is not None:
                 raise ConfigError(
                     f"ssl.encoder and ssl.kmeans are settings of ssl.kind encoder-kmeans, but it is {self.kind!r}."
                 )
@@ -70,7 +70,12 @@ class SSLFit(SSLConfig):
             raise ConfigError(
                 f"ssl.kind encoder-kmeans works at {SAMPLE_RATE} Hz, but ssl.sample_rate is {self.sample_rate}."
             )
-        else:
+        elif self.encoder is None and self.kmeans is None:
+            raise ConfigError(
+                "ssl.kind encoder-kmeans needs ssl.encoder (mfcc, log-mel, or hf:FOLDER_OR_HUB_NAME:LAYER such as "
+                "hf:facebook/hubert-base-ls960:9) to fit units, or ssl.kmeans, a folder of fitted ones."
+            )
+        elif self.encoder is not None:
             EncoderSpec.parse(self.encoder)
 
 
@@ -173,9 +178,11 @@ def read_wave(utterance: Utterance, sample_rate: int | None, resample: bool) -> 
 
 
 def _fit_key(settings: FitSettings, utterances: Sequence[Utterance]) -> str:
+    from speechlm_ext.kmeans import KMeans
+
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
     if settings.ssl.kmeans is not None:  # the folder's name says nothing of the units in it
-        digest.update(EncoderKMeans.from_kmeans(settings.ssl.kmeans).fingerprint.encode())
+        digest.update(KMeans.load(settings.ssl.kmeans).fingerprint.encode())
     for u in utterances:
         digest.update(
             json.dumps([u.dataset, u.id, u.audio and u.audio.name, u.text, u.start, u.duration]).encode()
@@ -197,7 +204,7 @@ def _fit(settings: FitSettings, utterances: Sequence[Utterance], skip_bad: bool)
     codec: Any = None
     waves: dict[int, list[np.ndarray]] = {}
     if has_audio and settings.ssl.kind == "encoder-kmeans" and settings.ssl.kmeans is not None:
-        ssl = EncoderKMeans.from_kmeans(settings.ssl.kmeans)
+        ssl = EncoderKMeans.from_kmeans(settings.ssl.kmeans, encoder=settings.ssl.encoder)
     elif has_audio and settings.ssl.kind != "none":
         rate = settings.ssl.sample_rate
         waves[rate] = list(_fit_waves(settings, utterances, rate, skip_bad))

@@ -49,10 +49,13 @@ class AssignConfig:
     output: str
     """Folder to write."""
     audio: str | None = None
-    """Recordings: a folder (wav, flac, ogg, mp3, g722) or a manifest.jsonl; the encoder is the one of the fit."""
+    """Recordings: a folder (wav, flac, ogg, mp3, g722) or a manifest.jsonl."""
+    encoder: str | None = None
+    """With --audio: the encoder where the units do not say it (imported ones), or where its model lies now; default as
+    in the fit."""
     features: list[str] | str | None = None
     """Feature shards instead: .npy or .parquet files, or their folder; each gives STEM.npy with int32 labels, -1 for a
-    row that is not finite."""
+    row that is not finite, and where fairseq's STEM.len lies beside it STEM.km too."""
     format: Format = "text"
     """Of recordings: ``id unit unit …`` as Kaldi and ESPnet read it, ``km`` lines without ids as fairseq does, JSON
     lines with id and units, or Parquet with both."""
@@ -118,6 +121,7 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
     for path in paths:
         labels = np.load(targets[path], allow_pickle=False)
         num_bad, num_rows = num_bad + int((labels < 0).sum()), num_rows + len(labels)
+        _write_lines(path.with_suffix(".len"), labels, targets[path].with_suffix(".km"))
     kept = len(paths) - len(todo)
     print(
         f"{out}: {num_rows} rows of {len(paths)} shards ({kept} kept); {num_bad} rows not finite, labelled -1"
@@ -133,10 +137,33 @@ def _labels(source: FeatureSource, index: CentroidIndex, device: str, bar: Any) 
         yield torch.as_tensor(labels).cpu().numpy().astype(np.int32)
 
 
+def _write_lines(lengths: Path, labels: np.ndarray, target: Path) -> None:
+    """Beside ``STEM.npy`` fairseq keeps ``STEM.len``, the frames of each recording: then write its ``.km`` too.
+
+    Raises:
+        KMeansError: lengths that do not add up to the shard's rows.
+    """
+    if not lengths.is_file():
+        return
+    try:
+        counts = [int(line) for line in lengths.read_text("utf-8").split()]
+    except ValueError as error:
+        raise KMeansError(
+            f"{lengths} should hold a number of frames in each line ({error}); write it again."
+        ) from None
+    if sum(counts) != len(labels) or min(counts, default=0) < 0:
+        raise KMeansError(
+            f"{lengths} adds up to {sum(counts)} frames but its shard has {len(labels)} rows; write both again."
+        )
+    with atomic_path(target) as temporary, unit_writer("km", temporary) as write:
+        for part in np.split(labels, np.cumsum(counts)[:-1]) if counts else []:
+            write("", part)
+
+
 # ---- recordings --------------------------------------------------------------------------------------------
 def _assign_audio(cfg: AssignConfig, out: Path, device: str) -> int:
     assert cfg.audio is not None
-    units = EncoderKMeans.from_kmeans(cfg.kmeans)
+    units = EncoderKMeans.from_kmeans(cfg.kmeans, encoder=cfg.encoder)
     units.prepare()
     utterances = find_audio(cfg.audio)
     _check_ids(utterances, cfg.format)

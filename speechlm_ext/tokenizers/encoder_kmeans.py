@@ -132,22 +132,35 @@ class EncoderKMeans:
         return cls(encoder.describe(), kmeans.cluster_centers_, encoder)
 
     @classmethod
-    def from_kmeans(cls, folder: str | Path) -> EncoderKMeans:
-        """Take the units of an artefact that `speechlm kmeans fit` has written.
+    def from_kmeans(cls, folder: str | Path, *, encoder: str | None = None) -> EncoderKMeans:
+        """Take the units of an artefact that `speechlm kmeans fit` has written, or that was imported.
+
+        Args:
+            encoder: the encoder that made its features, where the artefact does not say so (then without averaging
+                frames), or where its model lies in another place now.
 
         Raises:
             KMeansError: no such artefact, or a damaged one.
-            TokenizerError: it does not say which encoder made its features.
+            TokenizerError: it does not say which encoder its features came from and none was given, or another one was.
         """
         from speechlm_ext.kmeans import KMeans
 
         kmeans = KMeans.load(folder)
-        if not kmeans.features_:
-            raise TokenizerError(
-                f"{folder} does not say which encoder its features came from; fit it with --encoder, also when "
-                "you give --features."
-            )
-        return cls(kmeans.features_, kmeans.cluster_centers_.cpu())
+        recorded, centroids = kmeans.features_, kmeans.cluster_centers_.cpu()
+        # Imported units may come with notes of another form.
+        is_described = set(recorded) >= _FIELDS
+        if encoder is None:
+            if not is_described:
+                raise TokenizerError(
+                    f"{folder} does not say which encoder its features came from; name it with encoder, e.g. --encoder "
+                    "hf:facebook/hubert-base-ls960:9."
+                )
+            return cls(recorded, centroids)
+        count = int(recorded["frames_per_token"]) if is_described else 1
+        built = build_encoder(encoder, frames_per_token=count)
+        if is_described:
+            _require_same(cls(recorded, centroids), built, place_counts=False)
+        return cls(built.describe(), centroids, built)
 
     @property
     def encoder(self) -> FeatureEncoder:
@@ -158,14 +171,7 @@ class EncoderKMeans:
         """
         if self._encoder is None:
             encoder = build_encoder(self.spec)
-            found = encoder.describe()
-            for key, expected in self.description.items():
-                if found.get(key) != expected:
-                    raise TokenizerError(
-                        f"encoder-kmeans units: {key} of the encoder {self.spec} is {found.get(key)!r}, but the "
-                        f"centroids were fitted on {expected!r}; its features mean something else. Use the model that "
-                        "the units were fitted with, or fit again."
-                    )
+            _require_same(self, encoder)
             self._encoder = encoder
         return self._encoder
 
@@ -226,6 +232,21 @@ class EncoderKMeans:
             raise TokenizerError(f"{folder}: not encoder-kmeans units ({error}); save them again.") from None
         base.require_fingerprint(folder, record["sha256"], units.fingerprint)
         return units
+
+
+def _require_same(units: EncoderKMeans, encoder: FeatureEncoder, *, place_counts: bool = True) -> None:
+    """Refuse an encoder that gives other features than the centroids were fitted on. Raises :class:`TokenizerError`."""
+    expected, found = dict(units.description), encoder.describe()
+    if not place_counts:
+        for described, spec in ((expected, units.spec), (found, encoder.spec)):
+            described["encoder"] = f"hf:…:{spec.layer}" if spec.kind == "hf" else spec.kind
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise TokenizerError(
+                f"encoder-kmeans units: {key} of the encoder {encoder.spec} is {found.get(key)!r}, but the centroids "
+                f"were fitted on {value!r}; its features mean something else. Use the model that the units were fitted "
+                "with, or fit again."
+            )
 
 
 def averaged_encoder(encoder: str, frames_per_token: int) -> FeatureEncoder:
