@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -15,6 +17,15 @@ def clustered(
     sizes = torch.arange(1, num_clusters + 1).double()
     which = torch.multinomial(sizes, num_rows, replacement=True, generator=generator)
     return centers[which] + spread * torch.randn(num_rows, num_features, generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These fits are too small for more; how results depend on threads is a test of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

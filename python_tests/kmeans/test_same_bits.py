@@ -52,7 +52,7 @@ def test_blocks_threads_and_files(x, fit, tmp_path):
         assert_same(whole, sx.KMeans(block_rows=block_rows, **settings).fit(x))
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(3 - min(threads, 2))
+        torch.set_num_threads(2)
         assert_same(whole, sx.KMeans(**settings).fit(x.numpy()))
     finally:
         torch.set_num_threads(threads)
@@ -163,11 +163,13 @@ def test_resume_is_exact(x, fit, tmp_path):
     for _ in range(60):
         try:
             chain = sx.KMeans(**settings).fit(
-                Failing(x, 18), checkpoint=tmp_path / "chain", checkpoint_every=every
+                Failing(x, 20 if fit == "parallel" else 9),
+                checkpoint=tmp_path / "chain",
+                checkpoint_every=every,
             )
             break
         except KeyboardInterrupt:
-            pass
+            interrupted += 1
     assert_same(whole, chain)
     finished = sx.KMeans(**settings).fit(
         Failing(x, 3), checkpoint=folder

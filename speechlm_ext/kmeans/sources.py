@@ -157,4 +157,5 @@ def _tensor(block: Tensor | np.ndarray) -> Tensor:
         return block
     # torch takes neither foreign byte orders, nor negative strides, nor memory that may not be written to.
     native = np.ascontiguousarray(block, dtype=block.dtype.newbyteorder("="))
-    return torch.from_numpy(native if native.flags.writeable else native.copy())
+    usable = native.flags.writeable and min(native.strides) >= 0
+    return torch.from_numpy(native if usable else native.copy())

@@ -21,7 +21,7 @@ import torch
 from speechlm_ext.audio import check_wave
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.tokenizers import base
-from speechlm_ext.tokenizers.kmeans import assign, fit_kmeans
+from speechlm_ext.tokenizers.kmeans import assign, fit
 from speechlm_ext.tokenizers.mel import one_thread
 from speechlm_ext.tokenizers.mfcc import MFCC, NUM_FEATURES
 
@@ -115,14 +115,14 @@ class MFCCKMeans:
             )
         mean_F = x_NF.mean(0)
         scale_F = x_NF.std(0, correction=0).clamp_min(1e-5)
-        centroids_KF = fit_kmeans(
+        found = fit(
             (x_NF - mean_F) / scale_F,
             config.num_clusters,
             seed=seed,
             iterations=config.fit_iterations,
             what="mfcc-kmeans units",
         )
-        return cls(config, mean_F, scale_F, centroids_KF)
+        return cls(config, mean_F, scale_F, found.centroids_KF)
 
     def encode(self, x: np.ndarray) -> np.ndarray:
         """Units of a float32 waveform ``[n]`` at ``sample_rate``: int32 ``[T, 1]``.
