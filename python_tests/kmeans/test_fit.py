@@ -223,6 +223,17 @@ def test_seeds_and_several_starts(x):
     assert torch.equal(single[1].labels_, single[1].predict(x))
 
 
+def test_a_start_from_some_of_the_rows(x):
+    """A draw without replacement: all rows give the same as no draw, in another order; some give rows too."""
+    some = sx.KMeans(9, init_size=60, max_iter=1).fit(x)
+    assert not torch.equal(some.cluster_centers_, sx.KMeans(9, max_iter=1).fit(x).cluster_centers_)
+    assert torch.equal(
+        some.cluster_centers_, sx.KMeans(9, init_size=60, max_iter=1, block_rows=99).fit(x).cluster_centers_
+    )
+    every = sx.KMeans(9, init_size=1500, max_iter=1).fit(x)
+    assert torch.equal(every.cluster_centers_, sx.KMeans(9, max_iter=1).fit(x).cluster_centers_)
+
+
 def test_random_start_is_rows_in_proportion():
     """Each of 20 rows is chosen about equally often: 4 of 20 in each of 200 draws."""
     x = torch.arange(20.0)[:, None]

@@ -54,7 +54,8 @@ class KMeans:
         random_state: seed.
         max_no_improvement: mini-batch steps without a lower smoothed inertia after which it stops; None: never.
         reassignment_ratio: mini-batch: a centroid that saw less than this share of the busiest one's rows is moved.
-        init_size: mini-batch: rows that the start is chosen from; default three batches, at least ``3 K``.
+        init_size: rows, drawn at random, that the start is chosen from and that are held in memory for it; default all
+            rows, or for mini-batches three batches, at least ``3 K``.
         nonfinite: a row with a NaN or an infinity is an ``"error"`` that names it, or is left out (``"drop"``), counted
             in ``n_dropped_`` and labelled -1.
         distributed: True: the rows given to each process of ``torch.distributed`` are its share, in rank order, and all

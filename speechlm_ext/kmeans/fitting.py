@@ -74,11 +74,11 @@ def run_fit(
 
 
 def _start(data: Data, settings: Settings, run: int, best: Best | None) -> State:
-    given: Data = data
-    if settings.algorithm == "minibatch" and isinstance(settings.init, str):
-        size = settings.init_size or max(3 * settings.batch_size, 3 * settings.n_clusters)
-        if size < data.num_usable:
-            given = subsample(data, size, seed=settings.random_state, purpose=f"init rows/{run}")
+    given, size = data, settings.init_size
+    if size is None and settings.algorithm == "minibatch":
+        size = max(3 * settings.batch_size, 3 * settings.n_clusters)
+    if size is not None and size < data.num_usable and isinstance(settings.init, str):
+        given = subsample(data, size, seed=settings.random_state, purpose=f"init rows/{run}")
     centers = initial_centers(given, settings.n_clusters, settings.init, seed=settings.random_state, run=run)
     seen = torch.zeros(settings.n_clusters, dtype=torch.float64, device=data.device)
     return State(centers=centers, seen=seen, run=run, best=best)

@@ -7,6 +7,7 @@ row farthest from its own centroid, as in scikit-learn: the row's weight leaves 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,26 +35,37 @@ class Farthest:
         """Take a block into account: ``[n, F]``, int32 ``[n]`` and ``[n]``; blocks come in order of their rows."""
         # A later row with an equal distance stays behind, so a full list admits only larger ones. NaN never enters.
         least = self.distances[-1] if self.distances.shape[0] == self.limit else 0.0
-        mask = distances > least
-        self._keep(
-            torch.cat([self.distances, distances[mask]]),
-            torch.cat([self.labels, labels[mask]]),
-            torch.cat([self.rows, block[mask]]),
-        )
+        fresh = (distances > least).nonzero()[:, 0]
+        if fresh.numel() == 0:
+            return
+        held, known = self.rows, self.distances.shape[0]
 
-    def _keep(self, distances: Tensor, labels: Tensor, rows: Tensor) -> None:
-        order = distances.sort(descending=True, stable=True).indices
-        rows = rows[order]
-        # Equal rows, such as digital silence, would fill the list. They have equal distances and so stand together.
-        first = torch.ones_like(order, dtype=torch.bool)
-        first[1:] = (rows[1:] != rows[:-1]).any(dim=1)
-        order = order[first][: self.limit]
-        self.distances, self.labels, self.rows = distances[order], labels[order], rows[first][: self.limit]
+        def rows(places: Tensor) -> Tensor:
+            """Rows by place in ``held`` followed by the fresh ones; few are asked for, so these are not joined."""
+            is_old = places < known
+            found = held.new_empty(places.shape[0], held.shape[1])
+            found[is_old] = held[places[is_old]]
+            found[~is_old] = block[fresh[places[~is_old] - known]]
+            return found
+
+        self._keep(
+            torch.cat([self.distances, distances[fresh]]), torch.cat([self.labels, labels[fresh]]), rows
+        )
 
     def gather(self, data: Data) -> None:
         """The farthest of all ranks; they come in rank order, so ties still go to the lowest row."""
         gather = data.ranks.gather
-        self._keep(gather(self.distances), gather(self.labels), gather(self.rows))
+        rows = gather(self.rows)
+        self._keep(gather(self.distances), gather(self.labels), lambda places: rows[places])
+
+    def _keep(self, distances: Tensor, labels: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
+        distances, order = distances.sort(descending=True, stable=True)
+        # Equal rows, such as digital silence, would fill the list. They have equal distances and so stand together.
+        tied = (distances[1:] == distances[:-1]).nonzero()[:, 0] + 1
+        first = torch.ones_like(order, dtype=torch.bool)
+        first[tied] = (rows(order[tied]) != rows(order[tied - 1])).any(dim=1)
+        order = order[first][: self.limit]
+        self.distances, self.labels, self.rows = distances[first][: self.limit], labels[order], rows(order)
 
 
 @dataclass

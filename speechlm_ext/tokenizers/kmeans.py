@@ -46,7 +46,13 @@ def fit(x_NF: torch.Tensor, num_clusters: int, *, seed: int, iterations: int, wh
             f"to fit on, or ask for at most {len(x_NF)} clusters."
         )
     model = KMeans(
-        num_clusters, max_iter=iterations, tol=0.0, random_state=seed, distributed=False, progress=False
+        num_clusters,
+        max_iter=iterations,
+        tol=0.0,
+        random_state=seed,
+        init_size=32 * num_clusters,  # the start only has to be spread out
+        distributed=False,
+        progress=False,
     )
     labels_N = torch.as_tensor(model.fit_predict(x_NF)).long()
     return Fitted(model.cluster_centers_, labels_N)
