@@ -63,6 +63,8 @@ class FitConfig:
     """Exact iterations over all frames, or steps over batches of them."""
     init: Literal["k-means++", "random"] = "k-means++"
     """How the centroids start; for large data k-means++ becomes k-means||."""
+    init_size: int | None = None
+    """Frames, drawn at random, that the start is chosen from; default all, or three batches (minibatch)."""
     n_init: int = 1
     """Starts, of which the best is kept."""
     max_iter: int = 100
@@ -131,6 +133,7 @@ def run_fit(cfg: FitConfig) -> int:
         cfg.n_clusters,
         init=cfg.init,
         algorithm=cfg.algorithm,
+        init_size=cfg.init_size,
         n_init=cfg.n_init,
         max_iter=cfg.max_iter,
         tol=cfg.tol,

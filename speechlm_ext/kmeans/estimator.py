@@ -24,12 +24,12 @@ from speechlm_ext.kmeans.fitting import run_fit
 from speechlm_ext.kmeans.init import initial_centers
 from speechlm_ext.kmeans.lloyd import walk
 from speechlm_ext.kmeans.minibatch import minibatch_step
+from speechlm_ext.kmeans.predicting import nearest_of
 from speechlm_ext.kmeans.ranks import Ranks
 from speechlm_ext.kmeans.settings import Settings
-from speechlm_ext.kmeans.sources import open_source, where
+from speechlm_ext.kmeans.sources import open_source
 from speechlm_ext.kmeans.state import State
 from speechlm_ext.kmeans.survey import Data, survey
-from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 
 logger = logging.getLogger("speechlm_ext")
 _DEFAULT_ITERATIONS = {"lloyd": 300, "minibatch": 100}
@@ -224,20 +224,13 @@ class KMeans:
         centers = self._fitted("predict")
         source = open_source(x, column=self.column)
         self._require_width(source.num_features)
-        device = self.device or getattr(source, "device", None) or centers.device
-        dtype = torch.promote_types(source.dtype, centers.dtype)
-        index = CentroidIndex.build(centers.to(device=device, dtype=dtype))
-        labels = torch.empty(source.num_rows, dtype=torch.int32, device=device)
-        rows = self.block_rows or max(256, (1 << 23) // max(1, source.num_features))
-        for first, block in source.blocks(0, source.num_rows, rows):
-            found = kmeans_assign(block.to(device=device, dtype=dtype), index)
-            if self.settings.nonfinite == "error" and bool((found < 0).any()):
-                bad = first + int((found < 0).nonzero()[0])
-                raise KMeansError(
-                    f"features: {where(source, bad)} has a value that is not a finite number; mend the features, or "
-                    'label such rows -1 with nonfinite="drop".'
-                )
-            labels[first : first + block.shape[0]] = found
+        labels = nearest_of(
+            source,
+            centers,
+            device=self.device or getattr(source, "device", None) or centers.device,
+            block_rows=self.block_rows,
+            may_drop=self.settings.nonfinite == "drop",
+        )
         return _like(labels, x)
 
     def fit_predict(self, x: Any, **kwargs: Any) -> Any:

@@ -29,6 +29,11 @@ _SAMPLED_ROWS = 64
 _FLOAT32_RANGE, _FLOAT64_LARGEST = (1e-12, 1e12), 1e140
 
 
+def default_block_rows(num_features: int) -> int:
+    """Rows of a block of about 32 MiB."""
+    return max(256, _BLOCK_VALUES // max(1, num_features))
+
+
 @dataclass(frozen=True)
 class Data:
     """The rows of a fit, on all ranks, and what is known of them."""
@@ -120,7 +125,7 @@ def survey(
         KMeansError: no rows, rows that are not finite, values beyond 1e140, or ranks with different widths.
     """
     device = device or getattr(source, "device", None) or torch.device("cpu")
-    block_rows = block_rows or max(256, _BLOCK_VALUES // max(1, source.num_features))
+    block_rows = block_rows or default_block_rows(source.num_features)
     error: Exception | None = None
     width, double = source.num_features, source.dtype == torch.float64
     heads = [json.loads(h) for h in ranks.gather_bytes(json.dumps([width, double]).encode())]
