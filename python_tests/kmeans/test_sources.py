@@ -15,6 +15,7 @@ import torch
 import speechlm_ext as sx
 from speechlm_ext.errors import KMeansError
 from speechlm_ext.kmeans import FeatureSource, open_source
+from speechlm_ext.kmeans.sources import ArraySource
 
 ROWS = np.arange(40, dtype=np.float32).reshape(10, 4)
 
@@ -78,6 +79,24 @@ def test_folders_are_read_by_name(tmp_path):
     np.testing.assert_array_equal(read(source), ROWS)
     np.testing.assert_array_equal(read(source, 2, 5, 100), ROWS[2:5])
     assert source.where(2).endswith("a.npy, row 2") and source.where(3).endswith("b.npy, row 0")
+
+
+class Watched(ArraySource):
+    """Rows that remember the longest block asked for."""
+
+    longest = 0
+
+    def blocks(self, start: int, stop: int, max_rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        self.longest = max(self.longest, min(stop - start, max_rows))
+        return super().blocks(start, stop, max_rows)
+
+
+@pytest.mark.parametrize("algorithm", ["lloyd", "minibatch"])
+@pytest.mark.parametrize("init", ["k-means++", "k-means||", "random"])
+def test_no_walk_asks_for_more_than_a_block(x, init, algorithm):
+    source = Watched(x)
+    sx.KMeans(5, init=init, algorithm=algorithm, batch_size=100, max_iter=2, block_rows=64).fit(source)
+    assert source.longest == 64
 
 
 class Odd:
