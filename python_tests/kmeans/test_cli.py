@@ -173,9 +173,26 @@ def test_bad_recordings(tmp_path, capsys):
     assert kmeans(*words, "--output", tmp_path / "a") == 2
     message = capsys.readouterr().err
     assert "'broken'" in message and "cannot be read" in message
-    assert kmeans(*words, "--output", tmp_path / "b", "--skip-bad") == 0
-    rejected = [json.loads(line) for line in (tmp_path / "b" / "rejected.jsonl").read_text().splitlines()]
+    # The same folder goes on where bad recordings are allowed.
+    assert kmeans(*words, "--output", tmp_path / "a", "--skip-bad", "--keep-features") == 0
+    rejected = [json.loads(line) for line in (tmp_path / "a" / "rejected.jsonl").read_text().splitlines()]
     assert [r["id"] for r in rejected] == ["broken"] and "1 bad recordings" in capsys.readouterr().out
+    (tmp_path / "a" / "kmeans.json").unlink()
+    assert kmeans(*words, "--output", tmp_path / "a") == 2
+    assert "left out under --skip_bad before, the first:" in capsys.readouterr().err
+
+
+def test_settings_are_free_until_the_first_iteration(features, tmp_path, capsys):
+    """Too many clusters, or a slip: the next try may use the same folder."""
+    out = ["--output", tmp_path / "u"]
+    assert kmeans("fit", "--features", features, "--n_clusters", 5000, *out, "--max_frames", 400) == 2
+    assert "at most 400 clusters" in capsys.readouterr().err
+    assert kmeans("fit", "--features", features, "--n_clusters", 5000, *out, "--max_frames", 300) == 2
+    assert "a fit with max_frames 400, not 300" in capsys.readouterr().err  # the sample is there
+    assert kmeans("fit", "--features", features, "--n_clusters", 8, *out, "--max_frames", 400) == 0
+    assert KMeans.load(tmp_path / "u").counts_.sum() == 400
+    assert kmeans("fit", "--features", features, "--n_clusters", 9, *out, "--max_frames", 400) == 2
+    assert "a fit with n_clusters 8, not 9" in capsys.readouterr().err
 
 
 def test_fit_refusals(features, tmp_path, capsys):

@@ -234,6 +234,11 @@ def _join(cfg: AssignConfig, out: Path, target: Path, parts: Sequence[Path]) -> 
             raise KMeansError(
                 f"every one of {len(rejected)} recordings is bad, the first: {json.loads(rejected[0])['reason']}"
             )
+        if rejected and not cfg.skip_bad:
+            raise KMeansError(
+                f"{len(rejected)} recordings were left out under --skip_bad before, the first: "
+                f"{json.loads(rejected[0])['reason']} Give --skip_bad again, or choose another output."
+            )
     if rejected:
         atomic_write_text(out / REJECTED, "\n".join(rejected) + "\n")
         print(f"{len(rejected)} bad recordings were left out, see {out / REJECTED}")

@@ -34,6 +34,9 @@ CHECKPOINT = "checkpoint"
 REJECTED = "rejected.jsonl"
 PLOT = "usage.svg"
 _RECORDINGS_PER_SHARD = 200
+#: Settings that features do not depend on: free until the first iteration.
+_OF_KMEANS = (
+    "n_clusters", "algorithm", "init", "init_size", "n_init", "max_iter", "tol", "batch_size", "nonfinite")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def resolve_device(name: str) -> str:
 def _record(cfg: FitConfig, utterances: Sequence[Utterance]) -> dict[str, Any]:
     """Everything that decides the result, as JSON."""
     settings = asdict(cfg)
-    for name in ("output", "device", "num_workers", "keep_features"):
+    for name in ("output", "device", "num_workers", "keep_features", "skip_bad"):
         del settings[name]
     if utterances:
         rows = json.dumps(recording_rows(utterances))
@@ -187,14 +190,16 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
             names = sorted(set(found) | set(record))
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{path} is damaged; choose another output, or delete {out}.") from None
+        is_begun = (out / CHECKPOINT).exists() or (out / "kmeans.json").is_file()
+        has_features = (out / FEATURES).exists()
         for name in names:
-            if found.get(name) != record.get(name):
+            is_free = not is_begun and (name in _OF_KMEANS or not has_features)
+            if found.get(name) != record.get(name) and not is_free:
                 raise ConfigError(
                     f"{out} holds a fit with {name} {found.get(name)!r}, not {record.get(name)!r}. Choose another "
                     "output, or give the same settings to go on with it."
                 )
-        return
-    if (out / "kmeans.json").is_file():
+    elif (out / "kmeans.json").is_file():
         raise ConfigError(f"{out} holds units that another command wrote; choose another output.")
     atomic_write_json(path, {"settings": record})
 
@@ -252,6 +257,11 @@ def _from_audio(
         for n in range(len(groups))
         for row in json.loads((folder / f"done-{n:05d}.json").read_text("utf-8"))["rejected"]
     ]
+    if bad and not cfg.skip_bad:
+        raise KMeansError(
+            f"{len(bad)} recordings were left out under --skip_bad before, the first: {bad[0]['reason']} Give "
+            "--skip_bad again, or choose another output."
+        )
     if bad:
         atomic_write_text(out / REJECTED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
         print(f"{len(bad)} bad recordings were left out, see {out / REJECTED}")
