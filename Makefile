@@ -9,12 +9,13 @@ WORKERS ?= 2
 TESTS  ?= python_tests
 OP     ?=
 DATA   ?=
+FEATURES ?=
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc python_tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev build demo test test-gpu bench bench-growth bench-report gpu-check fmt lint compile-gate sanitize doctor clean
+.PHONY: help venv dev build demo test test-gpu bench bench-growth bench-features bench-report gpu-check fmt lint compile-gate sanitize doctor clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -76,6 +77,10 @@ bench: dev       ## benchmarks of the ops, or of one (OP=delay_pack), into bench
 
 bench-growth: dev  ## how multistream_loss grows with rows, vocabulary and streams: tables, and a picture in docs/
 	@$(BIN)/python benchmarks/loss_growth.py
+
+bench-features: dev  ## K-Means on features of real speech against scikit-learn (FEATURES=folder of .npy and _phones.npy)
+	@$(BIN)/pip install -q scikit-learn
+	@$(BIN)/python benchmarks/kmeans_features.py --features $(FEATURES) $(ARGS)
 
 bench-report: dev  ## history of committed results: benchmarks/out/report.html, and the newest table
 	@$(BIN)/python benchmarks/report.py

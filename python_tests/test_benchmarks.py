@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks import compare, report, rows
 
@@ -48,6 +50,38 @@ def test_compare_judges_ratios(tmp_path, capsys, before, after, says, code):
     new = results(tmp_path / "new.json", "b" * 40, "2026-01-02", **after)
     assert compare.main([str(old), str(new)]) == code
     assert f"  {says:8} delay_pack smoke cpu" in capsys.readouterr().out
+
+
+def test_features_are_judged_against_phones(tmp_path, capsys):
+    """The script's numbers on features whose nearest centroid is clear: as good as scikit-learn's, and exact."""
+    pytest.importorskip("sklearn")
+    from benchmarks import kmeans_features
+
+    rng = np.random.default_rng(0)
+    phones = rng.integers(-1, 5, 3000)
+    centres = rng.normal(0, 20, (6, 4))
+    np.save(tmp_path / "x.npy", (centres[phones] + rng.normal(0, 1, (3000, 4))).astype(np.float32))
+    np.save(tmp_path / "x_phones.npy", phones)
+    words = [
+        "--features",
+        str(tmp_path),
+        "--clusters",
+        "6",
+        "--threads",
+        "1",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    threads = torch.get_num_threads()
+    try:
+        assert kmeans_features.main(words) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "| x | 3,000 | 4 | 6 | 1.0000 |" in capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert found["pnmi"] == found["sklearn_pnmi"] == pytest.approx(1)
+    assert found["sklearn_agreement"] == found["float64_agreement"] == 1
+    assert found["inertia_ratio"] == pytest.approx(1, abs=1e-6) and 0 <= found["reranked_share"] <= 1
 
 
 def test_noise_widens_the_band(tmp_path):

@@ -27,6 +27,19 @@ def test_every_setting_is_explained(name: str) -> None:
         assert len(text.split("(")[0].strip()) >= 3, (name, action.dest, text)
 
 
+def test_a_group_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kmeans", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        all(f"kmeans {verb}" in printed for verb in ("fit", "assign", "inspect"))
+        and "evaluate" not in printed
+    )
+    assert main(["kmeans"]) == 2 and "needs a verb" in capsys.readouterr().err
+    assert main(["kmeans", "fitt"]) == 2
+    message = capsys.readouterr().err
+    assert "unknown verb 'kmeans fitt'" in message and "kmeans fit " in message and "evaluate" not in message
+
+
 def test_unknown_keys_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--run-dir", "x", "--optimizer.lrr", "3"])
@@ -56,7 +69,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_a_verb_alone_says_what_it_needs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The first thing that people type: a report for doctor, else which settings are missing."""
     try:
-        code = main([name])
+        code = main(name.split())
     except SystemExit as stopped:
         code = int(str(stopped.code))
     printed = capsys.readouterr()

@@ -3,6 +3,7 @@
 ``import speechlm_ext as sx`` is cheap: rooms load when they are first touched.
 
     sx.ops            delay_pack, multistream_embed, multistream_loss, kmeans_assign, multistream_sample
+    sx.KMeans         units from features: in memory, streamed, or on many processes
     sx.TokenLayout    which id means what, as versioned data
     sx.SpeechLM       the model: from_pretrained, save_pretrained, forward
     sx.MultiStreamEmbedding  its input table as a module of its own
@@ -15,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speechlm_ext import ops
+    from speechlm_ext.kmeans.estimator import KMeans
     from speechlm_ext.layout import TokenLayout
     from speechlm_ext.model.embedding import MultiStreamEmbedding
     from speechlm_ext.model.speechlm import SpeechLM
 
 __version__ = "0.1.0"
-__all__ = ["MultiStreamEmbedding", "SpeechLM", "TokenLayout", "__version__", "ops"]
+__all__ = ["KMeans", "MultiStreamEmbedding", "SpeechLM", "TokenLayout", "__version__", "ops"]
 
 _LAZY = {
     "ops": ("speechlm_ext.ops", None),
+    "KMeans": ("speechlm_ext.kmeans", "KMeans"),
     "TokenLayout": ("speechlm_ext.layout", "TokenLayout"),
     "MultiStreamEmbedding": ("speechlm_ext.model.embedding", "MultiStreamEmbedding"),
     "SpeechLM": ("speechlm_ext.model.speechlm", "SpeechLM"),

@@ -1,7 +1,8 @@
 """The command line: ``speechlm VERB``. Each verb is a dataclass of settings and a function, both in the verb's room.
 
 ``--config recipe.yaml`` fills the settings from a file, dotted options override them, unknown keys fail. A verb's
-modules are imported only when it is called, so ``speechlm --help`` is quick.
+modules are imported only when it is called, so ``speechlm --help`` is quick. A verb of two words (``kmeans fit``)
+belongs to a group, whose help lists its verbs.
 """
 
 from __future__ import annotations
@@ -57,6 +58,24 @@ VERBS = {
         "run_evaluate",
         "scores of a model, or of stored records",
     ),
+    "kmeans fit": Verb(
+        "speechlm_ext.kmeans.cli_fit",
+        "FitConfig",
+        "run_fit",
+        "K-Means units from recordings or feature shards",
+    ),
+    "kmeans assign": Verb(
+        "speechlm_ext.kmeans.cli_assign",
+        "AssignConfig",
+        "run_assign",
+        "recordings or feature shards -> unit labels",
+    ),
+    "kmeans inspect": Verb(
+        "speechlm_ext.kmeans.cli_inspect",
+        "InspectConfig",
+        "run_inspect",
+        "what a K-Means artefact is, and how its units are used",
+    ),
     "layout": Verb(
         "speechlm_ext.layout_diff",
         "LayoutConfig",
@@ -65,9 +84,27 @@ VERBS = {
     ),
 }
 
-USAGE = "usage: speechlm VERB [--config FILE.yaml] [--option VALUE …]\n\nverbs:\n" + "\n".join(
-    f"  {name:<10} {verb.help}" for name, verb in VERBS.items()
-)
+GROUPS = {
+    "kmeans": "Discrete units of speech by K-Means: fit them to recordings, label recordings with them, look at them.\n"
+    "\n"
+    "  speechlm kmeans fit     --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output units/\n"
+    "  speechlm kmeans assign  --kmeans units/ --audio data/manifest.jsonl --output labels/train\n"
+    "  speechlm kmeans inspect --kmeans units/",
+}
+
+
+def usage(group: str | None = None) -> str:
+    """The text that lists all verbs, or those of a group."""
+    verbs = [(name, v) for name, v in VERBS.items() if group is None or name.startswith(f"{group} ")]
+    head = f"usage: speechlm {f'{group} ' if group else ''}VERB [--config FILE.yaml] [--option VALUE …]"
+    about = f"\n\n{GROUPS[group]}" if group else ""
+    return f"{head}{about}\n\nverbs:\n" + "\n".join(f"  {name:<15} {verb.help}" for name, verb in verbs)
+
+
+def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb's name, of one word or two, and the words behind it."""
+    count = 2 if argv[0] in GROUPS and len(argv) > 1 and not argv[1].startswith("-") else 1
+    return " ".join(argv[:count]), list(argv[count:])
 
 
 def build_parser(name: str) -> Any:
@@ -107,16 +144,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0 done, 1 interrupted, 2 a mistake that the message explains."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{USAGE}\n\n'speechlm VERB --help' explains a verb's settings.")
+        print(f"{usage()}\n\n'speechlm VERB --help' explains a verb's settings.")
         return 0 if argv else 2
-    name, rest = argv[0], argv[1:]
+    name, rest = split_verb(argv)
     if name == "--version":
         from importlib.metadata import version
 
         print(f"speechlm_ext {version('speechlm_ext')}")
         return 0
+    if name in GROUPS:
+        asks = rest[:1] in (["-h"], ["--help"])
+        where = sys.stdout if asks else sys.stderr
+        print("" if asks else f"speechlm: error: {name} needs a verb.\n", end="", file=where)
+        print(f"{usage(name)}\n\n'speechlm {name} VERB --help' explains a verb's settings.", file=where)
+        return 0 if asks else 2
     if name not in VERBS:
-        print(f"speechlm: error: unknown verb {name!r}.\n{USAGE}", file=sys.stderr)
+        known = usage(argv[0] if argv[0] in GROUPS else None)
+        print(f"speechlm: error: unknown verb {name!r}.\n{known}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("speechlm_ext").setLevel(logging.INFO)

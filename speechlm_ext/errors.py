@@ -27,6 +27,10 @@ class TokenizerError(SpeechLMError):
     """A tokenizer cannot be fitted, loaded, or applied to what it was given."""
 
 
+class KMeansError(SpeechLMError):
+    """K-Means cannot be fitted, loaded, or applied to what it was given."""
+
+
 class LayoutError(SpeechLMError):
     """A token layout contradicts itself or does not have what is asked of it."""
 

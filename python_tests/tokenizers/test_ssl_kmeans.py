@@ -9,8 +9,9 @@ import torch
 
 from python_tests.data_fixtures import waves
 from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
+from speechlm_ext.kmeans import KMeans
 from speechlm_ext.tokenizers import MFCCKMeans, SSLConfig, load_tokenizer
-from speechlm_ext.tokenizers.kmeans import assign, cluster_means, fit_kmeans
+from speechlm_ext.tokenizers.kmeans import assign, fit
 from speechlm_ext.tokenizers.mfcc import MFCC, deltas
 from speechlm_ext.tokenizers.ssl_kmeans import average_frames
 
@@ -92,28 +93,23 @@ def test_refusals(ssl):
 
 
 # ---- the K-Means underneath --------------------------------------------------------------------------------
-def test_kmeans_finds_separate_clusters():
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
-    x = torch.cat([c + 0.1 * torch.randn(50, 2, generator=generator) for c in centres])
-    found = fit_kmeans(x, 4, seed=0)
-    distance = torch.cdist(centres, found)
-    assert distance.min(1).values.max() < 0.1 and sorted(distance.argmin(1).tolist()) == [0, 1, 2, 3]
-
-
 def test_assign_ties_go_to_the_lowest_index():
     x = torch.zeros(2, 2)
     assert assign(x, torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])).tolist() == [0, 0]
 
 
-def test_empty_clusters_are_reseeded():
-    x = torch.tensor([[0.0], [1.0], [50.0]])
-    centroids = torch.tensor([[0.5], [1000.0]])
-    labels = assign(x, centroids)
-    assert labels.tolist() == [0, 0, 0]
-    torch.testing.assert_close(cluster_means(x, labels, centroids)[1], torch.tensor([50.0]))
+def test_fit_is_the_kmeans_rooms():
+    x = torch.randn(300, 4)
+    found = fit(x, 6, seed=3, iterations=5, what="test")
+    want = KMeans(6, max_iter=5, tol=0.0, random_state=3, init_size=192).fit(x)
+    assert torch.equal(found.centroids_KF, want.cluster_centers_)
+    assert torch.equal(found.labels_N, want.labels_.long())
+    with pytest.raises(
+        TokenizerError, match="test: 6 clusters need at least as many frames, got 5. Give more audio"
+    ):
+        fit(x[:5], 6, seed=0, iterations=5, what="test")
 
 
-def test_fewer_distinct_rows_than_clusters():
+def test_fewer_distinct_frames_than_clusters():
     x = torch.zeros(20, 3)
-    assert torch.equal(fit_kmeans(x, 5, seed=0), torch.zeros(5, 3))
+    assert torch.equal(fit(x, 5, seed=0, iterations=5, what="test").centroids_KF, torch.zeros(5, 3))

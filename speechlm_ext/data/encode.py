@@ -103,6 +103,8 @@ class EncoderPool:
         if num_workers is None and num_utterances < _WORTH_PROCESSES:
             count = 1
         self._skip_bad = skip_bad
+        tokenizers = TokenizerSet.load(folder)
+        tokenizers.prepare()  # what is missing is one error here, not one for each item or process
         self._pool: ProcessPoolExecutor | None = None
         if count > 1:
             # Spawned, because a forked child of a process with threads can hang.
@@ -113,7 +115,7 @@ class EncoderPool:
                 initargs=(folder, resample),
             )
         else:
-            self._encoder = Encoder(TokenizerSet.load(folder), resample)
+            self._encoder = Encoder(tokenizers, resample)
 
     def __enter__(self) -> EncoderPool:
         return self

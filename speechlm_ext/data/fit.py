@@ -18,6 +18,8 @@ import numpy as np
 from speechlm_ext.data.manifest import Utterance
 from speechlm_ext.errors import AudioError, ConfigError, LayoutMismatchError
 from speechlm_ext.tokenizers import (
+    EncoderKMeans,
+    EncoderKMeansConfig,
     HuggingFaceText,
     MFCCKMeans,
     RVQConfig,
@@ -27,11 +29,12 @@ from speechlm_ext.tokenizers import (
     TextConfig,
     TokenizerSet,
 )
+from speechlm_ext.tokenizers.encoders import SAMPLE_RATE, EncoderSpec
 from speechlm_ext.utils.io import atomic_write_json
 
 FOLDER = "tokenizers"
 RECORD = "fit.json"
-Config = TypeVar("Config", TextConfig, SSLConfig, RVQConfig)
+Config = TypeVar("Config", TextConfig, SSLConfig, EncoderKMeansConfig, RVQConfig)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,32 @@ class TextFit(TextConfig):
 class SSLFit(SSLConfig):
     """How to get the SSL units."""
 
-    kind: Literal["mfcc-kmeans", "none"] = "mfcc-kmeans"
-    """Fit K-Means units over MFCCs, or have none."""
+    kind: Literal["mfcc-kmeans", "encoder-kmeans", "none"] = "mfcc-kmeans"
+    """K-Means units over normalised MFCCs, over the features of ``encoder``, or none."""
+    encoder: str | None = None
+    """Of ``encoder-kmeans``: ``mfcc``, ``log-mel``, or ``hf:FOLDER_OR_HUB_NAME:LAYER``."""
+    kmeans: str | None = None
+    """Of ``encoder-kmeans``: take the units of this folder, which ``speechlm kmeans fit`` has written, and fit none;
+    they know their encoder, unless they were imported."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind != "encoder-kmeans":
+            if self.encoder is not None or self.kmeans is not None:
+                raise ConfigError(
+                    f"ssl.encoder and ssl.kmeans are settings of ssl.kind encoder-kmeans, but it is {self.kind!r}."
+                )
+        elif self.sample_rate != SAMPLE_RATE:
+            raise ConfigError(
+                f"ssl.kind encoder-kmeans works at {SAMPLE_RATE} Hz, but ssl.sample_rate is {self.sample_rate}."
+            )
+        elif self.encoder is None and self.kmeans is None:
+            raise ConfigError(
+                "ssl.kind encoder-kmeans needs ssl.encoder (mfcc, log-mel, or hf:FOLDER_OR_HUB_NAME:LAYER such as "
+                "hf:facebook/hubert-base-ls960:9) to fit units, or ssl.kmeans, a folder of fitted ones."
+            )
+        elif self.encoder is not None:
+            EncoderSpec.parse(self.encoder)
 
 
 @dataclass(frozen=True)
@@ -151,7 +178,11 @@ def read_wave(utterance: Utterance, sample_rate: int | None, resample: bool) -> 
 
 
 def _fit_key(settings: FitSettings, utterances: Sequence[Utterance]) -> str:
+    from speechlm_ext.kmeans import KMeans
+
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    if settings.ssl.kmeans is not None:  # the folder's name says nothing of the units in it
+        digest.update(KMeans.load(settings.ssl.kmeans).fingerprint.encode())
     for u in utterances:
         digest.update(
             json.dumps([u.dataset, u.id, u.audio and u.audio.name, u.text, u.start, u.duration]).encode()
@@ -172,10 +203,17 @@ def _fit(settings: FitSettings, utterances: Sequence[Utterance], skip_bad: bool)
     ssl: Any = None
     codec: Any = None
     waves: dict[int, list[np.ndarray]] = {}
-    if has_audio and settings.ssl.kind != "none":
+    if has_audio and settings.ssl.kind == "encoder-kmeans" and settings.ssl.kmeans is not None:
+        ssl = EncoderKMeans.from_kmeans(settings.ssl.kmeans, encoder=settings.ssl.encoder)
+    elif has_audio and settings.ssl.kind != "none":
         rate = settings.ssl.sample_rate
         waves[rate] = list(_fit_waves(settings, utterances, rate, skip_bad))
-        ssl = MFCCKMeans.fit(waves[rate], _plain(settings.ssl, SSLConfig), seed=settings.seed)
+        if settings.ssl.kind == "encoder-kmeans":
+            ssl = EncoderKMeans.fit(
+                waves[rate], _plain(settings.ssl, EncoderKMeansConfig), seed=settings.seed
+            )
+        else:
+            ssl = MFCCKMeans.fit(waves[rate], _plain(settings.ssl, SSLConfig), seed=settings.seed)
     if has_audio and settings.codec.kind != "none":
         rate = settings.codec.mel.sample_rate
         if rate not in waves:

@@ -16,11 +16,14 @@ import numpy as np
 from speechlm_ext.errors import TokenizerError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tokenizers.base import Tokenizer, load_tokenizer, register_tokenizer
+from speechlm_ext.tokenizers.encoder_kmeans import EncoderKMeans, EncoderKMeansConfig
 from speechlm_ext.tokenizers.rvq import RVQConfig, RVQKMeansCodec
 from speechlm_ext.tokenizers.ssl_kmeans import MFCCKMeans, SSLConfig
 from speechlm_ext.tokenizers.text import HuggingFaceText, SentencePieceText, TextConfig
 
 __all__ = [
+    "EncoderKMeans",
+    "EncoderKMeansConfig",
     "HuggingFaceText",
     "MFCCKMeans",
     "RVQConfig",
@@ -78,6 +81,18 @@ class TokenizerSet:
                 f"no tokenizer in {folder}; expected folders named {', '.join(_MODALITIES)}."
             )
         return cls(**slots)
+
+    def prepare(self) -> None:
+        """Load what encoding needs besides the artefacts (the model under ``encoder-kmeans`` units) now rather than at
+        the first recording.
+
+        Raises:
+            TokenizerError: it is missing or another one.
+        """
+        for slot in _MODALITIES:
+            prepare = getattr(getattr(self, slot), "prepare", None)
+            if prepare is not None:
+                prepare()
 
     def fingerprints(self) -> dict[str, str]:
         """``{modality: sha256}`` of the tokenizers that are present."""

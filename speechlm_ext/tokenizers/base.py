@@ -33,7 +33,8 @@ class Tokenizer(Protocol):
     """Turns text or sound into ids and back."""
 
     kind: str
-    """Name in the registry: ``sentencepiece``, ``huggingface``, ``mfcc-kmeans``, ``rvq-kmeans``, or yours."""
+    """Name in the registry: ``sentencepiece``, ``huggingface``, ``mfcc-kmeans``, ``encoder-kmeans``, ``rvq-kmeans``,
+    or yours."""
     modality: str
     """``text_bpe``, ``ssl`` or ``codec``."""
     vocab_sizes: tuple[int, ...]

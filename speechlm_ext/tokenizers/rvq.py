@@ -25,7 +25,7 @@ from torch.nn import functional
 from speechlm_ext.audio import check_wave
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.tokenizers import base
-from speechlm_ext.tokenizers.kmeans import assign, fit_kmeans
+from speechlm_ext.tokenizers.kmeans import fit
 from speechlm_ext.tokenizers.mel import MelConfig, MelSpectrogram, one_thread
 
 
@@ -137,11 +137,11 @@ class RVQKMeansCodec:
         books = []
         for stage in range(config.num_codebooks):
             what = f"rvq-kmeans codec, stage {stage}"
-            book = fit_kmeans(
+            book, codes = fit(
                 rest_NF, config.codebook_size, seed=seed + stage, iterations=config.fit_iterations, what=what
             )
             books.append(book)
-            rest_NF = rest_NF - book[assign(rest_NF, book, exact=False)]
+            rest_NF = rest_NF - book[codes]
         return cls(config, mean_F, torch.stack(books))
 
     def encode(self, x: np.ndarray) -> np.ndarray:

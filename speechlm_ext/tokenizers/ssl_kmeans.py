@@ -21,7 +21,8 @@ import torch
 from speechlm_ext.audio import check_wave
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.tokenizers import base
-from speechlm_ext.tokenizers.kmeans import assign, fit_kmeans
+from speechlm_ext.tokenizers.encoders import average_frames
+from speechlm_ext.tokenizers.kmeans import assign, fit
 from speechlm_ext.tokenizers.mel import one_thread
 from speechlm_ext.tokenizers.mfcc import MFCC, NUM_FEATURES
 
@@ -115,14 +116,14 @@ class MFCCKMeans:
             )
         mean_F = x_NF.mean(0)
         scale_F = x_NF.std(0, correction=0).clamp_min(1e-5)
-        centroids_KF = fit_kmeans(
+        found = fit(
             (x_NF - mean_F) / scale_F,
             config.num_clusters,
             seed=seed,
             iterations=config.fit_iterations,
             what="mfcc-kmeans units",
         )
-        return cls(config, mean_F, scale_F, centroids_KF)
+        return cls(config, mean_F, scale_F, found.centroids_KF)
 
     def encode(self, x: np.ndarray) -> np.ndarray:
         """Units of a float32 waveform ``[n]`` at ``sample_rate``: int32 ``[T, 1]``.
@@ -165,15 +166,6 @@ class MFCCKMeans:
             raise TokenizerError(f"{folder}: not mfcc-kmeans units ({error}); save them again.") from None
         base.require_fingerprint(folder, record["sha256"], units.fingerprint)
         return units
-
-
-def average_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
-    """Mean of each ``count`` consecutive frames, ``[ceil(T / count), F]``; the last frame is repeated to fill
-    up."""
-    missing = -len(x_TF) % count
-    if missing:
-        x_TF = torch.cat([x_TF, x_TF[-1:].expand(missing, -1)])
-    return x_TF.reshape(-1, count, x_TF.shape[1]).mean(1)
 
 
 base.register_tokenizer(MFCCKMeans.kind, MFCCKMeans)

@@ -1,0 +1,278 @@
+"""``speechlm kmeans fit``: from recordings or feature shards to an artefact of units, restartable.
+
+The output folder holds ``kmeans.safetensors``, ``kmeans.json`` and ``usage.svg`` at the end, and ``fit.json``, what the
+fit is made from, so that another command is refused; until then also ``features/`` (what was computed or sampled) and
+``checkpoint/``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from speechlm_ext.data.manifest import Rejected, Utterance
+from speechlm_ext.errors import ConfigError, KMeansError
+from speechlm_ext.kmeans import KMeans
+from speechlm_ext.kmeans.audio import AudioJob, AudioPool, estimated_frames, find_audio, recording_rows
+from speechlm_ext.kmeans.sampling import sample_size, sampled_rows, write_sample
+from speechlm_ext.kmeans.sources import open_source
+from speechlm_ext.tokenizers.encoders import EncoderSpec, FeatureEncoder, build_encoder
+from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text
+
+RECORD = "fit.json"
+FEATURES = "features"
+CHECKPOINT = "checkpoint"
+REJECTED = "rejected.jsonl"
+PLOT = "usage.svg"
+_RECORDINGS_PER_SHARD = 200
+#: Settings that features do not depend on: free until the first iteration.
+_OF_KMEANS = (
+    "n_clusters", "algorithm", "init", "init_size", "n_init", "max_iter", "tol", "batch_size", "nonfinite")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Fit K-Means units to recordings or to feature shards; stopped, the same command goes on where it was.
+
+    ``speechlm kmeans fit --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output units/``, or
+    with features that lie on disk already ``speechlm kmeans fit --features dump/ --n_clusters 500 --output units/``.
+    """
+
+    output: str
+    """Folder to write: kmeans.safetensors, kmeans.json, usage.svg."""
+    audio: str | None = None
+    """Recordings: a folder (wav, flac, ogg, mp3, g722) or a manifest.jsonl."""
+    features: list[str] | str | None = None
+    """Feature shards instead of recordings: .npy or .parquet files, or their folder."""
+    encoder: str | None = None
+    """``mfcc``, ``log-mel`` or ``hf:FOLDER_OR_HUB_NAME:LAYER``; with --features only recorded, so that recordings can
+    be labelled later."""
+    frames_per_token: int = 1
+    """Frames of the encoder averaged to one."""
+    column: str = "features"
+    """Column of Parquet shards."""
+    n_clusters: int = 500
+    """Units, K."""
+    algorithm: Literal["lloyd", "minibatch"] = "lloyd"
+    """Exact iterations over all frames, or steps over batches of them."""
+    init: Literal["k-means++", "random"] = "k-means++"
+    """How the centroids start; for large data k-means++ becomes k-means||."""
+    init_size: int | None = None
+    """Frames, drawn at random, that the start is chosen from; default all, or three batches (minibatch)."""
+    n_init: int = 1
+    """Starts, of which the best is kept."""
+    max_iter: int = 100
+    """Iterations over the data at most."""
+    tol: float = 1e-4
+    """Stop when the centroids move less than this share of the features' variance."""
+    batch_size: int = 10000
+    """Frames of a batch (minibatch)."""
+    share: float = 1.0
+    """Share of the frames to fit on, drawn evenly over the recordings."""
+    max_frames: int | None = None
+    """Frames to fit on at most, drawn in the same way."""
+    seed: int = 0
+    """Seed of the draws."""
+    nonfinite: Literal["error", "drop"] = "error"
+    """What to do with rows that hold a NaN or an infinity."""
+    resample: bool = True
+    """Convert recordings of another sampling rate; otherwise they are bad items."""
+    skip_bad: bool = False
+    """Go on past bad recordings; they are listed in rejected.jsonl and counted."""
+    device: str = "auto"
+    """Where encoder and K-Means run: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
+    num_workers: int | None = None
+    """Processes that encode recordings on the CPU; default one per core."""
+    keep_features: bool = False
+    """Keep the features computed from recordings, in the folder features/."""
+
+
+def run_fit(cfg: FitConfig) -> int:
+    """Fit as ``cfg`` says; see :class:`FitConfig`.
+
+    Raises:
+        SpeechLMError: a setting, a recording or a shard that cannot be used; the message names it.
+    """
+    if (cfg.audio is None) == (cfg.features is None):
+        raise ConfigError("give either --audio (recordings) or --features (shards), and not both.")
+    if cfg.audio is not None and cfg.encoder is None:
+        raise ConfigError(
+            "--audio needs --encoder: mfcc, log-mel, or hf:FOLDER_OR_HUB_NAME:LAYER such as "
+            "hf:facebook/hubert-base-ls960:9."
+        )
+    sample_size(1, cfg.share, cfg.max_frames)
+    device = resolve_device(cfg.device)
+    out = Path(cfg.output)
+    spec = None if cfg.encoder is None else EncoderSpec.parse(cfg.encoder, cfg.frames_per_token)
+    utterances = find_audio(cfg.audio) if cfg.audio is not None else []
+    record = _record(cfg, utterances)
+    _claim(out, record)
+    if (out / "kmeans.json").is_file():
+        KMeans.load(out)  # says so where it is damaged
+        print(f"{out}: these units are fitted already; see `speechlm kmeans inspect --kmeans {out}`")
+        return 0
+    encoder = None if spec is None else build_encoder(spec, device=device)
+    info = None if encoder is None else encoder.describe()
+    if cfg.audio is not None:
+        assert encoder is not None
+        source = _from_audio(cfg, out, utterances, encoder, device)
+    else:
+        source = _from_features(cfg, out)
+        if encoder is not None and encoder.num_features != source.num_features:
+            raise ConfigError(
+                f"--features has {source.num_features} features a row but {spec} gives {encoder.num_features}; name "
+                "the encoder and layer that made them."
+            )
+    kmeans = KMeans(
+        cfg.n_clusters,
+        init=cfg.init,
+        algorithm=cfg.algorithm,
+        init_size=cfg.init_size,
+        n_init=cfg.n_init,
+        max_iter=cfg.max_iter,
+        tol=cfg.tol,
+        batch_size=cfg.batch_size,
+        random_state=cfg.seed,
+        nonfinite=cfg.nonfinite,
+        device=device,
+    )
+    kmeans.fit(source, checkpoint=out / CHECKPOINT)
+    kmeans.save(out, features=info)
+    shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
+    if not cfg.keep_features:
+        shutil.rmtree(out / FEATURES, ignore_errors=True)
+    _report(kmeans, out)
+    return 0
+
+
+def resolve_device(name: str) -> str:
+    """``cpu`` or ``cuda[:n]`` for the setting ``device``. Raises :class:`ConfigError`."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not name.startswith("cuda"):
+        raise ConfigError(f"device must be cpu, cuda or auto, got {name!r}.")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {name} was asked for, but torch finds no GPU; see `speechlm doctor`, or take --device cpu."
+        )
+    return name
+
+
+# ---- what a fit is made from -------------------------------------------------------------------------------
+def _record(cfg: FitConfig, utterances: Sequence[Utterance]) -> dict[str, Any]:
+    """Everything that decides the result, as JSON."""
+    settings = asdict(cfg)
+    for name in ("output", "device", "num_workers", "keep_features", "skip_bad"):
+        del settings[name]
+    if utterances:
+        rows = json.dumps(recording_rows(utterances))
+        settings["recordings"] = hashlib.sha256(rows.encode()).hexdigest()
+    return settings
+
+
+def _claim(out: Path, record: dict[str, Any]) -> None:
+    """Take the folder for this fit, or find that it is this fit's already. Raises :class:`ConfigError`."""
+    path = out / RECORD
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text("utf-8"))["settings"]
+            names = sorted(set(found) | set(record))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path} is damaged; choose another output, or delete {out}.") from None
+        is_begun = (out / CHECKPOINT).exists() or (out / "kmeans.json").is_file()
+        has_features = (out / FEATURES).exists()
+        for name in names:
+            is_free = not is_begun and (name in _OF_KMEANS or not has_features)
+            if found.get(name) != record.get(name) and not is_free:
+                raise ConfigError(
+                    f"{out} holds a fit with {name} {found.get(name)!r}, not {record.get(name)!r}. Choose another "
+                    "output, or give the same settings to go on with it."
+                )
+    elif (out / "kmeans.json").is_file():
+        raise ConfigError(f"{out} holds units that another command wrote; choose another output.")
+    atomic_write_json(path, {"settings": record})
+
+
+# ---- features ----------------------------------------------------------------------------------------------
+def _from_features(cfg: FitConfig, out: Path) -> Any:
+    """The shards as they are, or a sample of them, written once so that no iteration reads the rest."""
+    source = open_source(cfg.features, column=cfg.column)
+    count = sample_size(source.num_rows, cfg.share, cfg.max_frames)
+    if count == source.num_rows:
+        return source
+    path = out / FEATURES / "sample.npy"
+    if not path.is_file():
+        with tqdm(total=source.num_rows, unit="row", desc="sample", disable=None) as bar:
+            write_sample(source, count, cfg.seed, path, bar.update)
+    return open_source(path)
+
+
+def _from_audio(
+    cfg: FitConfig, out: Path, utterances: Sequence[Utterance], encoder: FeatureEncoder, device: str
+) -> Any:
+    """Features of all recordings, a file for each 200 of them; those that are there already are kept."""
+    folder = out / FEATURES
+    share = cfg.share
+    if cfg.max_frames is not None:
+        share = min(share, cfg.max_frames / estimated_frames(utterances, encoder.frame_rate))
+    size = _RECORDINGS_PER_SHARD
+    groups = [utterances[i : i + size] for i in range(0, len(utterances), size)]
+    todo = [n for n in range(len(groups)) if not (folder / f"done-{n:05d}.json").is_file()]
+    total = sum(len(groups[n]) for n in todo)
+    job = AudioJob(encoder.spec, device=device, resample=cfg.resample, skip_bad=cfg.skip_bad)
+    with (
+        AudioPool(job, num_workers=cfg.num_workers, num_items=total) as pool,
+        tqdm(total=total, unit="utt", desc="encode", disable=None) as bar,
+    ):
+        for number in todo:
+            parts, rejected, num_seen = [], [], 0
+            for utterance, found in zip(groups[number], pool(groups[number]), strict=True):
+                bar.update()
+                if isinstance(found, Rejected):
+                    rejected.append(asdict(found))
+                    continue
+                # What a recording's share leaves over goes to the next, so that short ones count by their length.
+                before, num_seen = num_seen, num_seen + len(found)
+                count = math.floor(share * num_seen) - math.floor(share * before)
+                rows = sampled_rows(len(found), count, cfg.seed, purpose=f"sample/{utterance.id}")
+                parts.append(found[rows])
+            if any(len(part) for part in parts):
+                with atomic_path(folder / f"shard-{number:05d}.npy") as temporary:
+                    np.save(temporary, np.concatenate(parts))
+            # Written last: the shard before it is whole.
+            atomic_write_json(folder / f"done-{number:05d}.json", {"rejected": rejected})
+    bad = [
+        row
+        for n in range(len(groups))
+        for row in json.loads((folder / f"done-{n:05d}.json").read_text("utf-8"))["rejected"]
+    ]
+    if bad and not cfg.skip_bad:
+        raise KMeansError(
+            f"{len(bad)} recordings were left out under --skip_bad before, the first: {bad[0]['reason']} Give "
+            "--skip_bad again, or choose another output."
+        )
+    if bad:
+        atomic_write_text(out / REJECTED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
+        print(f"{len(bad)} bad recordings were left out, see {out / REJECTED}")
+    if len(bad) == len(utterances):
+        raise KMeansError(f"every one of {len(bad)} recordings is bad, the first: {bad[0]['reason']}")
+    return open_source(folder)
+
+
+def _report(kmeans: KMeans, out: Path) -> None:
+    from speechlm_ext.kmeans.cli_inspect import describe_units, write_plot
+
+    print("\n".join(describe_units(kmeans, out)))
+    if write_plot(kmeans, out / PLOT):
+        print(f"plot          {out / PLOT}")

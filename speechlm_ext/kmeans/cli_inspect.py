@@ -1,0 +1,104 @@
+"""``speechlm kmeans inspect``: what an artefact of units is and how its units are used."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from speechlm_ext.errors import ConfigError
+from speechlm_ext.kmeans import KMeans
+from speechlm_ext.kmeans.usage import draw_usage, usage
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what K-Means units are: size, encoder, fit, usage, and the centroids that lie closest together."""
+
+    kmeans: str
+    """Folder that `speechlm kmeans fit` has written."""
+    pairs: int = 5
+    """Pairs of nearest centroids to list."""
+    plot: str | None = None
+    """Where to write the plot of usage and inertia (.svg or .png); default usage.svg in the folder."""
+
+
+def run_inspect(cfg: InspectConfig) -> int:
+    """Print and plot as ``cfg`` says; see :class:`InspectConfig`.
+
+    Raises:
+        KMeansError: no such artefact, or a damaged one.
+    """
+    if cfg.pairs < 0:
+        raise ConfigError(f"pairs must be >= 0, got {cfg.pairs}.")
+    folder = Path(cfg.kmeans)
+    kmeans = KMeans.load(folder)
+    lines = describe_units(kmeans, folder)
+    pairs = nearest_pairs(kmeans.cluster_centers_, cfg.pairs)
+    if pairs:
+        lines.append("nearest       " + ", ".join(f"{i} and {j} ({d:.4g} apart)" for i, j, d in pairs))
+    print("\n".join(lines))
+    target = Path(cfg.plot) if cfg.plot is not None else folder / "usage.svg"
+    if write_plot(kmeans, target):
+        print(f"plot          {target}")
+    return 0
+
+
+def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
+    """Lines that say what units are."""
+    used = usage(kmeans.counts_)
+    info = kmeans.features_ or {}
+    lines = [
+        f"units         {folder}",
+        f"clusters      {len(kmeans.cluster_centers_)} of {kmeans.n_features_in_} features",
+        f"encoder       {info.get('encoder', 'not recorded')}"
+        + (f", {info['frame_rate']:g} frames/s" if "frame_rate" in info else ""),
+    ]
+    if "weights_sha256" in info:
+        lines.append(f"weights       sha256 {info['weights_sha256']}")
+    lines += [
+        f"fit           {used.num_rows} frames, {kmeans.n_iter_} iterations, inertia {kmeans.inertia_:.6g} "
+        f"({kmeans.inertia_ / used.num_rows:.6g} a frame)",
+        f"usage         entropy {used.entropy:.3f} of {math.log2(used.num_clusters):.3f} bits, perplexity "
+        f"{used.perplexity:.1f} of {used.num_clusters}, {used.smallest} to {used.largest} frames a cluster",
+        f"dead          {used.num_dead} clusters without a frame",
+    ]
+    return lines
+
+
+def nearest_pairs(centroids_KF: torch.Tensor, count: int) -> list[tuple[int, int, float]]:
+    """The ``count`` pairs of centroids that lie closest: ``(i, j, Euclidean distance)`` with i < j, nearest first.
+
+    Distances are differences in float64, block by block; never K×K at once.
+    """
+    if count == 0 or len(centroids_KF) < 2:
+        return []
+    x = centroids_KF.double().cpu()
+    best: list[tuple[float, int, int]] = []
+    for begin in range(0, len(x), _BLOCK):
+        block = x[begin : begin + _BLOCK]
+        distance = torch.cdist(block, x, compute_mode="donot_use_mm_for_euclid_dist")
+        rows, columns = torch.arange(begin, begin + len(block))[:, None], torch.arange(len(x))[None]
+        distance.masked_fill_(columns <= rows, torch.inf)
+        values, places = distance.flatten().topk(min(count, distance.numel()), largest=False)
+        best += [
+            (float(v), begin + int(at) // len(x), int(at) % len(x))
+            for v, at in zip(values, places, strict=True)
+            if math.isfinite(float(v))
+        ]
+        best = sorted(best)[:count]
+    return [(i, j, v) for v, i, j in best]
+
+
+def write_plot(kmeans: KMeans, path: Path) -> bool:
+    """Draw usage and inertia; without matplotlib say so. Returns whether there is a picture."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("plot          none: it needs matplotlib, pip install 'speechlm_ext[eval]'")
+        return False
+    draw_usage(kmeans, path)
+    return True

@@ -1,0 +1,52 @@
+"""Random numbers that are a function of (seed, purpose, index) alone: SplitMix64 as a counter-based hash.
+
+A generator with a state gives other numbers to a row when blocks, ranks or threads change; a hash of the row's number
+does not. Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014: the n-th output of
+SplitMix64 is ``mix(base + n * golden)``; here n is the row and base is drawn from seed and purpose with sha256. For one
+base the map is a bijection of the 64-bit integers, so keys of different rows never tie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the int64 that torch calculates with; its products and sums wrap modulo 2^64."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's is arithmetic."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def row_keys(seed: int, purpose: str, rows: Tensor) -> Tensor:
+    """A pseudo-random int64 key per index.
+
+    Args:
+        seed: any integer.
+        purpose: separates the draws of different places; part of the result.
+        rows: int64 ``[n]`` indices, e.g. global row numbers.
+
+    Returns:
+        int64 ``[n]``, uniform over all 64-bit patterns, different for different indices.
+    """
+    base = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8]
+    z = rows * _GOLDEN + int.from_bytes(base, "little", signed=True)
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
+
+
+def uniforms(seed: int, purpose: str, rows: Tensor) -> Tensor:
+    """A pseudo-random float64 in [0, 1) per index of ``rows`` (int64 ``[n]``), with 53 random bits."""
+    return _shift(row_keys(seed, purpose, rows), 11).to(torch.float64) * 2.0**-53

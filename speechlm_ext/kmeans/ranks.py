@@ -1,0 +1,118 @@
+"""The processes of a fit: each holds a share of the rows, in rank order, and all see the same sums.
+
+Tensors only travel, never pickled objects. What is not a sum of exact numbers is gathered in rank order, so results
+do not depend on how the rows are shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed
+
+from speechlm_ext.errors import KMeansError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the fit; the default is a process alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, wanted: bool | Literal["auto"]) -> Ranks:
+        """The ranks of ``torch.distributed``'s default group.
+
+        Args:
+            wanted: True insists on it, False stays alone, ``"auto"`` joins where it is initialised.
+
+        Raises:
+            KMeansError: it is insisted on and not initialised.
+        """
+        ready = distributed.is_available() and distributed.is_initialized()
+        if wanted is True and not ready:
+            raise KMeansError(
+                "K-Means: distributed=True needs torch.distributed; call torch.distributed.init_process_group first "
+                "(under torchrun), or leave distributed at 'auto'."
+            )
+        if wanted is False or not ready:
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over the ranks."""
+        for tensor in tensors:
+            self._reduce(tensor, distributed.ReduceOp.SUM)
+
+    def max_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its elementwise maximum over the ranks."""
+        for tensor in tensors:
+            self._reduce(tensor, distributed.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, op: object) -> None:
+        if self.size > 1:
+            moved = tensor.to(_device()).contiguous()
+            distributed.all_reduce(moved, op=op)
+            tensor.copy_(moved)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All ranks' ``[n_i, ...]`` on end, in rank order; ``n_i`` may differ and may be 0."""
+        if self.size == 1:
+            return tensor
+        lengths = self._all([tensor.shape[0]])
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:], device=_device())
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in lengths]
+        distributed.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).to(tensor.device)
+
+    def shares(self, num_rows: int) -> list[int]:
+        """The number of rows of each rank."""
+        return [num_rows] if self.size == 1 else self._all([num_rows])
+
+    def _all(self, values: list[int]) -> list[int]:
+        mine = torch.tensor(values, device=_device())
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        distributed.all_gather(parts, mine)
+        return torch.cat(parts).tolist()
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise the first rank's error on every rank, so that none waits for one that has given up.
+
+        Raises:
+            the error itself where it happened and alone; elsewhere its like with the rank's name.
+        """
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        text = b"" if error is None else f"rank {self.rank}: {error}".encode()
+        texts = self.gather_bytes(text)
+        if error is not None:
+            raise error
+        for other in texts:
+            if other:
+                raise KMeansError(other.decode())
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """All ranks' bytes, in rank order."""
+        if self.size == 1:
+            return [data]
+        lengths = self._all([len(data)])
+        # bytearray: torch wants memory that it may write to.
+        mine = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if data
+            else torch.empty(0, dtype=torch.uint8)
+        )
+        whole = bytes(self.gather(mine).cpu().numpy().tobytes())
+        ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        return [whole[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _device() -> torch.device:
+    """Where the backend wants its tensors: NCCL on the GPU, gloo on the CPU."""
+    return torch.device("cuda" if "nccl" in str(distributed.get_backend()) else "cpu")

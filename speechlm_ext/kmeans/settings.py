@@ -1,0 +1,79 @@
+"""Settings of a K-Means fit and their checks."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from speechlm_ext.errors import KMeansError
+from speechlm_ext.kmeans.init import METHODS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a fit, besides the data. Raises :class:`KMeansError` for impossible values."""
+
+    n_clusters: int
+    init: Any = "k-means++"
+    algorithm: Literal["lloyd", "minibatch"] = "lloyd"
+    max_iter: int = 300
+    tol: float = 1e-4
+    n_init: int = 1
+    random_state: int = 0
+    nonfinite: Literal["error", "drop"] = "error"
+    batch_size: int = 10000
+    max_no_improvement: int | None = 10
+    reassignment_ratio: float = 0.01
+    init_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_clusters", "max_iter", "n_init", "batch_size"):
+            self._check(
+                name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1"
+            )
+        for name in ("max_no_improvement", "init_size"):
+            value = getattr(self, name)
+            self._check(
+                name, value is None or (_is_whole(value) and value >= 1), "None or a whole number from 1"
+            )
+        self._check("random_state", _is_whole(self.random_state), "a whole number")
+        self._check("tol", _is_number(self.tol) and 0 <= self.tol < float("inf"), "a number from 0")
+        ratio = self.reassignment_ratio
+        self._check("reassignment_ratio", _is_number(ratio) and 0 <= ratio < 1, "a number in [0, 1)")
+        self._check("algorithm", self.algorithm in ("lloyd", "minibatch"), "'lloyd' or 'minibatch'")
+        self._check("nonfinite", self.nonfinite in ("error", "drop"), "'error' or 'drop'")
+        if isinstance(self.init, str):
+            self._check(
+                "init", self.init in METHODS, f"one of {', '.join(METHODS)} or an array [n_clusters, F]"
+            )
+        elif self.n_init != 1:
+            raise KMeansError(
+                f"K-Means: n_init={self.n_init} with an array as init would fit the same thing again; set n_init=1."
+            )
+        if self.init_size is not None and self.init_size < self.n_clusters:
+            raise KMeansError(
+                f"K-Means: init_size={self.init_size} rows cannot start {self.n_clusters} clusters; give as many."
+            )
+
+    def _check(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise KMeansError(f"K-Means: {name} should be {expected}; got {getattr(self, name)!r}.")
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values; an array as init becomes its sha256."""
+        values = {key: value for key, value in asdict(self).items() if key != "init"}
+        if isinstance(self.init, str):
+            return {**values, "init": self.init}
+        array = torch.as_tensor(self.init).detach().cpu().double().contiguous()
+        return {**values, "init": "array " + hashlib.sha256(array.numpy().tobytes()).hexdigest()}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
