@@ -1,9 +1,9 @@
 """kmeans_assign against its rivals: ``make bench OP=kmeans_assign``.
 
-Rivals: faiss's exact index, scikit-learn's predict, torch's cdist with argmin in chunks, and torch's product with argmin
-in chunks, compiled too; on a GPU flash-kmeans where it is installed. All of them are float32 (flash-kmeans: TF32), so a
-few labels differ from the float64 argmin; how many of the first rows do is noted as ``wrong``. The limit is the op's own
-products alone.
+Rivals: faiss's exact index, scikit-learn's predict, torch's cdist with argmin in chunks, and torch's product with
+argmin in chunks, compiled too; on a GPU flash-kmeans where it is installed. All of them are float32 (flash-kmeans:
+TF32), so a few labels differ from the float64 argmin; how many of the first rows do is noted as ``wrong``. The limit is
+the op's own products alone.
 """
 
 from __future__ import annotations

@@ -74,6 +74,10 @@ def anisotropic(num, width, seed):
     return randn(num, width, seed=seed) * scale + randn(width, seed=9) * 5
 
 
+def constant_rows(num):
+    return torch.linspace(-3, 3, num)[:, None].expand(num, 24)
+
+
 def hostile_cases():
     c = randn(90, 24, seed=3)
     near = torch.cat([c, c + 1e-7 * randn(90, 24, seed=4)])
@@ -103,7 +107,7 @@ def hostile_cases():
         "integer grid": (grid_x, grid_c),
         "zero rows": (torch.zeros(5, 24), torch.cat([c, torch.zeros(1, 24), torch.zeros(1, 24)])),
         "centroids that are zero": (c[:9], torch.zeros(33, 24)),
-        "constant vectors": (torch.linspace(-3, 3, 41)[:, None].expand(41, 24), torch.linspace(-3, 3, 64)[:, None].expand(64, 24)),
+        "constant vectors": (constant_rows(41), constant_rows(64)),
         "one dimension": (randn(50, 1, seed=14), randn(40, 1, seed=15)),
         "largest floats": (randn(30, 24, seed=16).sign() * 3e38, randn(40, 24, seed=17).sign() * 3e38),
         "float64 beyond squares": (wide[:20] * 1e200, wide * 1e200),

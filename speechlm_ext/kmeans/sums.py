@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK_VALUES = 1 << 18  # float64 values of one chunk of rows: 2 MiB stays in cache
+from speechlm_ext.ops._kmeans_sums import kmeans_sums
 
 
 def grid_step(bound: Tensor, count: int) -> Tensor:
@@ -92,11 +92,4 @@ def add_cluster_sums(x: Tensor, labels: Tensor, sums: Tensor, counts: Tensor, gr
         counts: int64 ``[K]``, changed.
         grid: of all the data, with its number of rows.
     """
-    labels = labels.to(torch.int64)
-    rows = max(1, _CHUNK_VALUES // max(1, x.shape[1]))
-    for start in range(0, x.shape[0], rows):
-        part, target = x[start : start + rows], labels[start : start + rows]
-        left_out = (target < 0)[:, None]
-        rounded = grid.round(part).masked_fill_(left_out, 0.0)
-        sums.index_add_(0, target.clamp(min=0), rounded)
-    counts += torch.bincount(labels + 1, minlength=counts.shape[0] + 1)[1:]
+    kmeans_sums(x, labels.to(torch.int32), grid.offset, grid.step, sums, counts)

@@ -31,8 +31,8 @@ class CentroidIndex:
     wide: Tensor
     """The same in float32 (float64 if given so), contiguous."""
     codes: Tensor
-    """The centroids less ``centre`` in low precision: on the CPU int32 ``[K/16, F/2, 16]``, pairs of 16-bit integers; on
-    a GPU float16 ``[K, F]``. Both padded."""
+    """The centroids less ``centre`` in low precision: on the CPU int32 ``[K/16, F/2, 16]``, pairs of 16-bit integers;
+    on a GPU float16 ``[K, F]``. Both padded."""
     terms: Tensor
     """float32 ``[4, K]``, padded: scale of the codes, half squared norm, norm, and norm of what rounding lost, all
     relative to ``unit``."""
@@ -68,7 +68,8 @@ def _check_finite(centroids: Tensor) -> None:
         return
     bad = int((~centroids.isfinite().all(dim=1)).nonzero()[0])
     raise OpError(
-        f"kmeans_assign: centroids[{bad}] is not finite; leave it out, or fit again on features without NaN and infinity"
+        f"kmeans_assign: centroids[{bad}] is not finite; leave it out, or fit again on features without NaN and "
+        "infinity"
     )
 
 

@@ -21,8 +21,8 @@ def kmeans_sums(
         x: ``[N, F]``, float32, float64, bfloat16 or float16.
         labels: int32 ``[N]``; a row with a label outside ``[0, K)`` is left out.
         offset: float64 ``[F]``.
-        step: float64 ``[F]``, powers of two: what each summand is rounded to a multiple of. The caller chooses it so that
-            all partial sums are exact (`speechlm_ext.kmeans.sums`).
+        step: float64 ``[F]``, powers of two: what each summand is rounded to a multiple of. The caller chooses it so
+            that all partial sums are exact (`speechlm_ext.kmeans.sums`).
         sums: float64 ``[K, F]``, contiguous.
         counts: int64 ``[K]``.
     """

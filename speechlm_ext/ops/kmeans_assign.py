@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -31,15 +31,59 @@ class AssignStats(NamedTuple):
     """Rows that hold a NaN or an infinity."""
 
 
+_Mode = Literal["exact", "fast"]
+_Nonfinite = Literal["label", "error"]
+
+
+@overload
 def kmeans_assign(
     x: Tensor,
     centroids: Tensor | CentroidIndex,
     *,
-    mode: Literal["exact", "fast"] = "exact",
+    mode: _Mode = ...,
+    return_distance: Literal[False] = ...,
+    return_stats: Literal[False] = ...,
+    nonfinite: _Nonfinite = ...,
+) -> Tensor: ...
+@overload
+def kmeans_assign(
+    x: Tensor,
+    centroids: Tensor | CentroidIndex,
+    *,
+    mode: _Mode = ...,
+    return_distance: Literal[True],
+    return_stats: Literal[False] = ...,
+    nonfinite: _Nonfinite = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def kmeans_assign(
+    x: Tensor,
+    centroids: Tensor | CentroidIndex,
+    *,
+    mode: _Mode = ...,
+    return_distance: Literal[False] = ...,
+    return_stats: Literal[True],
+    nonfinite: _Nonfinite = ...,
+) -> tuple[Tensor, AssignStats]: ...
+@overload
+def kmeans_assign(
+    x: Tensor,
+    centroids: Tensor | CentroidIndex,
+    *,
+    mode: _Mode = ...,
+    return_distance: Literal[True],
+    return_stats: Literal[True],
+    nonfinite: _Nonfinite = ...,
+) -> tuple[Tensor, Tensor, AssignStats]: ...
+def kmeans_assign(
+    x: Tensor,
+    centroids: Tensor | CentroidIndex,
+    *,
+    mode: _Mode = "exact",
     return_distance: bool = False,
     return_stats: bool = False,
-    nonfinite: Literal["label", "error"] = "label",
-) -> Tensor | tuple[Tensor | AssignStats, ...]:
+    nonfinite: _Nonfinite = "label",
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AssignStats] | tuple[Tensor, Tensor, AssignStats]:
     """Label each row with its nearest centroid (squared Euclidean distance).
 
     A product in low precision (16-bit integers on the CPU, float16 on a GPU) gives every distance within an error that
@@ -95,12 +139,10 @@ def kmeans_assign(
     )
     if nonfinite == "error":
         _require_finite(x, labels, counts)
-    out: list[Tensor | AssignStats] = [labels]
+    stats = AssignStats(*counts.unbind())
     if return_distance:
-        out.append(distance)
-    if return_stats:
-        out.append(AssignStats(*counts.unbind()))
-    return tuple(out) if len(out) > 1 else labels
+        return (labels, distance, stats) if return_stats else (labels, distance)
+    return (labels, stats) if return_stats else labels
 
 
 def _require_finite(x: Tensor, labels: Tensor, counts: Tensor) -> None:
@@ -108,8 +150,8 @@ def _require_finite(x: Tensor, labels: Tensor, counts: Tensor) -> None:
         return
     row = int((labels < 0).nonzero()[0])
     raise OpError(
-        f"kmeans_assign: {int(counts[2])} of {x.shape[0]} rows of x are not finite, the first is x[{row}]; mend them, or "
-        f'pass nonfinite="label" to give them label -1'
+        f"kmeans_assign: {int(counts[2])} of {x.shape[0]} rows of x are not finite, the first is x[{row}]; mend them, "
+        f'or pass nonfinite="label" to give them label -1'
     )
 
 
