@@ -188,12 +188,11 @@ class RowBlock {
     float low[kPanel];
     const CentroidTerms panel{a_.terms.scale + first, a_.terms.half_norm + first, a_.terms.norm + first,
                               a_.terms.residual + first};
-    const float high = loops_.ends(low, products_ + tile_row * kPanel, terms_[row], panel);
-    least_[row] = high < least_[row] ? high : least_[row];
-    for (uint32_t mask = masks_[tile_row]; mask != 0; mask &= mask - 1) {
+    uint32_t mask = loops_.ends(low, &least_[row], products_ + tile_row * kPanel, terms_[row], panel);
+    for (; mask != 0; mask &= mask - 1) {
       const int64_t j = __builtin_ctz(mask), k = first + j;
       if (k >= a_.num_clusters) return;
-      if (!(low[j] > least_[row])) candidates_[row].add({static_cast<int32_t>(k), low[j]}, least_[row]);
+      candidates_[row].add({static_cast<int32_t>(k), low[j]}, least_[row]);
     }
   }
 

@@ -35,8 +35,8 @@ struct KmeansLoops {
   // masks[panel][row]: which centroids (bits) of the panel have a lower end that is not above the row's `least`.
   void (*below)(const int32_t* products, const RowTerms* rows, const CentroidTerms& panel, const float* least,
                 uint32_t* masks);
-  // Of one row and a panel: low[kPanel], and the least upper end.
-  float (*ends)(float* low, const int32_t* products, const RowTerms& row, const CentroidTerms& panel);
+  // Of one row and a panel: low[kPanel]; lowers `least` to the least upper end; which centroids are not above it then.
+  uint32_t (*ends)(float* low, float* least, const int32_t* products, const RowTerms& row, const CentroidTerms& panel);
   // Codes of `value` [padded F], which is relative to the centre. `norm_share`: 1 / the norm that codes may have when
   // they are rounded.
   Quantised (*quantise)(int32_t* codes, const double* value, int64_t padded, double norm_share);

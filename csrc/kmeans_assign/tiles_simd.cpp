@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -91,7 +92,22 @@ inline float low_of(float product, float scale, float half_norm, float norm, flo
   return (half_norm * r.beta_low - z) - (norm * r.rho + residual * r.hat + r.eta);
 }
 
-float ends(float* low, const int32_t* products, const RowTerms& row, const CentroidTerms& c) {
+// Bits of the centroids that are not above `end`.
+inline uint32_t mask_of(const float* low, float end) {
+  int32_t is_below[kPanel];  // all ones or zero
+  for (int64_t k = 0; k < kPanel; ++k) is_below[k] = low[k] > end ? 0 : -1;
+#if defined(__AVX2__)
+  const auto* at = reinterpret_cast<const float*>(is_below);
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(at))) |
+         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(at + 8))) << 8;
+#else
+  uint32_t mask = 0;
+  for (int64_t k = 0; k < kPanel; ++k) mask |= (static_cast<uint32_t>(is_below[k]) & 1u) << k;
+  return mask;
+#endif
+}
+
+uint32_t ends(float* low, float* least, const int32_t* products, const RowTerms& row, const CentroidTerms& c) {
   const RowTerms r = row;
   float high[kPanel];
   for (int64_t k = 0; k < kPanel; ++k) {
@@ -100,9 +116,11 @@ float ends(float* low, const int32_t* products, const RowTerms& row, const Centr
     low[k] = (c.half_norm[k] * r.beta_low - z) - error;
     high[k] = (c.half_norm[k] * r.beta_high - z) + error;
   }
-  float least = high[0];
-  for (int64_t k = 1; k < kPanel; ++k) least = high[k] < least ? high[k] : least;
-  return least;
+  for (int64_t half = kPanel / 2; half > 0; half /= 2) {
+    for (int64_t k = 0; k < half; ++k) high[k] = high[k + half] < high[k] ? high[k + half] : high[k];
+  }
+  *least = high[0] < *least ? high[0] : *least;
+  return mask_of(low, *least);
 }
 
 void below(const int32_t* products, const RowTerms* rows, const CentroidTerms& c, const float* least, uint32_t* masks) {
@@ -110,23 +128,12 @@ void below(const int32_t* products, const RowTerms* rows, const CentroidTerms& c
     const int64_t from = panel * kPanel;
     for (int i = 0; i < kRows; ++i, products += kPanel, ++masks) {
       const RowTerms r = rows[i];
-      const float end = least[i];
-      int32_t is_below[kPanel];  // all ones or zero
+      float low[kPanel];
       for (int64_t j = 0; j < kPanel; ++j) {
         const int64_t k = from + j;
-        const float low =
-            low_of(static_cast<float>(products[j]), c.scale[k], c.half_norm[k], c.norm[k], c.residual[k], r);
-        is_below[j] = low > end ? 0 : -1;
+        low[j] = low_of(static_cast<float>(products[j]), c.scale[k], c.half_norm[k], c.norm[k], c.residual[k], r);
       }
-#if defined(__AVX2__)
-      const auto* at = reinterpret_cast<const __m256*>(is_below);
-      *masks = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(at)))) |
-               static_cast<uint32_t>(_mm256_movemask_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(at + 1)))) << 8;
-#else
-      uint32_t mask = 0;
-      for (int64_t j = 0; j < kPanel; ++j) mask |= (static_cast<uint32_t>(is_below[j]) & 1u) << j;
-      *masks = mask;
-#endif
+      *masks = mask_of(low, least[i]);
     }
   }
 }
@@ -187,23 +194,51 @@ void subtract(double* __restrict value, const T* __restrict x, const double* __r
 }
 
 template <typename T>
+inline Doubles load_wide(const T* from) {
+  if constexpr (std::is_same_v<T, float>) {
+    typedef float Floats __attribute__((vector_size(kVector * sizeof(float))));
+    Floats v;
+    std::memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, Doubles);
+  } else {
+    Doubles v;
+    for (int64_t j = 0; j < kVector; ++j) v[j] = static_cast<double>(widen(from[j]));
+    return v;
+  }
+}
+
+constexpr int64_t kSums = kDistanceLanes / kVector;
+
+template <typename T>
+inline void add_squares(Doubles (&sums)[kSums], const double* x, const T* centroid) {
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < kSums; ++j) {
+    const Doubles d = load(x + j * kVector) - load_wide(centroid + j * kVector);
+    sums[j] += d * d;
+  }
+}
+
+template <typename T>
 double distance(const double* __restrict x, const T* __restrict centroid, int64_t width) {
-  double lanes[kDistanceLanes] = {};
+  Doubles sums[kSums];
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < kSums; ++j) sums[j] = Doubles{};
   int64_t f = 0;
-  for (; f + kDistanceLanes <= width; f += kDistanceLanes) {
-    for (int64_t j = 0; j < kDistanceLanes; ++j) {
-      const double d = x[f + j] - static_cast<double>(widen(centroid[f + j]));
-      lanes[j] += d * d;
+  for (; f + kDistanceLanes <= width; f += kDistanceLanes) add_squares(sums, x + f, centroid + f);
+  if (f < width) {
+    double rest_x[kDistanceLanes] = {}, rest[kDistanceLanes] = {};
+    for (int64_t j = 0; f + j < width; ++j) {
+      rest_x[j] = x[f + j];
+      rest[j] = static_cast<double>(widen(centroid[f + j]));
     }
+    add_squares(sums, rest_x, rest);
   }
-  for (int64_t j = 0; f + j < width; ++j) {
-    const double d = x[f + j] - static_cast<double>(widen(centroid[f + j]));
-    lanes[j] += d * d;
+#pragma GCC unroll 8
+  for (int64_t step = kSums / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < step; ++j) sums[j] += sums[j + step];
   }
-  for (int64_t step = kDistanceLanes / 2; step > 0; step /= 2) {
-    for (int64_t j = 0; j < step; ++j) lanes[j] += lanes[j + step];
-  }
-  return lanes[0];
+  return (sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3]);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ def rounded(value, offset, step):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (40, 5, 3), (300, 3, 7), (150, 130, 2), (9, 2, 50)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (40, 5, 3), (300, 3, 7), (150, 130, 2), (9, 2, 50), (40, 90, 400)])
 def test_sums_are_exact(device, shape, dtype):
     num_rows, width, num_clusters = shape
     x, labels, offset, step = make(*shape, dtype)
@@ -46,12 +46,15 @@ def test_sums_are_exact(device, shape, dtype):
     assert on_device[4].tolist() == [[float(v) for v in row] for row in want]
 
 
-def test_order_blocks_and_threads_change_no_bit():
-    x, labels, offset, step = make(3000, 70, 11)
+@pytest.mark.parametrize("num_clusters", [11, 700])
+def test_order_blocks_and_threads_change_no_bit(num_clusters):
+    """Few clusters and many, whose sums leave the cache."""
+    x, labels, offset, step = make(3000, 70, num_clusters)
     results, before = [], torch.get_num_threads()
     for threads, pieces, order in ((1, 1, None), (2, 1, None), (3, 7, None), (2, 4, torch.randperm(3000))):
         torch.set_num_threads(threads)
-        sums, counts = torch.zeros(11, 70, dtype=torch.float64), torch.zeros(11, dtype=torch.int64)
+        sums = torch.zeros(num_clusters, 70, dtype=torch.float64)
+        counts = torch.zeros(num_clusters, dtype=torch.int64)
         rows = torch.arange(3000) if order is None else order
         for part in rows.chunk(pieces):
             kmeans_sums(x[part], labels[part], offset, step, sums, counts)

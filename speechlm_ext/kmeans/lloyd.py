@@ -81,13 +81,21 @@ class Walk:
     farthest: Farthest
 
 
-def walk(data: Data, centers: Tensor, *, labels_out: Tensor | None = None, what: str = "k-means") -> Walk:
+def walk(
+    data: Data,
+    centers: Tensor,
+    *,
+    labels_out: Tensor | None = None,
+    with_farthest: bool = False,
+    what: str = "k-means",
+) -> Walk:
     """Assign all rows.
 
     Args:
         data: the rows.
         centers: ``[K, F]``.
         labels_out: int32 of this rank's rows, filled with their labels; -1 for rows that are not finite.
+        with_farthest: also find the rows for clusters that are empty.
         what: name of the walk in a progress bar.
     """
     num_clusters, width = centers.shape
@@ -101,7 +109,8 @@ def walk(data: Data, centers: Tensor, *, labels_out: Tensor | None = None, what:
         labels, squared = kmeans_assign(block, index, return_distance=True)
         add_cluster_sums(block, labels, sums, counts, data.grid)
         inertia += to_grid(squared.nan_to_num(nan=0.0).double(), step).sum()
-        farthest.add(block, labels, squared)
+        if with_farthest:
+            farthest.add(block, labels, squared)
         if labels_out is not None:
             labels_out[first : first + block.shape[0]] = labels
     data.ranks.sum_(sums, counts, inertia)
@@ -161,7 +170,10 @@ def lloyd_step(data: Data, state: State, *, max_iter: int, tolerance: float) -> 
         max_iter: iterations after which it is done.
         tolerance: squared shift of all centroids up to which it is done; it also is when no centroid moved.
     """
-    result = walk(data, state.centers, what=f"k-means {state.iteration + 1}")
+    what = f"k-means {state.iteration + 1}"
+    result = walk(data, state.centers, what=what)
+    if bool((result.counts == 0).any()):  # seldom: once more, for the rows that they take
+        result = walk(data, state.centers, with_farthest=True, what=what)
     num_empty = reseed_empty(data, result)
     old = state.centers.double()
     means = data.grid.offset + result.sums / result.counts.clamp(min=1)[:, None]
