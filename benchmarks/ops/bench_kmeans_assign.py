@@ -16,6 +16,11 @@ import torch
 
 import speechlm_ext as sx
 from benchmarks.harness import compare, devices
+from speechlm_ext.kmeans.lloyd import lloyd_step
+from speechlm_ext.kmeans.ranks import Ranks
+from speechlm_ext.kmeans.sources import ArraySource
+from speechlm_ext.kmeans.state import State
+from speechlm_ext.kmeans.survey import survey
 from speechlm_ext.ops._native import native
 from speechlm_ext.ops.kmeans_assign import _multiply
 from speechlm_ext.ops.reference.kmeans_assign import kmeans_assign as direct
@@ -146,4 +151,82 @@ def test_bench(benchmark, shape, device):
         reranked_share=float(stats.num_reranked) / sizes.N,
         wrong=wrong,
         flops=2 * sizes.N * sizes.F * sizes.K,
+    )
+
+
+def iteration_rivals(x: torch.Tensor, centroids: torch.Tensor, device: str) -> dict[str, Any]:
+    """Name -> one iteration of Lloyd's algorithm, which gives the new centroids."""
+    if device == "cuda":
+        if not importlib.util.find_spec("flash_kmeans"):
+            return {}
+        from flash_kmeans import batch_kmeans_Euclid
+
+        return {
+            "flash_kmeans": lambda: batch_kmeans_Euclid(
+                x[None], len(centroids), max_iters=1, init_centroids=centroids[None]
+            )[1][0]
+        }
+    import numpy as np
+    from sklearn.cluster._k_means_lloyd import lloyd_iter_chunked_dense
+    from threadpoolctl import threadpool_limits
+
+    rows, start, threads = x.numpy(), centroids.numpy(), torch.get_num_threads()
+    weights = np.ones(len(rows), np.float32)
+
+    def scikit_learn() -> torch.Tensor:
+        new, counts = np.zeros_like(start), np.zeros(len(start), np.float32)
+        labels, shift = np.full(len(rows), -1, np.int32), np.zeros(len(start), np.float32)
+        with threadpool_limits(limits=1, user_api="blas"):  # as its fit does it: threads over rows
+            lloyd_iter_chunked_dense(rows, weights, start, new, counts, labels, shift, threads)
+        return torch.from_numpy(new)
+
+    rivals = {"scikit_learn": scikit_learn}
+    if importlib.util.find_spec("faiss"):
+        import faiss
+
+        faiss.omp_set_num_threads(threads)
+
+        def by_faiss() -> torch.Tensor:
+            fit = faiss.Kmeans(
+                x.shape[1], len(start), niter=1, max_points_per_centroid=len(rows), min_points_per_centroid=1
+            )
+            fit.train(rows, init_centroids=start)
+            return torch.from_numpy(fit.centroids)
+
+        rivals["faiss"] = by_faiss
+    return rivals
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("shape", ["whisper_base", "ssl_clusters", "ssl_million"])
+def test_bench_lloyd_iteration(benchmark, shape, device):
+    """Assignment with distances, the sums of the clusters and the new centroids."""
+    sizes = SHAPES[shape]
+    if sizes.N >= 1_000_000 and device == "cpu":
+        pytest.skip("a shape for GPUs")
+    x, _ = make_inputs(sizes, device)
+    centroids = x[torch.randperm(sizes.N, device=device)[: sizes.K]].clone()  # none is empty
+    data = survey(ArraySource(x), Ranks(), progress=False)
+
+    def ours() -> torch.Tensor:
+        state = State(centroids, torch.zeros(sizes.K, dtype=torch.float64, device=device))
+        lloyd_step(data, state, max_iter=10, tolerance=0.0)
+        return state.centers
+
+    want = ours()
+
+    def check(name: str, new: torch.Tensor) -> None:
+        different = (new.to(want.device) - want).norm(dim=1) > 1e-3 * want.norm(dim=1)
+        assert int(different.sum()) <= sizes.K // 20, f"{name} computes something else"
+
+    compare(
+        benchmark,
+        op="kmeans_assign",
+        shape=f"{shape}_lloyd",
+        device=device,
+        ours=ours,
+        rivals=iteration_rivals(x, centroids, device),
+        check=check,
+        limit=lambda: sx.ops.kmeans_assign(x, centroids),
+        rounds=5,
     )

@@ -27,7 +27,9 @@ def rounded(value, offset, step):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (40, 5, 3), (300, 3, 7), (150, 130, 2), (9, 2, 50), (40, 90, 400)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (40, 5, 3), (300, 3, 7), (150, 130, 2), (9, 2, 50), (40, 90, 400)]
+)
 def test_sums_are_exact(device, shape, dtype):
     num_rows, width, num_clusters = shape
     x, labels, offset, step = make(*shape, dtype)

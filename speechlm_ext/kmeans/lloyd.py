@@ -16,6 +16,7 @@ from torch import Tensor
 from speechlm_ext.kmeans.state import State, Step
 from speechlm_ext.kmeans.sums import add_cluster_sums, exact_sum, grid_step, to_grid
 from speechlm_ext.kmeans.survey import Data
+from speechlm_ext.ops._memory import lazy_zeros
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 
 
@@ -101,7 +102,10 @@ def walk(
     num_clusters, width = centers.shape
     index = CentroidIndex.build(centers.to(data.work_dtype))
     step = grid_step(_farthest_possible(data, centers), data.num_rows)
-    sums = torch.zeros(num_clusters, width, dtype=torch.float64, device=data.device)
+    if data.device.type == "cpu":
+        sums = lazy_zeros(num_clusters, width, torch.float64)
+    else:
+        sums = torch.zeros(num_clusters, width, dtype=torch.float64, device=data.device)
     counts = torch.zeros(num_clusters, dtype=torch.int64, device=data.device)
     inertia = torch.zeros((), dtype=torch.float64, device=data.device)
     farthest = Farthest(num_clusters, width, data.work_dtype, data.device)
@@ -119,8 +123,8 @@ def walk(
 
 def _farthest_possible(data: Data, centers: Tensor) -> Tensor:
     """No row is farther than this, squared, from the nearest centroid: from box to box, float64 0-dimensional."""
-    low, high = centers.double().aminmax(dim=0)
-    reach = torch.maximum((data.high - low).abs(), (high - data.low).abs())
+    low, high = centers.amin(dim=0), centers.amax(dim=0)  # aminmax takes three times as long
+    reach = torch.maximum((data.high - low.double()).abs(), (high.double() - data.low).abs())
     # Twice, for what the distance's own rounding adds. On the CPU for one order of addition.
     return torch.tensor(2 * sum(reach.square().tolist()), dtype=torch.float64, device=data.device)
 
@@ -161,6 +165,23 @@ def reseed_empty(data: Data, result: Walk) -> int:
     return len(empty)
 
 
+def _means(data: Data, result: Walk, old: Tensor) -> tuple[Tensor, float]:
+    """The new centroids, and their squared shift; a cluster without rows stays where it was."""
+    new, shifts = torch.empty_like(old), torch.empty(old.shape[0], dtype=torch.float64, device=old.device)
+    # On the CPU a part at a time, which stays in cache.
+    rows = max(1, (1 << 17) // old.shape[1]) if old.device.type == "cpu" else old.shape[0]
+    for start in range(0, old.shape[0], rows):
+        at = slice(start, start + rows)
+        counts = result.counts[at, None]
+        before = old[at].double()
+        means = torch.where(counts > 0, result.sums[at] / counts.clamp(min=1) + data.grid.offset, before)
+        new[at] = means
+        # Rows are summed by one thread each, in one order.
+        shifts[at] = (new[at].double() - before).square_().sum(dim=1)
+    # The decision to stop must not hang on the order of addition.
+    return new, float(exact_sum(shifts))
+
+
 def lloyd_step(data: Data, state: State, *, max_iter: int, tolerance: float) -> Step:
     """One iteration, in place.
 
@@ -175,11 +196,7 @@ def lloyd_step(data: Data, state: State, *, max_iter: int, tolerance: float) -> 
     if bool((result.counts == 0).any()):  # seldom: once more, for the rows that they take
         result = walk(data, state.centers, with_farthest=True, what=what)
     num_empty = reseed_empty(data, result)
-    old = state.centers.double()
-    means = data.grid.offset + result.sums / result.counts.clamp(min=1)[:, None]
-    new = torch.where((result.counts > 0)[:, None], means, old).to(state.centers.dtype)
-    # Squares of single features, summed exactly: the decision to stop does not hang on the order of addition.
-    shift = float(exact_sum((new.double() - old).square()))
+    new, shift = _means(data, result, state.centers)
     state.history.append(result.inertia)
     state.iteration += 1
     state.done = shift <= tolerance or state.iteration >= max_iter

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops._memory import empty_in_huge_pages
 from speechlm_ext.ops._native import LIBRARY, OpError, check, describe, native
 
 #: On the CPU, centroids whose codes lie together, and what the number of all is padded to (csrc/kmeans_assign).
 _PANEL, _MULTIPLE = 16, 32
 #: Half norm of a copy of an earlier centroid, and of padding: never the least.
 _NEVER = 1e30
+#: A centroid that lies so many times as far out as the median one draws the mean out of the others' midst.
+_FAR = 64
 _SLACK = 1 + 2.0**-20  # for ends that must not be rounded down
 
 LIBRARY.define("kmeans_index(Tensor centroids) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -73,31 +76,44 @@ def _check_finite(centroids: Tensor) -> None:
     )
 
 
-def _centre(centroids: Tensor) -> Tensor:
-    """float64 ``[F]``. Any centre keeps the labels; one amid the centroids keeps the bounds narrow. The mean is that,
-    unless a few centroids far away draw it out of the others' midst."""
-    mean = centroids.mean(0)
-    norms = torch.linalg.vector_norm(centroids - mean, dim=1)
-    inner = centroids[norms.argsort()[: centroids.shape[0] // 2 + 1]].mean(0)
-    centre = torch.where(norms.max() > 64 * norms.median(), inner, mean).double()
-    return torch.where(centre.isfinite(), centre, 0.0)  # sums of float32 may overflow
+def _inner_mean(centroids: Tensor, norms: Tensor) -> Tensor:
+    """Mean of the half of the centroids whose ``norms`` are the least."""
+    return centroids[norms.argsort()[: centroids.shape[0] // 2 + 1]].mean(0)
+
+
+def _as_centre(mean: Tensor) -> Tensor:
+    """float64 ``[F]``. Any centre keeps the labels; one amid the centroids keeps the bounds narrow."""
+    return torch.where(mean.isfinite(), mean.double(), 0.0)  # sums of float32 may overflow
 
 
 def _index_cpu(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_finite(centroids)
     num_clusters, width = centroids.shape
     padded = -(-num_clusters // _MULTIPLE) * _MULTIPLE
-    codes = torch.empty(padded // _PANEL, (width + 1) // 2, _PANEL, dtype=torch.int32)
-    terms, centre = torch.empty(4, padded), _centre(centroids)
-    unit = torch.empty(1, dtype=torch.float64)
-    native.kmeans_index(centroids, centre, codes, terms, unit, torch.get_num_threads())
+    pairs = (width + 1) // 2
+    # The tiles run through the codes from end to end: in small pages the processor would look each of them up.
+    codes = empty_in_huge_pages(padded // _PANEL, pairs * _PANEL, torch.int32).view(-1, pairs, _PANEL)
+    terms, unit = torch.empty(4, padded), torch.empty(1, dtype=torch.float64)
+    norms = terms[2, :num_clusters]
+
+    def fill(centre: Tensor) -> None:
+        native.kmeans_index(centroids, centre, codes, terms, unit, torch.get_num_threads())
+
+    centre = _as_centre(centroids.mean(0))
+    fill(centre)
+    if not bool(norms.isfinite().all()):
+        _check_finite(centroids)
+    elif bool(norms.median() * _FAR < norms.max()):
+        centre = _as_centre(_inner_mean(centroids, norms))
+        fill(centre)
     return codes, terms, centre, unit
 
 
 def _index_cuda(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_finite(centroids)
     num_clusters, width = centroids.shape
-    centre = _centre(centroids)
+    mean = centroids.mean(0)
+    norms = torch.linalg.vector_norm(centroids - mean, dim=1)
+    centre = _as_centre(torch.where(norms.max() > _FAR * norms.median(), _inner_mean(centroids, norms), mean))
     value = centroids.double() - centre
     norm = torch.linalg.vector_norm(value, dim=1)
     largest = value.abs().amax(dim=1)
