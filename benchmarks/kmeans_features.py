@@ -9,7 +9,8 @@ in Markdown, and written as JSON:
 - agreement: share of rows where scikit-learn's predict and where the float64 argmin, on our centroids, say the same as
   kmeans_assign; the latter must be 1, or the script fails
 - re-ranked: share of rows that kmeans_assign settles in float64
-- inertia: ours / scikit-learn's, both summed in float64
+- inertia: ours / scikit-learn's, both summed in float64; of fits to the features as they are, where scikit-learn's
+  labels are those of float32 and the two paths part, and of fits to the features in float64
 - times: of fit and of labelling all rows, the better of two runs, on as many threads as --threads says
 """
 
@@ -35,7 +36,7 @@ from speechlm_ext.utils.io import atomic_write_json  # noqa: E402
 
 COLUMNS = (
     "features", "rows", "F", "K", "PNMI", "phone purity", "cluster purity", "PNMI scikit-learn", "= predict",
-    "= float64", "re-ranked", "inertia ratio", "fit", "scikit-learn", "assign", "predict",
+    "= float64", "re-ranked", "inertia ratio", "of float64 fits", "fit", "scikit-learn", "assign", "predict",
 )  # fmt: skip
 
 
@@ -98,6 +99,13 @@ def measure(
         rival, rival_seconds = best_of_two(
             lambda: Rival(num_clusters, init=start, n_init=1, max_iter=iterations, tol=0.0).fit(x)
         )
+        wide = KMeans(num_clusters, init=start, max_iter=iterations, tol=0.0, progress=False).fit(
+            tensor.double()
+        )
+        rival_wide = Rival(
+            num_clusters, init=start.astype(np.float64), n_init=1, max_iter=iterations, tol=0.0
+        )
+        rival_wide.fit(x.astype(np.float64))
         centroids = ours.cluster_centers_
         index = CentroidIndex.build(centroids)
         (labels, stats), assign_seconds = best_of_two(
@@ -122,6 +130,7 @@ def measure(
         "float64_agreement": float((nearest_float64(tensor, centroids) == labels).mean()),
         "reranked_share": int(stats.num_reranked) / len(x),
         "inertia_ratio": inertia(tensor, centroids, labels) / inertia(tensor, rival_centroids, rival_labels),
+        "float64_inertia_ratio": float(wide.inertia_) / float(rival_wide.inertia_),
         "iterations": int(ours.n_iter_),
         "sklearn_iterations": int(rival.n_iter_),
         "fit_seconds": our_seconds,
@@ -166,6 +175,7 @@ def row(f: dict[str, Any]) -> str:
         f["features"], f"{f['rows']:,}", f["F"], f["K"], f"{f['pnmi']:.4f}", f"{f['phone_purity']:.4f}",
         f"{f['cluster_purity']:.4f}", f"{f['sklearn_pnmi']:.4f}", f"{f['sklearn_agreement']:.6f}",
         f"{f['float64_agreement']:.6f}", f"{f['reranked_share']:.2%}", f"{f['inertia_ratio']:.9f}",
+        f"{f['float64_inertia_ratio']:.9f}",
         f"{f['fit_seconds']:.2f} s", f"{f['sklearn_fit_seconds']:.2f} s", f"{f['assign_seconds']:.3f} s",
         f"{f['predict_seconds']:.3f} s",
     ]  # fmt: skip
