@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py 
 CXX_FILES := $(shell find csrc python_tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev build demo test test-gpu bench bench-growth bench-features bench-report gpu-check fmt lint compile-gate sanitize doctor clean
+.PHONY: help venv dev build demo test test-gpu bench bench-growth bench-exactness bench-features bench-report gpu-check fmt lint compile-gate sanitize doctor clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,6 +68,7 @@ test-gpu: dev    ## the tests that need a GPU
 bench: dev       ## benchmarks of the ops, or of one (OP=delay_pack), into benchmarks/out/<op>.json
 	@mkdir -p benchmarks/out
 	@$(BIN)/pip install -q --no-deps audiocraft==1.3.0 || echo "audiocraft, a rival, cannot be had here: left out"
+	@$(BIN)/pip install -q faiss-cpu scikit-learn || echo "faiss or scikit-learn, rivals, cannot be had here: left out"
 	@for file in benchmarks/ops/$(if $(OP),bench_$(OP).py,bench_*.py); do \
 	  op=$$(basename $$file .py); \
 	  $(BIN)/python -m pytest $$file -o python_files='bench_*.py' --benchmark-enable --benchmark-only -q \
@@ -77,6 +78,9 @@ bench: dev       ## benchmarks of the ops, or of one (OP=delay_pack), into bench
 
 bench-growth: dev  ## how multistream_loss grows with rows, vocabulary and streams: tables, and a picture in docs/
 	@$(BIN)/python benchmarks/loss_growth.py
+
+bench-exactness: dev  ## labels of K-Means that differ from float64's, ours and others', on easy and hostile data
+	@$(BIN)/python benchmarks/kmeans_exactness.py $(ARGS)
 
 bench-features: dev  ## K-Means on features of real speech against scikit-learn (FEATURES=folder of .npy and _phones.npy)
 	@$(BIN)/pip install -q scikit-learn

@@ -27,6 +27,7 @@ def main(device: str = "cuda") -> None:
             ids, table, features=features, feature_positions=positions, sparse=True
         ).sum().backward()
     loss(device)
+    kmeans(device)
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -50,6 +51,19 @@ def loss(device: str) -> None:
                 *parts[:2], targets, weights, scopes=scopes, stream_embed=parts[2], bias=parts[3], **options
             )
             (out.loss_sum if out.token_nll is None else out.token_nll.sum()).backward()
+
+
+def kmeans(device: str) -> None:
+    """kmeans_assign in every dtype: near ties, copies, rows that are not finite, more candidates than a list holds; and
+    an iteration of K-Means."""
+    centroids = torch.randn(700, 33, device=device)
+    centroids[650:] = centroids[:50]
+    x = torch.cat([torch.randn(200, 33, device=device), (centroids[:50] + centroids[50:100]) / 2])
+    x[3, 2], x[7] = float("nan"), 1e16
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for mode in ("exact", "fast"):
+            sx.ops.kmeans_assign(x.to(dtype), centroids, mode=mode, return_distance=True)  # type: ignore[call-overload]
+        sx.KMeans(20, init="random", max_iter=2, nonfinite="drop", progress=False).fit(x[8:].to(dtype))
 
 
 if __name__ == "__main__":

@@ -95,11 +95,12 @@ def rivals_of(x: torch.Tensor, centroids: torch.Tensor, device: str) -> dict[str
         index = faiss.IndexFlatL2(x.shape[1])
         index.add(centroids_numpy)
         rivals["faiss"] = lambda: torch.from_numpy(index.search(x_numpy, 1)[1][:, 0])
-    from sklearn.cluster import KMeans
+    if importlib.util.find_spec("sklearn"):
+        from sklearn.cluster import KMeans
 
-    fitted = KMeans(len(centroids), init=centroids_numpy, n_init=1, max_iter=1).fit(centroids_numpy)
-    fitted.cluster_centers_ = centroids_numpy
-    rivals["scikit_learn"] = lambda: torch.from_numpy(fitted.predict(x_numpy))
+        fitted = KMeans(len(centroids), init=centroids_numpy, n_init=1, max_iter=1).fit(centroids_numpy)
+        fitted.cluster_centers_ = centroids_numpy
+        rivals["scikit_learn"] = lambda: torch.from_numpy(fitted.predict(x_numpy))
     return rivals
 
 

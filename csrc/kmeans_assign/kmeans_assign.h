@@ -21,6 +21,9 @@ constexpr int64_t kPanel = 16;  // centroids whose codes lie together on the CPU
 
 // Multiples of 2^-24 that each bound gets for the roundings of its own arithmetic in float, counted in the docs.
 constexpr double kFloatSlack = 16;
+// And what is added for numbers below float's normal ones, which may count as 0: a product of codes has up to 2^31
+// times a scale of up to 2^-126.
+constexpr double kFloatFloor = 4e-33;
 // The norm that codes of 16 bits may have: the product of two is below 2^31.
 constexpr double kMostCodeNorm = 46340;
 

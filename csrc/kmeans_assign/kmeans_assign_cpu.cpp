@@ -119,7 +119,7 @@ RowTerms terms_of(const Quantised& q, double unit, int64_t width, bool exact) {
   r.rho = static_cast<float>((q.residual + 2 * kSlack * q.hat) * inverse * kUp);
   r.hat = static_cast<float>(q.hat * inverse * kUp);
   const double direct = 0x1p-52 * static_cast<double>(width + 8) * (q.norm / unit) * (q.norm * inverse);
-  r.eta = static_cast<float>(direct * kUp + 1e-36);  // 1e-36: what floats lose below their normal numbers
+  r.eta = static_cast<float>(direct * kUp + kFloatFloor);
   return r;
 }
 

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const KmeansRowsArgs<T> 
         r.rho = static_cast<float>((residual + 2 * (kSlack + product_error(a.width)) * hat) / most * kUp);
         r.hat = static_cast<float>(hat / most * kUp);
         const double direct = 0x1p-52 * static_cast<double>(a.width + 8) * (norm / unit) * (norm / most);
-        r.eta = static_cast<float>(direct * kUp + 1e-36);
+        r.eta = static_cast<float>(direct * kUp + kFloatFloor);
       }
     }
     a.terms[n] = r;
