@@ -12,36 +12,37 @@ constexpr int kPiece = 128;    // rows
 constexpr int kAtOnce = 8;     // rows whose values are on their way together
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sums_kernel(const KmeansSumsArgs<T> a, const int64_t* order) {
+// Eight blocks a multiprocessor: without this the compiler aims at more of them, and spills.
+__global__ void __launch_bounds__(kThreads, 8) sums_kernel(const KmeansSumsArgs<T> a, const int64_t* order) {
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   if (column >= a.width) return;
   const double offset = a.offset[column], rounder = a.step[column] * kRounder;
   for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kPiece; begin < a.num_rows;
        begin += static_cast<int64_t>(gridDim.x) * kPiece) {
     const int64_t end = min(begin + kPiece, a.num_rows);
-    int64_t cluster = -1;
+    int32_t cluster = -1;
     double sum = 0;
     for (int64_t first = begin; first < end; first += kAtOnce) {
-      int64_t label[kAtOnce];
+      int32_t label[kAtOnce];
       double value[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int64_t n = order[min(first + i, end - 1)];
-        label[i] = first + i < end ? static_cast<int64_t>(a.labels[n]) : -1;
+        label[i] = first + i < end ? a.labels[n] : -1;
         value[i] = static_cast<double>(widen(a.x[n * a.width + column]));
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (label[i] < 0 || label[i] >= a.num_clusters) continue;
         if (label[i] != cluster) {
-          if (cluster >= 0) atomicAdd(a.sums + cluster * a.width + column, sum);
+          if (cluster >= 0) atomicAdd(a.sums + static_cast<int64_t>(cluster) * a.width + column, sum);
           cluster = label[i];
           sum = 0;
         }
         sum += ((value[i] - offset) + rounder) - rounder;
       }
     }
-    if (cluster >= 0) atomicAdd(a.sums + cluster * a.width + column, sum);
+    if (cluster >= 0) atomicAdd(a.sums + static_cast<int64_t>(cluster) * a.width + column, sum);
   }
 }
 
