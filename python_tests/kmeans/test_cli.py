@@ -333,6 +333,32 @@ def test_units_files(tmp_path):
     assert deduplicated(np.zeros(0, int)).tolist() == []
 
 
+@pytest.mark.parametrize("name", ["features", "checkpoint", "kmeans.json"])
+def test_fit_leaves_alone_what_is_not_its_own(features, tmp_path, name, capsys):
+    (tmp_path / name).mkdir()
+    np.save(tmp_path / name / "a.npy", np.load(features / "a.npy"))
+    words = ["fit", "--features", tmp_path / name, "--n_clusters", 4, "--output", tmp_path]
+    assert kmeans(*words) == 2 and f"holds a {name} that another command wrote" in capsys.readouterr().err
+    assert (tmp_path / name / "a.npy").is_file() and not (tmp_path / "fit.json").exists()
+
+
+def test_assign_leaves_alone_what_is_not_its_own(units, features, tmp_path, capsys):
+    def is_refused(path: Path, *words: object) -> bool:
+        return kmeans("assign", *words) == 2 and f"{path} is there already" in capsys.readouterr().err
+
+    words = ["--kmeans", units, "--audio", MANIFEST, "--output", tmp_path]
+    (tmp_path / "units.txt").write_text("mine")
+    assert is_refused(tmp_path / "units.txt", *words)
+    assert (tmp_path / "units.txt").read_text() == "mine"
+    (tmp_path / "units.txt").unlink()
+    (tmp_path / "parts").mkdir()
+    assert is_refused(tmp_path / "parts", *words)
+    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output", tmp_path / "u") == 0
+    np.save(tmp_path / "b.npy", np.zeros((3, 2)))
+    words = ["--kmeans", tmp_path / "u", "--features", features, "--output", tmp_path]
+    assert is_refused(tmp_path / "b.npy", *words)
+
+
 # ---- inspect -----------------------------------------------------------------------------------------------
 def test_inspect(units, tmp_path, capsys):
     assert kmeans("inspect", "--kmeans", units, "--plot", tmp_path / "p.svg") == 0
