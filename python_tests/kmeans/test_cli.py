@@ -15,6 +15,7 @@ from python_tests.tokenizers import hf_models
 from speechlm_ext.cli import main
 from speechlm_ext.kmeans import KMeans, cli_fit
 from speechlm_ext.kmeans.cli_inspect import nearest_pairs
+from speechlm_ext.kmeans.convert import from_centroids
 from speechlm_ext.kmeans.unit_files import deduplicated, unit_writer
 from speechlm_ext.tokenizers.encoder_kmeans import EncoderKMeans
 from speechlm_ext.tokenizers.encoders import build_encoder
@@ -373,6 +374,19 @@ def test_inspect(units, tmp_path, capsys):
     i, j = sorted(divmod(int(distance.argmin()), 20))
     assert f"nearest       {i} and {j} " in printed
     assert b"<svg" in (tmp_path / "p.svg").read_bytes()
+
+
+@pytest.mark.parametrize("counts", [None, [3, 0, 5]])
+def test_inspect_of_imported_units(tmp_path, counts, capsys):
+    from_centroids(np.eye(3, 4), counts=None if counts is None else np.array(counts)).save(tmp_path)
+    assert kmeans("inspect", "--kmeans", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "3 of 4 features" in printed and "0 and 1 (1.414 apart)" in printed
+    if counts is None:
+        assert "usage         not recorded" in printed and not (tmp_path / "usage.svg").exists()
+    else:
+        assert "8 frames, 0 iterations, inertia not recorded" in printed and "1 clusters without" in printed
+        assert (tmp_path / "usage.svg").is_file()
 
 
 def test_nearest_pairs():
