@@ -242,6 +242,24 @@ def test_assign_shards(features, tmp_path, capsys):
     assert (tmp_path / "l" / "a.npy").stat().st_mtime_ns == before and (tmp_path / "l" / "b.npy").is_file()
 
 
+def test_labels_of_shards_that_have_changed_are_refused(features, tmp_path, capsys):
+    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output", tmp_path / "u") == 0
+    x = np.load(features / "a.npy")
+    np.save(tmp_path / "a.npy", x)
+    words = [
+        "assign",
+        "--kmeans",
+        tmp_path / "u",
+        "--features",
+        tmp_path / "a.npy",
+        "--output",
+        tmp_path / "l",
+    ]
+    assert kmeans(*words) == 0
+    np.save(tmp_path / "a.npy", x[::-1].copy())  # the same name and size
+    assert kmeans(*words) == 2 and "its inputs differs" in capsys.readouterr().err
+
+
 def test_fairseqs_lengths_give_its_labels(features, tmp_path, capsys):
     assert kmeans("fit", "--features", features, "--n_clusters", 8, "--output", tmp_path / "u") == 0
     np.save(tmp_path / "x.npy", np.load(features / "a.npy"))

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.audio import AudioJob, AudioPool, file_size, find_audio, recording_rows
+from speechlm_ext.kmeans.audio import AudioJob, AudioPool, find_audio, recording_rows
 from speechlm_ext.kmeans.cli_fit import REJECTED, resolve_device
+from speechlm_ext.kmeans.shards import content_key
 from speechlm_ext.kmeans.sources import FeatureSource, ShardSource, open_source
 from speechlm_ext.kmeans.unit_files import SUFFIXES, Format, deduplicated, unit_writer
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
@@ -108,7 +109,7 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
             "Choose another output, or one folder of shards at a time."
         )
     lines = [t.with_suffix(".km") for path, t in targets.items() if path.with_suffix(".len").is_file()]
-    _claim(cfg, out, [[path.name, file_size(path)] for path in paths], [*targets.values(), *lines])
+    _claim(cfg, out, [[path.name, *content_key(path)] for path in paths], [*targets.values(), *lines])
     todo = [path for path in paths if not targets[path].is_file()]
     index = CentroidIndex.build(kmeans.cluster_centers_.to(device))
     total = sum(shard.num_rows for shard in source.shards if shard.path in todo)
