@@ -15,6 +15,7 @@ from python_tests.tokenizers import hf_models
 from speechlm_ext.cli import main
 from speechlm_ext.kmeans import KMeans, cli_fit
 from speechlm_ext.kmeans.cli_inspect import nearest_pairs
+from speechlm_ext.kmeans.convert import from_centroids
 from speechlm_ext.kmeans.unit_files import deduplicated, unit_writer
 from speechlm_ext.tokenizers.encoder_kmeans import EncoderKMeans
 from speechlm_ext.tokenizers.encoders import build_encoder
@@ -241,6 +242,24 @@ def test_assign_shards(features, tmp_path, capsys):
     assert (tmp_path / "l" / "a.npy").stat().st_mtime_ns == before and (tmp_path / "l" / "b.npy").is_file()
 
 
+def test_labels_of_shards_that_have_changed_are_refused(features, tmp_path, capsys):
+    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output", tmp_path / "u") == 0
+    x = np.load(features / "a.npy")
+    np.save(tmp_path / "a.npy", x)
+    words = [
+        "assign",
+        "--kmeans",
+        tmp_path / "u",
+        "--features",
+        tmp_path / "a.npy",
+        "--output",
+        tmp_path / "l",
+    ]
+    assert kmeans(*words) == 0
+    np.save(tmp_path / "a.npy", x[::-1].copy())  # the same name and size
+    assert kmeans(*words) == 2 and "its inputs differs" in capsys.readouterr().err
+
+
 def test_fairseqs_lengths_give_its_labels(features, tmp_path, capsys):
     assert kmeans("fit", "--features", features, "--n_clusters", 8, "--output", tmp_path / "u") == 0
     np.save(tmp_path / "x.npy", np.load(features / "a.npy"))
@@ -333,6 +352,32 @@ def test_units_files(tmp_path):
     assert deduplicated(np.zeros(0, int)).tolist() == []
 
 
+@pytest.mark.parametrize("name", ["features", "checkpoint", "kmeans.json"])
+def test_fit_leaves_alone_what_is_not_its_own(features, tmp_path, name, capsys):
+    (tmp_path / name).mkdir()
+    np.save(tmp_path / name / "a.npy", np.load(features / "a.npy"))
+    words = ["fit", "--features", tmp_path / name, "--n_clusters", 4, "--output", tmp_path]
+    assert kmeans(*words) == 2 and f"holds a {name} that another command wrote" in capsys.readouterr().err
+    assert (tmp_path / name / "a.npy").is_file() and not (tmp_path / "fit.json").exists()
+
+
+def test_assign_leaves_alone_what_is_not_its_own(units, features, tmp_path, capsys):
+    def is_refused(path: Path, *words: object) -> bool:
+        return kmeans("assign", *words) == 2 and f"{path} is there already" in capsys.readouterr().err
+
+    words = ["--kmeans", units, "--audio", MANIFEST, "--output", tmp_path]
+    (tmp_path / "units.txt").write_text("mine")
+    assert is_refused(tmp_path / "units.txt", *words)
+    assert (tmp_path / "units.txt").read_text() == "mine"
+    (tmp_path / "units.txt").unlink()
+    (tmp_path / "parts").mkdir()
+    assert is_refused(tmp_path / "parts", *words)
+    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output", tmp_path / "u") == 0
+    np.save(tmp_path / "b.npy", np.zeros((3, 2)))
+    words = ["--kmeans", tmp_path / "u", "--features", features, "--output", tmp_path]
+    assert is_refused(tmp_path / "b.npy", *words)
+
+
 # ---- inspect -----------------------------------------------------------------------------------------------
 def test_inspect(units, tmp_path, capsys):
     assert kmeans("inspect", "--kmeans", units, "--plot", tmp_path / "p.svg") == 0
@@ -347,6 +392,19 @@ def test_inspect(units, tmp_path, capsys):
     i, j = sorted(divmod(int(distance.argmin()), 20))
     assert f"nearest       {i} and {j} " in printed
     assert b"<svg" in (tmp_path / "p.svg").read_bytes()
+
+
+@pytest.mark.parametrize("counts", [None, [3, 0, 5]])
+def test_inspect_of_imported_units(tmp_path, counts, capsys):
+    from_centroids(np.eye(3, 4), counts=None if counts is None else np.array(counts)).save(tmp_path)
+    assert kmeans("inspect", "--kmeans", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "3 of 4 features" in printed and "0 and 1 (1.414 apart)" in printed
+    if counts is None:
+        assert "usage         not recorded" in printed and not (tmp_path / "usage.svg").exists()
+    else:
+        assert "8 frames, 0 iterations, inertia not recorded" in printed and "1 clusters without" in printed
+        assert (tmp_path / "usage.svg").is_file()
 
 
 def test_nearest_pairs():

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.audio import AudioJob, AudioPool, file_size, find_audio, recording_rows
+from speechlm_ext.kmeans.audio import AudioJob, AudioPool, find_audio, recording_rows
 from speechlm_ext.kmeans.cli_fit import REJECTED, resolve_device
+from speechlm_ext.kmeans.shards import content_key
 from speechlm_ext.kmeans.sources import FeatureSource, ShardSource, open_source
 from speechlm_ext.kmeans.unit_files import SUFFIXES, Format, deduplicated, unit_writer
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
@@ -107,7 +108,8 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
             f"two shards have one name, or {out} is the folder of the features; labels would overwrite something. "
             "Choose another output, or one folder of shards at a time."
         )
-    _claim(cfg, out, [[path.name, file_size(path)] for path in paths])
+    lines = [t.with_suffix(".km") for path, t in targets.items() if path.with_suffix(".len").is_file()]
+    _claim(cfg, out, [[path.name, *content_key(path)] for path in paths], [*targets.values(), *lines])
     todo = [path for path in paths if not targets[path].is_file()]
     index = CentroidIndex.build(kmeans.cluster_centers_.to(device))
     total = sum(shard.num_rows for shard in source.shards if shard.path in todo)
@@ -167,8 +169,8 @@ def _assign_audio(cfg: AssignConfig, out: Path, device: str) -> int:
     units.prepare()
     utterances = find_audio(cfg.audio)
     _check_ids(utterances, cfg.format)
-    _claim(cfg, out, recording_rows(utterances))
     target = out / f"units{SUFFIXES[cfg.format]}"
+    _claim(cfg, out, recording_rows(utterances), [target, out / PARTS])
     if target.is_file():
         print(f"{target}: these recordings are labelled already")
         return 0
@@ -247,8 +249,16 @@ def _join(cfg: AssignConfig, out: Path, target: Path, parts: Sequence[Path]) -> 
     return 0
 
 
-def _claim(cfg: AssignConfig, out: Path, inputs: list[Any]) -> None:
-    """Take the folder for these labels, or find that it is theirs already. Raises :class:`ConfigError`."""
+def _claim(cfg: AssignConfig, out: Path, inputs: list[Any], written: Sequence[Path]) -> None:
+    """Take the folder for these labels, or find that it is theirs already.
+
+    Args:
+        inputs: what tells the inputs apart, as JSON.
+        written: what this command will write; none of it may be there before.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
     record = {
         "kmeans": sha256_file(Path(cfg.kmeans) / "kmeans.safetensors"),
         "format": cfg.format if cfg.audio is not None else "npy",
@@ -268,4 +278,9 @@ def _claim(cfg: AssignConfig, out: Path, inputs: list[Any]) -> None:
                 "give the same settings to go on with it."
             )
         return
+    foreign = next((p for p in written if p.exists()), None)
+    if foreign is not None:
+        raise ConfigError(
+            f"{foreign} is there already and no labels of `speechlm kmeans assign`; choose another output."
+        )
     atomic_write_json(path, record)

@@ -199,8 +199,14 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
                     f"{out} holds a fit with {name} {found.get(name)!r}, not {record.get(name)!r}. Choose another "
                     "output, or give the same settings to go on with it."
                 )
-    elif (out / "kmeans.json").is_file():
-        raise ConfigError(f"{out} holds units that another command wrote; choose another output.")
+    else:
+        # These are written into and removed at the end: they must not be someone else's.
+        for name in ("kmeans.json", FEATURES, CHECKPOINT):
+            if (out / name).exists():
+                raise ConfigError(
+                    f"{out} holds a {name} that another command wrote and this fit would write to; choose another "
+                    "output."
+                )
     atomic_write_json(path, {"settings": record})
 
 

@@ -50,8 +50,7 @@ def run_inspect(cfg: InspectConfig) -> int:
 
 
 def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
-    """Lines that say what units are."""
-    used = usage(kmeans.counts_)
+    """Lines that say what units are; imported ones may not say how they are used nor their inertia."""
     info = kmeans.features_ or {}
     lines = [
         f"units         {folder}",
@@ -61,14 +60,24 @@ def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
     ]
     if "weights_sha256" in info:
         lines.append(f"weights       sha256 {info['weights_sha256']}")
+    if not is_used(kmeans):
+        return [*lines, "usage         not recorded"]
+    used = usage(kmeans.counts_)
+    inertia = "not recorded"
+    if kmeans.inertia_ is not None:
+        inertia = f"{kmeans.inertia_:.6g} ({kmeans.inertia_ / used.num_rows:.6g} a frame)"
     lines += [
-        f"fit           {used.num_rows} frames, {kmeans.n_iter_} iterations, inertia {kmeans.inertia_:.6g} "
-        f"({kmeans.inertia_ / used.num_rows:.6g} a frame)",
+        f"fit           {used.num_rows} frames, {kmeans.n_iter_} iterations, inertia {inertia}",
         f"usage         entropy {used.entropy:.3f} of {math.log2(used.num_clusters):.3f} bits, perplexity "
         f"{used.perplexity:.1f} of {used.num_clusters}, {used.smallest} to {used.largest} frames a cluster",
         f"dead          {used.num_dead} clusters without a frame",
     ]
     return lines
+
+
+def is_used(kmeans: KMeans) -> bool:
+    """Whether the rows of the clusters are known; of imported centroids they may not be."""
+    return bool((kmeans.counts_ > 0).any())
 
 
 def nearest_pairs(centroids_KF: torch.Tensor, count: int) -> list[tuple[int, int, float]]:
@@ -96,7 +105,10 @@ def nearest_pairs(centroids_KF: torch.Tensor, count: int) -> list[tuple[int, int
 
 
 def write_plot(kmeans: KMeans, path: Path) -> bool:
-    """Draw usage and inertia; without matplotlib say so. Returns whether there is a picture."""
+    """Draw usage and inertia; where that cannot be done say why. Returns whether there is a picture."""
+    if not is_used(kmeans):
+        print("plot          none: the units do not say how they are used")
+        return False
     if importlib.util.find_spec("matplotlib") is None:
         print("plot          none: it needs matplotlib, pip install 'speechlm_ext[eval]'")
         return False
