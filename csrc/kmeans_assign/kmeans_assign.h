@@ -24,6 +24,8 @@ constexpr double kFloatSlack = 16;
 // And what is added for numbers below float's normal ones, which may count as 0: a product of codes has up to 2^31
 // times a scale of up to 2^-126.
 constexpr double kFloatFloor = 4e-33;
+// The least factor of the half norms: times an infinite one it must not be 0 * infinity.
+constexpr double kLeastBeta = 0x1p-126;
 // The norm that codes of 16 bits may have: the product of two is below 2^31.
 constexpr double kMostCodeNorm = 46340;
 
@@ -44,7 +46,7 @@ struct RowTerms {
 // What each centroid brings, relative to unit: arrays of the padded number of centroids.
 struct CentroidTerms {
   const float* scale = nullptr;      // s_k
-  const float* half_norm = nullptr;  // |c_k|^2 / 2; enormous for a copy of an earlier centroid
+  const float* half_norm = nullptr;  // |c_k|^2 / 2; infinite for a copy of an earlier centroid
   const float* norm = nullptr;       // |c_k|
   const float* residual = nullptr;   // |c_k - ch_k|
 };
@@ -104,8 +106,7 @@ struct KmeansSettleArgs {
   const T* x = nullptr;             // [N, F]
   const C* centroids = nullptr;     // [K, F]
   CentroidTerms terms;
-  const RowTerms* rows = nullptr;  // [N]
-  bool exact = true;
+  const RowTerms* rows = nullptr;        // [N]
   int32_t* labels = nullptr;             // [N]
   double* distance = nullptr;            // [N] or null
   unsigned long long* counts = nullptr;  // [3], added to

@@ -124,7 +124,7 @@ void kmeans_rows(const TensorView& x, const TensorView& centre, const TensorView
 }
 
 void kmeans_settle(const TensorView& products, const TensorView& x, const TensorView& centroids,
-                   const TensorView& terms, const TensorView& rows, bool exact, const TensorView& labels,
+                   const TensorView& terms, const TensorView& rows, const TensorView& labels,
                    const std::optional<TensorView>& distance, const TensorView& counts, uintptr_t stream) {
   require_cuda_build(kOp);
 #ifdef SPEECHLM_HAVE_CUDA
@@ -153,7 +153,6 @@ void kmeans_settle(const TensorView& products, const TensorView& x, const Tensor
                                         centroids.ptr<C>(),
                                         {first, first + K, first + 2 * K, first + 3 * K},
                                         rows.ptr<RowTerms>(),
-                                        exact,
                                         labels.ptr<int32_t>(),
                                         distance ? distance->ptr<double>() : nullptr,
                                         counts.ptr<unsigned long long>()};
@@ -219,8 +218,7 @@ void bind_kmeans_assign(py::module_& m) {
   m.def("kmeans_rows_cuda", &kmeans_rows, py::arg("x"), py::arg("centre"), py::arg("unit"), py::arg("exact"),
         py::arg("codes"), py::arg("terms"), py::arg("stream"));
   m.def("kmeans_settle_cuda", &kmeans_settle, py::arg("products"), py::arg("x"), py::arg("centroids"), py::arg("terms"),
-        py::arg("rows"), py::arg("exact"), py::arg("labels"), py::arg("distance").none(true), py::arg("counts"),
-        py::arg("stream"));
+        py::arg("rows"), py::arg("labels"), py::arg("distance").none(true), py::arg("counts"), py::arg("stream"));
 }
 
 }  // namespace speechlm

@@ -109,12 +109,12 @@ RowTerms terms_of(const Quantised& q, double unit, int64_t width, bool exact) {
     return r;
   }
   const double inverse = 1 / std::max(unit, q.norm);
-  const double beta = unit * inverse;
+  const double beta = std::max(unit * inverse, kLeastBeta);
   r.alpha = static_cast<float>(q.scale * inverse);
   r.beta_low = r.beta_high = static_cast<float>(beta);
   if (!exact) return r;
   constexpr double kSlack = kFloatSlack * 0x1p-24, kUp = 1 + 0x1p-20;
-  r.beta_low = static_cast<float>(beta * (1 - kSlack));
+  r.beta_low = static_cast<float>(std::max(beta * (1 - kSlack), kLeastBeta));
   r.beta_high = static_cast<float>(beta * (1 + kSlack));
   r.rho = static_cast<float>((q.residual + 2 * kSlack * q.hat) * inverse * kUp);
   r.hat = static_cast<float>(q.hat * inverse * kUp);
@@ -206,8 +206,7 @@ class RowBlock {
     Candidates& candidates = candidates_[i];
     candidates.prune(least_[i]);
     int64_t label = candidates[0].cluster;
-    // Without a finite upper end there is nothing to go by.
-    const bool again = candidates.size() > 1 && (a_.exact || !(least_[i] < std::numeric_limits<float>::infinity()));
+    const bool again = candidates.size() > 1;  // without bounds: equal scores, and those that are no numbers
     if (again || a_.distance != nullptr) {
       for (int64_t f = 0; f < a_.width; ++f) value_[f] = static_cast<double>(widen(a_.x[n * a_.width + f]));
     }

@@ -71,7 +71,7 @@ void kmeans_index_cpu(const KmeansIndexArgs<C>& a, int threads) {
   *a.unit = unit;
   const std::vector<char> copies = copies_of(a.centroids, K, F, threads);
   constexpr double kUp = 1 + 0x1p-20;  // these ends must not be rounded down
-  constexpr float kNever = 1e30f;
+  constexpr float kNever = std::numeric_limits<float>::infinity();
   for (int64_t k = 0; k < padded; ++k) {
     float* scale = a.terms + k;
     float* half_norm = scale + padded;

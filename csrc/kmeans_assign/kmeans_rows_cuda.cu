@@ -72,13 +72,13 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const KmeansRowsArgs<T> 
       r.eta = static_cast<float>(INFINITY);
     } else {
       const double norm = sqrt(squares), hat = sqrt(hats) * (1 + 0x1p-40);
-      const double most = fmax(unit, norm), beta = unit / most;
+      const double most = fmax(unit, norm), beta = fmax(unit / most, kLeastBeta);
       constexpr double kSlack = kFloatSlack * 0x1p-24, kUp = 1 + 0x1p-20;
       r.alpha = static_cast<float>(scale / most);
       r.beta_low = r.beta_high = static_cast<float>(beta);
       if (a.exact) {
         const double residual = sqrt(residuals) * (1 + 0x1p-40) + norm * 0x1p-50;
-        r.beta_low = static_cast<float>(beta * (1 - kSlack));
+        r.beta_low = static_cast<float>(fmax(beta * (1 - kSlack), kLeastBeta));
         r.beta_high = static_cast<float>(beta * (1 + kSlack));
         r.rho = static_cast<float>((residual + 2 * (kSlack + product_error(a.width)) * hat) / most * kUp);
         r.hat = static_cast<float>(hat / most * kUp);

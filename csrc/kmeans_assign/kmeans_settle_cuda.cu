@@ -90,7 +90,7 @@ __device__ inline void settle(const KmeansSettleArgs<T, C>& a, Shared& s, int i,
   }
   const bool crowded = s.crowded[i] != 0;
   int64_t total = s.count[i], label = s.list[i][0];
-  if ((crowded || total > 1) && (a.exact || least == INFINITY)) {
+  if (crowded || total > 1) {  // in the fast mode: equal scores, and those that are no numbers
     if (thread < kWarps) s.nearest[thread] = {INFINITY, a.num_clusters};
     __syncthreads();
     if (!crowded) {
@@ -122,9 +122,6 @@ __device__ inline void settle(const KmeansSettleArgs<T, C>& a, Shared& s, int i,
       atomicAdd(a.counts + 1, static_cast<unsigned long long>(total));
     }
     return;
-  }
-  if (total > 1) {  // equal approximate distances: the lowest index
-    for (int64_t j = 1; j < total; ++j) label = min(label, static_cast<int64_t>(s.list[i][j]));
   }
   if (thread < 32) {
     const double d = a.distance != nullptr ? direct_distance(a, n, label) : 0.0;

@@ -361,6 +361,14 @@ def test_fit_leaves_alone_what_is_not_its_own(features, tmp_path, name, capsys):
     assert (tmp_path / name / "a.npy").is_file() and not (tmp_path / "fit.json").exists()
 
 
+@pytest.mark.parametrize("option", [("--format", "km"), ("--deduplicate",), ("--skip_bad",)])
+def test_assign_says_which_options_shards_do_not_have(features, tmp_path, capsys, option):
+    assert kmeans("fit", "--features", features, "--n_clusters", 5, "--output", tmp_path / "u") == 0
+    words = ["--kmeans", tmp_path / "u", "--features", features, "--output", tmp_path / "l", *option]
+    assert kmeans("assign", *words) == 2
+    assert f"{option[0]} is for recordings" in capsys.readouterr().err
+
+
 def test_assign_leaves_alone_what_is_not_its_own(units, features, tmp_path, capsys):
     def is_refused(path: Path, *words: object) -> bool:
         return kmeans("assign", *words) == 2 and f"{path} is there already" in capsys.readouterr().err

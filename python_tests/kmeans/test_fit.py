@@ -333,3 +333,22 @@ def test_refusals(x):
         sx.KMeans(3, distributed=True).fit(x)
     with pytest.raises(KMeansError, match="checkpoint_every should be"):
         model.fit(x, checkpoint_every=0)
+
+
+def test_takes_numbers_of_numpy(x, tmp_path):
+    model = sx.KMeans(np.int64(4), tol=np.float32(0.01), random_state=np.int32(3), progress=False).fit(x)
+    want = sx.KMeans(4, tol=float(np.float32(0.01)), random_state=3, progress=False).fit(x)
+    assert torch.equal(model.cluster_centers_, want.cluster_centers_)
+    model.save(tmp_path)
+    assert sx.KMeans.load(tmp_path).fingerprint == want.fingerprint
+    with pytest.raises(KMeansError, match="n_clusters should be a whole number from 1; got 2.5"):
+        sx.KMeans(2.5)
+
+
+def test_tells_its_progress_where_there_is_no_terminal(x, caplog, monkeypatch):
+    monkeypatch.setattr("speechlm_ext.kmeans.fitting._LOG_SECONDS", -1.0)
+    with caplog.at_level(logging.INFO, logger="speechlm_ext.kmeans.fitting"):
+        model = sx.KMeans(4, max_iter=3, tol=0.0).fit(x)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == model.n_iter_
+    assert lines[0].startswith(f"k-means: iteration 1, inertia {model.inertia_history_[0]:.6g}, shift ")

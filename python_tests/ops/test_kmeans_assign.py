@@ -211,6 +211,25 @@ def test_fast_mode_is_near(device):
     assert (distance.cpu() <= least + 1e-2 * centroids.norm(dim=1).max() ** 2).all()
 
 
+def test_fast_mode_out_of_sight(device):
+    """Scores that lie closer together than the smallest float, and copies, which are never the label."""
+    step = torch.tensor([0, 1e-16, 2e-16, 3e-16, 4e-16], dtype=torch.float64)[:, None]
+    centroids = torch.tensor([[1.121143069995707, -0.9847661377282759]], dtype=torch.float64) * (1 + step)
+    x = torch.tensor([[3.6e24, 9.3e24], [-1e30, 1e29]], dtype=torch.float64)
+    for c in (centroids, centroids[:1].expand(40, 2)):
+        labels = sx.ops.kmeans_assign(x.to(device), c.to(device), mode="fast").tolist()
+        copies = [k for k in range(len(c)) if (c[:k] == c[k]).all(dim=1).any()]
+        assert all(0 <= label < len(c) and label not in copies for label in labels)
+
+
+def test_fast_mode_beyond_squares(device):
+    """A centroid whose square is no number does not draw all rows to itself."""
+    centroids = randn(60, 4, seed=1, dtype=torch.float64) * 1e149
+    centroids[7] = 9e150
+    labels = sx.ops.kmeans_assign(centroids[20:30].to(device), centroids.to(device), mode="fast")
+    assert labels.tolist() == list(range(20, 30))
+
+
 def test_chunks_of_the_gpu(monkeypatch):
     x, centroids = randn(600, 9, seed=1), randn(30, 9, seed=2)
     module = sys.modules["speechlm_ext.ops.kmeans_assign"]

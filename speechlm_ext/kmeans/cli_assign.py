@@ -91,6 +91,13 @@ def run_assign(cfg: AssignConfig) -> int:
 
 # ---- feature shards ----------------------------------------------------------------------------------------
 def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
+    of_recordings = {"format": "text", "deduplicate": False, "encoder": None, "skip_bad": False}
+    given = [f"--{name}" for name, usual in of_recordings.items() if getattr(cfg, name) != usual]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} is for recordings; the labels of feature shards are one .npy each. Leave it out, "
+            "or give --audio."
+        )
     kmeans = KMeans.load(cfg.kmeans)
     source = open_source(cfg.features, column=cfg.column)
     assert isinstance(source, ShardSource)

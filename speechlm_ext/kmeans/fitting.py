@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,10 @@ from speechlm_ext.kmeans.minibatch import Batches, judge_progress, minibatch_ste
 from speechlm_ext.kmeans.settings import Settings
 from speechlm_ext.kmeans.state import Best, State, Step
 from speechlm_ext.kmeans.survey import Data
+
+_LOG = logging.getLogger(__name__)
+#: Where there is no bar, a line of log so often.
+_LOG_SECONDS = 20.0
 
 
 @dataclass
@@ -97,17 +103,21 @@ def _iterate(
     with tqdm(
         total=total, initial=state.iteration, desc=name, disable=hidden, unit="it" if is_lloyd else "step"
     ) as bar:
+        logged = time.monotonic()
         while not state.done:
             if is_lloyd:
                 step = lloyd_step(data, state, max_iter=settings.max_iter, tolerance=tolerance)
             else:
                 step = _minibatch(data, settings, state, batches, total, tolerance)
             bar.update()
-            bar.set_postfix_str(
+            told = (
                 f"inertia {state.history[-1]:.6g}, shift {step.shift:.3g}, "
-                f"{'empty' if is_lloyd else 'reassigned'} {step.num_empty}",
-                refresh=False,
+                f"{'empty' if is_lloyd else 'reassigned'} {step.num_empty}"
             )
+            bar.set_postfix_str(told, refresh=False)
+            if hidden is None and bar.disable and time.monotonic() - logged > _LOG_SECONDS:
+                _LOG.info("%s: iteration %d, %s", name, state.iteration, told)  # stderr is a file: no bar
+                logged = time.monotonic()
             if state.done or state.iteration % checkpoint_every == 0:
                 _save(checkpoint, state)
 

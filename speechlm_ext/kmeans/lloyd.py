@@ -101,7 +101,7 @@ def walk(
     """
     num_clusters, width = centers.shape
     index = CentroidIndex.build(centers.to(data.work_dtype))
-    step = grid_step(_farthest_possible(data, centers), data.num_rows)
+    step = grid_step(farthest_possible(data, centers), data.num_rows)
     if data.device.type == "cpu":
         sums = lazy_zeros(num_clusters, width, torch.float64)
     else:
@@ -121,7 +121,7 @@ def walk(
     return Walk(sums, counts, float(inertia), farthest)
 
 
-def _farthest_possible(data: Data, centers: Tensor) -> Tensor:
+def farthest_possible(data: Data, centers: Tensor) -> Tensor:
     """No row is farther than this, squared, from the nearest centroid: from box to box, float64 0-dimensional."""
     low, high = centers.amin(dim=0), centers.amax(dim=0)  # aminmax takes three times as long
     reach = torch.maximum((data.high - low.double()).abs(), (high.double() - data.low).abs())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.kmeans.hashing import row_keys
-from speechlm_ext.kmeans.lloyd import _farthest_possible
+from speechlm_ext.kmeans.lloyd import farthest_possible
 from speechlm_ext.kmeans.state import State, Step
 from speechlm_ext.kmeans.sums import add_cluster_sums, exact_sum, grid_step, to_grid
 from speechlm_ext.kmeans.survey import Data
@@ -129,7 +129,7 @@ def minibatch_step(
     counts = torch.zeros(num_clusters, dtype=torch.int64, device=data.device)
     labels, squared = kmeans_assign(block, state.centers.to(data.work_dtype), return_distance=True)
     add_cluster_sums(block, labels, sums, counts, data.grid)
-    step = grid_step(_farthest_possible(data, state.centers), data.num_rows)
+    step = grid_step(farthest_possible(data, state.centers), data.num_rows)
     inertia = to_grid(squared.nan_to_num(nan=0.0).double(), step).sum()
     data.ranks.sum_(sums, counts, inertia)
     old = state.centers.double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -64,16 +65,23 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """As JSON values; an array as init becomes its sha256."""
-        values = {key: value for key, value in asdict(self).items() if key != "init"}
+        values = {key: _plain(value) for key, value in asdict(self).items() if key != "init"}
         if isinstance(self.init, str):
             return {**values, "init": self.init}
         array = torch.as_tensor(self.init).detach().cpu().double().contiguous()
         return {**values, "init": "array " + hashlib.sha256(array.numpy().tobytes()).hexdigest()}
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's."""
+    if _is_whole(value):
+        return int(value)
+    return float(value) if _is_number(value) else value
+
+
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -14,7 +14,7 @@ from speechlm_ext.ops._native import LIBRARY, OpError, check, describe, native
 #: On the CPU, centroids whose codes lie together, and what the number of all is padded to (csrc/kmeans_assign).
 _PANEL, _MULTIPLE = 16, 32
 #: Half norm of a copy of an earlier centroid, and of padding: never the least.
-_NEVER = 1e30
+_NEVER = float("inf")
 #: A centroid that lies so many times as far out as the median one draws the mean out of the others' midst.
 _FAR = 64
 _SLACK = 1 + 2.0**-20  # for ends that must not be rounded down

@@ -94,7 +94,8 @@ def kmeans_assign(
         x: ``[N, F]``, float32, float64, bfloat16 or float16.
         centroids: float ``[K, F]`` finite, or a `CentroidIndex` built from it once, for many calls.
         mode: ``"exact"`` gives the argmin of the float64 distance, the lowest index among equals, the same on every
-            machine. ``"fast"`` takes the least approximate distance, without bounds.
+            machine. ``"fast"`` takes the least approximate distance, without bounds; only equal ones are compared in
+            float64.
         return_distance: also return the squared distances.
         return_stats: also return `AssignStats`.
         nonfinite: what a row with a NaN or an infinity gets: label -1 and distance NaN, or an error (which on a GPU
@@ -199,7 +200,7 @@ def _assign_cuda(  # type: ignore[no-untyped-def]
             z = products[: part.stop - part.start]
             _multiply(z, row_codes[part], codes)
             native.kmeans_settle_cuda(
-                z, x[to], centroids, terms, row_terms[part], exact, labels[to],
+                z, x[to], centroids, terms, row_terms[part], labels[to],
                 distance[to] if want_distance else None, counts, stream,
             )  # fmt: skip
     return labels, distance.to(_distance_dtype(x)), counts

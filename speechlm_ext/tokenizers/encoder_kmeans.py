@@ -126,8 +126,13 @@ class EncoderKMeans:
             )
         if len(x_NF) > config.max_fit_frames:
             x_NF = x_NF[torch.from_numpy(sampled_rows(len(x_NF), config.max_fit_frames, seed))]
+        # Within a training job every process has the same recordings.
         kmeans = KMeans(
-            config.num_clusters, max_iter=config.fit_iterations, random_state=seed, progress=False
+            config.num_clusters,
+            max_iter=config.fit_iterations,
+            random_state=seed,
+            distributed=False,
+            progress=False,
         ).fit(x_NF)
         return cls(encoder.describe(), kmeans.cluster_centers_, encoder)
 
