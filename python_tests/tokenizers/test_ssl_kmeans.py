@@ -11,6 +11,7 @@ from python_tests.data_fixtures import waves
 from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.tokenizers import MFCCKMeans, SSLConfig, load_tokenizer
+from speechlm_ext.tokenizers import kmeans as internals
 from speechlm_ext.tokenizers.kmeans import assign, fit
 from speechlm_ext.tokenizers.mfcc import MFCC, deltas
 from speechlm_ext.tokenizers.ssl_kmeans import average_frames
@@ -98,10 +99,12 @@ def test_assign_ties_go_to_the_lowest_index():
     assert assign(x, torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])).tolist() == [0, 0]
 
 
-def test_fit_is_the_kmeans_rooms():
+def test_fit_is_the_kmeans_rooms_from_a_plain_start():
     x = torch.randn(300, 4)
     found = fit(x, 6, seed=3, iterations=5, what="test")
-    want = KMeans(6, max_iter=5, tol=0.0, random_state=3, init_size=192).fit(x)
+    start = internals._plus_plus(x, 6, torch.Generator().manual_seed(3))
+    assert all((x == row).all(dim=1).any() for row in start) and len(start.unique(dim=0)) == 6
+    want = KMeans(6, init=start, max_iter=5, tol=0.0).fit(x)
     assert torch.equal(found.centroids_KF, want.cluster_centers_)
     assert torch.equal(found.labels_N, want.labels_.long())
     with pytest.raises(
