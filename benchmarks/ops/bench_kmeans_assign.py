@@ -76,8 +76,9 @@ def rivals_of(x: torch.Tensor, centroids: torch.Tensor, device: str) -> dict[str
     }
     compiled = torch.compile(by_product, dynamic=False)
     try:
-        in_chunks(compiled, x)
-        rivals["torch_product_compiled"] = lambda: in_chunks(compiled, x)
+        if len(x) > 1000:  # compiling takes longer than all of a smoke run
+            in_chunks(compiled, x)
+            rivals["torch_product_compiled"] = lambda: in_chunks(compiled, x)
     except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here: not our subject
         print(f"torch.compile does not manage it here: {type(error).__name__}")
     if device == "cuda":
