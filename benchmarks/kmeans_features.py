@@ -1,6 +1,6 @@
 """K-Means on features of real speech, with phones to judge the units by: ``make bench-features FEATURES=folder``.
 
-The folder holds pairs ``NAME.npy`` (float [N, F], from ``speechlm kmeans fit --keep-features`` or any encoder) and
+The folder holds pairs ``NAME.npy`` (float [N, F], from ``speechlm kmeans fit --keep_features`` or any encoder) and
 ``NAME_phones.npy`` (integers [N], -1 where a frame has no phone). For each pair and each number of clusters both sides
 fit from the same start for the same number of iterations: ours, and scikit-learn's KMeans (lloyd). Printed as a table
 in Markdown, and written as JSON:
