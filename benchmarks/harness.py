@@ -27,6 +27,24 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+def compiled(
+    shape: str, function: Callable[..., Any], *arguments: Any, **options: Any
+) -> Callable[..., Any] | None:
+    """``function`` compiled by torch (with ``options``) and called once.
+
+    None, with a note, where torch has no back end for it here. None for the ``smoke`` shape too: it shows in seconds that a benchmark runs, and a compiler takes longer than that.
+    """
+    if shape == "smoke":
+        return None
+    out = torch.compile(function, **options)
+    try:
+        out(*arguments)
+    except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here: not our subject
+        print(f"torch.compile does not manage {function.__name__} here: {type(error).__name__}")
+        return None
+    return out
+
+
 def synchronised(run: Run, device: str) -> Run:
     """``run`` with a wait for the device behind it."""
     if device == "cpu":

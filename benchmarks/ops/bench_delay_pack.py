@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import speechlm_ext as sx
-from benchmarks.harness import compare, devices
+from benchmarks.harness import compare, compiled, devices
 from speechlm_ext.ops.reference import delay_pack as reference
 
 # name: (streams, frames per segment). The packs that training makes, a batch of utterances, and one small utterance.
@@ -75,17 +75,6 @@ def batched(ids_BTS, weight_BTS):
     )
 
 
-def compiled(run, *arguments):
-    """``run`` compiled by torch, or None with a note where there is no back end for it."""
-    out = torch.compile(run)
-    try:
-        out(*arguments)
-    except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here: not our subject
-        print(f"torch.compile does not manage {run.__name__} here: {type(error).__name__}")
-        return None
-    return out
-
-
 def fields(batch):
     return batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens
 
@@ -117,7 +106,7 @@ def test_bench(benchmark, shape, device):
         batch = torch.stack(segments), torch.stack(weights)
         rivals["espnet"] = lambda: batched(*(pad_sequence(x, batch_first=True) for x in (segments, weights)))
         rivals["espnet_from_batch"] = lambda: batched(*batch)
-        if (run := compiled(batched, *batch)) is not None:
+        if (run := compiled(shape, batched, *batch)) is not None:
             rivals["espnet_from_batch_compiled"] = lambda: run(*batch)
     there = [torch.empty_like(t) for t in expected]
     compare(

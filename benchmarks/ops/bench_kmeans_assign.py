@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import speechlm_ext as sx
-from benchmarks.harness import compare, devices
+from benchmarks.harness import compare, compiled, devices
 from speechlm_ext.kmeans.lloyd import lloyd_step
 from speechlm_ext.kmeans.ranks import Ranks
 from speechlm_ext.kmeans.sources import ArraySource
@@ -63,7 +63,7 @@ def in_chunks(label: Any, x: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
     return torch.cat([label(x[i : i + chunk]) for i in range(0, len(x), chunk)])
 
 
-def rivals_of(x: torch.Tensor, centroids: torch.Tensor, device: str) -> dict[str, Any]:
+def rivals_of(shape: str, x: torch.Tensor, centroids: torch.Tensor, device: str) -> dict[str, Any]:
     """Name -> call that gives int labels; each has prepared its centroids beforehand, as ours has."""
     half_norms = centroids.square().sum(1) / 2
 
@@ -74,13 +74,8 @@ def rivals_of(x: torch.Tensor, centroids: torch.Tensor, device: str) -> dict[str
         "torch_cdist": lambda: in_chunks(lambda rows: torch.cdist(rows, centroids).argmin(1), x),
         "torch_product": lambda: in_chunks(by_product, x),
     }
-    compiled = torch.compile(by_product, dynamic=False)
-    try:
-        if len(x) > 1000:  # compiling takes longer than all of a smoke run
-            in_chunks(compiled, x)
-            rivals["torch_product_compiled"] = lambda: in_chunks(compiled, x)
-    except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here: not our subject
-        print(f"torch.compile does not manage it here: {type(error).__name__}")
+    if (run := compiled(shape, by_product, x[:1024], dynamic=False)) is not None:
+        rivals["torch_product_compiled"] = lambda: in_chunks(run, x)
     if device == "cuda":
         if importlib.util.find_spec("flash_kmeans"):
             from flash_kmeans.assign_euclid_triton import euclid_assign_triton
@@ -146,7 +141,7 @@ def test_bench(benchmark, shape, device):
         shape=shape,
         device=device,
         ours=lambda: sx.ops.kmeans_assign(x, index),
-        rivals=rivals_of(x, centroids, device),
+        rivals=rivals_of(shape, x, centroids, device),
         check=check,
         limit=own_products(x, index, device),
         rounds=5 if sizes.N * sizes.F * sizes.K > 10**10 else None,

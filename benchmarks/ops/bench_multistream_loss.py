@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import speechlm_ext as sx
-from benchmarks.harness import compare, devices
+from benchmarks.harness import compare, compiled, devices
 from speechlm_ext.ops import _multistream_loss_pass as internals
 from speechlm_ext.ops._multistream_loss_scopes import read_scopes
 
@@ -154,12 +154,9 @@ def test_bench(benchmark, shape, device):
 
     espnet = one_by_one(eager)
     rivals = {"espnet": lambda: gradients(espnet(*parts, targets, weights, scopes))}
-    try:
-        compiled = torch.compile(espnet)
-        gradients(compiled(*parts, targets, weights, scopes))
-        rivals["espnet_compiled"] = lambda: gradients(compiled(*parts, targets, weights, scopes))
-    except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here: not our subject
-        print(f"torch.compile does not manage it here: {type(error).__name__}")
+    call = (*parts, targets, weights, scopes)
+    if (run := compiled(shape, espnet, *call)) is not None:
+        rivals["espnet_compiled"] = lambda: gradients(run(*call))
     if hasattr(F, "linear_cross_entropy"):
         rivals["torch_linear_cross_entropy"] = lambda: gradients(
             one_by_one(chunked)(*parts, targets, weights, scopes)

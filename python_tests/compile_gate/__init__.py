@@ -1,9 +1,10 @@
 """What each CUDA kernel takes of the machine, per architecture: registers, stack, spills and shared memory.
 
-``python -m python_tests.compile_gate`` compiles every ``csrc/*/*_cuda.cu`` and compares with the committed table
-``kernels.json``; ``--update`` writes the table. It needs nvcc and no GPU. A kernel may take more registers up to the
-next multiple of 8, the grain in which a GPU hands them out; a spill always fails, unless the table says otherwise with
-a ``why``.
+``python -m python_tests.compile_gate`` reads what ptxas said of every ``csrc/*/*_cuda.cu`` when the package was built
+(``cmake/keep_ptxas.sh`` keeps it beside the object), compiles those of which nothing current was kept, and compares
+with the committed table ``kernels.json``; ``--update`` writes the table. It needs nvcc and no GPU. A kernel may take
+more registers up to the next multiple of 8, the grain in which a GPU hands them out; a spill always fails, unless the
+table says otherwise with a ``why``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -60,26 +62,27 @@ def nvcc_release(nvcc: str) -> str:
     return match.group(1) if match else "unknown"
 
 
-def parse_ptxas(text: str) -> dict[str, Usage]:
-    """Read the kernels' usage from what ``ptxas -v`` prints.
+def parse_ptxas(text: str) -> dict[str, dict[str, Usage]]:
+    """Read the kernels' usage from what ``ptxas -v`` prints: by architecture, then by mangled name.
 
     Raises:
         GateError: a kernel without the lines that say what it takes.
     """
-    found: dict[str, Usage] = {}
-    name, stack, stores, loads = None, 0, 0, 0
+    found: dict[str, dict[str, Usage]] = {}
+    name, arch, stack, stores, loads = None, "", 0, 0, 0
     for line in text.splitlines():
-        if match := re.search(r"Compiling entry function '([^']+)'", line):
+        if match := re.search(r"Compiling entry function '([^']+)' for '([^']+)'", line):
             if name is not None:
                 raise GateError(f"ptxas printed no usage of {name}")
-            name, stack, stores, loads = match.group(1), 0, 0, 0
+            name, arch = match.groups()
+            stack, stores, loads = 0, 0, 0
         elif match := re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", line
         ):
             stack, stores, loads = map(int, match.groups())
         elif (match := re.search(r"Used (\d+) registers", line)) and name is not None:
             shared = re.search(r"(\d+) bytes smem", line)
-            found[name] = Usage(
+            found.setdefault(arch, {})[name] = Usage(
                 int(match.group(1)), stack, stores, loads, int(shared.group(1)) if shared else 0
             )
             name = None
@@ -111,24 +114,44 @@ def compile_all(
     """
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-I", str(ROOT / "csrc"), "-Xptxas", "-v", "-c"]
 
-    def one(source: Path, arch: str) -> tuple[str, dict[str, Usage]]:
+    def one(source: Path, arch: str) -> str:
         code = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch if arch != PTX else PTX}"
         with tempfile.TemporaryDirectory() as folder:
             command = [nvcc, *flags, code, str(source), "-o", str(Path(folder) / "out.o")]
             done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise GateError(f"{source.relative_to(ROOT)} does not compile for {arch}:\n{done.stderr[-4000:]}")
-        return arch, parse_ptxas(done.stderr)
+        return done.stderr
 
-    report: Report = {}
     with ThreadPoolExecutor(jobs) as pool:
         work = [pool.submit(one, s, a) for s in sources for a in targets]
-        for task in work:
-            arch, kernels = task.result()
+        return report_of([task.result() for task in work])
+
+
+def report_of(printed: list[str]) -> Report:
+    """What ptxas printed, as one report with readable names."""
+    report: Report = {}
+    for text in printed:
+        for arch, kernels in parse_ptxas(text).items():
             names = readable(list(kernels))
             for mangled, usage in kernels.items():
                 report.setdefault(names[mangled], {})[arch] = usage
     return report
+
+
+def kept(source: Path, build: Path | None = None) -> str | None:
+    """What ptxas said of ``source`` in the last build; None if that is older than the source or a header it may use."""
+    tag = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
+    build = build or ROOT / "build" / f"cmake-{tag}"
+    inside = source.relative_to(ROOT)
+    log = build / "CMakeFiles" / "speechlm_core.dir" / inside.with_name(inside.name + ".o.ptxas")
+    if not log.is_file():
+        return None
+    headers = [f for folder in (source.parent, ROOT / "csrc" / "common") for f in folder.glob("*.*h")]
+    if any(file.stat().st_mtime > log.stat().st_mtime for file in (source, *headers)):
+        return None
+    text = log.read_text("utf-8", "replace")
+    return text if set(parse_ptxas(text)) == set(ARCHITECTURES) else None
 
 
 def own(report: Report) -> Report:
@@ -203,7 +226,10 @@ def main(argv: list[str] | None = None) -> int:
     release = nvcc_release(nvcc)
     old = json.loads(TABLE.read_text("utf-8")) if TABLE.is_file() else {}
     try:
-        report = own(compile_all(nvcc, sources(), os.cpu_count() or 2))
+        logs = {source: kept(source) for source in sources()}
+        anew = [source for source, text in logs.items() if text is None]
+        built = report_of([text for text in logs.values() if text is not None])
+        report = own({**built, **compile_all(nvcc, anew, os.cpu_count() or 2)})
     except GateError as error:
         print(f"compile gate: {error}", file=sys.stderr)
         return 1
@@ -221,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     for line in wrong:
         print(f"compile gate: {line}", file=sys.stderr)
     print(
-        f"{len(report)} kernels, {len(wrong)} faults (nvcc {release}, table of {old.get('nvcc', 'no nvcc')})"
+        f"{len(report)} kernels, {len(logs) - len(anew)} files as built, {len(anew)} compiled for this, "
+        f"{len(wrong)} faults (nvcc {release}, table of {old.get('nvcc', 'no nvcc')})"
     )
     return 1 if wrong else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,12 +47,41 @@ def table_of(**kernels: gate.Usage) -> dict:
 
 
 def test_reads_what_ptxas_prints():
-    assert gate.parse_ptxas(PRINTED) == {
-        "_Z4fineIiEvPT_": FINE,
-        "_Z5spillPf": gate.Usage(registers=255, stack=40, spill_stores=36, spill_loads=44, shared=0),
-    }
+    spill = gate.Usage(registers=255, stack=40, spill_stores=36, spill_loads=44, shared=0)
+    assert gate.parse_ptxas(PRINTED) == {"sm_80": {"_Z4fineIiEvPT_": FINE, "_Z5spillPf": spill}}
+    both = gate.parse_ptxas(PRINTED + PRINTED.replace("sm_80", "sm_100"))
+    assert both["sm_100"] == both["sm_80"]
     with pytest.raises(gate.GateError, match="no usage of _Z5spillPf"):
         gate.parse_ptxas(PRINTED.rsplit("\n", 2)[0])
+
+
+def test_what_a_build_said_counts_while_it_is_current(tmp_path: Path):
+    source = gate.sources()[0]
+    log = tmp_path / "CMakeFiles/speechlm_core.dir" / source.relative_to(gate.ROOT)
+    log = log.with_name(log.name + ".o.ptxas")
+    log.parent.mkdir(parents=True)
+    assert gate.kept(source, tmp_path) is None
+    text = "".join(PRINTED.replace("sm_80", arch) for arch in gate.ARCHITECTURES)
+    log.write_text(text, "utf-8")
+    assert gate.kept(source, tmp_path) == text
+    log.write_text(PRINTED, "utf-8")  # a build for fewer architectures
+    assert gate.kept(source, tmp_path) is None
+    log.write_text(text, "utf-8")
+    os.utime(log, (1, 1))
+    assert gate.kept(source, tmp_path) is None
+
+
+def test_the_launcher_keeps_what_ptxas_says_and_passes_on_the_rest(tmp_path: Path):
+    launcher, out = gate.ROOT / "cmake" / "keep_ptxas.sh", tmp_path / "x.o"
+    says = f"printf '%s' \"{PRINTED}\" >&2; echo 'x.cu: warning: odd' >&2; exit $0"
+    for code in (0, 3):
+        done = subprocess.run(
+            [launcher, "sh", "-c", says, str(code), "-o", out], capture_output=True, text=True
+        )
+        assert done.returncode == code and done.stderr.split() == ["x.cu:", "warning:", "odd"]
+        assert (
+            gate.parse_ptxas(out.with_name("x.o.ptxas").read_text("utf-8"))["sm_80"]["_Z4fineIiEvPT_"] == FINE
+        )
 
 
 def test_names_are_readable():

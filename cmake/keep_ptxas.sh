@@ -1,0 +1,15 @@
+#!/bin/sh
+# Runs a compiler command and keeps what `ptxas -v` says of each kernel in <object>.ptxas, where the compile gate reads
+# it: so the kernels that are judged are those that are shipped, and nothing is compiled a second time for it. All else
+# that the compiler says is passed on.
+object=
+before=
+for argument in "$@"; do
+  [ "$before" = -o ] && object=$argument
+  before=$argument
+done
+[ -n "$object" ] || exec "$@"
+"$@" 2>"$object.ptxas"
+status=$?
+grep -v -e '^ptxas info' -e 'bytes stack frame, .*bytes spill' "$object.ptxas" >&2
+exit $status
