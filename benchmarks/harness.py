@@ -32,7 +32,8 @@ def compiled(
 ) -> Callable[..., Any] | None:
     """``function`` compiled by torch (with ``options``) and called once.
 
-    None, with a note, where torch has no back end for it here. None for the ``smoke`` shape too: it shows in seconds that a benchmark runs, and a compiler takes longer than that.
+    None where torch has no back end for it here, with a note, and for the ``smoke`` shape: that shows in seconds that a
+    benchmark runs, and a compiler takes longer.
     """
     if shape == "smoke":
         return None
