@@ -1,239 +1,140 @@
 """multistream_sample: one row of tokens (one per stream) for every request of a batch, in one call per decode step.
 
-The state machine of a delayed segment lives here too. Count rows from the first row after the target's marker. In row
-``j`` stream s carries frame ``j - delays[s]``: fill before frame 0 (ramp-in), content, and fill again from the frame on
-at which stream 0 said end-of-segment (ramp-out). The end counts in the row in which it is sampled. `advance` moves a
-state past a row; `DecodeState.is_done` says when nothing is left to generate.
+The state machine of a delayed segment lives here too. Count rows from the row in which a stream without delay shows the
+segment's frame 0. In row ``j`` stream s carries frame ``j - delays[s]``: fill before frame 0 (ramp-in), content, and
+fill again from the frame on at which stream 0 said end-of-segment (ramp-out). The end counts in the row in which it is
+sampled. After the last segment's ramp-out the request is done and all its rows are fill; after another one's come
+``tail`` rows of fill, the next segment's marker in stream 0, and its content.
 
     state = DecodeState.new(batch_size, scope_ids=..., delays=..., pad_ids=..., eos_id=..., top_k=30)
-    while not bool(state.is_done.all()):
-        logits = [head(hidden, s) for s in range(S)]      # [B, V_s], the scope's columns only
-        tokens = multistream_sample(logits, state).tokens  # [B, S]
-        state = advance(state, tokens)
+    while True:
+        step = multistream_sample(head(hidden), state)  # logits [B, C] of all streams side by side
+        if bool(step.done.all()):
+            break
+        hidden = body(embed(step.tokens))               # tokens [B, S]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops._native import check, describe
+from speechlm_ext.ops._native import LIBRARY, check, describe
+from speechlm_ext.ops.decode_state import DecodeState
 from speechlm_ext.ops.reference import multistream_sample as reference
 
-_NO_LIMIT = 2**31 - 1
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class DecodeState:
-    """Where each of B requests stands in its segment, and how it samples. All tensors are on one device."""
-
-    scope_ids: tuple[Tensor, ...]
-    """Per stream int64 ``[V_s]``: the id of each column of that stream's logits. Stream 0's include ``eos_id``."""
-    delays: tuple[int, ...]
-    """Rows by which each stream is shifted, S values."""
-    pad_ids: tuple[int, ...]
-    """Fill of each stream, S values."""
-    eos_id: int
-    """Ends the segment when stream 0 says it."""
-    temperature: Tensor
-    """``[B, S]`` float32; 0 is greedy."""
-    top_k: Tensor
-    """``[B, S]`` int64; 0 is off."""
-    top_p: Tensor
-    """``[B, S]`` float32; 1 is off."""
-    seed: Tensor
-    """``[B]`` int64. The random number of a token is a function of (seed, rng_offset + step, stream) alone."""
-    step: Tensor
-    """``[B]`` int64, rows of this segment generated so far."""
-    rng_offset: Tensor
-    """``[B]`` int64, rows generated in earlier segments of the request, so that no random number is used twice."""
-    active: Tensor
-    """``[B, S]`` bool: streams that carry content in this segment (text uses stream 0 alone); others are fill."""
-    min_frames: Tensor
-    """``[B]`` int64; end-of-segment is forbidden before as many frames."""
-    max_frames: Tensor
-    """``[B]`` int64; end-of-segment is forced after as many frames."""
-    finish: Tensor
-    """``[B]`` int64, content frames of a finished segment; -1 while stream 0 goes on."""
-    allowed: tuple[Tensor | None, ...] | None = None
-    """Per stream bool ``[V_s]`` or ``[B, V_s]``: columns that may be sampled; None allows all. Needed where requests
-    of one batch have different scopes: give each stream the union of the scopes and mask per request."""
-
-    @classmethod
-    def new(
-        cls,
-        batch_size: int,
-        *,
-        scope_ids: Sequence[Tensor],
-        delays: Sequence[int],
-        pad_ids: Sequence[int],
-        eos_id: int,
-        temperature: float | Sequence[float] | Tensor = 1.0,
-        top_k: int | Sequence[int] | Tensor = 0,
-        top_p: float | Sequence[float] | Tensor = 1.0,
-        seed: int | Tensor = 0,
-        min_frames: int | Tensor = 0,
-        max_frames: int | Tensor = _NO_LIMIT,
-        active: Sequence[bool] | Tensor | None = None,
-        rng_offset: int | Tensor = 0,
-        allowed: Sequence[Tensor | None] | None = None,
-        device: torch.device | str | None = None,
-    ) -> DecodeState:
-        """A state before its first row.
-
-        Sampling settings are one value, one per stream (a list of S), or ``[B, S]``; ``seed``, ``min_frames`` and
-        ``max_frames`` one value or ``[B]``. An int seed gives request b the seed ``seed + b``; pass a tensor to choose
-        them, e.g. so that a request's tokens do not depend on its place in the batch.
-        """
-        num_streams = len(delays)
-        check(
-            len(scope_ids) == num_streams and len(pad_ids) == num_streams,
-            f"DecodeState: delays has {num_streams} streams, scope_ids {len(scope_ids)}, pad_ids {len(pad_ids)}",
-        )
-        device = scope_ids[0].device if device is None else torch.device(device)
-
-        def per_stream(value: object, dtype: torch.dtype) -> Tensor:
-            tensor = torch.as_tensor(value, dtype=dtype, device=device)
-            return tensor.expand(batch_size, num_streams).clone()
-
-        def per_request(value: object) -> Tensor:
-            return torch.as_tensor(value, dtype=torch.int64, device=device).expand(batch_size).clone()
-
-        state = cls(
-            scope_ids=tuple(ids.to(device, torch.int64) for ids in scope_ids),
-            delays=tuple(int(d) for d in delays),
-            pad_ids=tuple(int(p) for p in pad_ids),
-            eos_id=int(eos_id),
-            temperature=per_stream(temperature, torch.float32),
-            top_k=per_stream(top_k, torch.int64),
-            top_p=per_stream(top_p, torch.float32),
-            seed=per_request(torch.arange(batch_size) + seed if isinstance(seed, int) else seed),
-            step=per_request(0),
-            rng_offset=per_request(rng_offset),
-            active=per_stream(True if active is None else active, torch.bool),
-            min_frames=per_request(min_frames),
-            max_frames=per_request(max_frames),
-            finish=per_request(-1),
-            allowed=None if allowed is None else tuple(allowed),
-        )
-        check(
-            bool((state.temperature >= 0).all())
-            and bool((state.top_k >= 0).all())
-            and bool((state.top_p > 0).all()),
-            "DecodeState: temperature and top_k must be 0 or more and top_p above 0; "
-            f"got temperature {temperature}, top_k {top_k}, top_p {top_p}",
-        )
-        check(
-            bool((state.min_frames <= state.max_frames).all()),
-            f"DecodeState: min_frames {min_frames} is above max_frames {max_frames}",
-        )
-        check(
-            bool((state.scope_ids[0] == state.eos_id).any()),
-            f"DecodeState: eos_id {eos_id} is not among scope_ids[0]; no request could ever end",
-        )
-        return state
-
-    @property
-    def is_done(self) -> Tensor:
-        """``[B]`` bool: end-of-segment is out and so is every frame before it, in every active stream."""
-        delays = torch.tensor(self.delays, device=self.step.device)
-        last_delay = torch.where(self.active, delays, 0).amax(dim=1)
-        rows = torch.maximum(self.finish + last_delay, self.finish + self.delays[0] + 1)
-        return (self.finish >= 0) & (self.step >= rows)
-
-
-@dataclass(frozen=True)
-class SampledStep:
+class SampledStep(NamedTuple):
     """One row for every request."""
 
     tokens: Tensor
     """``[B, S]`` int64 token ids, fill where a stream has no content in this row."""
     logprob: Tensor
-    """``[B, S]`` float32 log-probability of each sampled token at temperature 1 within its scope; 0 for fill."""
+    """``[B, S]`` float32 log-probability of each content token at temperature 1 among the columns that were allowed,
+    after guidance and before the repetition penalty; 0 for fill, and for a forced token outside of them."""
     is_content: Tensor
-    """``[B, S]`` bool: the token was sampled (end-of-segment included), not filled in."""
+    """``[B, S]`` bool: the stream has content in this row, end-of-segment included."""
     failed: Tensor
-    """``[B]`` bool: a logit that mattered was NaN or +inf, or nothing was allowed. Such a request ends: stream 0 says
-    ``eos_id``, the others fill."""
+    """``[B]`` bool: a logit that mattered was NaN or +inf, or nothing was allowed. Such a request is done: stream 0
+    says ``eos_id``, a stream that failed is fill."""
+    done: Tensor
+    """``[B]`` bool: this row is the request's last one, or it was done before."""
 
 
-@torch.no_grad()
-def multistream_sample(logits: Sequence[Tensor], state: DecodeState) -> SampledStep:
-    """Sample the next row of every request.
+def multistream_sample(logits: Tensor | Sequence[Tensor], state: DecodeState) -> SampledStep:
+    """Sample the next row of every request and move ``state`` past it, in one launch and without a wait.
 
-    Per stream: mask by ``state.allowed`` and the length limits, divide by temperature, keep top-k, then top-p (the
-    token that crosses the border is kept), draw by inverse transform in the order of the columns. Temperature 0 takes
-    the maximum, the lowest column among equals.
+    Per stream: guidance, mask by scope, ``allowed`` and the length limits, repetition penalty, then top-k, top-p (the
+    token that crosses the border is kept) and min-p of the softmax at the temperature, and a draw by inverse transform
+    in column order. Temperature 0 takes the maximum, the lowest column among equals. Tokens are a function of the
+    request's own logits, settings and rows: not of the batch, the device, threads, or the processor.
 
     Args:
-        logits: S float tensors ``[B, V_s]``; column c of stream s stands for id ``state.scope_ids[s][c]``.
-        state: `DecodeState`; not changed. Call `advance` with the tokens that were really used.
+        logits: float32, bfloat16 or float16 ``[R, C]``, R at least B, all streams' columns side by side as in
+            ``state.column_ids``; or S tensors ``[R, V_s]``, which are copied together.
+        state: `DecodeState`, changed in place.
 
     Returns:
         `SampledStep`.
 
     Raises:
-        OpError: (a ValueError) if the number of streams, B or a V_s differ from the state's.
+        OpError: (a ValueError) if shapes, dtypes or devices differ from the state's.
     """
-    batch_size, num_streams = state.temperature.shape
+    B, S, C = state.batch_size, state.num_streams, state.column_ids.shape[0]
+    if not isinstance(logits, Tensor):
+        check(len(logits) == S, f"multistream_sample: logits has {len(logits)} streams, the state has {S}")
+        for s, part in enumerate(logits):
+            width = state.bounds[s + 1] - state.bounds[s]
+            check(
+                part.dim() == 2 and part.shape[1] == width,
+                f"multistream_sample: logits[{s}] must be float [R, {width}]; got {describe(part)}",
+            )
+        logits = torch.cat(list(logits), dim=1)
     check(
-        len(logits) == num_streams,
-        f"multistream_sample: logits has {len(logits)} streams, the state has {num_streams}",
+        logits.dim() == 2 and logits.shape[0] >= B and logits.shape[1] == C and logits.dtype in _DTYPES,
+        f"multistream_sample: logits must be float32, bfloat16 or float16 [{B} or more, {C}]; got {describe(logits)}",
     )
-    for s, stream_logits in enumerate(logits):
-        shape = (batch_size, state.scope_ids[s].shape[0])
-        check(
-            tuple(stream_logits.shape) == shape and stream_logits.is_floating_point(),
-            f"multistream_sample: logits[{s}] must be float {list(shape)}; got {describe(stream_logits)}",
+    check(
+        logits.device == state.progress.device,
+        f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}",
+    )
+    return SampledStep(
+        *torch.ops.speechlm_ext.multistream_sample(
+            logits.detach(),
+            state.column_ids,
+            state.sampling,
+            state.choice,
+            state.limits,
+            state.request,
+            state.guidance,
+            state.progress,
+            state.forced,
+            state.history,
+            state.history_logprob,
+            state.allowed,
+            state.bounds,
+            state.delays,
+            state.pad_ids,
+            state.eos_id,
+            state.eos_column,
+            state.tail,
         )
-    minus_inf = float("-inf")
-    stream = torch.arange(num_streams, device=state.step.device)
-    # All streams' numbers at once: the generator is many tiny operations.
-    number = reference.uniform(state.seed[:, None], (state.rng_offset + state.step)[:, None], stream)
-    tokens, logprobs, contents = [], [], []
-    failed = torch.zeros_like(state.active[:, 0])
-    finish = state.finish
-    for s in range(num_streams):
-        frame = state.step - state.delays[s]
-        scope = state.scope_ids[s]
-        row = logits[s].float()
-        allowed = state.allowed[s] if state.allowed is not None else None
-        if allowed is not None:
-            row = row.masked_fill(~allowed, minus_inf)
-        if s == 0:
-            is_eos = scope == state.eos_id
-            row = row.masked_fill(is_eos & (frame < state.min_frames)[:, None], minus_inf)
-            row = row.masked_fill(~is_eos & (frame >= state.max_frames)[:, None], minus_inf)
-            content = state.active[:, 0] & (frame >= 0) & (finish < 0)
-        else:
-            content = state.active[:, s] & (frame >= 0) & ((finish < 0) | (frame < finish))
-        column, logprob, bad = reference.sample_rows(
-            row, state.temperature[:, s], state.top_k[:, s], state.top_p[:, s], number[:, s]
-        )
-        bad = bad & content
-        failed = failed | bad
-        fallback = state.eos_id if s == 0 else state.pad_ids[s]
-        token = torch.where(bad, fallback, scope[column])
-        tokens.append(torch.where(content, token, state.pad_ids[s]))
-        logprobs.append(torch.where(content & ~bad, logprob, 0.0))
-        contents.append(content)
-        if s == 0:
-            finish = torch.where(content & (token == state.eos_id), frame, finish)
-    token_BS = torch.stack(tokens, dim=1)
-    # A stream that fails after stream 0 was sampled ends its request in this row too.
-    late = failed & state.active[:, 0] & (state.step >= state.delays[0]) & (state.finish < 0)
-    token_BS[:, 0] = torch.where(late, state.eos_id, token_BS[:, 0])
-    return SampledStep(token_BS, torch.stack(logprobs, dim=1), torch.stack(contents, dim=1), failed)
+    )
 
 
-def advance(state: DecodeState, tokens: Tensor) -> DecodeState:
-    """The state after a row of ``tokens`` ``[B, S]``: one step on, and finished where stream 0 said end-of-segment.
+LIBRARY.define(
+    "multistream_sample(Tensor logits, Tensor column_ids, Tensor sampling, Tensor choice, Tensor limits, "
+    "Tensor request, Tensor guidance, Tensor(a!) progress, Tensor forced, Tensor(b!) history, Tensor(c!) history_logprob, "
+    "Tensor? allowed, int[] bounds, int[] delays, int[] pad_ids, int eos_id, int eos_column, int tail) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
-    Pure: returns a new state. ``tokens`` may be forced ones (a prompt to continue) as well as sampled ones.
-    """
-    frame = state.step - state.delays[0]
-    ends = (state.finish < 0) & (frame >= 0) & state.active[:, 0] & (tokens[:, 0] == state.eos_id)
-    return replace(state, step=state.step + 1, finish=torch.where(ends, frame, state.finish))
+
+def _sample_cpu(logits, column_ids, sampling, choice, limits, request, guidance, progress, forced, history,
+                history_logprob, allowed, bounds, delays, pad_ids, eos_id, eos_column, tail):  # fmt: skip
+    state = DecodeState(
+        column_ids, tuple(bounds), tuple(delays), tuple(pad_ids), eos_id, eos_column, tail, sampling, choice, limits,
+        request, guidance, progress, forced, history, history_logprob, allowed,
+    )  # fmt: skip
+    return reference.multistream_sample(logits, state)
+
+
+LIBRARY.impl("multistream_sample", _sample_cpu, "CPU")
+LIBRARY.impl("multistream_sample", _sample_cpu, "CUDA")
+
+
+@torch.library.register_fake("speechlm_ext::multistream_sample", lib=LIBRARY)
+def _sample_fake(logits, column_ids, sampling, choice, limits, request, guidance, progress, *rest):  # type: ignore[no-untyped-def]
+    shape = (progress.shape[0], choice.shape[2])
+    return (
+        logits.new_empty(shape, dtype=torch.int64),
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.bool),
+        logits.new_empty(shape[:1], dtype=torch.bool),
+        logits.new_empty(shape[:1], dtype=torch.bool),
+    )

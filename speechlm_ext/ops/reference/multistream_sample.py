@@ -1,7 +1,11 @@
-"""Sampling of one token per request in plain torch, with a counter-based random number (Philox 4x32-10).
+"""multistream_sample in plain torch: the oracle of the tests and the definition of every bit of a token.
 
-Philox turns (seed, step, stream) into a uniform number without any state (Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", 2011), so a request's tokens do not depend on which other requests share its batch.
+Random numbers are Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a function of
+(seed, row, stream) without any state, so a request's tokens do not depend on which other requests share its batch.
+
+A token must not depend on the order in which a machine adds, so all sums that decide are sums of integers: a column's
+weight is ``round(2^40 e^((x - max) / temperature))``, with e^x by one polynomial whose products and sums round one by
+one. Against an exact softmax a probability is off by 2e-7 of itself, and columns below 2^-41 of the largest have none.
 """
 
 from __future__ import annotations
@@ -9,9 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops.decode_state import DecodeState
+
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_ONE = 2.0**40
 
 
 def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
@@ -28,71 +35,233 @@ def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def uniform(seed: Tensor, step: Tensor, stream: int | Tensor) -> Tensor:
-    """Uniform float64 numbers in [0, 1): int64 ``seed``, ``step`` and ``stream`` that broadcast to one shape."""
+def uniform(seed: Tensor, row: Tensor, stream: int | Tensor) -> Tensor:
+    """Uniform float64 numbers in [0, 1): int64 ``seed``, ``row`` and ``stream`` that broadcast to one shape."""
     zero = torch.zeros_like(seed)
-    counter = [step & _MASK32, (step >> 32) & _MASK32, zero + stream, zero]
+    counter = [row & _MASK32, (row >> 32) & _MASK32, zero + stream, zero]
     words = philox(counter, [seed & _MASK32, (seed >> 32) & _MASK32])
     return ((words[0] << 21) ^ (words[1] >> 11)).double() * 2.0**-53
 
 
-def lowest_argmax(logits: Tensor) -> Tensor:
+def exponential(x: Tensor) -> Tensor:
+    """e^x of float32 x <= 0 within 2 units in the last place, 0 below -87; the same bits everywhere.
+
+    x = k ln 2 + r with \\|r\\| <= ln 2 / 2, e^r by the polynomial of Cephes' expf (Moshier 1989).
+    """
+    kept = x.clamp_min(-87.0)
+    shifted = kept * 1.44269504088896341 + 12582912.0  # 1.5 * 2^23: adding it rounds to a whole number
+    k = shifted - 12582912.0
+    r = (kept - k * 0.693359375) + k * 2.12194440e-4
+    p = torch.full_like(r, 1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + coefficient
+    return torch.where(x < -87.0, 0.0, (p * (r * r) + r + 1.0) * torch.exp2(k))
+
+
+def lowest_argmax(x: Tensor) -> Tensor:
     """Index of each row's maximum; the lowest index among equals, on every device."""
-    size = logits.shape[-1]
-    index = torch.arange(size, device=logits.device)
-    is_max = logits == logits.amax(dim=-1, keepdim=True)
+    size = x.shape[-1]
+    index = torch.arange(size, device=x.device)
+    is_max = x == x.amax(dim=-1, keepdim=True)
     return torch.where(is_max, index, size).amin(dim=-1).clamp_(max=size - 1)
 
 
-def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Bool mask of the logits that top-k, then top-p, keep; the token that crosses ``top_p`` is kept.
+def weights(x: Tensor, temperature: Tensor) -> Tensor:
+    """int64 ``[B, V]`` sampling weights of float32 logits ``[B, V]`` at ``temperature`` ``[B]`` > 0; 2^40 is the most.
 
-    Args:
-        logits: float ``[B, V]``, -inf where forbidden.
-        top_k: int64 ``[B]``; 0 keeps all. Ties at the border go to the lower index.
-        top_p: float ``[B]``; 1 keeps all.
+    -inf is a column that may not be sampled. The difference from the maximum is taken before dividing, so that no
+    temperature overflows.
     """
-    size = logits.shape[-1]
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(size, device=logits.device)
-    k = torch.where(top_k > 0, top_k, size)[:, None]
-    ordered = ordered.masked_fill(rank >= k, float("-inf"))
-    probability = ordered.softmax(dim=-1)
-    before = probability.cumsum(dim=-1) - probability
-    keep_ordered = (rank < k) & ((before < top_p[:, None]) | (top_p[:, None] >= 1)) | (rank == 0)
-    return torch.zeros_like(keep_ordered).scatter_(-1, order, keep_ordered)
+    scaled = (x - x.amax(dim=-1, keepdim=True)) / temperature[:, None]
+    return (exponential(scaled).double() * _ONE).round().long()
 
 
-def sample_rows(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, number: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one column per row.
+def keep(x: Tensor, weight: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Bool mask of the columns that top-k, then top-p, then min-p keep.
+
+    Columns are ranked by (logit, then the lower index). top-p keeps the fewest whose weights reach p of what top-k
+    kept: the one that crosses the border is in. The first one is always kept.
 
     Args:
-        logits: float ``[B, V]``, -inf where forbidden.
-        temperature, top_k, top_p: ``[B]``; temperature 0 is greedy.
-        number: float64 ``[B]`` uniform in [0, 1), used by inverse transform over the columns in order.
+        x: float32 ``[B, V]``.
+        weight: int64 ``[B, V]``, see :func:`weights`.
+        top_k: int ``[B]``, 0 keeps all. top_p: float32 ``[B]``, 1 keeps all. min_p: float32 ``[B]``, 0 keeps all.
+    """
+    size = x.shape[-1]
+    order = x.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.arange(size, device=x.device)
+    k = torch.where(top_k > 0, top_k.long(), size)[:, None]
+    ordered = weight.gather(-1, order).masked_fill(rank >= k, 0)
+    before = ordered.cumsum(-1) - ordered
+    limit = (top_p.double() * ordered.sum(-1).double()).ceil().long()[:, None]
+    least = (min_p.double() * _ONE).ceil().long()[:, None]
+    kept = (rank < k) & ((before < limit) | (top_p[:, None] >= 1)) & (ordered >= least) | (rank == 0)
+    return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
+def choose(
+    x: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, number: Tensor
+) -> Tensor:
+    """One column int64 ``[B]`` of finite-topped float32 logits ``[B, V]``, by inverse transform in column order.
+
+    ``temperature`` 0 is greedy: the maximum, the lowest column among equals. ``number``: float64 ``[B]`` in [0, 1).
+    """
+    is_greedy = temperature <= 0
+    weight = weights(x, torch.where(is_greedy, 1.0, temperature))
+    cumulative = weight.masked_fill(~keep(x, weight, top_k, top_p, min_p), 0).cumsum(-1)
+    total = cumulative[:, -1]
+    target = torch.minimum((number * total.double()).floor().long(), total - 1)
+    drawn = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
+    return torch.where(is_greedy, lowest_argmax(x), drawn)
+
+
+def multistream_sample(logits: Tensor, state: DecodeState) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sample the next row of every request and move ``state`` past it; see the op for what the results are.
+
+    Args:
+        logits: float ``[rows, C]``.
+        state: its ``progress``, ``history`` and ``history_logprob`` are written.
 
     Returns:
-        ``(column int64 [B], logprob float32 [B], failed bool [B])``. ``logprob`` is the column's log-probability at
-        temperature 1 among all allowed columns. A row with NaN, +inf or nothing allowed has failed: column 0.
+        ``(tokens int64 [B, S], logprob float32 [B, S], is_content bool [B, S], failed bool [B], done bool [B])``.
     """
+    B, S, request = state.batch_size, state.num_streams, torch.arange(state.batch_size, device=logits.device)
+    was_done = state.is_done
+    segment, step, row, finish = (x.clone() for x in (state.segment, state.step, state.row, state.finish))
+    has_next = segment + 1 < state.num_segments
+    following = finish + state.tail + 2  # frame 0 of the next segment, counted from this one
     logits = logits.float()
-    top = logits.amax(dim=-1)
-    failed = logits.isnan().any(dim=-1) | ~top.isfinite()
-    logits = torch.where(failed[:, None], torch.zeros_like(logits), logits)
-    column = lowest_argmax(logits)
-    is_greedy = temperature <= 0
-    if not bool(is_greedy.all()):
-        scaled = logits / torch.where(is_greedy, torch.ones_like(temperature), temperature)[:, None]
-        if bool((top_k > 0).any()) or bool((top_p < 1).any()):
-            scaled = scaled.masked_fill(~keep_top(scaled, top_k, top_p), float("-inf"))
-        cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
-        target = number[:, None] * cumulative[:, -1:]
-        drawn = (
-            torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    conditional, guide = logits[state.source], state.guide
+    unconditional = logits[guide.clamp_min(0)]
+    guided = unconditional + state.guidance[:, None] * (conditional - unconditional)
+    use_guide = (guide >= 0)[:, None] & (conditional != float("-inf"))
+    logits = torch.where(use_guide, guided, conditional)
+
+    tokens = torch.empty(B, S, dtype=torch.int64, device=logits.device)
+    logprobs = torch.zeros(B, S, device=logits.device)
+    contents = torch.zeros(B, S, dtype=torch.bool, device=logits.device)
+    bad_any = torch.zeros(B, dtype=torch.bool, device=logits.device)
+    ended = finish  # what streams behind stream 0 go by: stream 0's end counts in its own row
+    says_next = torch.zeros_like(was_done)
+    for s in range(S):
+        frame = step - state.delays[s]
+        # A stream that runs ahead of stream 0 may be in the next segment already.
+        ahead = (finish >= 0) & has_next & (frame >= following)
+        g = segment + ahead
+        frame = torch.where(ahead, frame - following, frame)
+        origin = row - step + torch.where(ahead, following, 0)
+        limit = torch.minimum(state.max_frames[request, g], state.row_limit[request, g] - origin)
+        end = torch.where(ahead, -1, ended)
+        first, last = state.first_column[request, g, s], state.end_column[request, g, s]
+        columns = torch.arange(state.bounds[s], state.bounds[s + 1], device=logits.device)
+        inside = (columns >= first[:, None]) & (columns < last[:, None])
+        content = (last > first) & (frame >= 0) & ~was_done
+        if s == 0:
+            content &= end < 0
+            is_eos = columns == state.eos_column
+            past = (frame >= limit)[:, None]
+            may_end = past | (frame >= state.min_frames[request, g])[:, None]
+            inside = torch.where(is_eos, may_end, inside & ~past)
+            says_next = (finish >= 0) & has_next & (frame == following - 1) & ~was_done
+        else:
+            content &= torch.where(end < 0, frame < limit, frame < end)
+        if state.allowed is not None:
+            inside = inside & state.allowed[:, state.bounds[s] : state.bounds[s + 1]]
+        x = logits[:, state.bounds[s] : state.bounds[s + 1]].masked_fill(~inside, float("-inf"))
+        top = x.amax(-1)
+        bad = x.isnan().any(-1) | ~top.isfinite()
+        x = torch.where(bad[:, None], torch.zeros_like(x), x)
+        number = uniform(state.seed, row, s)
+        column = choose(
+            _penalised(x, state, g, s, row),
+            state.temperature[request, g, s],
+            state.top_k[request, g, s],
+            state.top_p[request, g, s],
+            state.min_p[request, g, s],
+            number,
         )
-        column = torch.where(is_greedy, column, drawn)
-    column = column.masked_fill(failed, 0)
-    logprob = logits.log_softmax(dim=-1).gather(-1, column[:, None]).squeeze(-1)
-    return column, logprob.masked_fill(failed, 0.0), failed
+        instead = state.eos_id if s == 0 else state.pad_ids[s]
+        token = torch.where(bad, instead, state.column_ids[state.bounds[s] + column])
+        forced = _forced(state, row, s)
+        is_forced = (forced >= 0) & ~was_done
+        bad &= content & ~is_forced
+        bad_any |= bad
+        token = torch.where(content, token, state.pad_ids[s])
+        if s == 0:
+            token = torch.where(
+                says_next, state.marker[request, (g + 1).clamp_max(state.limits.shape[1] - 1)], token
+            )
+        token = torch.where(is_forced, forced, token)
+        found = (state.column_ids[state.bounds[s] : state.bounds[s + 1]] == token[:, None]) & inside
+        logprob = x.double().log_softmax(-1).masked_fill(~found, 0).sum(-1)
+        logprobs[:, s] = torch.where(content & ~bad & found.any(-1), logprob.float(), 0.0)
+        tokens[:, s], contents[:, s] = token, content
+        if s == 0:
+            ended = torch.where(content & (token == state.eos_id), frame, finish)
+    # A stream that fails after stream 0 was sampled ends its request in this row too.
+    tokens[:, 0] = torch.where(bad_any & contents[:, 0], state.eos_id, tokens[:, 0])
+    _advance(state, tokens, logprobs, contents, bad_any, ended, following)
+    return tokens, logprobs, contents, bad_any, state.is_done.clone()
+
+
+def _penalised(x: Tensor, state: DecodeState, g: Tensor, s: int, row: Tensor) -> Tensor:
+    """Logits after the repetition penalty; the end is never penalised."""
+    B, num_rows = state.history.shape[:2]
+    request = torch.arange(B, device=x.device)
+    penalty, window = state.repetition_penalty[request, g, s], state.repetition_window[request, g, s]
+    if num_rows == 0:
+        return x
+    index = torch.arange(num_rows, device=x.device)
+    recent = (index < row[:, None]) & (index >= row[:, None] - window[:, None])
+    said = state.history[:, :, s].masked_fill(~recent, -1)
+    ids = state.column_ids[state.bounds[s] : state.bounds[s + 1]]
+    repeated = (said[:, :, None] == ids).any(1) & (ids != state.eos_id if s == 0 else ids >= 0)
+    changed = torch.where(x > 0, x / penalty[:, None], x * penalty[:, None])
+    return torch.where(repeated & (penalty != 1)[:, None], changed, x)
+
+
+def _forced(state: DecodeState, row: Tensor, s: int) -> Tensor:
+    num_rows = state.forced.shape[1]
+    if num_rows == 0:
+        return torch.full_like(row, -1)
+    request = torch.arange(len(row), device=row.device)
+    return torch.where(row < num_rows, state.forced[request, row.clamp_max(num_rows - 1), s], -1)
+
+
+def _advance(
+    state: DecodeState,
+    tokens: Tensor,
+    logprobs: Tensor,
+    contents: Tensor,
+    failed: Tensor,
+    ended: Tensor,
+    following: Tensor,
+) -> None:
+    """Write the history and move every request that is not done by one row."""
+    request = torch.arange(state.batch_size, device=tokens.device)
+    live, row = ~state.is_done, state.row.clone()
+    kept = live & (row < state.history.shape[1])
+    state.history[request[kept], row[kept]] = tokens[kept]
+    state.history_logprob[request[kept], row[kept]] = torch.where(contents, logprobs, torch.nan)[kept]
+    step, segment, finish = state.step + 1, state.segment.clone(), torch.where(failed, state.finish, ended)
+    is_last = segment + 1 >= state.num_segments
+    delays = torch.tensor(state.delays, device=tokens.device)
+    used = state.end_column[request, segment] > state.first_column[request, segment]
+    slowest = torch.where(used, delays, 0).amax(1)
+    level = state.delays[0] + 1
+    needed = finish + torch.where(finish > 0, slowest.clamp_min(level), level)
+    done = failed | (is_last & (finish >= 0) & (step >= needed))
+    switch = ~is_last & (state.finish >= 0) & (step - state.delays[0] >= following) & ~done
+    new = torch.stack(
+        [
+            segment + switch,
+            torch.where(switch, step - following, step),
+            row + 1,
+            torch.where(switch, -1, finish),
+            done.long(),
+            failed.long(),
+            torch.zeros_like(row),
+        ],
+        dim=1,
+    )
+    state.progress.copy_(torch.where(live[:, None], new, state.progress))
