@@ -10,12 +10,16 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCH
   target_compile_definitions(speechlm_core PUBLIC SPEECHLM_SIMD_X86)
 endif()
 
-file(GLOB SIMD_SOURCES CONFIGURE_DEPENDS csrc/*/*_simd.cpp)
+set(SIMD_SOURCES "")
+foreach(op IN LISTS SPEECHLM_OPS)
+  file(GLOB OP_SIMD_SOURCES CONFIGURE_DEPENDS csrc/${op}/*_simd.cpp)
+  list(APPEND SIMD_SOURCES ${OP_SIMD_SOURCES})
+endforeach()
 # Without -fno-trapping-math (nobody unmasks floating-point traps here) GCC does not vectorize a comparison.
 foreach(set IN LISTS SPEECHLM_SIMD_SETS)
   add_library(speechlm_simd_${set} OBJECT ${SIMD_SOURCES})
   target_include_directories(speechlm_simd_${set} PRIVATE csrc)
   target_compile_definitions(speechlm_simd_${set} PRIVATE SX_SIMD=${set})
-  target_compile_options(speechlm_simd_${set} PRIVATE -O3 -Wall -Wextra -ffp-contract=off -fno-trapping-math ${SIMD_FLAGS_${set}})
+  target_compile_options(speechlm_simd_${set} PRIVATE ${SPEECHLM_OPTIMIZE} -Wall -Wextra -ffp-contract=off -fno-trapping-math ${SIMD_FLAGS_${set}})
   target_sources(speechlm_core PRIVATE $<TARGET_OBJECTS:speechlm_simd_${set}>)
 endforeach()
