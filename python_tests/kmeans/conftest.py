@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from speechlm_ext.kmeans.hashing import uniforms
+
 
 def clustered(
     num_rows: int = 1500, num_features: int = 6, num_clusters: int = 12, *, seed: int = 0, spread: float = 1.0
@@ -17,6 +19,34 @@ def clustered(
     sizes = torch.arange(1, num_clusters + 1).double()
     which = torch.multinomial(sizes, num_rows, replacement=True, generator=generator)
     return centers[which] + spread * torch.randn(num_rows, num_features, generator=generator)
+
+
+def plus_plus(
+    points: torch.Tensor,
+    num_clusters: int,
+    *,
+    seed: int,
+    purpose: str,
+    trials: int = 1,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """k-means++ as it is written in books, in float64 by differences, with the draws of the package: int64 ``[K]``."""
+    points = points.double()
+    weights = torch.ones(len(points), dtype=torch.float64) if weights is None else weights
+    draws = uniforms(seed, purpose, torch.arange(num_clusters * trials)).view(num_clusters, trials)
+
+    def drawn(mass: torch.Tensor, draw: torch.Tensor) -> int:
+        return int(((mass.cumsum(0) / mass.sum()) <= draw).sum())
+
+    chosen = [drawn(weights, draws[0, 0])]
+    nearest = (points - points[chosen[0]]).square().sum(1)
+    for k in range(1, num_clusters):
+        tried = [drawn(nearest * weights, draw) for draw in draws[k]]
+        left = [torch.minimum(nearest, (points - points[t]).square().sum(1)) for t in tried]
+        best = min(range(trials), key=lambda i: float((left[i] * weights).sum()))
+        chosen.append(tried[best])
+        nearest = left[best]
+    return torch.tensor(chosen)
 
 
 @pytest.fixture(autouse=True)

@@ -79,6 +79,15 @@ def test_fit_on_shards_is_the_estimators_fit(features, tmp_path, capsys):
     assert "a fit with n_clusters 8, not 9" in capsys.readouterr().err
 
 
+def test_trials_of_the_start(features, tmp_path, capsys):
+    words = ["fit", "--features", features, "--n_clusters", 8, "--output", tmp_path / "u", "--max_iter", 1]
+    assert kmeans(*words, "--n_local_trials", 1) == 0
+    expected = KMeans(8, n_local_trials=1, max_iter=1).fit(features)
+    assert torch.equal(KMeans.load(tmp_path / "u").cluster_centers_, expected.cluster_centers_)
+    assert not torch.equal(expected.cluster_centers_, KMeans(8, max_iter=1).fit(features).cluster_centers_)
+    assert kmeans(*words) == 2 and "a fit with n_local_trials 1, not None" in capsys.readouterr().err
+
+
 def test_fit_on_a_sample_of_shards(features, tmp_path):
     words = ["--features", features, "--n_clusters", 8, "--share", 0.5, "--max_frames", 300]
     assert kmeans("fit", *words, "--output", tmp_path / "u", "--keep-features") == 0

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import speechlm_ext as sx
-from speechlm_ext.errors import KMeansError, SpeechLMError
+from speechlm_ext.errors import CheckpointError, KMeansError, SpeechLMError
 from speechlm_ext.kmeans.init import initial_centers
 from speechlm_ext.kmeans.plusplus import greedy_plus_plus
 from speechlm_ext.kmeans.ranks import Ranks
 from speechlm_ext.kmeans.sources import ArraySource
 from speechlm_ext.kmeans.survey import survey
 
-from .conftest import clustered
+from .conftest import clustered, plus_plus
 
 sk = pytest.importorskip("sklearn.cluster", reason="the oracle needs scikit-learn: pip install scikit-learn")
 
@@ -214,6 +214,50 @@ def test_both_ways_of_distances_choose_alike(monkeypatch):
     assert table.unique().numel() == 30
 
 
+@pytest.mark.parametrize("all_pairs", [0, 1 << 14])
+@pytest.mark.parametrize("trials", [1, 3, None])
+def test_trials_of_the_start(x, trials, all_pairs, monkeypatch):
+    """One trial is plain k-means++ and no other number differs from the book's either; None is 2 + floor(ln K)."""
+    monkeypatch.setattr("speechlm_ext.kmeans.plusplus._ALL_PAIRS", all_pairs)
+    for seed in range(5):
+        want = plus_plus(x, 12, seed=seed, purpose="k-means++/0", trials=trials or 4)
+        found = initial_centers(survey(ArraySource(x), Ranks()), 12, "k-means++", seed=seed, trials=trials)
+        assert torch.equal(found, x[want])
+
+
+def test_trials_reach_every_start(x, monkeypatch):
+    """The fit's own start, that of ``partial_fit``, and the last stage of k-means||."""
+    want = x[plus_plus(x, 9, seed=2, purpose="k-means++/0")]
+    settings = {"n_local_trials": 1, "random_state": 2, "max_iter": 1}
+    plain = sx.KMeans(9, **settings).fit(x)
+    assert torch.equal(plain.cluster_centers_, sx.KMeans(9, init=want, max_iter=1).fit(x).cluster_centers_)
+    assert not torch.equal(
+        plain.cluster_centers_, sx.KMeans(9, random_state=2, max_iter=1).fit(x).cluster_centers_
+    )
+    step = sx.KMeans(9, **settings).partial_fit(x)
+    assert torch.equal(step.cluster_centers_, sx.KMeans(9, init=want).partial_fit(x).cluster_centers_)
+    seen = []
+
+    def watched(points, num_clusters, **options):
+        seen.append((points, options, greedy_plus_plus(points, num_clusters, **options)))
+        return seen[-1][2]
+
+    monkeypatch.setattr("speechlm_ext.kmeans.init.greedy_plus_plus", watched)
+    sx.KMeans(9, init="k-means||", **settings).fit(x)
+    ((points, options, chosen),) = seen
+    weights = options["weights"]
+    assert weights.sum() == len(x) and len(points) > 9
+    expected = plus_plus(points, 9, seed=2, purpose=options["purpose"], weights=weights)
+    assert torch.equal(chosen, expected)
+
+
+def test_trials_are_a_setting_of_the_fit(x, tmp_path):
+    sx.KMeans(5, n_local_trials=np.int64(1)).fit(x, checkpoint=tmp_path / "c").save(tmp_path / "u")
+    assert sx.KMeans.load(tmp_path / "u").settings.n_local_trials == 1
+    with pytest.raises(CheckpointError, match="settings n_local_trials = 1, this one has None"):
+        sx.KMeans(5).fit(x, checkpoint=tmp_path / "c")
+
+
 def test_seeds_and_several_starts(x):
     first, again, other = (sx.KMeans(9, init="random", random_state=seed).fit(x) for seed in (0, 0, 1))
     assert torch.equal(first.cluster_centers_, again.cluster_centers_)
@@ -294,6 +338,13 @@ def test_rows_that_are_not_finite(x):
         ({"n_clusters": 2, "reassignment_ratio": 1.5}, r"reassignment_ratio should be a number in \[0, 1\)"),
         ({"n_clusters": 2, "max_no_improvement": 0}, "max_no_improvement should be None or"),
         ({"n_clusters": 20, "init_size": 10}, "init_size=10 rows cannot start 20 clusters"),
+        (
+            {"n_clusters": 2, "n_local_trials": 0},
+            "n_local_trials should be None or a whole number from 1; got 0",
+        ),
+        ({"n_clusters": 2, "n_local_trials": 1.0}, "n_local_trials should be None or a whole number from 1"),
+        ({"n_clusters": 2, "n_local_trials": 1, "init": "random"}, "n_local_trials=1 is for init='k-means"),
+        ({"n_clusters": 2, "n_local_trials": 1, "init": np.zeros((2, 3))}, "leave it out with another init"),
         ({"n_clusters": 2, "nonfinite": "skip"}, "nonfinite should be 'error' or 'drop'"),
         ({"n_clusters": 2, "block_rows": 0}, "block_rows should be"),
     ],

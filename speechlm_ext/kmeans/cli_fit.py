@@ -36,7 +36,8 @@ PLOT = "usage.svg"
 _RECORDINGS_PER_SHARD = 200
 #: Settings that features do not depend on: free until the first iteration.
 _OF_KMEANS = (
-    "n_clusters", "algorithm", "init", "init_size", "n_init", "max_iter", "tol", "batch_size", "nonfinite")  # fmt: skip
+    "n_clusters", "algorithm", "init", "init_size", "n_local_trials", "n_init", "max_iter", "tol", "batch_size",
+    "nonfinite")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class FitConfig:
     """How the centroids start; for large data k-means++ becomes k-means||."""
     init_size: int | None = None
     """Frames, drawn at random, that the start is chosen from; default all, or three batches (minibatch)."""
+    n_local_trials: int | None = None
+    """Number of seeding trials in k-means++: so many frames are drawn for each centroid and the best is taken; default
+    2 + floor(ln K), 1 is plain k-means++."""
     n_init: int = 1
     """Starts, of which the best is kept."""
     max_iter: int = 100
@@ -137,6 +141,7 @@ def run_fit(cfg: FitConfig) -> int:
         init=cfg.init,
         algorithm=cfg.algorithm,
         init_size=cfg.init_size,
+        n_local_trials=cfg.n_local_trials,
         n_init=cfg.n_init,
         max_iter=cfg.max_iter,
         tol=cfg.tol,

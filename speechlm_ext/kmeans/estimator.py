@@ -56,6 +56,8 @@ class KMeans:
         reassignment_ratio: mini-batch: a centroid that saw less than this share of the busiest one's rows is moved.
         init_size: rows, drawn at random, that the start is chosen from and that are held in memory for it; default all
             rows, or for mini-batches three batches, at least ``3 K``.
+        n_local_trials: number of seeding trials in k-means++, also in the last stage of k-means||: so many rows are
+            drawn for each centroid and the best is taken; None: ``2 + floor(ln K)``; 1: plain k-means++.
         nonfinite: a row with a NaN or an infinity is an ``"error"`` that names it, or is left out (``"drop"``), counted
             in ``n_dropped_`` and labelled -1.
         distributed: True: the rows given to each process of ``torch.distributed`` are its share, in rank order, and all
@@ -94,6 +96,7 @@ class KMeans:
         max_no_improvement: int | None = 10,
         reassignment_ratio: float = 0.01,
         init_size: int | None = None,
+        n_local_trials: int | None = None,
         nonfinite: Literal["error", "drop"] = "error",
         distributed: bool | Literal["auto"] = "auto",
         device: torch.device | str | None = None,
@@ -114,6 +117,7 @@ class KMeans:
             max_no_improvement=max_no_improvement,
             reassignment_ratio=reassignment_ratio,
             init_size=init_size,
+            n_local_trials=n_local_trials,
         )
         if block_rows is not None and block_rows < 1:
             raise KMeansError(
@@ -188,7 +192,9 @@ class KMeans:
         if state is None:
             self._require_rows(data)
             s = self.settings
-            centers = initial_centers(data, s.n_clusters, s.init, seed=s.random_state)
+            centers = initial_centers(
+                data, s.n_clusters, s.init, seed=s.random_state, trials=s.n_local_trials
+            )
             state = State(
                 centers=centers, seen=torch.zeros(s.n_clusters, dtype=torch.float64, device=data.device)
             )

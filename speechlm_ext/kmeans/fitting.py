@@ -85,7 +85,14 @@ def _start(data: Data, settings: Settings, run: int, best: Best | None) -> State
         size = max(3 * settings.batch_size, 3 * settings.n_clusters)
     if size is not None and size < data.num_usable and isinstance(settings.init, str):
         given = subsample(data, size, seed=settings.random_state, purpose=f"init rows/{run}")
-    centers = initial_centers(given, settings.n_clusters, settings.init, seed=settings.random_state, run=run)
+    centers = initial_centers(
+        given,
+        settings.n_clusters,
+        settings.init,
+        seed=settings.random_state,
+        run=run,
+        trials=settings.n_local_trials,
+    )
     seen = torch.zeros(settings.n_clusters, dtype=torch.float64, device=data.device)
     return State(centers=centers, seen=seen, run=run, best=best)
 

@@ -33,7 +33,9 @@ _GREEDY_WORK, _GREEDY_VALUES = 2e9, 1 << 25
 _ROUNDS, _MOST_ROUNDS = 5, 40
 
 
-def initial_centers(data: Data, num_clusters: int, init: Any, *, seed: int, run: int = 0) -> Tensor:
+def initial_centers(
+    data: Data, num_clusters: int, init: Any, *, seed: int, run: int = 0, trials: int | None = None
+) -> Tensor:
     """The start of a fit.
 
     Args:
@@ -42,6 +44,7 @@ def initial_centers(data: Data, num_clusters: int, init: Any, *, seed: int, run:
         init: one of ``METHODS``, or an array ``[K, F]``.
         seed: of the fit.
         run: which start of several this is.
+        trials: of k-means++, also among the candidates of k-means||; see ``greedy_plus_plus``.
 
     Returns:
         ``[K, F]`` in ``data.dtype``, the same on every rank. With fewer distinct rows than clusters some are equal.
@@ -66,9 +69,11 @@ def initial_centers(data: Data, num_clusters: int, init: Any, *, seed: int, run:
     size = data.num_usable * width
     if init == "k-means++" and size * num_clusters <= _GREEDY_WORK and size <= _GREEDY_VALUES:
         rows = data.ranks.gather(torch.cat([block for _, block in finite_blocks(data)] or [_none(data)]))
-        chosen = greedy_plus_plus(_centred(data, rows), num_clusters, seed=seed, purpose=purpose)
+        chosen = greedy_plus_plus(
+            _centred(data, rows), num_clusters, seed=seed, purpose=purpose, trials=trials
+        )
         return rows[chosen].to(data.dtype)
-    return _parallel(data, num_clusters, seed=seed, purpose=purpose).to(data.dtype)
+    return _parallel(data, num_clusters, seed=seed, purpose=purpose, trials=trials).to(data.dtype)
 
 
 def subsample(data: Data, num_rows: int, *, seed: int, purpose: str) -> Data:
@@ -112,7 +117,7 @@ def _centred(data: Data, rows: Tensor) -> Tensor:
     return rows.double() - data.grid.offset
 
 
-def _parallel(data: Data, num_clusters: int, *, seed: int, purpose: str) -> Tensor:
+def _parallel(data: Data, num_clusters: int, *, seed: int, purpose: str, trials: int | None) -> Tensor:
     """k-means||: ``[K, F]`` in ``data.work_dtype``."""
     count = data.source.num_rows
     nearest = torch.full((count,), torch.inf, dtype=data.work_dtype, device=data.device)
@@ -140,7 +145,12 @@ def _parallel(data: Data, num_clusters: int, *, seed: int, purpose: str) -> Tens
         rest = smallest_rows(data, num_clusters - known, seed=seed, purpose=f"{purpose}/rest")
         return torch.cat([candidates, rest])
     chosen = greedy_plus_plus(
-        _centred(data, candidates), num_clusters, seed=seed, purpose=f"{purpose}/among", weights=weights
+        _centred(data, candidates),
+        num_clusters,
+        seed=seed,
+        purpose=f"{purpose}/among",
+        weights=weights,
+        trials=trials,
     )
     return candidates[chosen]
 

@@ -1,8 +1,8 @@
 """Greedy k-means++ on points in memory, with weights.
 
 Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007: each next centre is a point drawn
-with probability proportional to its squared distance from the centres so far. Greedy: of ``2 + floor(ln K)`` points
-drawn so, the one is taken that leaves the smallest sum of squared distances.
+with probability proportional to its squared distance from the centres so far. Greedy: of several points drawn so
+(``2 + floor(ln K)`` unless told otherwise), the one is taken that leaves the smallest sum of squared distances.
 
 Distances come from float64 products of points moved to the middle of their range, so nothing cancels for data far from
 the origin; what lies below the rounding error of that product counts as 0, so equal rows are equal. For few points all
@@ -28,7 +28,13 @@ _ALL_PAIRS = 1 << 14  # most points whose pairs are all kept: 1 GiB of float32
 
 
 def greedy_plus_plus(
-    points: Tensor, num_clusters: int, *, seed: int, purpose: str, weights: Tensor | None = None
+    points: Tensor,
+    num_clusters: int,
+    *,
+    seed: int,
+    purpose: str,
+    weights: Tensor | None = None,
+    trials: int | None = None,
 ) -> Tensor:
     """Choose ``num_clusters`` of the points.
 
@@ -37,6 +43,8 @@ def greedy_plus_plus(
         num_clusters: K <= M.
         seed, purpose: of the draws (see ``hashing.py``).
         weights: float64 ``[M]`` >= 0: how many rows a point stands for; default 1.
+        trials: points drawn for each centre, of which the best is taken; default ``2 + floor(ln K)``. 1 is plain
+            k-means++.
 
     Returns:
         int64 ``[K]`` indices. When fewer than K points are distinct, the rest repeat.
@@ -44,7 +52,8 @@ def greedy_plus_plus(
     num_points = points.shape[0]
     if weights is None:
         weights = points.new_ones(num_points)
-    trials = 2 + int(math.log(num_clusters))
+    if trials is None:
+        trials = 2 + int(math.log(num_clusters))
     numbers = torch.arange(num_clusters * trials, device=points.device)
     chances = uniforms(seed, purpose, numbers).view(num_clusters, trials)
     distances = _distances(points, num_clusters * trials)

@@ -29,13 +29,14 @@ class Settings:
     max_no_improvement: int | None = 10
     reassignment_ratio: float = 0.01
     init_size: int | None = None
+    n_local_trials: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_clusters", "max_iter", "n_init", "batch_size"):
             self._check(
                 name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1"
             )
-        for name in ("max_no_improvement", "init_size"):
+        for name in ("max_no_improvement", "init_size", "n_local_trials"):
             value = getattr(self, name)
             self._check(
                 name, value is None or (_is_whole(value) and value >= 1), "None or a whole number from 1"
@@ -53,6 +54,12 @@ class Settings:
         elif self.n_init != 1:
             raise KMeansError(
                 f"K-Means: n_init={self.n_init} with an array as init would fit the same thing again; set n_init=1."
+            )
+        draws_one_by_one = isinstance(self.init, str) and self.init != "random"
+        if self.n_local_trials is not None and not draws_one_by_one:
+            raise KMeansError(
+                f"K-Means: n_local_trials={self.n_local_trials} is for init='k-means++' and 'k-means||', which draw "
+                "their centroids one by one; leave it out with another init."
             )
         if self.init_size is not None and self.init_size < self.n_clusters:
             raise KMeansError(
