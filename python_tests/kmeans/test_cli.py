@@ -205,7 +205,7 @@ def test_settings_are_free_until_the_first_iteration(features, tmp_path, capsys)
     assert "a fit with n_clusters 8, not 9" in capsys.readouterr().err
 
 
-def test_fit_refusals(features, tmp_path, capsys):
+def test_fit_refusals(features, tmp_path, capsys, monkeypatch):
     def says(*words: object) -> str:
         assert kmeans("fit", *words, "--output", tmp_path / "x") == 2
         message = capsys.readouterr().err.strip()
@@ -217,7 +217,14 @@ def test_fit_refusals(features, tmp_path, capsys):
     assert "--audio needs --encoder" in says("--audio", MANIFEST)
     assert "share must lie in (0, 1], got 0" in says("--features", features, "--share", 0)
     assert "max_frames must be at least 1" in says("--features", features, "--max_frames", 0)
-    assert "device must be cpu, cuda or auto" in says("--features", features, "--device", "tpu")
+    assert "--device must be cpu, cuda or auto" in says("--features", features, "--device", "tpu")
+    assert "or cuda:N for one of several; got 'cudas'" in says("--features", features, "--device", "cudas")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1"):
+        message = says("--features", features, "--device", name)
+        assert (
+            f"--device {name} was asked for, but torch finds no GPU" in message and "--device cpu" in message
+        )
     assert "has 6 features a row but mfcc gives 39" in says("--features", features, "--encoder", "mfcc")
 
 

@@ -347,6 +347,10 @@ def test_rows_that_are_not_finite(x):
         ({"n_clusters": 2, "n_local_trials": 1, "init": np.zeros((2, 3))}, "leave it out with another init"),
         ({"n_clusters": 2, "nonfinite": "skip"}, "nonfinite should be 'error' or 'drop'"),
         ({"n_clusters": 2, "block_rows": 0}, "block_rows should be"),
+        (
+            {"n_clusters": 2, "block_rows": "all"},
+            "block_rows should be None or a whole number from 1; got 'all'",
+        ),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -384,6 +388,47 @@ def test_refusals(x):
         sx.KMeans(3, distributed=True).fit(x)
     with pytest.raises(KMeansError, match="checkpoint_every should be"):
         model.fit(x, checkpoint_every=0)
+
+
+@pytest.mark.parametrize(
+    "init", [[[1.0, 2.0], [3.0]], None, [["a"]], np.array([{}]), [torch.zeros(6), torch.zeros(6)]]
+)
+def test_an_init_that_is_no_array(init, x):
+    with pytest.raises(
+        KMeansError, match=r"K-Means: init should be one of k-means\+\+, .*all rows of one length; got"
+    ):
+        sx.KMeans(2, init=init)
+
+
+def test_an_init_may_be_a_list_or_part_of_a_graph(x, tmp_path):
+    """And is then recorded in a checkpoint as an array is."""
+    want = sx.KMeans(3, init=x[:3], max_iter=1).fit(x, checkpoint=tmp_path)
+    for init in (x[:3].tolist(), x[:3].clone().requires_grad_() * 1):
+        found = sx.KMeans(3, init=init, max_iter=1).fit(x, checkpoint=tmp_path)
+        assert torch.equal(found.cluster_centers_, want.cluster_centers_)
+
+
+@pytest.mark.parametrize("device", ["foo", "mps", "meta", 3.5, "cuda:x"])
+def test_a_device_that_is_none(device):
+    with pytest.raises(
+        KMeansError, match=r"K-Means: device should be 'cpu', 'cuda' or 'cuda:N'; got .*Leave it out"
+    ):
+        sx.KMeans(2, device=device)
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "message"),
+    [
+        (0, "cuda", "got 'cuda', but torch finds no GPU. See `speechlm doctor`, or take 'cpu'"),
+        (2, "cuda:2", "got 'cuda:2', but torch finds only 2, counted from 0"),
+    ],
+)
+def test_a_gpu_that_is_not_there(count, device, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(KMeansError, match=message):
+        sx.KMeans(2, device=device)
+    assert sx.KMeans(2, device="cpu").device == torch.device("cpu")
 
 
 def test_takes_numbers_of_numpy(x, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.audio import AudioJob, AudioPool, estimated_frames, find_audio, recording_rows
+from speechlm_ext.kmeans.checks import missing_gpu
 from speechlm_ext.kmeans.sampling import sample_size, sampled_rows, write_sample
 from speechlm_ext.kmeans.sources import open_source
 from speechlm_ext.tokenizers.encoders import EncoderSpec, FeatureEncoder, build_encoder
@@ -165,11 +167,12 @@ def resolve_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not name.startswith("cuda"):
-        raise ConfigError(f"device must be cpu, cuda or auto, got {name!r}.")
-    if name != "cpu" and not torch.cuda.is_available():
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ConfigError(f"--device must be cpu, cuda or auto, or cuda:N for one of several; got {name!r}.")
+    missing = missing_gpu(torch.device(name))
+    if missing:
         raise ConfigError(
-            f"device {name} was asked for, but torch finds no GPU; see `speechlm doctor`, or take --device cpu."
+            f"--device {name} was asked for, but {missing}; see `speechlm doctor`, or take --device cpu."
         )
     return name
 

@@ -18,7 +18,13 @@ from torch import Tensor
 from speechlm_ext.errors import KMeansError
 from speechlm_ext.kmeans import artifact
 from speechlm_ext.kmeans.checkpoint import Checkpoint
-from speechlm_ext.kmeans.checks import require_rows, require_width, warn_of_duplicates
+from speechlm_ext.kmeans.checks import (
+    checked_device,
+    require_rows,
+    require_whole,
+    require_width,
+    warn_of_duplicates,
+)
 from speechlm_ext.kmeans.fitting import partial_step, run_fit
 from speechlm_ext.kmeans.lloyd import walk
 from speechlm_ext.kmeans.predicting import nearest_of
@@ -75,7 +81,7 @@ class KMeans:
         features_: what made the features, as given to :meth:`save` or found by :meth:`load`.
 
     Raises:
-        KMeansError: (a ValueError) impossible settings.
+        KMeansError: (a ValueError) impossible settings, or a device that is not there.
     """
 
     def __init__(
@@ -115,13 +121,10 @@ class KMeans:
             init_size=init_size,
             n_local_trials=n_local_trials,
         )
-        if block_rows is not None and block_rows < 1:
-            raise KMeansError(
-                f"K-Means: block_rows should be None or a whole number from 1; got {block_rows!r}."
-            )
+        require_whole("block_rows", block_rows)
+        self.device = checked_device(device)
         self.distributed, self.block_rows = distributed, block_rows
         self.column, self.progress = column, progress
-        self.device = None if device is None else torch.device(device)
         self.features_: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -144,11 +147,8 @@ class KMeans:
             CheckpointError: the checkpoint is damaged, or of other settings or data.
             StorageError: the checkpoint cannot be written.
         """
+        require_whole("checkpoint_every", checkpoint_every)
         every = checkpoint_every if checkpoint_every is not None else _DEFAULT_EVERY[self.settings.algorithm]
-        if every < 1:
-            raise KMeansError(
-                f"K-Means: checkpoint_every should be a whole number from 1; got {checkpoint_every!r}."
-            )
         data = self._survey(x)
         require_rows(data, self.settings.n_clusters)
         store = None

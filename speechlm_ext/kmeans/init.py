@@ -33,6 +33,21 @@ _GREEDY_WORK, _GREEDY_VALUES = 2e9, 1 << 25
 _ROUNDS, _MOST_ROUNDS = 5, 40
 
 
+def given_centers(init: Any) -> Tensor:
+    """Centroids that were given as init, as a tensor; their shape is not looked at.
+
+    Raises:
+        KMeansError: not numbers, or rows of different lengths.
+    """
+    try:
+        return torch.as_tensor(init)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise KMeansError(
+            f"K-Means: init should be one of {', '.join(METHODS)} or a float array [n_clusters, F], all rows of one "
+            f"length; got a {type(init).__name__} that is no such array ({error}). Give a tensor or a numpy array."
+        ) from None
+
+
 def initial_centers(
     data: Data, num_clusters: int, init: Any, *, seed: int, run: int = 0, trials: int | None = None
 ) -> Tensor:
@@ -54,7 +69,7 @@ def initial_centers(
     """
     width = data.source.num_features
     if not isinstance(init, str):
-        centers = torch.as_tensor(init)
+        centers = given_centers(init)
         if tuple(centers.shape) != (num_clusters, width) or not centers.is_floating_point():
             raise KMeansError(
                 f"K-Means: init should be float [{num_clusters}, {width}] for {num_clusters} clusters of these "

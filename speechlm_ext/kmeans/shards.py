@@ -32,6 +32,33 @@ def content_key(path: Path) -> list[Any]:
     return [size, digest.hexdigest()]
 
 
+def how_to_reshape(num_dims: int) -> str:
+    """Words for rows that do not have two dimensions; none for those that have."""
+    if num_dims == 2:
+        return ""
+    if num_dims == 1:
+        return ", as by reshape(-1, F) for F numbers a frame, or reshape(-1, 1) for one number a frame"
+    return ", as by reshape(-1, F) for F numbers a frame"
+
+
+def why_no_npy(path: str | Path, error: Exception) -> str:
+    """What is the matter with a file that ``numpy.load`` refused, in parentheses, and what to do about it.
+
+    NumPy's own words recommend to unpickle what it does not know, which would run any code in the file.
+    """
+    words = str(error)
+    if not isinstance(error, OSError) and ("object" in words.lower() or "pickle" in words):
+        with open(path, "rb") as file:
+            is_npy = file.read(6) == b"\x93NUMPY"
+        if is_npy:
+            return (
+                "(it holds Python objects); such arrays are refused, since reading one runs whatever code it holds. "
+                "Save numbers instead: numpy.save of a float array [n, F]"
+            )
+        words = "it does not begin as one"
+    return f"({words}); it is damaged, truncated, or not a plain .npy file: write it again with numpy.save"
+
+
 class Shard(Protocol):
     """One file of rows."""
 
@@ -76,10 +103,7 @@ class NpyShard:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise KMeansError(
-                f"feature shard {path} cannot be read ({error}); it is damaged, truncated, or not a plain .npy file: "
-                "write it again with numpy.save."
-            ) from None
+            raise KMeansError(f"feature shard {path} cannot be read {why_no_npy(path, error)}.") from None
         if (
             not isinstance(array, np.ndarray)
             or array.ndim != 2
@@ -88,7 +112,8 @@ class NpyShard:
         ):
             got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "a .npz archive"
             raise KMeansError(
-                f"feature shard {path}: expected float16, float32 or float64 [n, F], got {got}; convert it before."
+                f"feature shard {path}: expected float16, float32 or float64 [n, F], got {got}; convert it before"
+                f"{how_to_reshape(getattr(array, 'ndim', 2))}."
             )
         self.path = path
         self.num_rows, self.num_features = (int(n) for n in array.shape)
