@@ -1,12 +1,15 @@
-"""Rows that the K-Means tests share."""
+"""Rows, and the command line, that the K-Means tests share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from speechlm_ext.cli import main
 from speechlm_ext.kmeans.hashing import uniforms
 
 
@@ -49,6 +52,14 @@ def plus_plus(
     return torch.tensor(chosen)
 
 
+def kmeans(*words: object) -> int:
+    return main(["kmeans", *map(str, words)])
+
+
+def rows_of(folder: Path) -> np.ndarray:
+    return np.concatenate([np.load(p) for p in sorted(folder.glob("*.npy"))])
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """These fits are too small for more; how results depend on threads is a test of its own."""
@@ -61,3 +72,15 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def x() -> torch.Tensor:
     return clustered()
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory) -> Path:
+    """Three shards of 500, 300 and 200 rows with 6 features around 8 centres."""
+    folder = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 10, (8, 6))
+    x = (centres[rng.integers(0, 8, 1000)] + rng.normal(0, 1, (1000, 6))).astype(np.float32)
+    for name, part in zip("abc", np.split(x, [500, 800]), strict=True):
+        np.save(folder / f"{name}.npy", part)
+    return folder

@@ -12,7 +12,6 @@ import torch
 
 from python_tests.data_fixtures import MANIFEST, SPEECH, recordings, waves
 from python_tests.tokenizers import hf_models
-from speechlm_ext.cli import main
 from speechlm_ext.kmeans import KMeans, cli_fit
 from speechlm_ext.kmeans.cli_inspect import nearest_pairs
 from speechlm_ext.kmeans.convert import from_centroids
@@ -20,21 +19,7 @@ from speechlm_ext.kmeans.unit_files import deduplicated, unit_writer
 from speechlm_ext.tokenizers.encoder_kmeans import EncoderKMeans
 from speechlm_ext.tokenizers.encoders import build_encoder
 
-
-def kmeans(*words: object) -> int:
-    return main(["kmeans", *map(str, words)])
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory) -> Path:
-    """Three shards of 500, 300 and 200 rows with 6 features around 8 centres."""
-    folder = tmp_path_factory.mktemp("features")
-    rng = np.random.default_rng(0)
-    centres = rng.normal(0, 10, (8, 6))
-    x = (centres[rng.integers(0, 8, 1000)] + rng.normal(0, 1, (1000, 6))).astype(np.float32)
-    for name, part in zip("abc", np.split(x, [500, 800]), strict=True):
-        np.save(folder / f"{name}.npy", part)
-    return folder
+from .conftest import kmeans, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +32,6 @@ def units(tmp_path_factory) -> Path:
     )  # fmt: skip
     assert code == 0
     return folder
-
-
-def rows_of(folder: Path) -> np.ndarray:
-    return np.concatenate([np.load(p) for p in sorted(folder.glob("*.npy"))])
 
 
 # ---- fit ---------------------------------------------------------------------------------------------------

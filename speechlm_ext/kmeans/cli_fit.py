@@ -7,7 +7,6 @@ fit is made from, so that another command is refused; until then also ``features
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -23,23 +22,17 @@ from tqdm import tqdm
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.audio import AudioJob, AudioPool, estimated_frames, find_audio, recording_rows
+from speechlm_ext.kmeans.audio import AudioJob, AudioPool, estimated_frames, find_audio
 from speechlm_ext.kmeans.checks import missing_gpu
+from speechlm_ext.kmeans.fit_record import CHECKPOINT, FEATURES, claim, record_of
 from speechlm_ext.kmeans.sampling import sample_size, sampled_rows, write_sample
-from speechlm_ext.kmeans.sources import open_source
+from speechlm_ext.kmeans.sources import FeatureSource, open_source
 from speechlm_ext.tokenizers.encoders import EncoderSpec, FeatureEncoder, build_encoder
 from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text
 
-RECORD = "fit.json"
-FEATURES = "features"
-CHECKPOINT = "checkpoint"
 REJECTED = "rejected.jsonl"
 PLOT = "usage.svg"
 _RECORDINGS_PER_SHARD = 200
-#: Settings that features do not depend on: free until the first iteration.
-_OF_KMEANS = (
-    "n_clusters", "algorithm", "init", "init_size", "n_local_trials", "n_init", "max_iter", "tol", "batch_size",
-    "nonfinite")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,8 +113,8 @@ def run_fit(cfg: FitConfig) -> int:
     out = Path(cfg.output)
     spec = None if cfg.encoder is None else EncoderSpec.parse(cfg.encoder, cfg.frames_per_token)
     utterances = find_audio(cfg.audio) if cfg.audio is not None else []
-    record = _record(cfg, utterances)
-    _claim(out, record)
+    shards = None if cfg.features is None else open_source(cfg.features, column=cfg.column)
+    claim(out, record_of(cfg, utterances if shards is None else shards))
     if (out / "kmeans.json").is_file():
         KMeans.load(out)  # says so where it is damaged
         print(f"{out}: these units are fitted already; see `speechlm kmeans inspect --kmeans {out}`")
@@ -132,7 +125,8 @@ def run_fit(cfg: FitConfig) -> int:
         assert encoder is not None
         source = _from_audio(cfg, out, utterances, encoder, device)
     else:
-        source = _from_features(cfg, out)
+        assert shards is not None
+        source = _from_features(cfg, out, shards)
         if encoder is not None and encoder.num_features != source.num_features:
             raise ConfigError(
                 f"--features has {source.num_features} features a row but {spec} gives {encoder.num_features}; name "
@@ -177,51 +171,9 @@ def resolve_device(name: str) -> str:
     return name
 
 
-# ---- what a fit is made from -------------------------------------------------------------------------------
-def _record(cfg: FitConfig, utterances: Sequence[Utterance]) -> dict[str, Any]:
-    """Everything that decides the result, as JSON."""
-    settings = asdict(cfg)
-    for name in ("output", "device", "num_workers", "keep_features", "skip_bad"):
-        del settings[name]
-    if utterances:
-        rows = json.dumps(recording_rows(utterances))
-        settings["recordings"] = hashlib.sha256(rows.encode()).hexdigest()
-    return settings
-
-
-def _claim(out: Path, record: dict[str, Any]) -> None:
-    """Take the folder for this fit, or find that it is this fit's already. Raises :class:`ConfigError`."""
-    path = out / RECORD
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text("utf-8"))["settings"]
-            names = sorted(set(found) | set(record))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is damaged; choose another output, or delete {out}.") from None
-        is_begun = (out / CHECKPOINT).exists() or (out / "kmeans.json").is_file()
-        has_features = (out / FEATURES).exists()
-        for name in names:
-            is_free = not is_begun and (name in _OF_KMEANS or not has_features)
-            if found.get(name) != record.get(name) and not is_free:
-                raise ConfigError(
-                    f"{out} holds a fit with {name} {found.get(name)!r}, not {record.get(name)!r}. Choose another "
-                    "output, or give the same settings to go on with it."
-                )
-    else:
-        # These are written into and removed at the end: they must not be someone else's.
-        for name in ("kmeans.json", FEATURES, CHECKPOINT):
-            if (out / name).exists():
-                raise ConfigError(
-                    f"{out} holds a {name} that another command wrote and this fit would write to; choose another "
-                    "output."
-                )
-    atomic_write_json(path, {"settings": record})
-
-
 # ---- features ----------------------------------------------------------------------------------------------
-def _from_features(cfg: FitConfig, out: Path) -> Any:
+def _from_features(cfg: FitConfig, out: Path, source: FeatureSource) -> Any:
     """The shards as they are, or a sample of them, written once so that no iteration reads the rest."""
-    source = open_source(cfg.features, column=cfg.column)
     count = sample_size(source.num_rows, cfg.share, cfg.max_frames)
     if count == source.num_rows:
         return source

@@ -16,15 +16,8 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.kmeans import artifact
+from speechlm_ext.kmeans import artifact, checks
 from speechlm_ext.kmeans.checkpoint import Checkpoint
-from speechlm_ext.kmeans.checks import (
-    checked_device,
-    require_rows,
-    require_whole,
-    require_width,
-    warn_of_duplicates,
-)
 from speechlm_ext.kmeans.fitting import partial_step, run_fit
 from speechlm_ext.kmeans.lloyd import walk
 from speechlm_ext.kmeans.predicting import nearest_of
@@ -121,8 +114,8 @@ class KMeans:
             init_size=init_size,
             n_local_trials=n_local_trials,
         )
-        require_whole("block_rows", block_rows)
-        self.device = checked_device(device)
+        checks.require_whole("block_rows", block_rows)
+        self.device = checks.checked_device(device)
         self.distributed, self.block_rows = distributed, block_rows
         self.column, self.progress = column, progress
         self.features_: dict[str, Any] = {}
@@ -147,10 +140,10 @@ class KMeans:
             CheckpointError: the checkpoint is damaged, or of other settings or data.
             StorageError: the checkpoint cannot be written.
         """
-        require_whole("checkpoint_every", checkpoint_every)
+        checks.require_whole("checkpoint_every", checkpoint_every)
         every = checkpoint_every if checkpoint_every is not None else _DEFAULT_EVERY[self.settings.algorithm]
         data = self._survey(x)
-        require_rows(data, self.settings.n_clusters)
+        checks.require_rows(data, self.settings.n_clusters)
         store = None
         if checkpoint is not None:
             store = Checkpoint(checkpoint, data.ranks, self.settings.record(), data.identity())
@@ -166,7 +159,7 @@ class KMeans:
         self.labels_ = None if fitted.labels is None else _like(fitted.labels, x)
         self._learnt = State(centers=best.centers, seen=best.seen, iteration=best.iterations)
         self._know(data)
-        warn_of_duplicates(best.centers)
+        checks.warn_of_duplicates(best.centers)
         return self
 
     def partial_fit(self, x: Any) -> KMeans:
@@ -181,10 +174,10 @@ class KMeans:
         data = self._survey(x)
         state: State | None = getattr(self, "_learnt", None)
         if state is None:
-            require_rows(data, self.settings.n_clusters)
+            checks.require_rows(data, self.settings.n_clusters)
             self.inertia_history_ = []
         else:
-            require_width(data.source, self.n_features_in_)
+            checks.require_width(data.source, self.n_features_in_)
         state, total = partial_step(data, self.settings, state)
         self._learnt = state
         self.cluster_centers_, self.counts_ = state.centers, state.seen.round().to(torch.int64)
@@ -205,7 +198,7 @@ class KMeans:
         """
         centers = self._fitted("predict")
         source = open_source(x, column=self.column)
-        require_width(source, self.n_features_in_)
+        checks.require_width(source, self.n_features_in_)
         labels = nearest_of(
             source,
             centers,
@@ -228,7 +221,7 @@ class KMeans:
         """
         centers = self._fitted("score")
         data = self._survey(x)
-        require_width(data.source, self.n_features_in_)
+        checks.require_width(data.source, self.n_features_in_)
         return -walk(data, centers.to(data.device)).inertia
 
     def save(self, folder: str | Path, *, features: Mapping[str, Any] | None = None) -> None:

@@ -21,13 +21,13 @@ SUFFIXES = (".npy", ".parquet")
 _PIECES, _PIECE_BYTES = 64, 4096
 
 
-def content_key(path: Path) -> list[Any]:
-    """Size of a file and a sha256 over up to 64 pieces of it, as JSON: tells files of one name and size apart, such as
-    the same recordings' features of another layer, without reading all of them."""
+def content_key(path: Path, pieces: int = _PIECES) -> list[Any]:
+    """Size of a file and a sha256 over so many pieces of it (from 2), as JSON: tells files of one name and size apart,
+    such as the same recordings' features of another layer, without reading all of them. Raises ``OSError``."""
     size, digest = path.stat().st_size, hashlib.sha256()
     with open(path, "rb") as file:
-        for i in range(_PIECES):
-            file.seek(max(0, size - _PIECE_BYTES) * i // (_PIECES - 1))
+        for i in range(pieces):
+            file.seek(max(0, size - _PIECE_BYTES) * i // (pieces - 1))
             digest.update(file.read(_PIECE_BYTES))
     return [size, digest.hexdigest()]
 
