@@ -167,7 +167,9 @@ def test_bad_recordings(tmp_path, capsys):
     # The same folder goes on where bad recordings are allowed.
     assert kmeans(*words, "--output", tmp_path / "a", "--skip-bad", "--keep-features") == 0
     rejected = [json.loads(line) for line in (tmp_path / "a" / "rejected.jsonl").read_text().splitlines()]
-    assert [r["id"] for r in rejected] == ["broken"] and "1 bad recordings" in capsys.readouterr().out
+    assert [r["id"] for r in rejected] == [
+        "broken"
+    ] and "1 bad recording left out, see" in capsys.readouterr().out
     (tmp_path / "a" / "kmeans.json").unlink()
     assert kmeans(*words, "--output", tmp_path / "a") == 2
     assert "left out under --skip_bad before, the first:" in capsys.readouterr().err
@@ -408,7 +410,10 @@ def test_inspect_of_imported_units(tmp_path, counts, capsys):
     if counts is None:
         assert "usage         not recorded" in printed and not (tmp_path / "usage.svg").exists()
     else:
-        assert "8 frames, 0 iterations, inertia not recorded" in printed and "1 clusters without" in printed
+        assert (
+            "8 frames, 0 iterations, inertia not recorded" in printed
+            and "1 cluster without a frame" in printed
+        )
         assert (tmp_path / "usage.svg").is_file()
 
 

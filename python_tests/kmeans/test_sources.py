@@ -135,6 +135,10 @@ def test_refusals(tmp_path):
         (tmp_path / "x.txt", "x.txt: expected a .npy or .parquet file"),
         (tmp_path / "folder", "folder .*folder has no .npy and no .parquet files"),
         ([], "the list of files is empty"),
+        (
+            [good, tmp_path / "folder"],
+            "folder is a folder, which cannot stand in a list of files: give it alone",
+        ),
         (tmp_path / "cut.npy", "cut.npy cannot be read .*damaged, truncated"),
         (tmp_path / "empty.npy", "empty.npy cannot be read"),
         (tmp_path / "noise.npy", "noise.npy cannot be read"),

@@ -157,7 +157,7 @@ class AudioPool:
 
     def __init__(self, job: AudioJob, *, num_workers: int | None, num_items: int) -> None:
         if num_workers is not None and num_workers < 0:
-            raise ConfigError(f"num_workers must be >= 0, got {num_workers}.")
+            raise ConfigError(f"--num_workers must be >= 0, got {num_workers}.")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = cores if num_workers is None else num_workers
         if num_workers is None and (num_items < _WORTH_PROCESSES or job.device != "cpu"):
@@ -194,7 +194,7 @@ class AudioPool:
         except BrokenProcessPool:
             raise TokenizerError(
                 "an encoding process died, most likely for want of memory; finished parts are kept. Run the same "
-                "command again with a smaller num_workers."
+                "command again with a smaller --num_workers."
             ) from None
 
 

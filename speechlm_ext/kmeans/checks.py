@@ -12,6 +12,7 @@ from speechlm_ext.errors import KMeansError
 from speechlm_ext.kmeans.settings import is_whole
 from speechlm_ext.kmeans.sources import FeatureSource
 from speechlm_ext.kmeans.survey import Data
+from speechlm_ext.kmeans.words import counted
 
 _LOG = logging.getLogger("speechlm_ext")
 
@@ -62,7 +63,7 @@ def require_rows(data: Data, num_clusters: int) -> None:
         dropped = f" ({data.num_dropped} more are not finite)" if data.num_dropped else ""
         raise KMeansError(
             f"K-Means: {num_clusters} clusters need at least as many rows, got {data.num_usable}{dropped}. Give more "
-            f"features to fit on, or ask for at most {data.num_usable} clusters."
+            f"features to fit on, or ask for at most {counted(data.num_usable, 'cluster')}."
         )
 
 
@@ -70,8 +71,8 @@ def require_width(source: FeatureSource, width: int) -> None:
     """Raises :class:`KMeansError`: rows that have not as many features as those of the fit."""
     if source.num_features != width:
         raise KMeansError(
-            f"features: expected {width} features in each row, as in the fit, got {source.num_features}; use the "
-            "encoder and layer that the centroids were fitted on."
+            f"features: expected {counted(width, 'feature')} in each row, as in the fit, got {source.num_features}; "
+            "use the encoder and layer that the centroids were fitted on."
         )
 
 

@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from speechlm_ext.kmeans.checks import missing_gpu
 from speechlm_ext.kmeans.fit_record import CHECKPOINT, FEATURES, claim, record_of
 from speechlm_ext.kmeans.sampling import sample_size, sampled_rows, write_sample
 from speechlm_ext.kmeans.sources import FeatureSource, open_source
+from speechlm_ext.kmeans.words import counted, speaks_options
 from speechlm_ext.tokenizers.encoders import EncoderSpec, FeatureEncoder, build_encoder
 from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text
 
@@ -95,6 +96,7 @@ class FitConfig:
     """Keep the features computed from recordings, in the folder features/."""
 
 
+@speaks_options
 def run_fit(cfg: FitConfig) -> int:
     """Fit as ``cfg`` says; see :class:`FitConfig`.
 
@@ -108,6 +110,11 @@ def run_fit(cfg: FitConfig) -> int:
             "--audio needs --encoder: mfcc, log-mel, or hf:FOLDER_OR_HUB_NAME:LAYER such as "
             "hf:facebook/hubert-base-ls960:9."
         )
+    if cfg.audio is not None:
+        refuse_options(cfg, ["column"], "for feature shards; leave it out, or give --features")
+    else:
+        of_recordings = ["resample", "skip_bad", *(["frames_per_token"] if cfg.encoder is None else [])]
+        refuse_options(cfg, of_recordings, "for recordings; leave it out, or give --audio")
     sample_size(1, cfg.share, cfg.max_frames)
     device = resolve_device(cfg.device)
     out = Path(cfg.output)
@@ -129,8 +136,8 @@ def run_fit(cfg: FitConfig) -> int:
         source = _from_features(cfg, out, shards)
         if encoder is not None and encoder.num_features != source.num_features:
             raise ConfigError(
-                f"--features has {source.num_features} features a row but {spec} gives {encoder.num_features}; name "
-                "the encoder and layer that made them."
+                f"--features has {counted(source.num_features, 'feature')} a row but {spec} gives "
+                f"{encoder.num_features}; name the encoder and layer that made them."
             )
     kmeans = KMeans(
         cfg.n_clusters,
@@ -153,6 +160,14 @@ def run_fit(cfg: FitConfig) -> int:
         shutil.rmtree(out / FEATURES, ignore_errors=True)
     _report(kmeans, out)
     return 0
+
+
+def refuse_options(cfg: Any, names: Sequence[str], what_for: str) -> None:
+    """Raises :class:`ConfigError`: one of these settings is not at its default, and would be without effect."""
+    usual = {field.name: field.default for field in fields(cfg)}
+    given = [f"--{name}" for name in names if getattr(cfg, name) != usual[name]]
+    if given:
+        raise ConfigError(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} {what_for}.")
 
 
 def resolve_device(name: str) -> str:
@@ -225,14 +240,14 @@ def _from_audio(
     ]
     if bad and not cfg.skip_bad:
         raise KMeansError(
-            f"{len(bad)} recordings were left out under --skip_bad before, the first: {bad[0]['reason']} Give "
+            f"{counted(len(bad), 'recording')} left out under --skip_bad before, the first: {bad[0]['reason']} Give "
             "--skip_bad again, or choose another output."
         )
     if bad:
         atomic_write_text(out / REJECTED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
-        print(f"{len(bad)} bad recordings were left out, see {out / REJECTED}")
+        print(f"{counted(len(bad), 'bad recording')} left out, see {out / REJECTED}")
     if len(bad) == len(utterances):
-        raise KMeansError(f"every one of {len(bad)} recordings is bad, the first: {bad[0]['reason']}")
+        raise KMeansError(f"no good one in {counted(len(bad), 'recording')}, the first: {bad[0]['reason']}")
     return open_source(folder)
 
 

@@ -58,8 +58,8 @@ class Settings:
         draws_one_by_one = isinstance(self.init, str) and self.init != "random"
         if self.n_local_trials is not None and not draws_one_by_one:
             raise KMeansError(
-                f"K-Means: n_local_trials={self.n_local_trials} is for init='k-means++' and 'k-means||', which draw "
-                "their centroids one by one; leave it out with another init."
+                f"K-Means: n_local_trials={self.n_local_trials} is for the starts k-means++ and k-means||, which "
+                "draw their centroids one by one; leave it out with another init."
             )
         if self.init_size is not None and self.init_size < self.n_clusters:
             raise KMeansError(

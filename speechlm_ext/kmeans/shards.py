@@ -82,6 +82,11 @@ def open_shard(path: Path, column: str) -> Shard:
     Raises:
         KMeansError: no such file, another kind of file, damaged, empty, or not float ``[n, F]``.
     """
+    if path.is_dir():
+        raise KMeansError(
+            f"feature shard {path} is a folder, which cannot stand in a list of files: give it alone for all its "
+            ".npy and .parquet files, or list these."
+        )
     if not path.is_file():
         raise KMeansError(
             f"feature shard {path} does not exist; give .npy or .parquet files, or their folder."

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
 from speechlm_ext.kmeans.shards import SUFFIXES, Shard, how_to_reshape, open_shard
+from speechlm_ext.kmeans.words import counted
 
 _EXPECTED = (
     "expected a float array or tensor [N, F], a .npy or .parquet file, a list of such files, their folder, or a "
@@ -126,7 +127,7 @@ class ShardSource:
         for shard in self.shards:
             if shard.num_features != first.num_features or shard.num_features == 0:
                 raise KMeansError(
-                    f"feature shard {shard.path} has {shard.num_features} features but {first.path} has "
+                    f"feature shard {shard.path} has {counted(shard.num_features, 'feature')} but {first.path} has "
                     f"{first.num_features}; all shards of a fit come from one encoder and layer."
                 )
         self.num_features = first.num_features
