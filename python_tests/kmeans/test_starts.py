@@ -8,6 +8,7 @@ import torch
 
 import speechlm_ext as sx
 from speechlm_ext.errors import CheckpointError
+from speechlm_ext.kmeans import progress
 from speechlm_ext.kmeans.init import initial_centers
 from speechlm_ext.kmeans.plusplus import greedy_plus_plus
 from speechlm_ext.kmeans.ranks import Ranks
@@ -141,3 +142,30 @@ def test_random_start_is_rows_in_proportion():
     drawn = torch.cat([initial_centers(data, 4, "random", seed=seed)[:, 0] for seed in range(200)])
     counts = torch.bincount(drawn.long(), minlength=20)
     assert counts.sum() == 800 and 15 < int(counts.min()) and int(counts.max()) < 70
+
+
+@pytest.mark.parametrize("settings", [{}, {"init": "k-means||"}, {"init_size": 200}])
+@pytest.mark.parametrize("wanted", [True, False, None])
+def test_long_starts_show_bars(x, settings, wanted, monkeypatch, capsys):
+    """The first look at the rows, the distances and the draws of k-means++; none when not wanted, or off a terminal."""
+    monkeypatch.setattr("speechlm_ext.kmeans.progress._DELAY", 0.0)
+    sx.KMeans(80, max_iter=1, progress=wanted, **settings).fit(x)
+    shown = capsys.readouterr().err
+    for what in ("features, range", "features, sums", "k-means++, distances", "k-means++:"):
+        assert (what in shown) == bool(wanted), what
+    assert ("centroid/s]" in shown) == bool(wanted)
+
+
+def test_a_bar_counts_all_there_is(x, monkeypatch):
+    found = {}
+
+    class Watched(progress.tqdm):
+        def close(self) -> None:
+            if not self.disable:
+                found[self.desc] = [*found.get(self.desc, []), (self.n, self.total)]
+            super().close()
+
+    monkeypatch.setattr(progress, "tqdm", Watched)
+    sx.KMeans(80, max_iter=1, progress=True, block_rows=400).fit(x)
+    assert found["features, range"][0] == (1500, 1500) and found["k-means++"][0] == (80, 80)
+    assert found["k-means++, distances"][0] == (1500, 1500)

@@ -85,7 +85,12 @@ def initial_centers(
     if init == "k-means++" and size * num_clusters <= _GREEDY_WORK and size <= _GREEDY_VALUES:
         rows = data.ranks.gather(torch.cat([block for _, block in finite_blocks(data)] or [_none(data)]))
         chosen = greedy_plus_plus(
-            _centred(data, rows), num_clusters, seed=seed, purpose=purpose, trials=trials
+            _centred(data, rows),
+            num_clusters,
+            seed=seed,
+            purpose=purpose,
+            trials=trials,
+            progress=_shown(data),
         )
         return rows[chosen].to(data.dtype)
     return _parallel(data, num_clusters, seed=seed, purpose=purpose, trials=trials).to(data.dtype)
@@ -94,7 +99,7 @@ def initial_centers(
 def subsample(data: Data, num_rows: int, *, seed: int, purpose: str) -> Data:
     """``num_rows`` finite rows drawn without replacement, in memory and the same on every rank."""
     rows = smallest_rows(data, min(num_rows, data.num_usable), seed=seed, purpose=purpose)
-    return survey(ArraySource(rows.to(data.dtype)), Ranks(), device=data.device, progress=False)
+    return survey(ArraySource(rows.to(data.dtype)), Ranks(), device=data.device, progress=_shown(data))
 
 
 def smallest_rows(data: Data, num_rows: int, *, seed: int, purpose: str) -> Tensor:
@@ -122,6 +127,11 @@ def finite_blocks(data: Data) -> Iterator[tuple[int, Tensor]]:
     """``data.blocks`` without the rows that are not finite."""
     for first, block in data.blocks():
         yield first, block[block.isfinite().all(dim=1)] if data.num_dropped else block
+
+
+def _shown(data: Data) -> bool | None:
+    """Progress of what all ranks do alike: the first one shows it."""
+    return False if data.ranks.rank else data.progress
 
 
 def _none(data: Data) -> Tensor:
@@ -166,6 +176,7 @@ def _parallel(data: Data, num_clusters: int, *, seed: int, purpose: str, trials:
         purpose=f"{purpose}/among",
         weights=weights,
         trials=trials,
+        progress=_shown(data),
     )
     return candidates[chosen]
 
