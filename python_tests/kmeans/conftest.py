@@ -1,11 +1,16 @@
-"""Rows that the K-Means tests share."""
+"""Rows, and the command line, that the K-Means tests share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from speechlm_ext.cli import main
+from speechlm_ext.kmeans.hashing import uniforms
 
 
 def clustered(
@@ -17,6 +22,42 @@ def clustered(
     sizes = torch.arange(1, num_clusters + 1).double()
     which = torch.multinomial(sizes, num_rows, replacement=True, generator=generator)
     return centers[which] + spread * torch.randn(num_rows, num_features, generator=generator)
+
+
+def plus_plus(
+    points: torch.Tensor,
+    num_clusters: int,
+    *,
+    seed: int,
+    purpose: str,
+    trials: int = 1,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """k-means++ as it is written in books, in float64 by differences, with the draws of the package: int64 ``[K]``."""
+    points = points.double()
+    weights = torch.ones(len(points), dtype=torch.float64) if weights is None else weights
+    draws = uniforms(seed, purpose, torch.arange(num_clusters * trials)).view(num_clusters, trials)
+
+    def drawn(mass: torch.Tensor, draw: torch.Tensor) -> int:
+        return int(((mass.cumsum(0) / mass.sum()) <= draw).sum())
+
+    chosen = [drawn(weights, draws[0, 0])]
+    nearest = (points - points[chosen[0]]).square().sum(1)
+    for k in range(1, num_clusters):
+        tried = [drawn(nearest * weights, draw) for draw in draws[k]]
+        left = [torch.minimum(nearest, (points - points[t]).square().sum(1)) for t in tried]
+        best = min(range(trials), key=lambda i: float((left[i] * weights).sum()))
+        chosen.append(tried[best])
+        nearest = left[best]
+    return torch.tensor(chosen)
+
+
+def kmeans(*words: object) -> int:
+    return main(["kmeans", *map(str, words)])
+
+
+def rows_of(folder: Path) -> np.ndarray:
+    return np.concatenate([np.load(p) for p in sorted(folder.glob("*.npy"))])
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +72,15 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def x() -> torch.Tensor:
     return clustered()
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory) -> Path:
+    """Three shards of 500, 300 and 200 rows with 6 features around 8 centres."""
+    folder = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 10, (8, 6))
+    x = (centres[rng.integers(0, 8, 1000)] + rng.normal(0, 1, (1000, 6))).astype(np.float32)
+    for name, part in zip("abc", np.split(x, [500, 800]), strict=True):
+        np.save(folder / f"{name}.npy", part)
+    return folder

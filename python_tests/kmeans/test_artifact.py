@@ -192,7 +192,8 @@ def test_refusals_of_the_converter(x, tmp_path, capsys):
     (tmp_path / "noise.pkl").write_bytes(b"no pickle")
     for name, message in (
         ("nowhere.npy", "cannot be read"),
-        ("object.npy", "cannot be read"),
+        ("object.npy", r"cannot be read \(it holds Python objects\); such arrays are refused.* Save numbers"),
+        ("no-object.npy", "cannot be read .*No such file"),
         ("flat.npy", r"expected float \[K, F\], got torch.float64 \[4\]"),
         ("ints.npy", "got torch.int64"),
         ("nan.npy", "row 1 is not finite"),

@@ -12,7 +12,6 @@ import torch
 
 from python_tests.data_fixtures import MANIFEST, SPEECH, recordings, waves
 from python_tests.tokenizers import hf_models
-from speechlm_ext.cli import main
 from speechlm_ext.kmeans import KMeans, cli_fit
 from speechlm_ext.kmeans.cli_inspect import nearest_pairs
 from speechlm_ext.kmeans.convert import from_centroids
@@ -20,21 +19,7 @@ from speechlm_ext.kmeans.unit_files import deduplicated, unit_writer
 from speechlm_ext.tokenizers.encoder_kmeans import EncoderKMeans
 from speechlm_ext.tokenizers.encoders import build_encoder
 
-
-def kmeans(*words: object) -> int:
-    return main(["kmeans", *map(str, words)])
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory) -> Path:
-    """Three shards of 500, 300 and 200 rows with 6 features around 8 centres."""
-    folder = tmp_path_factory.mktemp("features")
-    rng = np.random.default_rng(0)
-    centres = rng.normal(0, 10, (8, 6))
-    x = (centres[rng.integers(0, 8, 1000)] + rng.normal(0, 1, (1000, 6))).astype(np.float32)
-    for name, part in zip("abc", np.split(x, [500, 800]), strict=True):
-        np.save(folder / f"{name}.npy", part)
-    return folder
+from .conftest import kmeans, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +32,6 @@ def units(tmp_path_factory) -> Path:
     )  # fmt: skip
     assert code == 0
     return folder
-
-
-def rows_of(folder: Path) -> np.ndarray:
-    return np.concatenate([np.load(p) for p in sorted(folder.glob("*.npy"))])
 
 
 # ---- fit ---------------------------------------------------------------------------------------------------
@@ -77,6 +58,15 @@ def test_fit_on_shards_is_the_estimators_fit(features, tmp_path, capsys):
         kmeans("fit", "--features", features, "--n_clusters", 9, "--output", tmp_path / "u", "--seed", 3) == 2
     )
     assert "a fit with n_clusters 8, not 9" in capsys.readouterr().err
+
+
+def test_trials_of_the_start(features, tmp_path, capsys):
+    words = ["fit", "--features", features, "--n_clusters", 8, "--output", tmp_path / "u", "--max_iter", 1]
+    assert kmeans(*words, "--n_local_trials", 1) == 0
+    expected = KMeans(8, n_local_trials=1, max_iter=1).fit(features)
+    assert torch.equal(KMeans.load(tmp_path / "u").cluster_centers_, expected.cluster_centers_)
+    assert not torch.equal(expected.cluster_centers_, KMeans(8, max_iter=1).fit(features).cluster_centers_)
+    assert kmeans(*words) == 2 and "a fit with n_local_trials 1, not None" in capsys.readouterr().err
 
 
 def test_fit_on_a_sample_of_shards(features, tmp_path):
@@ -177,7 +167,9 @@ def test_bad_recordings(tmp_path, capsys):
     # The same folder goes on where bad recordings are allowed.
     assert kmeans(*words, "--output", tmp_path / "a", "--skip-bad", "--keep-features") == 0
     rejected = [json.loads(line) for line in (tmp_path / "a" / "rejected.jsonl").read_text().splitlines()]
-    assert [r["id"] for r in rejected] == ["broken"] and "1 bad recordings" in capsys.readouterr().out
+    assert [r["id"] for r in rejected] == [
+        "broken"
+    ] and "1 bad recording left out, see" in capsys.readouterr().out
     (tmp_path / "a" / "kmeans.json").unlink()
     assert kmeans(*words, "--output", tmp_path / "a") == 2
     assert "left out under --skip_bad before, the first:" in capsys.readouterr().err
@@ -196,7 +188,7 @@ def test_settings_are_free_until_the_first_iteration(features, tmp_path, capsys)
     assert "a fit with n_clusters 8, not 9" in capsys.readouterr().err
 
 
-def test_fit_refusals(features, tmp_path, capsys):
+def test_fit_refusals(features, tmp_path, capsys, monkeypatch):
     def says(*words: object) -> str:
         assert kmeans("fit", *words, "--output", tmp_path / "x") == 2
         message = capsys.readouterr().err.strip()
@@ -208,7 +200,14 @@ def test_fit_refusals(features, tmp_path, capsys):
     assert "--audio needs --encoder" in says("--audio", MANIFEST)
     assert "share must lie in (0, 1], got 0" in says("--features", features, "--share", 0)
     assert "max_frames must be at least 1" in says("--features", features, "--max_frames", 0)
-    assert "device must be cpu, cuda or auto" in says("--features", features, "--device", "tpu")
+    assert "--device must be cpu, cuda or auto" in says("--features", features, "--device", "tpu")
+    assert "or cuda:N for one of several; got 'cudas'" in says("--features", features, "--device", "cudas")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1"):
+        message = says("--features", features, "--device", name)
+        assert (
+            f"--device {name} was asked for, but torch finds no GPU" in message and "--device cpu" in message
+        )
     assert "has 6 features a row but mfcc gives 39" in says("--features", features, "--encoder", "mfcc")
 
 
@@ -411,7 +410,10 @@ def test_inspect_of_imported_units(tmp_path, counts, capsys):
     if counts is None:
         assert "usage         not recorded" in printed and not (tmp_path / "usage.svg").exists()
     else:
-        assert "8 frames, 0 iterations, inertia not recorded" in printed and "1 clusters without" in printed
+        assert (
+            "8 frames, 0 iterations, inertia not recorded" in printed
+            and "1 cluster without a frame" in printed
+        )
         assert (tmp_path / "usage.svg").is_file()
 
 

@@ -10,11 +10,6 @@ import torch
 
 import speechlm_ext as sx
 from speechlm_ext.errors import KMeansError, SpeechLMError
-from speechlm_ext.kmeans.init import initial_centers
-from speechlm_ext.kmeans.plusplus import greedy_plus_plus
-from speechlm_ext.kmeans.ranks import Ranks
-from speechlm_ext.kmeans.sources import ArraySource
-from speechlm_ext.kmeans.survey import survey
 
 from .conftest import clustered
 
@@ -162,87 +157,6 @@ def test_separate_clusters_are_found():
     assert distance.min(1).values.max() < 0.1 and sorted(distance.argmin(1).tolist()) == [0, 1, 2, 3]
 
 
-# ---- starts ----------------------------------------------------------------------------------------------------
-def start_inertia(x: torch.Tensor, num_clusters: int, init: str, seed: int) -> float:
-    centers = initial_centers(survey(ArraySource(x), Ranks()), num_clusters, init, seed=seed)
-    assert centers.shape == (num_clusters, x.shape[1])
-    squared = (x[:, None] - centers).square().sum(2)
-    assert (squared == 0).any(0).all()  # all are rows
-    return float(squared.min(1).values.sum())
-
-
-def test_quality_of_starts():
-    """On clusters of very different sizes careful starts are several times better than random rows."""
-    x = clustered(6000, 8, 40, seed=3)
-    mean = {
-        init: np.mean([start_inertia(x, 40, init, seed) for seed in range(3)])
-        for init in ("random", "k-means++", "k-means||")
-    }
-    assert mean["k-means++"] < 0.5 * mean["random"] and mean["k-means||"] < 0.5 * mean["random"]
-    assert mean["k-means||"] < 1.3 * mean["k-means++"]
-    theirs = np.mean(
-        [
-            (
-                torch.cdist(x, torch.from_numpy(sk.kmeans_plusplus(x.numpy(), 40, random_state=s)[0]))
-                .min(1)
-                .values
-                ** 2
-            )
-            .sum()
-            .item()
-            for s in range(3)
-        ]
-    )
-    assert mean["k-means++"] < 1.3 * theirs
-
-
-def test_weights_are_rows():
-    """A point of weight w is drawn as w equal points are; a point of weight 0 never."""
-    points = torch.tensor([[0.0], [10.0], [11.0], [-7.0]]).double()
-    weights = torch.tensor([5.0, 3.0, 0.0, 0.0]).double()
-    for seed in range(10):
-        chosen = greedy_plus_plus(points, 2, seed=seed, purpose="t", weights=weights)
-        assert sorted(chosen.tolist()) == [0, 1]
-
-
-def test_both_ways_of_distances_choose_alike(monkeypatch):
-    points = torch.randn(300, 5, dtype=torch.float64)
-    table = greedy_plus_plus(points, 30, seed=1, purpose="t")
-    monkeypatch.setattr("speechlm_ext.kmeans.plusplus._ALL_PAIRS", 0)
-    # The table is rounded to float32, which may in principle turn a draw; here it does not.
-    assert torch.equal(table, greedy_plus_plus(points, 30, seed=1, purpose="t"))
-    assert table.unique().numel() == 30
-
-
-def test_seeds_and_several_starts(x):
-    first, again, other = (sx.KMeans(9, init="random", random_state=seed).fit(x) for seed in (0, 0, 1))
-    assert torch.equal(first.cluster_centers_, again.cluster_centers_)
-    assert not torch.equal(first.cluster_centers_, other.cluster_centers_)
-    single = [sx.KMeans(9, init="random", random_state=0, n_init=n).fit(x) for n in (1, 4)]
-    assert single[1].inertia_ <= single[0].inertia_
-    assert torch.equal(single[1].labels_, single[1].predict(x))
-
-
-def test_a_start_from_some_of_the_rows(x):
-    """A draw without replacement: all rows give the same as no draw, in another order; some give rows too."""
-    some = sx.KMeans(9, init_size=60, max_iter=1).fit(x)
-    assert not torch.equal(some.cluster_centers_, sx.KMeans(9, max_iter=1).fit(x).cluster_centers_)
-    assert torch.equal(
-        some.cluster_centers_, sx.KMeans(9, init_size=60, max_iter=1, block_rows=99).fit(x).cluster_centers_
-    )
-    every = sx.KMeans(9, init_size=1500, max_iter=1).fit(x)
-    assert torch.equal(every.cluster_centers_, sx.KMeans(9, max_iter=1).fit(x).cluster_centers_)
-
-
-def test_random_start_is_rows_in_proportion():
-    """Each of 20 rows is chosen about equally often: 4 of 20 in each of 200 draws."""
-    x = torch.arange(20.0)[:, None]
-    data = survey(ArraySource(x), Ranks())
-    drawn = torch.cat([initial_centers(data, 4, "random", seed=seed)[:, 0] for seed in range(200)])
-    counts = torch.bincount(drawn.long(), minlength=20)
-    assert counts.sum() == 800 and 15 < int(counts.min()) and int(counts.max()) < 70
-
-
 # ---- use -------------------------------------------------------------------------------------------------------
 def test_predict_and_score(x):
     model = sx.KMeans(7).fit(x)
@@ -294,8 +208,22 @@ def test_rows_that_are_not_finite(x):
         ({"n_clusters": 2, "reassignment_ratio": 1.5}, r"reassignment_ratio should be a number in \[0, 1\)"),
         ({"n_clusters": 2, "max_no_improvement": 0}, "max_no_improvement should be None or"),
         ({"n_clusters": 20, "init_size": 10}, "init_size=10 rows cannot start 20 clusters"),
+        (
+            {"n_clusters": 2, "n_local_trials": 0},
+            "n_local_trials should be None or a whole number from 1; got 0",
+        ),
+        ({"n_clusters": 2, "n_local_trials": 1.0}, "n_local_trials should be None or a whole number from 1"),
+        (
+            {"n_clusters": 2, "n_local_trials": 1, "init": "random"},
+            r"n_local_trials=1 is for the starts k-means\+\+",
+        ),
+        ({"n_clusters": 2, "n_local_trials": 1, "init": np.zeros((2, 3))}, "leave it out with another init"),
         ({"n_clusters": 2, "nonfinite": "skip"}, "nonfinite should be 'error' or 'drop'"),
         ({"n_clusters": 2, "block_rows": 0}, "block_rows should be"),
+        (
+            {"n_clusters": 2, "block_rows": "all"},
+            "block_rows should be None or a whole number from 1; got 'all'",
+        ),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -333,6 +261,47 @@ def test_refusals(x):
         sx.KMeans(3, distributed=True).fit(x)
     with pytest.raises(KMeansError, match="checkpoint_every should be"):
         model.fit(x, checkpoint_every=0)
+
+
+@pytest.mark.parametrize(
+    "init", [[[1.0, 2.0], [3.0]], None, [["a"]], np.array([{}]), [torch.zeros(6), torch.zeros(6)]]
+)
+def test_an_init_that_is_no_array(init, x):
+    with pytest.raises(
+        KMeansError, match=r"K-Means: init should be one of k-means\+\+, .*all rows of one length; got"
+    ):
+        sx.KMeans(2, init=init)
+
+
+def test_an_init_may_be_a_list_or_part_of_a_graph(x, tmp_path):
+    """And is then recorded in a checkpoint as an array is."""
+    want = sx.KMeans(3, init=x[:3], max_iter=1).fit(x, checkpoint=tmp_path)
+    for init in (x[:3].tolist(), x[:3].clone().requires_grad_() * 1):
+        found = sx.KMeans(3, init=init, max_iter=1).fit(x, checkpoint=tmp_path)
+        assert torch.equal(found.cluster_centers_, want.cluster_centers_)
+
+
+@pytest.mark.parametrize("device", ["foo", "mps", "meta", 3.5, "cuda:x"])
+def test_a_device_that_is_none(device):
+    with pytest.raises(
+        KMeansError, match=r"K-Means: device should be 'cpu', 'cuda' or 'cuda:N'; got .*Leave it out"
+    ):
+        sx.KMeans(2, device=device)
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "message"),
+    [
+        (0, "cuda", "got 'cuda', but torch finds no GPU. See `speechlm doctor`, or take 'cpu'"),
+        (2, "cuda:2", "got 'cuda:2', but torch finds only 2, counted from 0"),
+    ],
+)
+def test_a_gpu_that_is_not_there(count, device, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(KMeansError, match=message):
+        sx.KMeans(2, device=device)
+    assert sx.KMeans(2, device="cpu").device == torch.device("cpu")
 
 
 def test_takes_numbers_of_numpy(x, tmp_path):

@@ -135,14 +135,26 @@ def test_refusals(tmp_path):
         (tmp_path / "x.txt", "x.txt: expected a .npy or .parquet file"),
         (tmp_path / "folder", "folder .*folder has no .npy and no .parquet files"),
         ([], "the list of files is empty"),
+        (
+            [good, tmp_path / "folder"],
+            "folder is a folder, which cannot stand in a list of files: give it alone",
+        ),
         (tmp_path / "cut.npy", "cut.npy cannot be read .*damaged, truncated"),
         (tmp_path / "empty.npy", "empty.npy cannot be read"),
         (tmp_path / "noise.npy", "noise.npy cannot be read"),
-        (tmp_path / "pickled.npy", "pickled.npy cannot be read"),
+        (
+            tmp_path / "pickled.npy",
+            r"pickled.npy cannot be read \(it holds Python objects\).*refused.*Save numbers",
+        ),
+        (tmp_path / "noise.npy", r"noise.npy cannot be read \(it does not begin as one\); it is damaged"),
         (tmp_path / "zip.npy", r"expected float16, float32 or float64 \[n, F\], got a .npz archive"),
         (tmp_path / "noise.parquet", "noise.parquet cannot be read"),
         (write(tmp_path / "ints.npy", ROWS.astype(int)), r"expected float16.*got int64 \[10, 4\]"),
-        (write(tmp_path / "flat.npy", ROWS.ravel()), r"got float32 \[40\]"),
+        (
+            write(tmp_path / "flat.npy", ROWS.ravel()),
+            r"got float32 \[40\]; convert .*reshape\(-1, F\) for F numbers",
+        ),
+        (write(tmp_path / "cube.npy", ROWS.reshape(5, 2, 4)), r"got float32 \[5, 2, 4\].*reshape\(-1, F\)"),
         (write(tmp_path / "none.npy", ROWS[:0]), "none.npy has no rows; leave it out"),
         ([good, write(tmp_path / "wide.npy", ROWS[:, :3])], "wide.npy has 3 features but .*good.npy has 4"),
         (write(tmp_path / "a.parquet", {"f": lists}), "has no column 'features', only f; say which"),
@@ -154,7 +166,11 @@ def test_refusals(tmp_path):
         (write(tmp_path / "d.parquet", {"features": lists[:0]}), "d.parquet has no rows"),
         (ROWS.astype(int), r"expected a float array.*got int64 \[10, 4\].*convert integers"),
         (ROWS.astype(np.complex64), "got complex64"),
-        (ROWS[0], r"got float32 \[4\]"),
+        (
+            ROWS[0],
+            r"got float32 \[4\]. One row per frame, as by reshape\(-1, F\).*or reshape\(-1, 1\) for one number",
+        ),
+        (ROWS.reshape(5, 2, 4), r"got float32 \[5, 2, 4\]. One row per frame, as by reshape\(-1, F\)"),
         (ROWS[:, :0], r"got float32 \[10, 0\]"),
         (torch.zeros(2, 2, dtype=torch.bool), r"got torch.bool \[2, 2\]"),
         (ROWS.tolist(), "expected a float array or tensor .*got list"),
@@ -162,8 +178,9 @@ def test_refusals(tmp_path):
         (Odd(), r"row 0: expected a float block \[n, 2\], got torch.int64 \[4, 2\]; mend the source"),
     ]
     for features, message in cases:
-        with pytest.raises(KMeansError, match=message):
+        with pytest.raises(KMeansError, match=message) as caught:
             sx.KMeans(1).fit(features)
+        assert "allow_pickle" not in str(caught.value)
     for bad in ([[1.0, 2.0], [3.0]], [[1.0, 2.0], None], [[1.0, 2.0], [3.0, None]]):
         path = write(tmp_path / "ragged.parquet", {"features": pa.array(bad, pa.list_(pa.float32()))})
         with pytest.raises(KMeansError, match=r"ragged.parquet.*at row [01]: expected 2 numbers in each row"):

@@ -21,6 +21,7 @@ import torch
 from speechlm_ext.data.fit import read_wave
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, TokenizerError
+from speechlm_ext.kmeans.shards import content_key
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.encoders import SAMPLE_RATE, EncoderSpec, build_encoder
 
@@ -63,16 +64,17 @@ def find_audio(path: str | Path) -> list[Utterance]:
 
 
 def recording_rows(utterances: Sequence[Utterance]) -> list[list[Any]]:
-    """What tells recordings apart, as JSON: ids, file names and sizes, which part of the file."""
-    return [[u.id, u.audio and [u.audio.name, file_size(u.audio)], u.start, u.duration] for u in utterances]
+    """What tells recordings apart, as JSON: ids, file names, sizes and some of their bytes, which part of the file."""
+    keys = {path: _file_key(path) for path in {u.audio for u in utterances} if path is not None}
+    return [[u.id, u.audio and [u.audio.name, *keys[u.audio]], u.start, u.duration] for u in utterances]
 
 
-def file_size(path: Path) -> int:
-    """Bytes of a file; -1 where it cannot be seen."""
+def _file_key(path: Path) -> list[Any]:
+    """Begin, middle and end: few bytes, since there may be a million files, but other sound differs in its middle."""
     try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+        return content_key(path, pieces=3)
+    except OSError:  # who reads it says so
+        return [-1, ""]
 
 
 def estimated_frames(utterances: Sequence[Utterance], frame_rate: float) -> int:
@@ -155,7 +157,7 @@ class AudioPool:
 
     def __init__(self, job: AudioJob, *, num_workers: int | None, num_items: int) -> None:
         if num_workers is not None and num_workers < 0:
-            raise ConfigError(f"num_workers must be >= 0, got {num_workers}.")
+            raise ConfigError(f"--num_workers must be >= 0, got {num_workers}.")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = cores if num_workers is None else num_workers
         if num_workers is None and (num_items < _WORTH_PROCESSES or job.device != "cpu"):
@@ -192,7 +194,7 @@ class AudioPool:
         except BrokenProcessPool:
             raise TokenizerError(
                 "an encoding process died, most likely for want of memory; finished parts are kept. Run the same "
-                "command again with a smaller num_workers."
+                "command again with a smaller --num_workers."
             ) from None
 
 

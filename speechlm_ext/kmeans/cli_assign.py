@@ -24,10 +24,11 @@ from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.audio import AudioJob, AudioPool, find_audio, recording_rows
-from speechlm_ext.kmeans.cli_fit import REJECTED, resolve_device
+from speechlm_ext.kmeans.cli_fit import REJECTED, refuse_options, resolve_device
 from speechlm_ext.kmeans.shards import content_key
 from speechlm_ext.kmeans.sources import FeatureSource, ShardSource, open_source
 from speechlm_ext.kmeans.unit_files import SUFFIXES, Format, deduplicated, unit_writer
+from speechlm_ext.kmeans.words import counted, speaks_options
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.encoder_kmeans import EncoderKMeans
 from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text, sha256_file
@@ -74,6 +75,7 @@ class AssignConfig:
     """Processes that encode recordings on the CPU; default one per core."""
 
 
+@speaks_options
 def run_assign(cfg: AssignConfig) -> int:
     """Assign as ``cfg`` says; see :class:`AssignConfig`.
 
@@ -91,19 +93,15 @@ def run_assign(cfg: AssignConfig) -> int:
 
 # ---- feature shards ----------------------------------------------------------------------------------------
 def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
-    of_recordings = {"format": "text", "deduplicate": False, "encoder": None, "skip_bad": False}
-    given = [f"--{name}" for name, usual in of_recordings.items() if getattr(cfg, name) != usual]
-    if given:
-        raise ConfigError(
-            f"{', '.join(given)} is for recordings; the labels of feature shards are one .npy each. Leave it out, "
-            "or give --audio."
-        )
+    of_recordings = ["format", "deduplicate", "encoder", "resample", "skip_bad"]
+    why = "for recordings; the labels of feature shards are one .npy each. Leave it out, or give --audio"
+    refuse_options(cfg, of_recordings, why)
     kmeans = KMeans.load(cfg.kmeans)
     source = open_source(cfg.features, column=cfg.column)
     assert isinstance(source, ShardSource)
     if source.num_features != kmeans.n_features_in_:
         raise KMeansError(
-            f"--features has {source.num_features} features a row but the units of {cfg.kmeans} have "
+            f"--features has {counted(source.num_features, 'feature')} a row but the units of {cfg.kmeans} have "
             f"{kmeans.n_features_in_}; give features of the encoder and layer that they were fitted on."
         )
     paths = [shard.path for shard in source.shards]
@@ -133,7 +131,8 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
         _write_lines(path.with_suffix(".len"), labels, targets[path].with_suffix(".km"))
     kept = len(paths) - len(todo)
     print(
-        f"{out}: {num_rows} rows of {len(paths)} shards ({kept} kept); {num_bad} rows not finite, labelled -1"
+        f"{out}: {counted(num_rows, 'row')} of {counted(len(paths), 'shard')} ({kept} kept); "
+        f"{counted(num_bad, 'row')} not finite, labelled -1"
     )
     return 0
 
@@ -162,7 +161,8 @@ def _write_lines(lengths: Path, labels: np.ndarray, target: Path) -> None:
         ) from None
     if sum(counts) != len(labels) or min(counts, default=0) < 0:
         raise KMeansError(
-            f"{lengths} adds up to {sum(counts)} frames but its shard has {len(labels)} rows; write both again."
+            f"{lengths} adds up to {counted(sum(counts), 'frame')} but its shard has {counted(len(labels), 'row')}; "
+            "write both again."
         )
     with atomic_path(target) as temporary, unit_writer("km", temporary) as write:
         for part in np.split(labels, np.cumsum(counts)[:-1]) if counts else []:
@@ -172,6 +172,7 @@ def _write_lines(lengths: Path, labels: np.ndarray, target: Path) -> None:
 # ---- recordings --------------------------------------------------------------------------------------------
 def _assign_audio(cfg: AssignConfig, out: Path, device: str) -> int:
     assert cfg.audio is not None
+    refuse_options(cfg, ["column"], "for feature shards; leave it out, or give --features")
     units = EncoderKMeans.from_kmeans(cfg.kmeans, encoder=cfg.encoder)
     units.prepare()
     utterances = find_audio(cfg.audio)
@@ -241,18 +242,19 @@ def _join(cfg: AssignConfig, out: Path, target: Path, parts: Sequence[Path]) -> 
                     write(name, deduplicated(labels) if cfg.deduplicate else labels)
         if not num_utterances:
             raise KMeansError(
-                f"every one of {len(rejected)} recordings is bad, the first: {json.loads(rejected[0])['reason']}"
+                f"no good one in {counted(len(rejected), 'recording')}, the first: {json.loads(rejected[0])['reason']}"
             )
         if rejected and not cfg.skip_bad:
             raise KMeansError(
-                f"{len(rejected)} recordings were left out under --skip_bad before, the first: "
+                f"{counted(len(rejected), 'recording')} left out under --skip_bad before, the first: "
                 f"{json.loads(rejected[0])['reason']} Give --skip_bad again, or choose another output."
             )
     if rejected:
         atomic_write_text(out / REJECTED, "\n".join(rejected) + "\n")
-        print(f"{len(rejected)} bad recordings were left out, see {out / REJECTED}")
+        print(f"{counted(len(rejected), 'bad recording')} left out, see {out / REJECTED}")
     shutil.rmtree(out / PARTS, ignore_errors=True)
-    print(f"{target}: {num_utterances} recordings, {num_units} frames; {num_bad} not finite, labelled -1")
+    found = f"{counted(num_utterances, 'recording')}, {counted(num_units, 'frame')}"
+    print(f"{target}: {found}; {num_bad} not finite, labelled -1")
     return 0
 
 

@@ -7,12 +7,12 @@ fit is made from, so that another command is refused; until then also ``features
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,21 +22,18 @@ from tqdm import tqdm
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.audio import AudioJob, AudioPool, estimated_frames, find_audio, recording_rows
+from speechlm_ext.kmeans.audio import AudioJob, AudioPool, estimated_frames, find_audio
+from speechlm_ext.kmeans.checks import missing_gpu
+from speechlm_ext.kmeans.fit_record import CHECKPOINT, FEATURES, claim, record_of
 from speechlm_ext.kmeans.sampling import sample_size, sampled_rows, write_sample
-from speechlm_ext.kmeans.sources import open_source
+from speechlm_ext.kmeans.sources import FeatureSource, open_source
+from speechlm_ext.kmeans.words import counted, speaks_options
 from speechlm_ext.tokenizers.encoders import EncoderSpec, FeatureEncoder, build_encoder
 from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text
 
-RECORD = "fit.json"
-FEATURES = "features"
-CHECKPOINT = "checkpoint"
 REJECTED = "rejected.jsonl"
 PLOT = "usage.svg"
 _RECORDINGS_PER_SHARD = 200
-#: Settings that features do not depend on: free until the first iteration.
-_OF_KMEANS = (
-    "n_clusters", "algorithm", "init", "init_size", "n_init", "max_iter", "tol", "batch_size", "nonfinite")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,9 @@ class FitConfig:
     """How the centroids start; for large data k-means++ becomes k-means||."""
     init_size: int | None = None
     """Frames, drawn at random, that the start is chosen from; default all, or three batches (minibatch)."""
+    n_local_trials: int | None = None
+    """Number of seeding trials in k-means++: so many frames are drawn for each centroid and the best is taken; default
+    2 + floor(ln K), 1 is plain k-means++."""
     n_init: int = 1
     """Starts, of which the best is kept."""
     max_iter: int = 100
@@ -96,6 +96,7 @@ class FitConfig:
     """Keep the features computed from recordings, in the folder features/."""
 
 
+@speaks_options
 def run_fit(cfg: FitConfig) -> int:
     """Fit as ``cfg`` says; see :class:`FitConfig`.
 
@@ -109,13 +110,18 @@ def run_fit(cfg: FitConfig) -> int:
             "--audio needs --encoder: mfcc, log-mel, or hf:FOLDER_OR_HUB_NAME:LAYER such as "
             "hf:facebook/hubert-base-ls960:9."
         )
+    if cfg.audio is not None:
+        refuse_options(cfg, ["column"], "for feature shards; leave it out, or give --features")
+    else:
+        of_recordings = ["resample", "skip_bad", *(["frames_per_token"] if cfg.encoder is None else [])]
+        refuse_options(cfg, of_recordings, "for recordings; leave it out, or give --audio")
     sample_size(1, cfg.share, cfg.max_frames)
     device = resolve_device(cfg.device)
     out = Path(cfg.output)
     spec = None if cfg.encoder is None else EncoderSpec.parse(cfg.encoder, cfg.frames_per_token)
     utterances = find_audio(cfg.audio) if cfg.audio is not None else []
-    record = _record(cfg, utterances)
-    _claim(out, record)
+    shards = None if cfg.features is None else open_source(cfg.features, column=cfg.column)
+    claim(out, record_of(cfg, utterances if shards is None else shards))
     if (out / "kmeans.json").is_file():
         KMeans.load(out)  # says so where it is damaged
         print(f"{out}: these units are fitted already; see `speechlm kmeans inspect --kmeans {out}`")
@@ -126,17 +132,19 @@ def run_fit(cfg: FitConfig) -> int:
         assert encoder is not None
         source = _from_audio(cfg, out, utterances, encoder, device)
     else:
-        source = _from_features(cfg, out)
+        assert shards is not None
+        source = _from_features(cfg, out, shards)
         if encoder is not None and encoder.num_features != source.num_features:
             raise ConfigError(
-                f"--features has {source.num_features} features a row but {spec} gives {encoder.num_features}; name "
-                "the encoder and layer that made them."
+                f"--features has {counted(source.num_features, 'feature')} a row but {spec} gives "
+                f"{encoder.num_features}; name the encoder and layer that made them."
             )
     kmeans = KMeans(
         cfg.n_clusters,
         init=cfg.init,
         algorithm=cfg.algorithm,
         init_size=cfg.init_size,
+        n_local_trials=cfg.n_local_trials,
         n_init=cfg.n_init,
         max_iter=cfg.max_iter,
         tol=cfg.tol,
@@ -154,66 +162,33 @@ def run_fit(cfg: FitConfig) -> int:
     return 0
 
 
+def refuse_options(cfg: Any, names: Sequence[str], what_for: str) -> None:
+    """Raises :class:`ConfigError`: one of these settings is not at its default, and would be without effect."""
+    usual = {field.name: field.default for field in fields(cfg)}
+    given = [f"--{name}" for name in names if getattr(cfg, name) != usual[name]]
+    if given:
+        raise ConfigError(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} {what_for}.")
+
+
 def resolve_device(name: str) -> str:
     """``cpu`` or ``cuda[:n]`` for the setting ``device``. Raises :class:`ConfigError`."""
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not name.startswith("cuda"):
-        raise ConfigError(f"device must be cpu, cuda or auto, got {name!r}.")
-    if name != "cpu" and not torch.cuda.is_available():
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ConfigError(f"--device must be cpu, cuda or auto, or cuda:N for one of several; got {name!r}.")
+    missing = missing_gpu(torch.device(name))
+    if missing:
         raise ConfigError(
-            f"device {name} was asked for, but torch finds no GPU; see `speechlm doctor`, or take --device cpu."
+            f"--device {name} was asked for, but {missing}; see `speechlm doctor`, or take --device cpu."
         )
     return name
 
 
-# ---- what a fit is made from -------------------------------------------------------------------------------
-def _record(cfg: FitConfig, utterances: Sequence[Utterance]) -> dict[str, Any]:
-    """Everything that decides the result, as JSON."""
-    settings = asdict(cfg)
-    for name in ("output", "device", "num_workers", "keep_features", "skip_bad"):
-        del settings[name]
-    if utterances:
-        rows = json.dumps(recording_rows(utterances))
-        settings["recordings"] = hashlib.sha256(rows.encode()).hexdigest()
-    return settings
-
-
-def _claim(out: Path, record: dict[str, Any]) -> None:
-    """Take the folder for this fit, or find that it is this fit's already. Raises :class:`ConfigError`."""
-    path = out / RECORD
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text("utf-8"))["settings"]
-            names = sorted(set(found) | set(record))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is damaged; choose another output, or delete {out}.") from None
-        is_begun = (out / CHECKPOINT).exists() or (out / "kmeans.json").is_file()
-        has_features = (out / FEATURES).exists()
-        for name in names:
-            is_free = not is_begun and (name in _OF_KMEANS or not has_features)
-            if found.get(name) != record.get(name) and not is_free:
-                raise ConfigError(
-                    f"{out} holds a fit with {name} {found.get(name)!r}, not {record.get(name)!r}. Choose another "
-                    "output, or give the same settings to go on with it."
-                )
-    else:
-        # These are written into and removed at the end: they must not be someone else's.
-        for name in ("kmeans.json", FEATURES, CHECKPOINT):
-            if (out / name).exists():
-                raise ConfigError(
-                    f"{out} holds a {name} that another command wrote and this fit would write to; choose another "
-                    "output."
-                )
-    atomic_write_json(path, {"settings": record})
-
-
 # ---- features ----------------------------------------------------------------------------------------------
-def _from_features(cfg: FitConfig, out: Path) -> Any:
+def _from_features(cfg: FitConfig, out: Path, source: FeatureSource) -> Any:
     """The shards as they are, or a sample of them, written once so that no iteration reads the rest."""
-    source = open_source(cfg.features, column=cfg.column)
     count = sample_size(source.num_rows, cfg.share, cfg.max_frames)
     if count == source.num_rows:
         return source
@@ -265,14 +240,14 @@ def _from_audio(
     ]
     if bad and not cfg.skip_bad:
         raise KMeansError(
-            f"{len(bad)} recordings were left out under --skip_bad before, the first: {bad[0]['reason']} Give "
+            f"{counted(len(bad), 'recording')} left out under --skip_bad before, the first: {bad[0]['reason']} Give "
             "--skip_bad again, or choose another output."
         )
     if bad:
         atomic_write_text(out / REJECTED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
-        print(f"{len(bad)} bad recordings were left out, see {out / REJECTED}")
+        print(f"{counted(len(bad), 'bad recording')} left out, see {out / REJECTED}")
     if len(bad) == len(utterances):
-        raise KMeansError(f"every one of {len(bad)} recordings is bad, the first: {bad[0]['reason']}")
+        raise KMeansError(f"no good one in {counted(len(bad), 'recording')}, the first: {bad[0]['reason']}")
     return open_source(folder)
 
 

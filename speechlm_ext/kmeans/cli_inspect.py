@@ -11,7 +11,8 @@ import torch
 
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.usage import draw_usage, usage
+from speechlm_ext.kmeans.usage import PICTURES, draw_usage, usage
+from speechlm_ext.kmeans.words import counted
 
 _BLOCK = 1024
 
@@ -32,10 +33,13 @@ def run_inspect(cfg: InspectConfig) -> int:
     """Print and plot as ``cfg`` says; see :class:`InspectConfig`.
 
     Raises:
-        KMeansError: no such artefact, or a damaged one.
+        KMeansError: no such artefact, or a damaged one. ConfigError: a picture of another kind, or fewer pairs than 0.
     """
     if cfg.pairs < 0:
-        raise ConfigError(f"pairs must be >= 0, got {cfg.pairs}.")
+        raise ConfigError(f"--pairs must be >= 0, got {cfg.pairs}.")
+    target = Path(cfg.plot) if cfg.plot is not None else Path(cfg.kmeans) / "usage.svg"
+    if target.suffix not in PICTURES:
+        raise ConfigError(f"--plot should end in {' or '.join(PICTURES)}, got {target}; give one of these.")
     folder = Path(cfg.kmeans)
     kmeans = KMeans.load(folder)
     lines = describe_units(kmeans, folder)
@@ -43,7 +47,6 @@ def run_inspect(cfg: InspectConfig) -> int:
     if pairs:
         lines.append("nearest       " + ", ".join(f"{i} and {j} ({d:.4g} apart)" for i, j, d in pairs))
     print("\n".join(lines))
-    target = Path(cfg.plot) if cfg.plot is not None else folder / "usage.svg"
     if write_plot(kmeans, target):
         print(f"plot          {target}")
     return 0
@@ -54,7 +57,7 @@ def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
     info = kmeans.features_ or {}
     lines = [
         f"units         {folder}",
-        f"clusters      {len(kmeans.cluster_centers_)} of {kmeans.n_features_in_} features",
+        f"clusters      {len(kmeans.cluster_centers_)} of {counted(kmeans.n_features_in_, 'feature')}",
         f"encoder       {info.get('encoder', 'not recorded')}"
         + (f", {info['frame_rate']:g} frames/s" if "frame_rate" in info else ""),
     ]
@@ -67,10 +70,10 @@ def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
     if kmeans.inertia_ is not None:
         inertia = f"{kmeans.inertia_:.6g} ({kmeans.inertia_ / used.num_rows:.6g} a frame)"
     lines += [
-        f"fit           {used.num_rows} frames, {kmeans.n_iter_} iterations, inertia {inertia}",
+        f"fit           {counted(used.num_rows, 'frame')}, {counted(kmeans.n_iter_, 'iteration')}, inertia {inertia}",
         f"usage         entropy {used.entropy:.3f} of {math.log2(used.num_clusters):.3f} bits, perplexity "
         f"{used.perplexity:.1f} of {used.num_clusters}, {used.smallest} to {used.largest} frames a cluster",
-        f"dead          {used.num_dead} clusters without a frame",
+        f"dead          {counted(used.num_dead, 'cluster')} without a frame",
     ]
     return lines
 

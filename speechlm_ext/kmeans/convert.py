@@ -21,6 +21,7 @@ import torch
 
 from speechlm_ext.errors import KMeansError, SpeechLMError
 from speechlm_ext.kmeans.estimator import KMeans
+from speechlm_ext.kmeans.shards import why_no_npy
 from speechlm_ext.utils.io import sha256_file
 
 CONSENT = "--run-code-in-this-file"
@@ -69,8 +70,8 @@ def from_npy(path: str | Path, *, features: Mapping[str, Any] | None = None) -> 
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise KMeansError(
-            f"centroids {path} cannot be read ({error}); expected what numpy.save('centroids.npy', "
-            "model.cluster_centers_) writes."
+            f"centroids {path} cannot be read {why_no_npy(path, error)}. Expected is what "
+            "numpy.save('centroids.npy', model.cluster_centers_) writes."
         ) from None
     if not isinstance(array, np.ndarray):
         raise KMeansError(f"centroids {path}: expected a .npy array [K, F], got a .npz archive.")

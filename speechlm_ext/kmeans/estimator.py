@@ -7,9 +7,7 @@ of how many processes share them (on one kind of processor). ``docs/kmeans.md`` 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +16,10 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.kmeans import artifact
+from speechlm_ext.kmeans import artifact, checks
 from speechlm_ext.kmeans.checkpoint import Checkpoint
-from speechlm_ext.kmeans.fitting import run_fit
-from speechlm_ext.kmeans.init import initial_centers
+from speechlm_ext.kmeans.fitting import partial_step, run_fit
 from speechlm_ext.kmeans.lloyd import walk
-from speechlm_ext.kmeans.minibatch import minibatch_step
 from speechlm_ext.kmeans.predicting import nearest_of
 from speechlm_ext.kmeans.ranks import Ranks
 from speechlm_ext.kmeans.settings import Settings
@@ -31,7 +27,6 @@ from speechlm_ext.kmeans.sources import open_source
 from speechlm_ext.kmeans.state import State
 from speechlm_ext.kmeans.survey import Data, survey
 
-logger = logging.getLogger("speechlm_ext")
 _DEFAULT_ITERATIONS = {"lloyd": 300, "minibatch": 100}
 _DEFAULT_EVERY = {"lloyd": 1, "minibatch": 100}
 
@@ -56,6 +51,8 @@ class KMeans:
         reassignment_ratio: mini-batch: a centroid that saw less than this share of the busiest one's rows is moved.
         init_size: rows, drawn at random, that the start is chosen from and that are held in memory for it; default all
             rows, or for mini-batches three batches, at least ``3 K``.
+        n_local_trials: number of seeding trials in k-means++, also in the last stage of k-means||: so many rows are
+            drawn for each centroid and the best is taken; None: ``2 + floor(ln K)``; 1: plain k-means++.
         nonfinite: a row with a NaN or an infinity is an ``"error"`` that names it, or is left out (``"drop"``), counted
             in ``n_dropped_`` and labelled -1.
         distributed: True: the rows given to each process of ``torch.distributed`` are its share, in rank order, and all
@@ -77,7 +74,7 @@ class KMeans:
         features_: what made the features, as given to :meth:`save` or found by :meth:`load`.
 
     Raises:
-        KMeansError: (a ValueError) impossible settings.
+        KMeansError: (a ValueError) impossible settings, or a device that is not there.
     """
 
     def __init__(
@@ -94,6 +91,7 @@ class KMeans:
         max_no_improvement: int | None = 10,
         reassignment_ratio: float = 0.01,
         init_size: int | None = None,
+        n_local_trials: int | None = None,
         nonfinite: Literal["error", "drop"] = "error",
         distributed: bool | Literal["auto"] = "auto",
         device: torch.device | str | None = None,
@@ -114,18 +112,12 @@ class KMeans:
             max_no_improvement=max_no_improvement,
             reassignment_ratio=reassignment_ratio,
             init_size=init_size,
+            n_local_trials=n_local_trials,
         )
-        if block_rows is not None and block_rows < 1:
-            raise KMeansError(
-                f"K-Means: block_rows should be None or a whole number from 1; got {block_rows!r}."
-            )
-        self.distributed, self.block_rows, self.column, self.progress = (
-            distributed,
-            block_rows,
-            column,
-            progress,
-        )
-        self.device = None if device is None else torch.device(device)
+        checks.require_whole("block_rows", block_rows)
+        self.device = checks.checked_device(device)
+        self.distributed, self.block_rows = distributed, block_rows
+        self.column, self.progress = column, progress
         self.features_: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -148,13 +140,10 @@ class KMeans:
             CheckpointError: the checkpoint is damaged, or of other settings or data.
             StorageError: the checkpoint cannot be written.
         """
+        checks.require_whole("checkpoint_every", checkpoint_every)
         every = checkpoint_every if checkpoint_every is not None else _DEFAULT_EVERY[self.settings.algorithm]
-        if every < 1:
-            raise KMeansError(
-                f"K-Means: checkpoint_every should be a whole number from 1; got {checkpoint_every!r}."
-            )
         data = self._survey(x)
-        self._require_rows(data)
+        checks.require_rows(data, self.settings.n_clusters)
         store = None
         if checkpoint is not None:
             store = Checkpoint(checkpoint, data.ranks, self.settings.record(), data.identity())
@@ -165,13 +154,12 @@ class KMeans:
         self.inertia_, self.inertia_history_ = best.inertia, best.history
         self.n_steps_ = best.iterations
         per_epoch = -(-data.num_rows // min(self.settings.batch_size, data.num_rows))
-        self.n_iter_ = (
-            best.iterations if self.settings.algorithm == "lloyd" else -(-best.iterations // per_epoch)
-        )
+        is_lloyd = self.settings.algorithm == "lloyd"
+        self.n_iter_ = best.iterations if is_lloyd else -(-best.iterations // per_epoch)
         self.labels_ = None if fitted.labels is None else _like(fitted.labels, x)
         self._learnt = State(centers=best.centers, seen=best.seen, iteration=best.iterations)
         self._know(data)
-        self._warn_of_duplicates(best.centers)
+        checks.warn_of_duplicates(best.centers)
         return self
 
     def partial_fit(self, x: Any) -> KMeans:
@@ -184,26 +172,13 @@ class KMeans:
             KMeansError: rows that cannot be used, of another width than before, or at first fewer than clusters.
         """
         data = self._survey(x)
-        state = getattr(self, "_learnt", None)
+        state: State | None = getattr(self, "_learnt", None)
         if state is None:
-            self._require_rows(data)
-            s = self.settings
-            centers = initial_centers(data, s.n_clusters, s.init, seed=s.random_state)
-            state = State(
-                centers=centers, seen=torch.zeros(s.n_clusters, dtype=torch.float64, device=data.device)
-            )
+            checks.require_rows(data, self.settings.n_clusters)
             self.inertia_history_ = []
         else:
-            self._require_width(data.source.num_features)
-            centers, seen = state.centers.to(data.device), state.seen.to(data.device)
-            state = replace(state, centers=centers, seen=seen)
-        empty = torch.empty(0, data.source.num_features, dtype=data.work_dtype, device=data.device)
-        rows = torch.cat([empty, *(block for _, block in data.blocks())])
-        numbers = torch.arange(rows.shape[0], device=data.device) + data.first_row
-        ratio = self.settings.reassignment_ratio
-        seed = self.settings.random_state
-        step = minibatch_step(data, state, rows, numbers, seed=seed, reassignment_ratio=ratio)
-        total = step.inertia * data.num_usable
+            checks.require_width(data.source, self.n_features_in_)
+        state, total = partial_step(data, self.settings, state)
         self._learnt = state
         self.cluster_centers_, self.counts_ = state.centers, state.seen.round().to(torch.int64)
         self.inertia_, self.n_iter_, self.n_steps_, self.labels_ = total, 1, state.iteration, None
@@ -223,7 +198,7 @@ class KMeans:
         """
         centers = self._fitted("predict")
         source = open_source(x, column=self.column)
-        self._require_width(source.num_features)
+        checks.require_width(source, self.n_features_in_)
         labels = nearest_of(
             source,
             centers,
@@ -246,7 +221,7 @@ class KMeans:
         """
         centers = self._fitted("score")
         data = self._survey(x)
-        self._require_width(data.source.num_features)
+        checks.require_width(data.source, self.n_features_in_)
         return -walk(data, centers.to(data.device)).inertia
 
     def save(self, folder: str | Path, *, features: Mapping[str, Any] | None = None) -> None:
@@ -304,22 +279,6 @@ class KMeans:
             progress=self.progress,
         )
 
-    def _require_rows(self, data: Data) -> None:
-        wanted = self.settings.n_clusters
-        if data.num_usable < wanted:
-            dropped = f" ({data.num_dropped} more are not finite)" if data.num_dropped else ""
-            raise KMeansError(
-                f"K-Means: {wanted} clusters need at least as many rows, got {data.num_usable}{dropped}. Give more "
-                f"features to fit on, or ask for at most {data.num_usable} clusters."
-            )
-
-    def _require_width(self, width: int) -> None:
-        if width != self.n_features_in_:
-            raise KMeansError(
-                f"features: expected {self.n_features_in_} features in each row, as in the fit, got {width}; use the "
-                "encoder and layer that the centroids were fitted on."
-            )
-
     def _fitted(self, what: str) -> Tensor:
         if not hasattr(self, "cluster_centers_"):
             raise KMeansError(
@@ -328,21 +287,8 @@ class KMeans:
         return self.cluster_centers_
 
     def _know(self, data: Data) -> None:
-        self.n_features_in_, self.n_dropped_, self.n_rows_ = (
-            data.source.num_features,
-            data.num_dropped,
-            data.num_usable,
-        )
-
-    def _warn_of_duplicates(self, centers: Tensor) -> None:
-        distinct = int(torch.unique(centers, dim=0).shape[0])
-        if distinct < centers.shape[0]:
-            logger.warning(
-                "K-Means: %d of %d centroids are distinct: the features have too few different rows. The others are "
-                "duplicates that no row is assigned to; ask for fewer clusters.",
-                distinct,
-                centers.shape[0],
-            )
+        self.n_features_in_ = data.source.num_features
+        self.n_dropped_, self.n_rows_ = data.num_dropped, data.num_usable
 
 
 def _like(labels: Tensor, x: Any) -> Any:

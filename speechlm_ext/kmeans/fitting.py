@@ -1,10 +1,11 @@
-"""The course of a fit: start, iterate, keep the state on disk, judge, and the same again for ``n_init`` starts."""
+"""The course of a fit: start, iterate, keep the state on disk, judge, and the same again for ``n_init`` starts;
+and the single step of ``partial_fit``."""
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,13 +80,45 @@ def run_fit(
     return Fitted(state.best, best_labels)
 
 
+def partial_step(data: Data, settings: Settings, state: State | None) -> tuple[State, float]:
+    """One mini-batch step with all the rows, which are held in memory.
+
+    Args:
+        state: to go on from; None: the start is chosen among the rows.
+
+    Returns:
+        The new state, and the inertia of the rows before the step, summed over all ranks.
+    """
+    s = settings
+    if state is None:
+        centers = initial_centers(data, s.n_clusters, s.init, seed=s.random_state, trials=s.n_local_trials)
+        seen = torch.zeros(s.n_clusters, dtype=torch.float64, device=data.device)
+        state = State(centers=centers, seen=seen)
+    else:
+        state = replace(state, centers=state.centers.to(data.device), seen=state.seen.to(data.device))
+    empty = torch.empty(0, data.source.num_features, dtype=data.work_dtype, device=data.device)
+    rows = torch.cat([empty, *(block for _, block in data.blocks())])
+    numbers = torch.arange(rows.shape[0], device=data.device) + data.first_row
+    step = minibatch_step(
+        data, state, rows, numbers, seed=s.random_state, reassignment_ratio=s.reassignment_ratio
+    )
+    return state, step.inertia * data.num_usable
+
+
 def _start(data: Data, settings: Settings, run: int, best: Best | None) -> State:
     given, size = data, settings.init_size
     if size is None and settings.algorithm == "minibatch":
         size = max(3 * settings.batch_size, 3 * settings.n_clusters)
     if size is not None and size < data.num_usable and isinstance(settings.init, str):
         given = subsample(data, size, seed=settings.random_state, purpose=f"init rows/{run}")
-    centers = initial_centers(given, settings.n_clusters, settings.init, seed=settings.random_state, run=run)
+    centers = initial_centers(
+        given,
+        settings.n_clusters,
+        settings.init,
+        seed=settings.random_state,
+        run=run,
+        trials=settings.n_local_trials,
+    )
     seen = torch.zeros(settings.n_clusters, dtype=torch.float64, device=data.device)
     return State(centers=centers, seen=seen, run=run, best=best)
 

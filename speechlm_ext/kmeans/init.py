@@ -33,7 +33,24 @@ _GREEDY_WORK, _GREEDY_VALUES = 2e9, 1 << 25
 _ROUNDS, _MOST_ROUNDS = 5, 40
 
 
-def initial_centers(data: Data, num_clusters: int, init: Any, *, seed: int, run: int = 0) -> Tensor:
+def given_centers(init: Any) -> Tensor:
+    """Centroids that were given as init, as a tensor; their shape is not looked at.
+
+    Raises:
+        KMeansError: not numbers, or rows of different lengths.
+    """
+    try:
+        return torch.as_tensor(init)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise KMeansError(
+            f"K-Means: init should be one of {', '.join(METHODS)} or a float array [n_clusters, F], all rows of one "
+            f"length; got a {type(init).__name__} that is no such array ({error}). Give a tensor or a numpy array."
+        ) from None
+
+
+def initial_centers(
+    data: Data, num_clusters: int, init: Any, *, seed: int, run: int = 0, trials: int | None = None
+) -> Tensor:
     """The start of a fit.
 
     Args:
@@ -42,6 +59,7 @@ def initial_centers(data: Data, num_clusters: int, init: Any, *, seed: int, run:
         init: one of ``METHODS``, or an array ``[K, F]``.
         seed: of the fit.
         run: which start of several this is.
+        trials: of k-means++, also among the candidates of k-means||; see ``greedy_plus_plus``.
 
     Returns:
         ``[K, F]`` in ``data.dtype``, the same on every rank. With fewer distinct rows than clusters some are equal.
@@ -51,7 +69,7 @@ def initial_centers(data: Data, num_clusters: int, init: Any, *, seed: int, run:
     """
     width = data.source.num_features
     if not isinstance(init, str):
-        centers = torch.as_tensor(init)
+        centers = given_centers(init)
         if tuple(centers.shape) != (num_clusters, width) or not centers.is_floating_point():
             raise KMeansError(
                 f"K-Means: init should be float [{num_clusters}, {width}] for {num_clusters} clusters of these "
@@ -66,15 +84,22 @@ def initial_centers(data: Data, num_clusters: int, init: Any, *, seed: int, run:
     size = data.num_usable * width
     if init == "k-means++" and size * num_clusters <= _GREEDY_WORK and size <= _GREEDY_VALUES:
         rows = data.ranks.gather(torch.cat([block for _, block in finite_blocks(data)] or [_none(data)]))
-        chosen = greedy_plus_plus(_centred(data, rows), num_clusters, seed=seed, purpose=purpose)
+        chosen = greedy_plus_plus(
+            _centred(data, rows),
+            num_clusters,
+            seed=seed,
+            purpose=purpose,
+            trials=trials,
+            progress=_shown(data),
+        )
         return rows[chosen].to(data.dtype)
-    return _parallel(data, num_clusters, seed=seed, purpose=purpose).to(data.dtype)
+    return _parallel(data, num_clusters, seed=seed, purpose=purpose, trials=trials).to(data.dtype)
 
 
 def subsample(data: Data, num_rows: int, *, seed: int, purpose: str) -> Data:
     """``num_rows`` finite rows drawn without replacement, in memory and the same on every rank."""
     rows = smallest_rows(data, min(num_rows, data.num_usable), seed=seed, purpose=purpose)
-    return survey(ArraySource(rows.to(data.dtype)), Ranks(), device=data.device, progress=False)
+    return survey(ArraySource(rows.to(data.dtype)), Ranks(), device=data.device, progress=_shown(data))
 
 
 def smallest_rows(data: Data, num_rows: int, *, seed: int, purpose: str) -> Tensor:
@@ -104,6 +129,11 @@ def finite_blocks(data: Data) -> Iterator[tuple[int, Tensor]]:
         yield first, block[block.isfinite().all(dim=1)] if data.num_dropped else block
 
 
+def _shown(data: Data) -> bool | None:
+    """Progress of what all ranks do alike: the first one shows it."""
+    return False if data.ranks.rank else data.progress
+
+
 def _none(data: Data) -> Tensor:
     return torch.empty(0, data.source.num_features, dtype=data.work_dtype, device=data.device)
 
@@ -112,7 +142,7 @@ def _centred(data: Data, rows: Tensor) -> Tensor:
     return rows.double() - data.grid.offset
 
 
-def _parallel(data: Data, num_clusters: int, *, seed: int, purpose: str) -> Tensor:
+def _parallel(data: Data, num_clusters: int, *, seed: int, purpose: str, trials: int | None) -> Tensor:
     """k-means||: ``[K, F]`` in ``data.work_dtype``."""
     count = data.source.num_rows
     nearest = torch.full((count,), torch.inf, dtype=data.work_dtype, device=data.device)
@@ -140,7 +170,13 @@ def _parallel(data: Data, num_clusters: int, *, seed: int, purpose: str) -> Tens
         rest = smallest_rows(data, num_clusters - known, seed=seed, purpose=f"{purpose}/rest")
         return torch.cat([candidates, rest])
     chosen = greedy_plus_plus(
-        _centred(data, candidates), num_clusters, seed=seed, purpose=f"{purpose}/among", weights=weights
+        _centred(data, candidates),
+        num_clusters,
+        seed=seed,
+        purpose=f"{purpose}/among",
+        weights=weights,
+        trials=trials,
+        progress=_shown(data),
     )
     return candidates[chosen]
 

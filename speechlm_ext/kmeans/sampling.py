@@ -47,9 +47,9 @@ def sample_size(num_rows: int, share: float, max_frames: int | None) -> int:
         ConfigError: a share outside (0, 1] or no frames.
     """
     if not 0 < share <= 1:
-        raise ConfigError(f"share must lie in (0, 1], got {share:g}; 0.1 keeps every tenth frame or so.")
+        raise ConfigError(f"--share must lie in (0, 1], got {share:g}; 0.1 keeps every tenth frame or so.")
     if max_frames is not None and max_frames < 1:
-        raise ConfigError(f"max_frames must be at least 1, got {max_frames}.")
+        raise ConfigError(f"--max_frames must be at least 1, got {max_frames}.")
     kept = max(1, round(share * num_rows))
     return kept if max_frames is None else min(kept, max_frames)
 

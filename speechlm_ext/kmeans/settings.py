@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import numbers
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import torch
-
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.kmeans.init import METHODS
+from speechlm_ext.kmeans.init import METHODS, given_centers
 
 
 @dataclass(frozen=True)
@@ -29,18 +27,19 @@ class Settings:
     max_no_improvement: int | None = 10
     reassignment_ratio: float = 0.01
     init_size: int | None = None
+    n_local_trials: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_clusters", "max_iter", "n_init", "batch_size"):
             self._check(
-                name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1"
+                name, is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1"
             )
-        for name in ("max_no_improvement", "init_size"):
+        for name in ("max_no_improvement", "init_size", "n_local_trials"):
             value = getattr(self, name)
             self._check(
-                name, value is None or (_is_whole(value) and value >= 1), "None or a whole number from 1"
+                name, value is None or (is_whole(value) and value >= 1), "None or a whole number from 1"
             )
-        self._check("random_state", _is_whole(self.random_state), "a whole number")
+        self._check("random_state", is_whole(self.random_state), "a whole number")
         self._check("tol", _is_number(self.tol) and 0 <= self.tol < float("inf"), "a number from 0")
         ratio = self.reassignment_ratio
         self._check("reassignment_ratio", _is_number(ratio) and 0 <= ratio < 1, "a number in [0, 1)")
@@ -50,9 +49,17 @@ class Settings:
             self._check(
                 "init", self.init in METHODS, f"one of {', '.join(METHODS)} or an array [n_clusters, F]"
             )
-        elif self.n_init != 1:
+        else:
+            given_centers(self.init)
+            if self.n_init != 1:
+                raise KMeansError(
+                    f"K-Means: n_init={self.n_init} with an array as init would fit the same thing again; set n_init=1."
+                )
+        draws_one_by_one = isinstance(self.init, str) and self.init != "random"
+        if self.n_local_trials is not None and not draws_one_by_one:
             raise KMeansError(
-                f"K-Means: n_init={self.n_init} with an array as init would fit the same thing again; set n_init=1."
+                f"K-Means: n_local_trials={self.n_local_trials} is for the starts k-means++ and k-means||, which "
+                "draw their centroids one by one; leave it out with another init."
             )
         if self.init_size is not None and self.init_size < self.n_clusters:
             raise KMeansError(
@@ -65,21 +72,22 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """As JSON values; an array as init becomes its sha256."""
-        values = {key: _plain(value) for key, value in asdict(self).items() if key != "init"}
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "init"}
         if isinstance(self.init, str):
             return {**values, "init": self.init}
-        array = torch.as_tensor(self.init).detach().cpu().double().contiguous()
+        array = given_centers(self.init).detach().cpu().double().contiguous()
         return {**values, "init": "array " + hashlib.sha256(array.numpy().tobytes()).hexdigest()}
 
 
 def _plain(value: Any) -> Any:
     """NumPy's numbers as Python's."""
-    if _is_whole(value):
+    if is_whole(value):
         return int(value)
     return float(value) if _is_number(value) else value
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number of Python or NumPy; True and False are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

@@ -21,15 +21,42 @@ SUFFIXES = (".npy", ".parquet")
 _PIECES, _PIECE_BYTES = 64, 4096
 
 
-def content_key(path: Path) -> list[Any]:
-    """Size of a file and a sha256 over up to 64 pieces of it, as JSON: tells files of one name and size apart, such as
-    the same recordings' features of another layer, without reading all of them."""
+def content_key(path: Path, pieces: int = _PIECES) -> list[Any]:
+    """Size of a file and a sha256 over so many pieces of it (from 2), as JSON: tells files of one name and size apart,
+    such as the same recordings' features of another layer, without reading all of them. Raises ``OSError``."""
     size, digest = path.stat().st_size, hashlib.sha256()
     with open(path, "rb") as file:
-        for i in range(_PIECES):
-            file.seek(max(0, size - _PIECE_BYTES) * i // (_PIECES - 1))
+        for i in range(pieces):
+            file.seek(max(0, size - _PIECE_BYTES) * i // (pieces - 1))
             digest.update(file.read(_PIECE_BYTES))
     return [size, digest.hexdigest()]
+
+
+def how_to_reshape(num_dims: int) -> str:
+    """Words for rows that do not have two dimensions; none for those that have."""
+    if num_dims == 2:
+        return ""
+    if num_dims == 1:
+        return ", as by reshape(-1, F) for F numbers a frame, or reshape(-1, 1) for one number a frame"
+    return ", as by reshape(-1, F) for F numbers a frame"
+
+
+def why_no_npy(path: str | Path, error: Exception) -> str:
+    """What is the matter with a file that ``numpy.load`` refused, in parentheses, and what to do about it.
+
+    NumPy's own words recommend to unpickle what it does not know, which would run any code in the file.
+    """
+    words = str(error)
+    if not isinstance(error, OSError) and ("object" in words.lower() or "pickle" in words):
+        with open(path, "rb") as file:
+            is_npy = file.read(6) == b"\x93NUMPY"
+        if is_npy:
+            return (
+                "(it holds Python objects); such arrays are refused, since reading one runs whatever code it holds. "
+                "Save numbers instead: numpy.save of a float array [n, F]"
+            )
+        words = "it does not begin as one"
+    return f"({words}); it is damaged, truncated, or not a plain .npy file: write it again with numpy.save"
 
 
 class Shard(Protocol):
@@ -55,6 +82,11 @@ def open_shard(path: Path, column: str) -> Shard:
     Raises:
         KMeansError: no such file, another kind of file, damaged, empty, or not float ``[n, F]``.
     """
+    if path.is_dir():
+        raise KMeansError(
+            f"feature shard {path} is a folder, which cannot stand in a list of files: give it alone for all its "
+            ".npy and .parquet files, or list these."
+        )
     if not path.is_file():
         raise KMeansError(
             f"feature shard {path} does not exist; give .npy or .parquet files, or their folder."
@@ -76,10 +108,7 @@ class NpyShard:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise KMeansError(
-                f"feature shard {path} cannot be read ({error}); it is damaged, truncated, or not a plain .npy file: "
-                "write it again with numpy.save."
-            ) from None
+            raise KMeansError(f"feature shard {path} cannot be read {why_no_npy(path, error)}.") from None
         if (
             not isinstance(array, np.ndarray)
             or array.ndim != 2
@@ -88,7 +117,8 @@ class NpyShard:
         ):
             got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "a .npz archive"
             raise KMeansError(
-                f"feature shard {path}: expected float16, float32 or float64 [n, F], got {got}; convert it before."
+                f"feature shard {path}: expected float16, float32 or float64 [n, F], got {got}; convert it before"
+                f"{how_to_reshape(getattr(array, 'ndim', 2))}."
             )
         self.path = path
         self.num_rows, self.num_features = (int(n) for n in array.shape)

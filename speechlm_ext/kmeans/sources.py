@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.kmeans.shards import SUFFIXES, Shard, open_shard
+from speechlm_ext.kmeans.shards import SUFFIXES, Shard, how_to_reshape, open_shard
+from speechlm_ext.kmeans.words import counted
 
 _EXPECTED = (
     "expected a float array or tensor [N, F], a .npy or .parquet file, a list of such files, their folder, or a "
@@ -96,7 +97,8 @@ class ArraySource:
             self.device = None
         if not is_float or x.ndim != 2 or x.shape[1] == 0:
             raise KMeansError(
-                f"features: {_EXPECTED}; got {x.dtype} {list(x.shape)}. One row per frame; convert integers to float."
+                f"features: {_EXPECTED}; got {x.dtype} {list(x.shape)}. One row per frame"
+                f"{how_to_reshape(x.ndim)}; convert integers to float."
             )
         self.num_rows, self.num_features = (int(n) for n in x.shape)
         self.dtype = torch.float64 if x.dtype in (torch.float64, np.float64) else torch.float32
@@ -125,7 +127,7 @@ class ShardSource:
         for shard in self.shards:
             if shard.num_features != first.num_features or shard.num_features == 0:
                 raise KMeansError(
-                    f"feature shard {shard.path} has {shard.num_features} features but {first.path} has "
+                    f"feature shard {shard.path} has {counted(shard.num_features, 'feature')} but {first.path} has "
                     f"{first.num_features}; all shards of a fit come from one encoder and layer."
                 )
         self.num_features = first.num_features

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from speechlm_ext.errors import KMeansError
+from speechlm_ext.kmeans.progress import stage_bar
 from speechlm_ext.kmeans.ranks import Ranks
 from speechlm_ext.kmeans.sources import FeatureSource, where
 from speechlm_ext.kmeans.sums import Grid, grid_step, to_grid
@@ -84,10 +84,7 @@ class Data:
             what: name of the walk for a progress bar, which appears when the walk takes longer than two seconds.
         """
         dtype, total = self.work_dtype, self.source.num_rows
-        hide = True if what is None or self.progress is False else (None if self.progress is None else False)
-        with tqdm(
-            total=total, desc=what, unit="row", unit_scale=True, leave=False, delay=2, disable=hide
-        ) as bar:
+        with stage_bar(what, total, progress=self.progress) as bar:
             for first, block in self.source.blocks(0, total, self.block_rows):
                 yield first, block.to(device=self.device, dtype=dtype)
                 bar.update(block.shape[0])
@@ -138,6 +135,7 @@ def survey(
     first_row, num_rows = sum(shares[: ranks.rank]), sum(shares)
     low = torch.full((width,), torch.inf, dtype=torch.float64, device=device)
     high, dropped = -low, torch.zeros((), dtype=torch.int64, device=device)
+    bar = stage_bar("features, range", source.num_rows, progress=progress)
     try:
         for first, block in source.blocks(0, source.num_rows, block_rows):
             if block.ndim != 2 or block.shape[1] != width or not block.is_floating_point():
@@ -145,6 +143,7 @@ def survey(
                     f"features: {where(source, first)}: expected a float block [n, {width}], got {block.dtype} "
                     f"{list(block.shape)}; mend the source's blocks()."
                 )
+            bar.update(block.shape[0])
             block = block.to(device)
             least, most = torch.aminmax(block, dim=0)  # a NaN shows in both, an infinity in one
             if not bool((least.isfinite() & most.isfinite()).all()):
@@ -163,6 +162,8 @@ def survey(
             low, high = torch.minimum(low, least.double()), torch.maximum(high, most.double())
     except KMeansError as caught:
         error = caught
+    finally:
+        bar.close()
     ranks.agree(error)
     negated = -low
     ranks.max_(negated, high)
@@ -206,7 +207,7 @@ def _moments(data: Data) -> tuple[float, str]:
     step = grid_step((data.high - data.low).square(), data.num_rows)
     hashed = torch.zeros(1, dtype=torch.int64)
     spots = [i * data.num_rows // _SAMPLED_ROWS - data.first_row for i in range(_SAMPLED_ROWS)]
-    for first, block in data.blocks("features"):
+    for first, block in data.blocks("features, sums"):
         for spot in {s for s in spots if first <= s < first + block.shape[0]}:
             hashed += _row_hash(data.first_row + spot, block[spot - first])
         chunk = max(1, (1 << 18) // width)

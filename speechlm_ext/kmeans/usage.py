@@ -18,6 +18,8 @@ from speechlm_ext.utils.io import atomic_write_bytes
 if TYPE_CHECKING:
     from speechlm_ext.kmeans.estimator import KMeans
 
+#: Kinds of pictures, by the ending of their file.
+PICTURES = (".svg", ".png")
 #: Grey that can be read on a light and on a dark page.
 _GREY, _BLUE, _RED = "#8a929a", "#2a6f97", "#b0553a"
 
@@ -86,8 +88,8 @@ def draw_usage(model: KMeans, path: str | Path) -> Usage:
         KMeansError: not fitted, another suffix, or matplotlib is missing. StorageError: it cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (".svg", ".png"):
-        raise KMeansError(f"cluster usage: {path} should end in .svg or .png.")
+    if path.suffix not in PICTURES:
+        raise KMeansError(f"cluster usage: {path} should end in {' or '.join(PICTURES)}; give one of these.")
     model._fitted("a picture of the clusters' usage")
     found = usage(model.counts_)
     history = [value / max(1, model.n_rows_) for value in model.inertia_history_]

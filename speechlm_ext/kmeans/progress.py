@@ -1,0 +1,19 @@
+"""The bar of one walk over the rows, or of one stage of the start; it appears after two seconds."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+_DELAY = 2.0
+
+
+def stage_bar(what: str | None, total: int, *, unit: str = "row", progress: bool | None) -> tqdm:
+    """A bar that leaves nothing behind.
+
+    Args:
+        what: is done; None shows no bar.
+        total: units of work.
+        progress: True or False; None: only on a terminal.
+    """
+    hide = True if what is None or progress is False else (None if progress is None else False)
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False, delay=_DELAY, disable=hide)
