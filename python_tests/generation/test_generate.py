@@ -13,9 +13,9 @@ from speechlm_ext.audio import write_wav
 from speechlm_ext.errors import AudioError, GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
 from speechlm_ext.generation.engine import decode
-from speechlm_ext.generation.prompt import build_prompt, next_prompt, raw_content
+from speechlm_ext.generation.prompt import build_prompt, raw_content
 from speechlm_ext.ops import delay_pack
-from speechlm_ext.tasks import builtin_tasks
+from speechlm_ext.tasks import Entry, TaskTemplate, builtin_tasks
 
 SHORT = SamplingSettings(max_len=9)
 
@@ -101,15 +101,15 @@ def test_logprob_equals_that_of_the_packed_forward(kind):
             if ids is None:
                 continue
             eos = [(layout.sos_eos_id, layout.sos_eos_id + 1)] if s == 0 else []
-            ranges = [None] * s + [[*eos, ids]] + [None] * (layout.num_streams - s - 1)
-            logits = model.scope_logits(hidden_ND, ranges)[s]
             columns = torch.cat([torch.arange(a, b) for a, b in [*eos, ids]])
+            vectors = model.head.stream_vectors()
+            logits = (hidden_ND if vectors is None else hidden_ND + vectors[s]) @ model.head.weight[columns].T
             P = len(prompt.frames_PS)
             end = P + len(one.content_TS) + (s == 0 and one.finished == "eos")
             for frame in range(P, end):
                 row = frame + layout.delays[s]
                 row_logits = logits[row - 1].clone()
-                if s == 0 and frame < P + prompt.min_new:
+                if s == 0 and frame < P + prompt.segments[0].min_new:
                     row_logits[0] = float("-inf")
                 column = (columns == ids_NS[row, s]).nonzero()[0, 0]
                 total += float(row_logits.detach().log_softmax(0)[column])
@@ -255,35 +255,50 @@ def test_longest_length_is_what_the_context_holds(tokenizers):
     result = generate(model, [request])[0]
     prompt = build_prompt(request, builtin_tasks()["codec_ssl_plain_tts"], layout, tokenizers, 64)
     # The last row that is fed has position 63.
-    assert len(prompt.frames_PS) + prompt.max_new + layout.max_delay - 1 == 64
-    assert result.finished != "failed" and len(result.ids) <= prompt.max_new
+    assert len(prompt.frames_PS) + prompt.segments[0].max_new + layout.max_delay - 1 == 64
+    assert result.finished != "failed" and len(result.ids) <= prompt.segments[0].max_new
 
 
-def test_chain_of_targets(model, tokenizers):
-    """A task with two targets: the second is decoded after the first, as one training sequence."""
-    from speechlm_ext.tasks import Entry, TaskTemplate
+CHAIN = TaskTemplate("textlm", 64, "chain", (), (Entry("text", "text_bpe"), Entry("audio", "codec_ssl")))
 
-    template = TaskTemplate(
-        "textlm", 64, "chain", (), (Entry("text", "text_bpe"), Entry("audio", "codec_ssl"))
-    )
-    chained = make_model(model.layout, tokenizers)
-    object.__setattr__(chained.config, "tasks", (template,))
-    result = generate(chained, [GenerationRequest("a", "chain", text="one", settings=SHORT)])[0]
-    assert result.modality == "codec_ssl" and len(result.chain) == 1
-    frames_TS, _ = assemble(
-        template,
-        {"text_bpe": result.chain[0], "ssl": result.ids[:, :1], "codec": result.ids[:, 1:]},
-        model.layout,
-    )
-    prompt = build_prompt(
-        GenerationRequest("a", "chain", text="one", settings=SHORT), template, model.layout, tokenizers, 256
-    )
-    first = decode(chained, [prompt])[0]
-    second = next_prompt(prompt, first.content_TS, SHORT, model.layout, 256)
-    np.testing.assert_array_equal(second.frames_PS, frames_TS[: len(second.frames_PS)])
-    content_TS = decode(chained, [second])[0].content_TS
-    np.testing.assert_array_equal(content_TS, frames_TS[len(second.frames_PS) :][: len(content_TS)])
-    assert len(content_TS) == len(result.ids)
+
+@pytest.mark.parametrize("delays", [None, (0, 0, 0, 0), (0, 1, 1, 1), (2, 0, 3, 2)])
+def test_chain_of_targets(tokenizers, delays):
+    """Two targets, the second after the first: row by row one training sequence, decoded in one go."""
+    layout = tokenizers.make_layout("t", delays=delays)
+    chained = make_model(layout, tokenizers)
+    object.__setattr__(chained.config, "tasks", (CHAIN,))
+    asked = [
+        GenerationRequest(str(n), "chain", text="one", settings=SamplingSettings(max_len=9, seed=n))
+        for n in range(3)
+    ] + [GenerationRequest("free", "chain", settings=SamplingSettings(max_len=4, greedy=False, seed=9))]
+    prompts = [build_prompt(r, CHAIN, layout, tokenizers, 256) for r in asked]
+    for request, result, one in zip(
+        asked, generate(chained, asked, batch_size=3), decode(chained, prompts), strict=True
+    ):
+        assert result.modality == "codec_ssl" and len(result.chain) == 1, result.error
+        columns = {"text_bpe": result.chain[0], "ssl": result.ids[:, :1], "codec": result.ids[:, 1:]}
+        frames_TS, _ = assemble(CHAIN, columns, layout)
+        rows = delay_pack(
+            [torch.from_numpy(frames_TS)], delays=layout.delays, pad_ids=[0] * layout.num_streams, tail="trim"
+        ).ids.numpy()
+        # A stream ahead of stream 0 cannot know of an end that stream 0 has not chosen yet.
+        behind = [s for s, d in enumerate(layout.delays) if d >= layout.delays[0]]
+        np.testing.assert_array_equal(one.rows_RS[:, behind], rows[: len(one.rows_RS), behind], request.id)
+        np.testing.assert_array_equal(raw_content(one.content_TS, "codec_ssl", layout), result.ids)
+        assert one.logprob == pytest.approx(result.logprob, abs=1e-3)
+
+
+def test_a_chain_leaves_room_for_every_target(tokenizers):
+    layout = tokenizers.make_layout("t")
+    chained = make_model(layout, tokenizers, positions=64)
+    object.__setattr__(chained.config, "tasks", (CHAIN,))
+    settings = SamplingSettings(min_len=8, seed=1)
+    result = generate(chained, [GenerationRequest("a", "chain", text="one", settings=settings)])[0]
+    assert result.error is None and len(result.chain[0]) >= 8 and len(result.ids) >= 8
+    settings = SamplingSettings(min_len=30)
+    result = generate(chained, [GenerationRequest("a", "chain", text="one", settings=settings)])[0]
+    assert "at least 30 more must fit for each target" in result.error
 
 
 def test_refuses_a_model_without_tokenizers(model):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from speechlm_ext.generation.prompt import Prompt, content_frames, special_frame
+from speechlm_ext.generation.prompt import Prompt, Segment, content_frames, special_frame
 from speechlm_ext.generation.request import SamplingSettings
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tasks import builtin_tasks
@@ -68,17 +70,8 @@ def make_prompt(
         parts += [special_frame(layout.marker_id(entry.modality), layout), content, tail]
     parts.append(special_frame(layout.marker_id(target.modality), layout))
     parts += [given] if given is not None else []
-    num_given = 0 if given is None else len(given)
-    return Prompt(
-        name,
-        template,
-        0,
-        np.concatenate(parts),
-        num_given,
-        settings,
-        settings.min_len,
-        settings.max_len or max_new,
-    )
+    segment = Segment(target.modality, settings, settings.min_len, settings.max_len or max_new)
+    return Prompt(name, template, np.concatenate(parts), 0 if given is None else len(given), (segment,))
 
 
 class ScriptedModel(torch.nn.Module):
@@ -93,38 +86,61 @@ class ScriptedModel(torch.nn.Module):
         self.anchor = torch.nn.Parameter(torch.zeros(1))
 
     class Cache:
-        def __init__(self) -> None:
-            self.state = None
+        def __init__(self, num_slots: int) -> None:
+            self.hash = torch.zeros(num_slots, dtype=torch.int64)
+            self.length = torch.zeros(num_slots, dtype=torch.int64)
 
-        def batch_select_indices(self, keep: torch.Tensor) -> None:
-            self.state = self.state[keep]
+        def copy(self, source: int, slots: Sequence[int]) -> None:
+            for slot in slots:
+                self.hash[slot], self.length[slot] = self.hash[source], self.length[source]
 
-    def new_cache(self) -> ScriptedModel.Cache:
-        return self.Cache()
+        def truncate(self, slot: int, length: int) -> None:
+            assert length == 0, "a hash cannot forget a part"
+            self.hash[slot] = self.length[slot] = 0
 
-    def cached_hidden(self, ids_BTS, *, cache, position_BT, key_mask_BK):
-        B, T, S = ids_BTS.shape
-        if cache.state is None:
-            cache.state = torch.zeros(B, dtype=torch.int64)
-        weight = torch.arange(1, S + 1)
-        mask = key_mask_BK[:, -T:]
-        for t in range(T):
-            value = (ids_BTS[:, t] * weight).sum(1) + position_BT[:, t] * 7
-            fresh = (cache.state * 31 + value) % 1000003
-            cache.state = torch.where(mask[:, t], fresh, cache.state)
-        return torch.stack([cache.state, position_BT[:, -1] + 1], dim=1)[:, None].double()
+        def clear(self, slot: int) -> None:
+            self.truncate(slot, 0)
 
-    def scope_logits(self, hidden_BD, ranges):
-        state_B, row_B = hidden_BD[:, 0].long(), hidden_BD[:, 1].long()
+        def feed(self, slot: int, row: torch.Tensor) -> None:
+            value = int((row * torch.arange(1, len(row) + 1)).sum()) + int(self.length[slot]) * 7
+            self.hash[slot] = (self.hash[slot] * 31 + value) % 1000003
+            self.length[slot] += 1
+
+    def new_cache(self, num_slots: int, num_rows: int) -> ScriptedModel.Cache:
+        return self.Cache(num_slots)
+
+    def prefill(self, ids_NS, cache, slots, lengths):
+        for slot, rows in zip(slots, ids_NS.split(list(lengths)), strict=True):
+            for row in rows:
+                cache.feed(slot, row)
+
+    def step_hidden(self, ids_BS, cache):
+        for slot, row in enumerate(ids_BS):
+            cache.feed(slot, row)
+        n = len(ids_BS)
+        return torch.stack([cache.hash[:n], cache.length[:n]], dim=1).double()
+
+    def scope_head(self, ranges):
+        return ScriptedHead(self, ranges)
+
+
+class ScriptedHead:
+    """The logits of a :class:`ScriptedModel` in the form of :class:`speechlm_ext.model.scope_head.ScopeHead`."""
+
+    def __init__(self, model: ScriptedModel, ranges) -> None:
+        self.model = model
+        self.ids = [torch.cat([torch.arange(a, b) for a, b in parts]) for parts in ranges]
+
+    def used_by(self, ranges):
+        return None
+
+    def __call__(self, hidden_BD, used=None):
+        hash_B, row_B = hidden_BD[:, 0].long(), hidden_BD[:, 1].long()
         out = []
-        for s, parts in enumerate(ranges):
-            if parts is None:
-                out.append(None)
-                continue
-            ids = torch.cat([torch.arange(a, b) for a, b in parts])
-            logits = ((state_B[:, None] * 131 + ids * 977 + s * 7919) % 1009).float() / 200
-            for (token, row), value in self.bias.items():
+        for s, ids in enumerate(self.ids):
+            logits = ((hash_B[:, None] * 131 + ids * 977 + s * 7919) % 1009).float() / 200
+            for (token, row), value in self.model.bias.items():
                 hit = (ids[None] == token) & ((row_B[:, None] == row) | (row is None))
                 logits = torch.where(hit, torch.tensor(float(value)), logits)
             out.append(logits)
-        return out
+        return torch.cat(out, dim=1)

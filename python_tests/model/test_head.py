@@ -71,11 +71,12 @@ def test_loss_is_the_naive_one(scope: str, heads: str) -> None:
     for n, s in (weight > 0).nonzero().tolist():
         ranges = sets[0 if kinds is None else int(kinds[n])][s]
         columns = torch.cat([torch.arange(a, b) for a, b in ranges])
-        logits = model.head.scope_logits(
-            hidden[n : n + 1], [ranges if k == s else None for k in range(LAYOUT.num_streams)]
-        )[s]
-        assert logits is not None
-        log_p = F.log_softmax(logits[0], dim=0)
+        own = torch.cat(
+            [torch.arange(r.start, r.stop) for r in (model.head.rows_of(s, a, b) for a, b in ranges)]
+        )
+        vectors = model.head.stream_vectors()
+        logits = (hidden[n] if vectors is None else hidden[n] + vectors[s]) @ model.head.weight[own].T
+        log_p = F.log_softmax(logits, dim=0)
         expected = expected - weight[n, s] * log_p[(columns == labels[n, s]).nonzero()[0, 0]]
     torch.testing.assert_close(out.loss_sum, expected, rtol=1e-4, atol=1e-5)
     logprobs, entropy = model.logprobs(ids, labels, weight > 0, position, bounds)
@@ -99,7 +100,7 @@ def test_separate_heads_have_rows_of_their_own(tmp_path: Path) -> None:
     assert model.head.rows_of(1, start, end) == slice(V, V + codec)
     assert model.head.rows_of(2, start + 2, end) == slice(V + codec + 2, V + 2 * codec)
     with pytest.raises(ConfigError, match="stream 1 has no output rows for ids 0 to 3: with separate heads"):
-        model.head.scope_logits(torch.zeros(1, model.head.weight.shape[1]), [None, [(0, 4)], None])
+        model.scope_head([[], [(0, 4)], []])
     model.save_pretrained(tmp_path)
     again = SpeechLM.from_pretrained(tmp_path)
     assert again.config.heads == "separate" and torch.equal(again.head.weight, model.head.weight)

@@ -89,34 +89,94 @@ def test_loss_is_the_naive_one(scope: str) -> None:
     torch.testing.assert_close(out.loss_sum, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_cache_equals_packed() -> None:
-    """Left-padded decoding with a cache gives the packed form's hidden states."""
-    model = make()
-    lengths = [7, 4]
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_cache_equals_packed(groups: int) -> None:
+    """Prefill in pieces, then row by row in slots that move: the packed form's hidden states."""
+    backbone = TINY.llama() | {"num_key_value_heads": groups}
+    torch.manual_seed(0)
+    model = SpeechLM(ModelConfig(backbone), LAYOUT).eval()
+    lengths = [7, 4, 9]
     ids, position, bounds = rows(lengths)
     packed = model.hidden(ids, position, bounds)
-    T = max(lengths)
-    batch = torch.zeros(2, T, LAYOUT.num_streams, dtype=torch.int64)
-    places = torch.zeros(2, T, dtype=torch.int64)
-    mask = torch.zeros(2, T, dtype=torch.bool)
-    for b, n in enumerate(lengths):
-        a = int(bounds[b])
-        batch[b, T - n :], places[b, T - n :], mask[b, T - n :] = ids[a : a + n], position[a : a + n], True
-    cache, parts = model.new_cache(), []
+    sequences = [ids[a:b] for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+    wanted = packed.split(lengths)
     with torch.no_grad():
-        for start, end in ((0, 5), (5, 6), (6, 7)):
-            parts.append(
-                model.cached_hidden(
-                    batch[:, start:end],
-                    cache=cache,
-                    position_BT=places[:, start:end],
-                    key_mask_BK=mask[:, :end],
-                )
-            )
-    decoded = torch.cat(parts, 1)
-    for b, n in enumerate(lengths):
-        a = int(bounds[b])
-        torch.testing.assert_close(decoded[b, T - n :], packed[a : a + n], rtol=1e-4, atol=1e-6)
+        cache = model.new_cache(4, 2)  # too short: it grows
+        found = model.prefill(torch.cat([sequences[0][:4], sequences[1][:2]]), cache, [0, 1], [4, 2])
+        torch.testing.assert_close(found, torch.cat([wanted[0][:4], wanted[1][:2]]), rtol=1e-4, atol=1e-6)
+        found = model.prefill(torch.cat([sequences[1][2:3], sequences[2][:6]]), cache, [1, 2], [1, 6])
+        torch.testing.assert_close(found, torch.cat([wanted[1][2:3], wanted[2][:6]]), rtol=1e-4, atol=1e-6)
+        found = model.step_hidden(torch.stack([sequences[0][4], sequences[1][3], sequences[2][6]]), cache)
+        torch.testing.assert_close(
+            found, torch.stack([wanted[0][4], wanted[1][3], wanted[2][6]]), rtol=1e-4, atol=1e-6
+        )
+        # The first sequence ends; the third takes its slot, and a copy of it the next one.
+        cache.truncate(0, 0)
+        cache.copy(2, [0, 1])
+        for row in (7, 8):
+            found = model.step_hidden(torch.stack([sequences[2][row]] * 2), cache)
+            torch.testing.assert_close(found, wanted[2][row].expand(2, -1), rtol=1e-4, atol=1e-6)
+        # Going back: what was there before the last two rows gives the same again.
+        cache.truncate(0, 7)
+        found = model.prefill(sequences[2][7:], cache, [0], [2])
+        torch.testing.assert_close(found, wanted[2][7:], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_not_a_number_stays_in_its_slot() -> None:
+    model = make()
+    ids, position, bounds = rows([5])
+    wanted = model.hidden(ids, position, bounds)
+    with torch.no_grad():
+        cache = model.new_cache(2, 8)
+        model.prefill(ids, cache, [0], [5])
+        for store in (*cache.keys, *cache.values):
+            store[0, :5] = torch.nan
+        cache.clear(0)
+        model.prefill(ids[:2], cache, [0], [2])
+        model.prefill(ids[:4], cache, [1], [4])
+        found = model.step_hidden(torch.stack([ids[2], ids[4]]), cache)
+    torch.testing.assert_close(found, wanted[[2, 4]], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", ["shared", "separate"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_scope_head_is_the_head(heads: str, softcap: float | None) -> None:
+    """All streams' logits in one go equal each stream's own, whatever ranges lie side by side."""
+    model = make(heads=heads, loss=LossSettings(softcap=softcap))
+    torch.manual_seed(0)
+    hidden = torch.randn(3, model.head.weight.shape[1])
+    text, ssl = LAYOUT.interval("text_bpe"), LAYOUT.interval("ssl")
+    codec = [LAYOUT.interval(f"codec{k}") for k in range(LAYOUT.num_codebooks)]
+    end = (LAYOUT.sos_eos_id, LAYOUT.sos_eos_id + 1)
+    for ranges in (
+        [sorted([end, ssl, text]), *([c] for c in codec)],
+        [sorted([end, text]), *([] for _ in codec)],
+        [sorted([end, ssl]), *([c] for c in codec)],
+    ):
+        head = model.scope_head(ranges)
+        with torch.no_grad():
+            found = head(hidden)
+            expected = []
+            vectors = model.head.stream_vectors()
+            for s, parts in enumerate(ranges):
+                for a, b in parts:
+                    h = hidden if vectors is None else hidden + vectors[s]
+                    z = h @ model.head.weight[model.head.rows_of(s, a, b)].T
+                    expected.append(z if softcap is None else softcap * torch.tanh(z / softcap))
+        torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-5, atol=1e-6)
+        assert [len(i) for i in head.ids] == [sum(b - a for a, b in parts) for parts in ranges]
+        assert sum(count for _, _, count in head.runs) == found.shape[1]
+        assert head.used_by(ranges) == [True] * len(head.runs)
+    # Only what is asked for is computed.
+    head = model.scope_head([sorted([end, ssl, text]), *([c] for c in codec)])
+    before = head(hidden).clone()
+    used = head.used_by([[end, text], *([] for _ in codec)])
+    after = head(hidden * 2, used)
+    columns = head.ids[0]
+    is_text = (columns >= text[0]) & (columns < text[1])
+    is_ssl = (columns >= ssl[0]) & (columns < ssl[1])
+    assert not torch.equal(after[:, : len(columns)][:, is_text], before[:, : len(columns)][:, is_text])
+    torch.testing.assert_close(after[:, : len(columns)][:, is_ssl], before[:, : len(columns)][:, is_ssl])
 
 
 @pytest.mark.parametrize("tie_head", [False, True])

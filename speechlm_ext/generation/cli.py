@@ -56,6 +56,15 @@ class GenerateConfig:
     """Sample among the k most probable tokens. Default for speech: 30."""
     top_p: float | None = None
     """Sample among the fewest tokens whose probabilities reach p."""
+    min_p: float | None = None
+    """Leave out tokens that are less probable than this times the most probable one."""
+    repetition_penalty: float | None = None
+    """Makes ids that a stream had lately less probable; 1 is off, 1.1 is mild."""
+    repetition_window: int | None = None
+    """Rows that the repetition penalty looks back; default 50."""
+    guidance: float | None = None
+    """Classifier-free guidance; 1 is off, 1.5 to 3 follow the text or voice more closely. Made for models that were
+    trained with conditions left out at times."""
     seed: int | None = None
     """Seed of the draws; default 0."""
     best_of: int | None = None

@@ -10,7 +10,7 @@ ramp-in after a marker, the lagging codes at the end of a given beginning, and a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,31 +27,44 @@ if TYPE_CHECKING:
 
 #: A speaker prompt is cut to this many frames, the length that training crops at most.
 SPEAKER_FRAMES = 500
+#: More frames than any sequence has.
+NO_LIMIT = 2**31 - 1
 
 
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """Everything the decoder needs for one target of one request; frames are in layout ids, undelayed."""
+@dataclass(frozen=True)
+class Segment:
+    """A target that is to be generated."""
 
-    id: str
-    template: TaskTemplate
-    target: int
-    """Index of the target to produce; earlier ones are part of ``frames_PS``."""
-    frames_PS: np.ndarray
-    """int64 ``[P, S]``, ends with the target's marker or the given beginning of its content."""
-    num_given: int
-    """Frames of the target's content at the end of ``frames_PS``."""
+    modality: str
     settings: SamplingSettings
-    """Resolved for the target's modality."""
+    """Resolved for the modality."""
     min_new: int
     """Fewest frames to generate before the end."""
     max_new: int
     """Most frames to generate; the end is forced after them."""
+    row_limit: int = NO_LIMIT
+    """The end is also forced at this frame of the whole sequence, so that what follows fits into the context."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Everything the decoder needs for one request; frames are in layout ids, undelayed."""
+
+    id: str
+    template: TaskTemplate
+    frames_PS: np.ndarray
+    """int64 ``[P, S]``, ends with the first target's marker or the given beginning of its content."""
+    num_given: int
+    """Frames of the target's content at the end of ``frames_PS``."""
+    segments: tuple[Segment, ...]
+    """The targets, one after the other; the decoder says the markers between them."""
+    unconditional_PS: np.ndarray | None = None
+    """The same without the conditions, for classifier-free guidance; None without guidance."""
 
     @property
     def modality(self) -> str:
-        """Modality of the target."""
-        return self.template.targets[self.target].modality
+        """Modality of the last target."""
+        return self.segments[-1].modality
 
 
 def special_frame(token_id: int, layout: TokenLayout) -> np.ndarray:
@@ -92,6 +105,11 @@ def raw_content(frames_TS: np.ndarray, modality: str, layout: TokenLayout) -> np
     """Inverse of :func:`content_frames`: layout frames ``[T, S]`` to raw ids int32 ``[T, C]``."""
     live = [(s, r[0]) for s, r in enumerate(layout.content_ranges(modality)) if r is not None]
     return np.stack([frames_TS[:, s] - start for s, start in live], axis=1).astype(np.int32)
+
+
+def live_columns(values_TS: np.ndarray, modality: str, layout: TokenLayout) -> np.ndarray:
+    """The columns of ``[T, S]`` frames in which the modality has content, as in raw ids ``[T, C]``."""
+    return values_TS[:, [s for s, r in enumerate(layout.content_ranges(modality)) if r is not None]]
 
 
 def encode_field(
@@ -186,6 +204,7 @@ def build_prompt(
         content_TS = content_frames(raw_TC, entry.modality, layout, where)
         parts += [special_frame(layout.marker_id(entry.modality), layout), content_TS, tail]
         num_content += len(content_TS)
+    num_condition_parts = len(parts)
     first = template.targets[0]
     parts.append(special_frame(layout.marker_id(first.modality), layout))
     num_given = 0
@@ -196,49 +215,85 @@ def build_prompt(
         )
         parts.append(given_TS)
         num_given = num_content = len(given_TS)
-    frames_PS = np.concatenate(parts)
-    return _finish(
-        request.id, template, 0, frames_PS, num_given, num_content, request.settings, layout, context, where
+    bare = [*parts[:2], *parts[num_condition_parts:]]
+    return Prompt(
+        request.id,
+        template,
+        np.concatenate(parts),
+        num_given,
+        plan_segments(
+            request.settings, template, len(np.concatenate(parts)), num_content, layout, context, where
+        ),
+        np.concatenate(bare) if request.settings.guidance != 1.0 and template.conditions else None,
     )
 
 
-def next_prompt(
-    prompt: Prompt,
-    content_TS: np.ndarray,
+def plan_segments(
     settings: SamplingSettings,
+    template: TaskTemplate,
+    num_rows: int,
+    num_content: int,
     layout: TokenLayout,
     context: int | None,
-) -> Prompt:
-    """Prompt for the following target of a chain, after ``content_TS`` (all frames) of the present one.
+    where: str,
+) -> tuple[Segment, ...]:
+    """How long each target may be: as asked, and so that all of them fit into the context.
+
+    Args:
+        num_rows: of the prompt.
+        num_content: its content frames, which ``max_len_ratio`` counts.
+        context: rows that the model can hold, None for no limit.
+        where: for messages.
 
     Raises:
-        GenerationError: the context cannot hold it.
+        GenerationError: the context cannot hold the prompt and the shortest targets, or a target can never end.
     """
-    marker = len(prompt.frames_PS) - prompt.num_given
-    tail = np.full((layout.max_delay, layout.num_streams), layout.pad_id, dtype=np.int64)
-    entry = prompt.template.targets[prompt.target + 1]
-    frames_PS = np.concatenate(
-        [
-            prompt.frames_PS[:marker],
-            content_TS,
-            special_frame(layout.sos_eos_id, layout),
-            tail,
-            special_frame(layout.marker_id(entry.modality), layout),
+    least = max(settings.min_len, 1)
+    wanted = _longest(settings, num_content, where)
+    segments: list[Segment] = []
+    extra = 0  # rows that must still fit behind the last frame of a target
+    for target in reversed(template.targets):
+        live = [
+            d
+            for d, r in zip(layout.delays, layout.content_ranges(target.modality), strict=True)
+            if r is not None
         ]
-    )
-    where = f"request {prompt.id!r} (task {prompt.template.name}), target {prompt.target + 1}"
-    return _finish(
-        prompt.id,
-        prompt.template,
-        prompt.target + 1,
-        frames_PS,
-        0,
-        len(content_TS),
-        settings,
-        layout,
-        context,
-        where,
-    )
+        # Frame T - 1 of the slowest stream stands in row T - 1 + delay; the row before is the last one fed.
+        extra = max(max(live) - 1, layout.delays[0], extra)
+        limit = NO_LIMIT if context is None else context - extra
+        segments.append(
+            Segment(target.modality, settings.resolved(target.modality), settings.min_len, wanted, limit)
+        )
+        extra += least + layout.max_delay + 2  # this one's content, and end, fill and marker before it
+    segments.reverse()
+    room = segments[0].row_limit - num_rows
+    if room < least:
+        raise GenerationError(
+            f"{where}: the prompt has {num_rows} rows and at least {least} more must fit"
+            f"{' for each target' if len(segments) > 1 else ''}, but the model's context is {context}; shorten the "
+            "text or audio, or min_len."
+        )
+    return (replace(segments[0], max_new=min(wanted, room)), *segments[1:])
+
+
+def _longest(settings: SamplingSettings, num_content: int, where: str) -> int:
+    """The most frames that the settings allow a target."""
+    if settings.max_len is not None:
+        wanted = settings.max_len
+    elif settings.max_len_ratio is not None:
+        wanted = max(math.ceil(settings.max_len_ratio * num_content), 1)
+        if num_content == 0:
+            raise GenerationError(
+                f"{where}: max_len_ratio needs a prompt with content; give max_len instead."
+            )
+    else:
+        wanted = max(DEFAULT_MAX_LEN, settings.min_len)
+    if wanted < settings.min_len:
+        raise GenerationError(
+            f"{where}: the target can never end: min_len {settings.min_len} is more than {wanted}, which is "
+            f"max_len_ratio {settings.max_len_ratio} times the prompt's {num_content} frames."
+        )
+    return wanted
 
 
 def _encode(
@@ -255,53 +310,3 @@ def _encode(
             f"request {request.id!r}: {entry_field} gives no {modality} tokens; it is empty or too short."
         )
     return raw_TC
-
-
-def _finish(
-    request_id: str,
-    template: TaskTemplate,
-    target: int,
-    frames_PS: np.ndarray,
-    num_given: int,
-    num_content: int,
-    settings: SamplingSettings,
-    layout: TokenLayout,
-    context: int | None,
-    where: str,
-) -> Prompt:
-    modality = template.targets[target].modality
-    live = [d for d, r in zip(layout.delays, layout.content_ranges(modality), strict=True) if r is not None]
-    # Frame T - 1 of the slowest stream stands in row P + T - 1 + delay; the row before is the last one fed.
-    extra = max(max(live) - 1, layout.delays[0])
-    room = DEFAULT_MAX_LEN if context is None else context - len(frames_PS) - extra
-    least = max(settings.min_len, 1)
-    if room < least:
-        raise GenerationError(
-            f"{where}: the prompt has {len(frames_PS)} rows and at least {least} more must fit, but the "
-            f"model's context is {context}; shorten the text or audio, or min_len."
-        )
-    if settings.max_len is not None:
-        wanted = settings.max_len
-    elif settings.max_len_ratio is not None:
-        wanted = max(math.ceil(settings.max_len_ratio * num_content), 1)
-        if num_content == 0:
-            raise GenerationError(
-                f"{where}: max_len_ratio needs a prompt with content; give max_len instead."
-            )
-    else:
-        wanted = max(DEFAULT_MAX_LEN, settings.min_len)
-    if wanted < settings.min_len:
-        raise GenerationError(
-            f"{where}: the target can never end: min_len {settings.min_len} is more than {wanted}, which is "
-            f"max_len_ratio {settings.max_len_ratio} times the prompt's {num_content} frames."
-        )
-    return Prompt(
-        request_id,
-        template,
-        target,
-        frames_PS,
-        num_given,
-        settings.resolved(modality),
-        settings.min_len,
-        min(wanted, room),
-    )

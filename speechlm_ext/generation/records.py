@@ -1,10 +1,10 @@
 """The results of a run as a folder: ``results.jsonl``, and ``wav/`` for speech.
 
-A record holds everything that scoring needs later: the request, the settings with their defaults, raw ids,
-text or audio path, how it ended, and which model made it. While a run is going on, records are appended to
-``results.partial.jsonl``; at its end ``results.jsonl`` is written whole, in the order of the requests. A run
-that was stopped goes on where it was: a request is done when a record of the same request and model exists
-and did not fail.
+A record holds everything that scoring needs later: the request, the settings with their defaults, raw ids and their
+log-probabilities, text or audio path, how it ended, and which model made it. While a run is going on, records are
+appended to ``results.partial.jsonl``; at its end ``results.jsonl`` is written whole, in the order of the requests. A
+run that was stopped goes on where it was: a request is done when a record of the same request and model exists and did
+not fail.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ class ResultsFolder:
             "chain": [ids.tolist() for ids in result.chain],
             "logprob": result.logprob,
             "num_scored": result.num_scored,
+            "logprobs": None if result.logprobs is None else _rounded(result.logprobs),
+            "end_logprob": result.end_logprob,
             "tries": list(result.tries),
             "seconds": round(result.seconds, 3),
             "settings": None if result.settings is None else dataclasses.asdict(result.settings),
@@ -149,6 +151,11 @@ class ResultsFolder:
         atomic_write_text(self.folder / RESULTS, "".join(line + "\n" for line in lines))
         (self.folder / PARTIAL).unlink(missing_ok=True)
         return self.folder / RESULTS
+
+
+def _rounded(logprobs_TC: np.ndarray) -> list[list[float | None]]:
+    """Log-probabilities with five decimals; None where there is none, which JSON can say."""
+    return [[None if np.isnan(x) else round(float(x), 5) for x in row] for row in logprobs_TC]
 
 
 def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:

@@ -42,6 +42,16 @@ class SamplingSettings:
     """Sample among the k most probable tokens only; >= 1."""
     top_p: float | None = None
     """Sample among the fewest tokens whose probabilities reach p; 0 < p <= 1."""
+    min_p: float | None = None
+    """Leave out tokens that are less probable than this times the most probable one; 0 <= p <= 1."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of ids that the stream had in the last ``repetition_window``
+    rows; > 0, 1 is off."""
+    repetition_window: int = 50
+    """Rows that the repetition penalty looks back; 50 is a second at 50 frames a second."""
+    guidance: float = 1.0
+    """Classifier-free guidance: logits ``u + guidance (c - u)``, c with the task's conditions and u without them. 1 is
+    off; more costs a second row of the batch. Made for models that were trained with conditions left out at times."""
     seed: int = 0
     """Draws depend on (seed, row, stream) alone: equal requests give equal tokens in any batch."""
     best_of: int = 1
@@ -78,6 +88,13 @@ class SamplingSettings:
                 raise GenerationError(
                     f"{where}: top_p must be greater than 0 and at most 1, got {self.top_p}."
                 )
+        for name, least, most in (("min_p", 0, 1), ("repetition_penalty", 1e-3, 1e3), ("guidance", 0, 1e3)):
+            value = getattr(self, name)
+            if value is not None:
+                _number(value, name, where)
+                if not least <= value <= most:
+                    raise GenerationError(f"{where}: {name} must be from {least} to {most}, got {value}.")
+        _integer(self.repetition_window, "repetition_window", where, 1)
         _integer(self.seed, "seed", where, 0)
         if self.seed >= 2**63:
             raise GenerationError(f"{where}: seed must be below 2**63, got {self.seed}.")
@@ -103,7 +120,7 @@ class SamplingSettings:
 
     def resolved(self, modality: str) -> SamplingSettings:
         """Settings with every choice made, for a target of ``modality``."""
-        chosen = (self.greedy, self.temperature, self.top_k, self.top_p)
+        chosen = (self.greedy, self.temperature, self.top_k, self.top_p, self.min_p)
         if modality in ("text_bpe", "g2p"):
             # Asking for a temperature or a cut is asking to sample.
             greedy = self.greedy if self.greedy is not None else all(c is None for c in chosen[1:])
@@ -221,11 +238,15 @@ class GenerationResult:
     chain: tuple[np.ndarray, ...] = ()
     """Raw ids of earlier targets, for tasks that produce several."""
     logprob: float | None = None
-    """Sum of log-probabilities (modality mask, temperature 1) of the tokens chosen in the last target."""
+    """Sum of log-probabilities (modality mask, temperature 1) of the tokens chosen, in all targets."""
     num_scored: int = 0
-    """Tokens that ``logprob`` sums over: generated codes and an end that was not forced."""
+    """Tokens that ``logprob`` sums over: generated codes and ends that were not forced."""
+    logprobs: np.ndarray | None = None
+    """Log-probability of each of ``ids``, float32 ``[T, columns]``; NaN for a given beginning."""
+    end_logprob: float | None = None
+    """Of the last target's end: 0 where it was forced."""
     seconds: float = 0.0
-    """Time of the batch that this request was decoded in."""
+    """Time from joining the decoder to the end."""
     settings: SamplingSettings | None = None
     """The settings used, with the defaults filled in; with ``best_of`` the seed of the try that was kept."""
     tries: tuple[float, ...] = ()

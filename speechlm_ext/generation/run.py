@@ -1,14 +1,15 @@
-"""From requests to results: build prompts, decode them in batches, turn ids back into text and waveforms.
+"""From requests to results: build prompts, decode them together, turn ids back into text and waveforms.
 
-Requests are sorted by task and prompt length, so that a batch holds little padding; results come in the order
-of the requests. What is wrong with one request is told in its own result and stops no other.
+Requests join the decoder as slots get free; results come in the order of the requests. What is wrong with one request
+is told in its own result and stops no other.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,27 +17,18 @@ from tqdm import tqdm
 
 from speechlm_ext.errors import GenerationError, SpeechLMError
 from speechlm_ext.generation import best_of
-from speechlm_ext.generation.engine import Decoded, decode
-from speechlm_ext.generation.prompt import Prompt, build_prompt, find_task, next_prompt, raw_content
+from speechlm_ext.generation.engine import Engine, Work
+from speechlm_ext.generation.prompt import Prompt, build_prompt, find_task, live_columns, raw_content
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult
+from speechlm_ext.generation.rows import Decoded
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
 
 
-#: Prompts are built, sorted and decoded in windows of this many batches, so that results come early.
+#: Requests are sorted by what they produce in windows of this many batches, so that results come early and what is
+#: decoded side by side needs the same logits.
 WINDOW = 8
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request on its way through its targets."""
-
-    index: int
-    request: GenerationRequest
-    prompt: Prompt
-    chain: tuple[np.ndarray, ...] = ()
-    seconds: float = 0.0
 
 
 def generate(
@@ -52,7 +44,7 @@ def generate(
     Args:
         model: with tokenizers; put into eval mode for the time of the call.
         requests: any tasks together.
-        batch_size: most requests decoded at once.
+        batch_size: most rows decoded at once; a request takes one, with guidance two.
         progress: show a bar (never where the output is not a terminal).
         on_result: called with (index in ``requests``, result) as soon as each is ready.
 
@@ -85,88 +77,79 @@ def generate(
         if on_result is not None:
             on_result(index, result)
 
+    started: dict[int, float] = {}
+
+    def works() -> Iterator[Work]:
+        for first in range(0, len(tries), WINDOW * batch_size):
+            window = []
+            for number in range(first, min(first + WINDOW * batch_size, len(tries))):
+                prompt = _prepare(tries[number][1], model)
+                if isinstance(prompt, Prompt):
+                    window.append(Work(number, prompt))
+                else:
+                    finish(number, prompt)
+            for work in sorted(window, key=lambda w: [s.modality for s in w.prompt.segments]):
+                started[work.key] = time.perf_counter()
+                yield work
+
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, len(tries), WINDOW * batch_size):
-            jobs = []
-            for number in range(first, min(first + WINDOW * batch_size, len(tries))):
-                job = _prepare(number, tries[number][1], model)
-                if isinstance(job, _Job):
-                    jobs.append(job)
-                else:
-                    finish(number, job)
-            while jobs:
-                jobs = _decode_jobs(jobs, model, batch_size, finish)
+        # A request with guidance takes two rows.
+        least = 2 if any(r.settings.guidance != 1.0 for r in requests) else 1
+        engine = Engine(model, max(batch_size, least))
+        for work, decoded in engine.run(works()):
+            seconds = time.perf_counter() - started.pop(work.key)
+            finish(work.key, _result(tries[work.key][1], work.prompt, decoded, seconds, model))
     finally:
         model.train(was_training)
         bar.close()
     return [r for r in results if r is not None]
 
 
-def _prepare(index: int, request: GenerationRequest, model: SpeechLM) -> _Job | GenerationResult:
+def _prepare(request: GenerationRequest, model: SpeechLM) -> Prompt | GenerationResult:
     """Build a request's prompt, or say in a result why it cannot be served."""
     assert model.tokenizers is not None
     try:
         template = find_task(request, model.tasks)
         if request.settings.best_of > 1:
             best_of.recognition_of(template, model.tasks, f"request {request.id!r}")
-        prompt = build_prompt(request, template, model.layout, model.tokenizers, model.max_positions)
+        return build_prompt(request, template, model.layout, model.tokenizers, model.max_positions)
     except SpeechLMError as error:
         return GenerationResult(request.id, request.task, "failed", error=str(error))
-    return _Job(index, request, prompt)
 
 
-def _decode_jobs(
-    jobs: list[_Job], model: SpeechLM, batch_size: int, finish: Callable[[int, GenerationResult], None]
-) -> list[_Job]:
-    """Decode one target of every job; returns the jobs that have another target to come."""
-    jobs = sorted(jobs, key=lambda job: (job.prompt.template.name, -len(job.prompt.frames_PS)))
-    following = []
-    for first in range(0, len(jobs), batch_size):
-        batch = jobs[first : first + batch_size]
-        start = time.perf_counter()
-        decoded = decode(model, [job.prompt for job in batch])
-        seconds = time.perf_counter() - start
-        for job, one in zip(batch, decoded, strict=True):
-            job.seconds += seconds
-            after = _advance(job, one, model)
-            if isinstance(after, _Job):
-                following.append(after)
-            else:
-                finish(job.index, after)
-    return following
-
-
-def _advance(job: _Job, decoded: Decoded, model: SpeechLM) -> _Job | GenerationResult:
-    """What follows a decoded target: the next one of the task's chain, or the result."""
-    prompt = job.prompt
+def _result(
+    request: GenerationRequest, prompt: Prompt, decoded: Decoded, seconds: float, model: SpeechLM
+) -> GenerationResult:
+    """The result of a decoded request; of several tries only the one that is kept becomes sound."""
     result = GenerationResult(
-        job.request.id,
+        request.id,
         prompt.template.name,
         decoded.finished,
         modality=prompt.modality,
-        num_given=prompt.num_given,
-        chain=job.chain,
-        logprob=decoded.logprob,
-        num_scored=decoded.num_scored,
-        seconds=job.seconds,
-        settings=prompt.settings,
+        num_given=prompt.num_given if len(prompt.segments) == 1 else 0,
+        seconds=seconds,
+        settings=prompt.segments[-1].settings,
     )
     if decoded.error is not None:
-        return replace(result, logprob=None, error=decoded.error)
-    raw_TC = raw_content(decoded.content_TS, prompt.modality, model.layout)
+        return replace(result, error=decoded.error)
+    modalities = [segment.modality for segment in prompt.segments]
+    frames = (*decoded.chain, decoded.content_TS)
+    *chain, ids = (raw_content(f, m, model.layout) for f, m in zip(frames, modalities, strict=True))
+    result = replace(
+        result,
+        ids=ids,
+        chain=tuple(chain),
+        logprob=decoded.logprob,
+        num_scored=decoded.num_scored,
+        logprobs=live_columns(decoded.logprob_TS, prompt.modality, model.layout),
+        end_logprob=None if math.isnan(decoded.end_logprob) else decoded.end_logprob,
+    )
     try:
-        if prompt.target + 1 < len(prompt.template.targets):
-            follow = next_prompt(
-                prompt, decoded.content_TS, job.request.settings, model.layout, model.max_positions
-            )
-            return _Job(job.index, job.request, follow, (*job.chain, raw_TC), job.seconds)
-        result = replace(result, ids=raw_TC)
-        # Of several tries only the one that is kept becomes sound.
-        return result if job.request.settings.best_of > 1 else _decode_content(result, model)
+        return result if request.settings.best_of > 1 else _decode_content(result, model)
     except SpeechLMError as error:
-        return replace(result, ids=raw_TC, finished="failed", error=f"request {result.id!r}: {error}")
+        return replace(result, finished="failed", error=f"request {result.id!r}: {error}")
 
 
 def _best(request: GenerationRequest, tries: list[GenerationResult], model: SpeechLM) -> GenerationResult:

@@ -14,11 +14,15 @@ import functools
 import importlib.util
 import inspect
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
+
+if TYPE_CHECKING:
+    from speechlm_ext.model.kv_cache import KVCache
 
 NAME = "speechlm"
 #: A padded group takes segments down to this share of its longest one, which bounds padding to 1/3.
@@ -192,9 +196,11 @@ def speechlm_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packing: Packing | None = None,
+    kv: KVCache | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """The ``speechlm`` implementation for transformers: packed when ``packing`` is given, else SDPA with a mask.
+    """The ``speechlm`` implementation for transformers: packed when ``packing`` is given, through the decoder's cache
+    when ``kv`` is, else SDPA with a mask.
 
     Args:
         query, key, value: ``[B, H, T, E]``, ``[B, G, K, E]``, ``[B, G, K, E]``; B is 1 for a packed row.
@@ -204,6 +210,8 @@ def speechlm_attention(
         ``([B, T, H, E], None)``.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if kv is not None:
+        return kv.attend(module.layer_idx, query, key, value, scale), None  # type: ignore[arg-type]
     if packing is not None:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         return packed_attention(q, k, v, packing, scale).unsqueeze(0), None

@@ -131,29 +131,3 @@ class MultiStreamHead(nn.Module):
                 f"those of its scope ({self.settings.scope!r})."
             )
         return rows
-
-    def scope_logits(
-        self, hidden_BD: Tensor, ranges: Sequence[Sequence[tuple[int, int]] | None]
-    ) -> list[Tensor | None]:
-        """Logits over chosen id ranges only.
-
-        Args:
-            hidden_BD: float ``[B, D]``.
-            ranges: per stream a list of ``(start, end)``, or None for a stream that is not sampled.
-
-        Returns:
-            Per stream float32 ``[B, V_s]`` with the ranges side by side, or None.
-
-        Raises:
-            ConfigError: see :meth:`rows_of`.
-        """
-        logits: list[Tensor | None] = []
-        cap = self.settings.softcap
-        for s, scope in enumerate(ranges):
-            if scope is None:
-                logits.append(None)
-                continue
-            h = hidden_BD if s == 0 or self.stream_embed is None else hidden_BD + self.stream_embed[s - 1]
-            z = torch.cat([h @ self.weight[self.rows_of(s, a, b)].T for a, b in scope], dim=1).float()
-            logits.append(z if cap is None else cap * torch.tanh(z / cap))
-        return logits

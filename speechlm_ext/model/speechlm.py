@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
@@ -26,6 +26,8 @@ from speechlm_ext.model.attention import Packing, choose_attention
 from speechlm_ext.model.config import CONFIG_NAME, ModelConfig
 from speechlm_ext.model.embedding import MultiStreamEmbedding, load_rows, whole
 from speechlm_ext.model.head import MultiStreamHead
+from speechlm_ext.model.kv_cache import KVCache
+from speechlm_ext.model.scope_head import ScopeHead
 from speechlm_ext.ops import MultiStreamLoss
 from speechlm_ext.utils.io import atomic_path, atomic_write_json
 
@@ -173,45 +175,52 @@ class SpeechLM(nn.Module):
             return self.head.logprobs(self.hidden(ids, position, cu_seqlens), labels, mask)
 
     # ---- generation ---------------------------------------------------------------------------------------------
-    def new_cache(self) -> Cache:
-        """An empty key/value cache for :meth:`cached_hidden`."""
-        return DynamicCache(config=self.backbone.config)
+    def new_cache(self, num_slots: int, num_rows: int) -> KVCache:
+        """An empty key/value cache for :meth:`prefill` and :meth:`step_hidden`: ``num_rows`` rows for each request."""
+        config = self.backbone.config
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        dtype = self.embedding.weight.dtype
+        return KVCache(config.num_hidden_layers, groups, size, num_slots, num_rows, dtype, self.device)
 
-    def cached_hidden(
-        self, ids_BTS: Tensor, *, cache: Cache, position_BT: Tensor, key_mask_BK: Tensor
-    ) -> Tensor:
-        """Hidden states of the next T rows of a left-padded batch, with earlier keys from the cache.
+    def prefill(self, ids_NS: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Put the rows of several requests behind what their slots hold, all in one packed forward.
 
         Args:
-            ids_BTS: int ``[B, T, S]`` delayed ids; pad rows on the left of shorter requests.
+            ids_NS: int ``[N, S]`` delayed ids, one request after the other.
             cache: updated in place.
-            position_BT: int ``[B, T]``.
-            key_mask_BK: bool ``[B, K]`` over all keys so far, these T included: False for padding.
+            slots, lengths: of each request; the lengths sum to N.
 
         Returns:
-            float ``[B, T, D]``.
+            float ``[N, D]`` hidden states.
         """
-        embedded = self.embedding(ids_BTS)
-        T, K = ids_BTS.shape[1], key_mask_BK.shape[1]
-        query = torch.arange(K - T, K, device=ids_BTS.device)
-        key = torch.arange(K, device=ids_BTS.device)
-        mask = (key[None] <= query[:, None])[None] & key_mask_BK[:, None]
-        # A padding row may look at itself, so that no row of the softmax is empty.
-        mask = mask | (key[None] == query[:, None])[None]
-        out = self.backbone(
-            inputs_embeds=embedded,
-            attention_mask=mask[:, None],
-            position_ids=position_BT,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        embedded = self.embedding(ids_NS)[None]
+        kernel, _ = choose_attention(embedded.device, embedded.dtype)
+        position_N = cache.begin_prefill(slots, lengths, Packing.build(bounds.to(ids_NS.device), kernel))
+        out = self.backbone(inputs_embeds=embedded, position_ids=position_N[None], use_cache=False, kv=cache)
+        cache.end_prefill()
+        return out.last_hidden_state[0]
 
-    def scope_logits(
-        self, hidden_BD: Tensor, ranges: Sequence[Sequence[tuple[int, int]] | None]
-    ) -> list[Tensor | None]:
-        """Logits of the next ids over chosen ranges; see :meth:`MultiStreamHead.scope_logits`."""
-        return self.head.scope_logits(hidden_BD, ranges)
+    def step_hidden(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states ``[B, D]`` of one more row for each of the first B slots.
+
+        Args:
+            ids_BS: int ``[B, S]`` delayed ids.
+            cache: updated in place.
+        """
+        position_B = cache.begin_step(len(ids_BS))
+        embedded = self.embedding(ids_BS)[:, None]
+        out = self.backbone(
+            inputs_embeds=embedded, position_ids=position_B[:, None], use_cache=False, kv=cache
+        )
+        cache.end_step()
+        return out.last_hidden_state[:, 0]
+
+    def scope_head(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> ScopeHead:
+        """Logits over chosen id ranges of each stream, all at once; see :class:`ScopeHead`."""
+        return ScopeHead(self.head, ranges)
 
     def generate(self, requests: Sequence[Any], batch_size: int = 16) -> list[Any]:
         """Serve :class:`speechlm_ext.generation.GenerationRequest` s; see :func:`speechlm_ext.generation.generate`."""

@@ -109,9 +109,9 @@ def multistream_sample(logits: Tensor | Sequence[Tensor], state: DecodeState) ->
 
 LIBRARY.define(
     "multistream_sample(Tensor logits, Tensor column_ids, Tensor sampling, Tensor choice, Tensor limits, "
-    "Tensor request, Tensor guidance, Tensor(a!) progress, Tensor forced, Tensor(b!) history, Tensor(c!) history_logprob, "
-    "Tensor? allowed, int[] bounds, int[] delays, int[] pad_ids, int eos_id, int eos_column, int tail) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor request, Tensor guidance, Tensor(a!) progress, Tensor forced, Tensor(b!) history, "
+    "Tensor(c!) history_logprob, Tensor? allowed, int[] bounds, int[] delays, int[] pad_ids, int eos_id, "
+    "int eos_column, int tail) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 

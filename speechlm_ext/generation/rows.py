@@ -1,0 +1,165 @@
+"""Delayed rows and undelayed frames: what is known before decoding, and what was decoded.
+
+The decoder walks delayed rows. In row r, stream s stands at undelayed frame ``u = r - delay[s]``, and one rule says
+what belongs there, with P the prompt's frames and E the end (the frame of the target's end token):
+
+    u < P         the prompt's own token, pad before the first: ramp-in, lagging codes of a given beginning
+    P <= u < E    a token chosen by the model, from the stream's own range only
+    u = E         the end token in stream 0, pad in the others
+    u > E         pad; for a task with several targets ``max_delay`` frames of it, the next marker, and so on
+
+Streams that are delayed behind stream 0 still owe their last frames when it ends (ramp-out), and those that are level
+with it end in the same row. So a decoded sequence has, row by row, the form that training packs.
+
+Axes: R delayed rows, P prompt frames, T content frames, S streams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from speechlm_ext.errors import GenerationError
+from speechlm_ext.generation.prompt import Prompt
+from speechlm_ext.layout import TokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """What was decoded for one prompt, in layout ids."""
+
+    content_TS: np.ndarray
+    """int64 ``[T, S]``: the last target's frames, undelayed, the given beginning included, the end not."""
+    rows_RS: np.ndarray
+    """int64 ``[R, S]``: all delayed rows, prompt included, up to the last one with a token."""
+    finished: str
+    """``eos``, ``max_len`` (of the last target) or ``failed``."""
+    logprob: float
+    """Sum over the tokens that were chosen, those of earlier targets included; the end counts unless it was forced."""
+    num_scored: int
+    logprob_TS: np.ndarray
+    """float32 ``[T, S]``: log-probability of each code of the last target, forced ones too; NaN for pads and for the
+    given beginning."""
+    end_logprob: float = float("nan")
+    """Of the last target's end."""
+    chain: tuple[np.ndarray, ...] = ()
+    """Earlier targets' frames, as ``content_TS``."""
+    error: str | None = None
+
+
+def delayed_rows(frames_PS: np.ndarray, num_rows: int, layout: TokenLayout, unknown: int = -1) -> np.ndarray:
+    """The first ``num_rows`` delayed rows of a sequence that begins with ``frames_PS``: int64 ``[R, S]``.
+
+    Places that belong to later frames hold ``unknown``.
+    """
+    rows_RS = np.empty((num_rows, layout.num_streams), dtype=np.int64)
+    for s, delay in enumerate(layout.delays):
+        u_R = np.arange(num_rows) - delay
+        known = np.where(u_R < 0, layout.pad_id, frames_PS[np.clip(u_R, 0, len(frames_PS) - 1), s])
+        rows_RS[:, s] = np.where(u_R >= len(frames_PS), unknown, known)
+    return rows_RS
+
+
+def prefix_rows(frames_PS: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """The delayed rows that hold nothing but the prompt: all before the first token to be chosen."""
+    return delayed_rows(frames_PS, len(frames_PS) + min(layout.delays), layout)
+
+
+def given_rows(frames_PS: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """Rows after the prefix in which something is known: int64 ``[R, S]``, -1 where a token is to be chosen."""
+    lag = layout.max_delay - min(layout.delays)
+    if lag == 0:
+        return np.empty((0, layout.num_streams), dtype=np.int64)
+    return delayed_rows(frames_PS, len(frames_PS) + layout.max_delay, layout)[-lag:]
+
+
+def forced_rows(prompt: Prompt, content_TS: np.ndarray, layout: TokenLayout) -> np.ndarray:
+    """All rows after the prefix when the target's remaining content is given: int64 ``[R, S]``.
+
+    Raises:
+        GenerationError: ids outside the target's ranges, or a task with several targets.
+    """
+    if len(prompt.segments) > 1:
+        raise GenerationError(f"request {prompt.id!r}: content can be forced for tasks with one target only.")
+    for s, ids in enumerate(layout.content_ranges(prompt.modality)):
+        column = content_TS[:, s]
+        bad = (column != layout.pad_id) if ids is None else ((column < ids[0]) | (column >= ids[1]))
+        if bad.any():
+            raise GenerationError(
+                f"request {prompt.id!r}: forced frame {int(bad.argmax())} has id {int(column[bad.argmax()])} "
+                f"in stream {s}, outside {ids} of {prompt.modality}."
+            )
+    tail = np.full((layout.max_delay + 1, layout.num_streams), layout.pad_id, dtype=np.int64)
+    tail[0, 0] = layout.sos_eos_id
+    frames = np.concatenate([prompt.frames_PS, content_TS, tail])
+    return delayed_rows(frames, len(frames), layout)[len(prompt.frames_PS) + min(layout.delays) :]
+
+
+def read_decoded(
+    prompt: Prompt,
+    forced_RS: np.ndarray,
+    new_RS: np.ndarray,
+    logprob_RS: np.ndarray,
+    layout: TokenLayout,
+    failed: bool,
+) -> Decoded:
+    """Undelay a request's rows into its targets' frames.
+
+    Args:
+        forced_RS: rows that were given, -1 where not; may be fewer than the new ones.
+        new_RS: int64 ``[R, S]``, the rows after the prefix.
+        logprob_RS: float32 ``[R, S]``, NaN where a stream had no content.
+        failed: the request was ended because its logits were unusable.
+    """
+    prefix_RS = prefix_rows(prompt.frames_PS, layout)
+    rows_RS = np.concatenate([prefix_RS, new_RS])
+    offset = len(prefix_RS)
+    if failed:
+        message = f"request {prompt.id!r}: the model's logits are not finite in row {len(rows_RS) - 1}."
+        nothing = np.empty((0, layout.num_streams), dtype=np.float32)
+        return Decoded(rows_RS[:0], rows_RS, "failed", float("nan"), 0, nothing, error=message)
+    is_forced_RS = np.zeros(new_RS.shape, dtype=bool)
+    is_forced_RS[: len(forced_RS)] = forced_RS[: len(new_RS)] >= 0
+    first = len(prompt.frames_PS) - prompt.num_given  # frame 0 of the segment, in frames of the sequence
+    num_scored, logprob, contents = 0, 0.0, []
+    for number, segment in enumerate(prompt.segments):
+        in_stream0 = rows_RS[first + layout.delays[0] :, 0]
+        # A given beginning holds no end.
+        end = int(np.flatnonzero(in_stream0 == layout.sos_eos_id)[0])
+        given = prompt.num_given if number == 0 else 0
+        is_cut = end >= given + segment.max_new or end >= segment.row_limit - first
+        content_TS = np.full((end, layout.num_streams), layout.pad_id, dtype=np.int64)
+        logprob_TS = np.full((end, layout.num_streams), np.nan, dtype=np.float32)
+        for s, delay in enumerate(layout.delays):
+            # A stream without content may lie outside the rows; it stays pad.
+            part = rows_RS[first + delay : first + end + delay, s]
+            content_TS[: len(part), s] = part
+            start = (
+                first + delay - offset
+            )  # row of frame 0 among the new ones; before them for a given beginning
+            skip = max(0, -start)
+            new = slice(start + skip, max(start + skip, start + end))
+            found = logprob_RS[new, s]
+            logprob_TS[skip : skip + len(found), s] = found
+            chosen = ~np.isnan(found) & ~is_forced_RS[new, s]
+            num_scored, logprob = (
+                num_scored + int(chosen.sum()),
+                logprob + float(found[chosen].sum(dtype=np.float64)),
+            )
+        end_row = first + layout.delays[0] + end - offset
+        end_logprob = float(logprob_RS[end_row, 0])
+        if not is_cut and not is_forced_RS[end_row, 0]:
+            num_scored, logprob = num_scored + 1, logprob + end_logprob
+        contents.append(content_TS)
+        first += end + layout.max_delay + 2
+    return Decoded(
+        contents[-1],
+        rows_RS,
+        "max_len" if is_cut and not is_forced_RS[end_row, 0] else "eos",
+        logprob,
+        num_scored,
+        logprob_TS,
+        end_logprob,
+        tuple(contents[:-1]),
+    )

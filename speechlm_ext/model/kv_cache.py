@@ -1,0 +1,210 @@
+"""Keys and values of the requests that are being decoded, in memory that is given once.
+
+Each request has a slot; its rows lie at the front of it. Requests come and go at any time: a slot is filled by a packed
+prefill, grows by one row a step, and is moved to keep the slots in use side by side, so that a step always works on
+slots ``0`` to ``n - 1``. Attention gets the cache through transformers' attention interface (``attention.py``), so it
+serves any backbone.
+
+Axes: L layers, B slots, K rows of a slot, N packed rows, G key/value heads, H heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speechlm_ext.model.attention import Packing, packed_attention
+from speechlm_ext.ops._memory import lazy_zeros
+
+
+@dataclass
+class Prefill:
+    """Packed rows on their way into the cache."""
+
+    slot_N: Tensor
+    position_N: Tensor
+    packing: Packing
+    """Segments of the packed rows, one for each request."""
+    slots: list[int]
+    starts: list[int]
+    """Rows that each slot held before."""
+    lengths: list[int]
+
+
+class KVCache:
+    """Keys and values of ``num_slots`` requests, ``num_rows`` rows each; grows where more are needed.
+
+    Args:
+        num_layers, num_heads, head_size: L, G, E of the backbone.
+        num_slots, num_rows: B, K.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_size: int,
+        num_slots: int,
+        num_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_slots, self.num_rows, self.device, self.dtype = num_slots, num_rows, device, dtype
+        self._shape = (num_heads, head_size)
+        self.keys = [self._zeros(num_slots, num_rows) for _ in range(num_layers)]
+        self.values = [self._zeros(num_slots, num_rows) for _ in range(num_layers)]
+        self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        """int64 ``[B]`` on the device: rows that each slot holds."""
+        self.held = [0] * num_slots
+        """The same on the host."""
+        self._prefill: Prefill | None = None
+        self._step: tuple[int, int, Tensor, Tensor] | None = None
+
+    def _zeros(self, num_slots: int, num_rows: int) -> Tensor:
+        # Zeros, because a row that is masked out still meets a weight of 0, and 0 times NaN is NaN. On the CPU pages
+        # that are never written take no memory.
+        G, E = self._shape
+        if self.device.type == "cpu":
+            return lazy_zeros(num_slots * num_rows, G * E, self.dtype).view(num_slots, num_rows, G, E)
+        return torch.zeros(num_slots, num_rows, G, E, dtype=self.dtype, device=self.device)
+
+    # ---- slots --------------------------------------------------------------------------------------------------
+    def reserve(self, num_rows: int) -> None:
+        """Make room for ``num_rows`` rows in every slot; what is there is kept."""
+        if num_rows <= self.num_rows:
+            return
+        most = max(self.held)
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                new = self._zeros(self.num_slots, num_rows)
+                new[:, :most] = old[:, :most]
+                store[layer] = new
+        self.num_rows = num_rows
+
+    def copy(self, source: int, slots: Sequence[int]) -> None:
+        """Give other slots the rows of ``source``."""
+        held = self.held[source]
+        for slot in slots:
+            for store in (*self.keys, *self.values):
+                store[slot, :held] = store[source, :held]
+            self._set(slot, held)
+
+    def clear(self, slot: int) -> None:
+        """Forget a slot's rows; values that are not finite would reach others through a weight of 0."""
+        for store in (*self.keys, *self.values):
+            store[slot, : self.held[slot]] = 0
+        self._set(slot, 0)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the first ``length`` rows of a slot."""
+        self._set(slot, min(length, self.held[slot]))
+
+    def _set(self, slot: int, length: int) -> None:
+        self.held[slot] = length
+        self.lengths[slot] = length
+
+    # ---- rows ---------------------------------------------------------------------------------------------------
+    def begin_prefill(self, slots: Sequence[int], lengths: Sequence[int], packing: Packing) -> Tensor:
+        """Say where the next forward's packed rows belong; returns their positions int64 ``[N]``."""
+        starts = [self.held[slot] for slot in slots]
+        slot_N = torch.repeat_interleave(torch.tensor(slots), torch.tensor(lengths))
+        position_N = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+        self.reserve(int(position_N.max()) + 1)
+        self._prefill = Prefill(
+            slot_N.to(self.device),
+            position_N.to(self.device),
+            packing,
+            list(slots),
+            starts,
+            list(lengths),
+        )
+        return self._prefill.position_N
+
+    def end_prefill(self) -> None:
+        """The forward is through: the rows are there."""
+        assert self._prefill is not None
+        for slot, start, length in zip(
+            self._prefill.slots, self._prefill.starts, self._prefill.lengths, strict=True
+        ):
+            self._set(slot, start + length)
+        self._prefill = None
+
+    def begin_step(self, num_active: int, num_keys: int | None = None) -> Tensor:
+        """The next forward adds one row to each of the first slots; returns their positions int64 ``[n]``.
+
+        ``num_keys``: keys that attention looks at, at least the longest slot's; a captured graph fixes it.
+        """
+        longest = max(self.held[:num_active]) + 1
+        self.reserve(longest)
+        num_keys = longest if num_keys is None else num_keys
+        position = self.lengths[:num_active]
+        hidden = torch.arange(num_keys, device=self.device) > position[:, None]
+        # Added to the scores, as SDPA wants it: made once for all layers.
+        mask = torch.zeros(num_active, 1, 1, num_keys, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(hidden[:, None, None], float("-inf"))
+        self._step = num_active, num_keys, mask, position
+        return position
+
+    def end_step(self) -> None:
+        """The forward is through: every active slot has one row more."""
+        assert self._step is not None
+        num_active = self._step[0]
+        self.lengths[:num_active] += 1
+        for slot in range(num_active):
+            self.held[slot] += 1
+        self._step = None
+
+    # ---- attention ----------------------------------------------------------------------------------------------
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Store the rows of one layer and attend; called by the ``speechlm`` attention.
+
+        Args:
+            query, key, value: ``[1, H, N, E]`` in a prefill, ``[n, H, 1, E]`` in a step; G heads for key and value.
+
+        Returns:
+            ``[1, N, H, E]`` or ``[n, 1, H, E]``.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        if self._prefill is not None:
+            p = self._prefill
+            q_NHE, k_NGE, v_NGE = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+            keys[p.slot_N, p.position_N], values[p.slot_N, p.position_N] = k_NGE, v_NGE
+            if not any(p.starts):
+                return packed_attention(q_NHE, k_NGE, v_NGE, p.packing, scale).unsqueeze(0)
+            return self._attend_behind(layer, q_NHE, scale)[None]
+        assert self._step is not None
+        n, K, mask, position = self._step
+        H, G = query.shape[1], key.shape[1]
+        index = torch.arange(n, device=self.device)
+        keys[index, position], values[index, position] = key[:, :, 0], value[:, :, 0]
+        # Query heads that share keys stand side by side as rows: no copies of the keys.
+        out = F.scaled_dot_product_attention(
+            query.reshape(n, G, H // G, -1),
+            keys[:n, :K].transpose(1, 2),
+            values[:n, :K].transpose(1, 2),
+            attn_mask=mask,
+            scale=scale,
+        )
+        return out.reshape(n, 1, H, -1)
+
+    def _attend_behind(self, layer: int, q_NHE: Tensor, scale: float) -> Tensor:
+        """Rows that continue slots: each looks at all that its slot held and at the new ones up to itself."""
+        assert self._prefill is not None
+        p, outputs, first = self._prefill, [], 0
+        for slot, start, length in zip(p.slots, p.starts, p.lengths, strict=True):
+            end = start + length
+            k_KGE, v_KGE = self.keys[layer][slot, :end], self.values[layer][slot, :end]
+            row = torch.arange(start, end, device=self.device)
+            mask = torch.arange(end, device=self.device) <= row[:, None]
+            q, k, v = (x.transpose(0, 1)[None] for x in (q_NHE[first : first + length], k_KGE, v_KGE))
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            outputs.append(out[0].transpose(0, 1))
+            first += length
+        return torch.cat(outputs)

@@ -1,0 +1,97 @@
+"""The head as decoding needs it: logits of the ids that may be sampled, for all streams at once.
+
+``logits_s = h Wᵀ + e_s Wᵀ``: the second part is the same for every row and is computed once, the first is one product
+for all streams, because ids that follow one another in the vocabulary are rows that follow one another in the weight.
+No weight is copied.
+
+Axes: B rows, D hidden, S streams, C columns of all streams side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from speechlm_ext.model.head import MultiStreamHead
+
+
+class ScopeHead:
+    """Logits over chosen id ranges.
+
+    Args:
+        head: the model's.
+        ranges: per stream the id ranges ``(start, end)``, ascending; none for a stream that is not sampled.
+
+    Attributes:
+        ids: per stream int64 ``[V_s]``, the id of each column.
+        runs: ``(first column, first row of the weight, columns)`` of each product.
+
+    Raises:
+        ConfigError: a stream has no logits for some ids; see :meth:`MultiStreamHead.rows_of`.
+    """
+
+    @torch.no_grad()
+    def __init__(self, head: MultiStreamHead, ranges: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self.head, device = head, head.weight.device
+        self.ids = [
+            torch.cat(
+                [torch.arange(0, device=device), *(torch.arange(a, b, device=device) for a, b in parts)]
+            )
+            for parts in ranges
+        ]
+        self.runs: list[tuple[int, int, int]] = []
+        parts, column = [], 0
+        self._spans: list[list[tuple[int, int]]] = [list(stream) for stream in ranges]
+        for s, stream in enumerate(ranges):
+            for start, end in stream:
+                rows = head.rows_of(s, start, end)
+                if s > 0 and head.stream_embed is not None:
+                    parts.append(head.weight[rows] @ head.stream_embed[s - 1])
+                else:
+                    parts.append(head.weight.new_zeros(end - start))
+                self._add(column, rows.start, end - start, joins=start == stream[0][0])
+                column += end - start
+        self.num_columns = column
+        self.bias_C = torch.cat([head.weight.new_zeros(0), *parts]).detach()
+        self._logits: Tensor | None = None
+
+    def used_by(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> list[bool]:
+        """Which of ``runs`` hold columns of these id ranges (per stream, each inside one that was given)."""
+        columns = []
+        column = 0
+        for s, stream in enumerate(self._spans):
+            for start, end in stream:
+                columns += [
+                    (column + a - start, column + b - start) for a, b in ranges[s] if start <= a < b <= end
+                ]
+                column += end - start
+        return [any(a < first + count and b > first for a, b in columns) for first, _, count in self.runs]
+
+    def _add(self, column: int, row: int, count: int, joins: bool) -> None:
+        # Ranges of one stream belong to several modalities and are often not needed together.
+        if joins and self.runs and self.runs[-1][1] + self.runs[-1][2] == row:
+            column, row, before = self.runs.pop()
+            count += before
+        self.runs.append((column, row, count))
+
+    @torch.no_grad()
+    def __call__(self, hidden_BD: Tensor, used: Sequence[bool] | None = None) -> Tensor:
+        """Logits ``[B, C]`` in the weight's dtype, in memory that the next call writes again.
+
+        ``used``: which of ``runs`` somebody reads; the columns of the others hold anything.
+        """
+        B, weight = hidden_BD.shape[0], self.head.weight
+        if self._logits is None or self._logits.shape[0] < B or self._logits.dtype != weight.dtype:
+            # Zeros: what nobody computes must still be memory without traps for what reads it by mistake.
+            self._logits = weight.new_zeros(B, self.num_columns)
+        out_BC = self._logits[:B]
+        for number, (column, row, count) in enumerate(self.runs):
+            if used is not None and not used[number]:
+                continue
+            into = out_BC[:, column : column + count]
+            bias = self.bias_C[column : column + count]
+            torch.addmm(bias, hidden_BD, weight[row : row + count].T, out=into)
+        cap = self.head.settings.softcap
+        return out_BC if cap is None else cap * torch.tanh(out_BC / cap)
