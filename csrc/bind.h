@@ -9,6 +9,7 @@ void bind_delay_pack(pybind11::module_& m);
 void bind_kmeans_assign(pybind11::module_& m);
 void bind_multistream_embed(pybind11::module_& m);
 void bind_multistream_loss(pybind11::module_& m);
+void bind_multistream_sample(pybind11::module_& m);
 
 #ifdef SPEECHLM_PLANT_FAULTS
 void bind_planted(pybind11::module_& m);
@@ -19,6 +20,7 @@ inline void bind_ops(pybind11::module_& m) {
   bind_kmeans_assign(m);
   bind_multistream_embed(m);
   bind_multistream_loss(m);
+  bind_multistream_sample(m);
 }
 
 }  // namespace speechlm

@@ -100,7 +100,9 @@ inline TensorView view_of(pybind11::handle source) {
 #ifdef SPEECHLM_CUDA_ON_CPU
   view.device = Device::kCuda;
   view.device_index = 0;
-  if (view.is_contiguous()) cuda_on_cpu::allow_memory(view.data, view.numel() * size_of(view.dtype));
+  int64_t span = view.numel() > 0 ? 1 : 0;  // elements up to the last one
+  for (int64_t d = 0; d < view.rank() && span > 0; ++d) span += (view.sizes[d] - 1) * view.strides[d];
+  cuda_on_cpu::allow_memory(view.data, span * size_of(view.dtype));
 #endif
   return view;
 }

@@ -14,14 +14,9 @@
 #include <limits>
 
 #include "common/check.h"
+#include "common/host_device.h"
 
 namespace speechlm {
-
-#ifdef __CUDACC__
-#define SX_HOST_DEVICE __host__ __device__
-#else
-#define SX_HOST_DEVICE
-#endif
 
 constexpr int64_t kMostPackStreams = 64;
 

@@ -5,11 +5,6 @@
 
 namespace speechlm {
 
-// id + offset in unsigned arithmetic: it wraps for absurd values where signed overflow would be undefined.
-SX_HOST_DEVICE inline int64_t wrapping_add(int64_t id, int64_t offset) {
-  return static_cast<int64_t>(static_cast<uint64_t>(id) + static_cast<uint64_t>(offset));
-}
-
 // Row of the block at which segment i starts; i == n gives the number of rows.
 SX_HOST_DEVICE inline int64_t first_row(const DelayPackMeta& meta, int64_t tail, int64_t i) {
   return meta.offsets[i] + (meta.special_offsets ? meta.special_offsets[i] : 0) + i * tail;

@@ -17,12 +17,12 @@ sampled. After the last segment's ramp-out the request is done and all its rows 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops._native import LIBRARY, check, describe
+from speechlm_ext.ops._native import LIBRARY, OpError, check, describe, native, stream_handle
 from speechlm_ext.ops.decode_state import DecodeState
 from speechlm_ext.ops.reference import multistream_sample as reference
 
@@ -36,7 +36,8 @@ class SampledStep(NamedTuple):
     """``[B, S]`` int64 token ids, fill where a stream has no content in this row."""
     logprob: Tensor
     """``[B, S]`` float32 log-probability of each content token at temperature 1 among the columns that were allowed,
-    after guidance and before the repetition penalty; 0 for fill, and for a forced token outside of them."""
+    after guidance and before the repetition penalty; 0 for fill, for a forced token outside of them, and for stream 0
+    of a request that fails; NaN for a forced token whose row of logits has a NaN or +inf."""
     is_content: Tensor
     """``[B, S]`` bool: the stream has content in this row, end-of-segment included."""
     failed: Tensor
@@ -84,7 +85,7 @@ def multistream_sample(logits: Tensor | Sequence[Tensor], state: DecodeState) ->
         f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}",
     )
     return SampledStep(
-        *torch.ops.speechlm_ext.multistream_sample(
+        *_OP(
             logits.detach(),
             state.column_ids,
             state.sampling,
@@ -115,17 +116,30 @@ LIBRARY.define(
 )
 
 
-def _sample_cpu(logits, column_ids, sampling, choice, limits, request, guidance, progress, forced, history,
-                history_logprob, allowed, bounds, delays, pad_ids, eos_id, eos_column, tail):  # fmt: skip
-    state = DecodeState(
-        column_ids, tuple(bounds), tuple(delays), tuple(pad_ids), eos_id, eos_column, tail, sampling, choice, limits,
-        request, guidance, progress, forced, history, history_logprob, allowed,
-    )  # fmt: skip
+_OP = torch.ops.speechlm_ext.multistream_sample.default
+
+
+def _sample(logits: Tensor, *state: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = _sample_fake(logits, *state)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    try:
+        native.multistream_sample(logits, *state, *out, torch.get_num_threads(), stream_handle(logits))
+    except ValueError as error:
+        raise OpError(str(error)) from None
+    return out
+
+
+def _sample_in_torch(
+    logits: Tensor, column_ids: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *tensors, bounds, delays, pad_ids, eos_id, eos_column, tail = rest
+    state = DecodeState(column_ids, bounds, delays, pad_ids, eos_id, eos_column, tail, *tensors)
     return reference.multistream_sample(logits, state)
 
 
-LIBRARY.impl("multistream_sample", _sample_cpu, "CPU")
-LIBRARY.impl("multistream_sample", _sample_cpu, "CUDA")
+LIBRARY.impl("multistream_sample", _sample, "CPU")
+LIBRARY.impl("multistream_sample", _sample_in_torch, "CUDA")
 
 
 @torch.library.register_fake("speechlm_ext::multistream_sample", lib=LIBRARY)

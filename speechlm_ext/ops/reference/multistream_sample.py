@@ -73,7 +73,8 @@ def weights(x: Tensor, temperature: Tensor) -> Tensor:
     temperature overflows.
     """
     scaled = (x - x.amax(dim=-1, keepdim=True)) / temperature[:, None]
-    return (exponential(scaled).double() * _ONE).round().long()
+    weight = (exponential(scaled).double() * _ONE).round().long()
+    return weight.masked_fill(x == float("-inf"), 0)  # at temperature infinity too
 
 
 def keep(x: Tensor, weight: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -93,9 +94,10 @@ def keep(x: Tensor, weight: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor)
     k = torch.where(top_k > 0, top_k.long(), size)[:, None]
     ordered = weight.gather(-1, order).masked_fill(rank >= k, 0)
     before = ordered.cumsum(-1) - ordered
-    limit = (top_p.double() * ordered.sum(-1).double()).ceil().long()[:, None]
-    least = (min_p.double() * _ONE).ceil().long()[:, None]
-    kept = (rank < k) & ((before < limit) | (top_p[:, None] >= 1)) & (ordered >= least) | (rank == 0)
+    limit = (top_p.nan_to_num(1.0).double() * ordered.sum(-1).double()).ceil().long()[:, None]
+    least = (min_p.nan_to_num(0.0).clamp(0.0, 1.0).double() * _ONE).ceil().long()[:, None]
+    below = (before < limit) | ~(top_p < 1)[:, None]
+    kept = (rank < k) & below & (ordered >= least) | (rank == 0)
     return torch.zeros_like(kept).scatter_(-1, order, kept)
 
 
@@ -106,7 +108,7 @@ def choose(
 
     ``temperature`` 0 is greedy: the maximum, the lowest column among equals. ``number``: float64 ``[B]`` in [0, 1).
     """
-    is_greedy = temperature <= 0
+    is_greedy = ~(temperature > 0)
     weight = weights(x, torch.where(is_greedy, 1.0, temperature))
     cumulative = weight.masked_fill(~keep(x, weight, top_k, top_p, min_p), 0).cumsum(-1)
     total = cumulative[:, -1]
@@ -127,14 +129,15 @@ def multistream_sample(logits: Tensor, state: DecodeState) -> tuple[Tensor, Tens
     """
     B, S, request = state.batch_size, state.num_streams, torch.arange(state.batch_size, device=logits.device)
     was_done = state.is_done
-    segment, step, row, finish = (x.clone() for x in (state.segment, state.step, state.row, state.finish))
-    has_next = segment + 1 < state.num_segments
+    G = state.limits.shape[1]
+    segment, num_segments = state.segment.clamp(0, G - 1), state.num_segments.clamp_max(G)
+    step, row, finish = (x.clone() for x in (state.step, state.row, state.finish))
+    has_next = segment + 1 < num_segments
     following = finish + state.tail + 2  # frame 0 of the next segment, counted from this one
-    logits = logits.float()
-    conditional, guide = logits[state.source], state.guide
-    unconditional = logits[guide.clamp_min(0)]
+    logits = torch.cat([logits.float(), logits.new_full((1, logits.shape[1]), torch.nan).float()])
+    conditional, unconditional = logits[_row_of(state.source, logits)], logits[_row_of(state.guide, logits)]
     guided = unconditional + state.guidance[:, None] * (conditional - unconditional)
-    use_guide = (guide >= 0)[:, None] & (conditional != float("-inf"))
+    use_guide = (state.guide >= 0)[:, None] & (conditional != float("-inf"))
     logits = torch.where(use_guide, guided, conditional)
 
     tokens = torch.empty(B, S, dtype=torch.int64, device=logits.device)
@@ -184,24 +187,31 @@ def multistream_sample(logits: Tensor, state: DecodeState) -> tuple[Tensor, Tens
         token = torch.where(bad, instead, state.column_ids[state.bounds[s] + column])
         forced = _forced(state, row, s)
         is_forced = (forced >= 0) & ~was_done
+        unknown = bad & is_forced
         bad &= content & ~is_forced
         bad_any |= bad
         token = torch.where(content, token, state.pad_ids[s])
         if s == 0:
-            token = torch.where(
-                says_next, state.marker[request, (g + 1).clamp_max(state.limits.shape[1] - 1)], token
-            )
+            token = torch.where(says_next, state.marker[request, (g + 1).clamp_max(G - 1)], token)
         token = torch.where(is_forced, forced, token)
         found = (state.column_ids[state.bounds[s] : state.bounds[s + 1]] == token[:, None]) & inside
-        logprob = x.double().log_softmax(-1).masked_fill(~found, 0).sum(-1)
+        logprob = x.double().log_softmax(-1).masked_fill(~found, 0).sum(-1).masked_fill(unknown, torch.nan)
         logprobs[:, s] = torch.where(content & ~bad & found.any(-1), logprob.float(), 0.0)
         tokens[:, s], contents[:, s] = token, content
         if s == 0:
             ended = torch.where(content & (token == state.eos_id), frame, finish)
     # A stream that fails after stream 0 was sampled ends its request in this row too.
-    tokens[:, 0] = torch.where(bad_any & contents[:, 0], state.eos_id, tokens[:, 0])
+    is_cut = bad_any & contents[:, 0]
+    tokens[:, 0] = torch.where(is_cut, state.eos_id, tokens[:, 0])
+    logprobs[:, 0].masked_fill_(is_cut, 0.0)
     _advance(state, tokens, logprobs, contents, bad_any, ended, following)
     return tokens, logprobs, contents, bad_any, state.is_done.clone()
+
+
+def _row_of(index: Tensor, logits: Tensor) -> Tensor:
+    """``index``; where it is no row of the logits, their last row, which is all NaN."""
+    last = logits.shape[0] - 1
+    return torch.where((index >= 0) & (index < last), index, last)
 
 
 def _penalised(x: Tensor, state: DecodeState, g: Tensor, s: int, row: Tensor) -> Tensor:
@@ -216,8 +226,10 @@ def _penalised(x: Tensor, state: DecodeState, g: Tensor, s: int, row: Tensor) ->
     said = state.history[:, :, s].masked_fill(~recent, -1)
     ids = state.column_ids[state.bounds[s] : state.bounds[s + 1]]
     repeated = (said[:, :, None] == ids).any(1) & (ids != state.eos_id if s == 0 else ids >= 0)
-    changed = torch.where(x > 0, x / penalty[:, None], x * penalty[:, None])
-    return torch.where(repeated & (penalty != 1)[:, None], changed, x)
+    most = torch.finfo(torch.float32).max
+    changed = torch.where(x > 0, x / penalty[:, None], x * penalty[:, None]).clamp(-most, most)
+    applies = (penalty > 0) & penalty.isfinite() & (penalty != 1)
+    return torch.where(repeated & applies[:, None] & x.isfinite(), changed, x)
 
 
 def _forced(state: DecodeState, row: Tensor, s: int) -> Tensor:
@@ -225,7 +237,8 @@ def _forced(state: DecodeState, row: Tensor, s: int) -> Tensor:
     if num_rows == 0:
         return torch.full_like(row, -1)
     request = torch.arange(len(row), device=row.device)
-    return torch.where(row < num_rows, state.forced[request, row.clamp_max(num_rows - 1), s], -1)
+    given = state.forced[request, row.clamp(0, num_rows - 1), s]
+    return torch.where((row >= 0) & (row < num_rows), given, -1)
 
 
 def _advance(
@@ -240,11 +253,13 @@ def _advance(
     """Write the history and move every request that is not done by one row."""
     request = torch.arange(state.batch_size, device=tokens.device)
     live, row = ~state.is_done, state.row.clone()
-    kept = live & (row < state.history.shape[1])
+    kept = live & (row >= 0) & (row < state.history.shape[1])
     state.history[request[kept], row[kept]] = tokens[kept]
     state.history_logprob[request[kept], row[kept]] = torch.where(contents, logprobs, torch.nan)[kept]
-    step, segment, finish = state.step + 1, state.segment.clone(), torch.where(failed, state.finish, ended)
-    is_last = segment + 1 >= state.num_segments
+    G = state.limits.shape[1]
+    segment, num_segments = state.segment.clamp(0, G - 1), state.num_segments.clamp_max(G)
+    step, finish = state.step + 1, torch.where(failed, state.finish, ended)
+    is_last = segment + 1 >= num_segments
     delays = torch.tensor(state.delays, device=tokens.device)
     used = state.end_column[request, segment] > state.first_column[request, segment]
     slowest = torch.where(used, delays, 0).amax(1)

@@ -1,0 +1,169 @@
+// Python's door to multistream_sample: checks of every tensor, then the kernel of their device. Values that lie on the
+// device are the kernels' to doubt.
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "bind.h"
+#include "common/cuda_build.h"
+#include "common/tensor_caster.h"
+#include "multistream_sample/multistream_sample.h"
+
+namespace speechlm {
+namespace {
+
+namespace py = pybind11;
+
+constexpr const char* kOp = "multistream_sample";
+
+// The tensors of a state in the order of the op's schema, and the outputs.
+struct SampleTensors {
+  TensorView column_ids, sampling, choice, limits, request, guidance, progress, forced, history, history_logprob;
+  std::optional<TensorView> allowed;
+};
+
+struct SampleOutputs {
+  TensorView tokens, logprob, is_content, failed, done;
+};
+
+struct SampleRules {
+  std::vector<int64_t> bounds, delays, pad_ids;
+  int64_t eos_id, eos_column, tail;
+};
+
+void copy_rules(const SampleRules& rules, SampleState& a) {
+  a.num_streams = static_cast<int64_t>(rules.delays.size());
+  SX_CHECK(a.num_streams >= 1 && a.num_streams <= kMostSampleStreams, kOp, ": 1 to ", kMostSampleStreams,
+           " streams; got ", a.num_streams);
+  const auto S = static_cast<size_t>(a.num_streams);
+  SX_CHECK(rules.bounds.size() == S + 1 && rules.pad_ids.size() == S, kOp, ": delays has ", S, " streams, bounds ",
+           rules.bounds.size() - 1, ", pad_ids ", rules.pad_ids.size());
+  for (size_t s = 0; s < S; ++s) {
+    const int64_t width = rules.bounds[s + 1] - rules.bounds[s];
+    SX_CHECK(rules.bounds[0] == 0 && width >= 0, kOp, ": bounds must ascend from 0; got ", rules.bounds[s], " and ",
+             rules.bounds[s + 1], " around stream ", s);
+    SX_CHECK(width <= kMostSampleColumns, kOp, ": a stream has at most ", kMostSampleColumns, " columns; stream ", s,
+             " has ", width);
+    SX_CHECK(rules.delays[s] >= 0 && rules.delays[s] < int64_t{1} << 31, kOp, ": delay ", rules.delays[s],
+             " of stream ", s);
+  }
+  SX_CHECK(rules.eos_column >= 0 && rules.eos_column < rules.bounds[1], kOp, ": eos_column ", rules.eos_column,
+           " is none of stream 0's ", rules.bounds[1], " columns");
+  SX_CHECK(rules.tail >= 0 && rules.tail < int64_t{1} << 31, kOp, ": tail ", rules.tail);
+  std::copy(rules.bounds.begin(), rules.bounds.end(), a.bounds);
+  std::copy(rules.delays.begin(), rules.delays.end(), a.delays);
+  std::copy(rules.pad_ids.begin(), rules.pad_ids.end(), a.pad_ids);
+  a.eos_id = rules.eos_id;
+  a.eos_column = rules.eos_column;
+  a.tail = rules.tail;
+}
+
+SampleState checked_state(const TensorView& logits, const SampleTensors& t, const SampleOutputs& out,
+                          const SampleRules& rules) {
+  SampleState a;
+  copy_rules(rules, a);
+  const Device on = logits.device;
+  const auto expect = [&](const TensorView& view, const char* name, DType dtype,
+                          std::initializer_list<int64_t> shape) -> const TensorView& {
+    view.expect(name, {dtype}, on, shape);
+    SX_CHECK(view.device_index == logits.device_index, name, " must be on the device of the logits, ",
+             logits.describe(), "; got ", view.describe());
+    return view;
+  };
+  const int64_t S = a.num_streams, C = rules.bounds.back();
+  SX_CHECK(logits.sizes[1] == C, "multistream_sample: logits must have ", C, " columns; got ", logits.describe());
+  expect(t.progress, "multistream_sample: progress", DType::kInt64, {-1, 7});
+  const int64_t B = t.progress.sizes[0];
+  expect(t.limits, "multistream_sample: limits", DType::kInt64, {B, -1, 4});
+  const int64_t G = t.limits.sizes[1];
+  SX_CHECK(G >= 1, "multistream_sample: limits must have at least one segment; got ", t.limits.describe());
+  expect(t.column_ids, "multistream_sample: column_ids", DType::kInt64, {C});
+  expect(t.sampling, "multistream_sample: sampling", DType::kFloat32, {B, G, S, 4});
+  expect(t.choice, "multistream_sample: choice", DType::kInt32, {B, G, S, 4});
+  expect(t.request, "multistream_sample: request", DType::kInt64, {B, 4});
+  expect(t.guidance, "multistream_sample: guidance", DType::kFloat32, {B});
+  expect(t.forced, "multistream_sample: forced", DType::kInt64, {B, -1, S});
+  expect(t.history, "multistream_sample: history", DType::kInt64, {B, -1, S});
+  expect(t.history_logprob, "multistream_sample: history_logprob", DType::kFloat32, {B, t.history.sizes[1], S});
+  a.num_requests = B;
+  a.num_segments = G;
+  a.num_columns = C;
+  a.num_forced = t.forced.sizes[1];
+  a.num_history = t.history.sizes[1];
+  if (t.allowed) {
+    expect(*t.allowed, "multistream_sample: allowed", DType::kBool, {t.allowed->rank() == 2 ? -1 : B, C});
+    const int64_t rows = t.allowed->sizes[0];
+    SX_CHECK(rows == 1 || rows == B, "multistream_sample: allowed must have 1 or ", B, " rows; got ",
+             t.allowed->describe());
+    a.allowed = t.allowed->ptr<uint8_t>();
+    a.allowed_stride = rows == 1 ? 0 : C;
+  }
+  a.column_ids = t.column_ids.ptr<int64_t>();
+  a.settings = t.sampling.ptr<SampleSettings>();
+  a.choice = t.choice.ptr<SampleChoice>();
+  a.limits = t.limits.ptr<SampleLimits>();
+  a.request = t.request.ptr<SampleRequest>();
+  a.guidance = t.guidance.ptr<float>();
+  a.progress = t.progress.ptr<SampleProgress>();
+  a.forced = t.forced.ptr<int64_t>();
+  a.history = t.history.ptr<int64_t>();
+  a.history_logprob = t.history_logprob.ptr<float>();
+  a.tokens = expect(out.tokens, "multistream_sample: tokens", DType::kInt64, {B, S}).ptr<int64_t>();
+  a.logprob = expect(out.logprob, "multistream_sample: logprob", DType::kFloat32, {B, S}).ptr<float>();
+  a.is_content = expect(out.is_content, "multistream_sample: is_content", DType::kBool, {B, S}).ptr<uint8_t>();
+  a.failed = expect(out.failed, "multistream_sample: failed", DType::kBool, {B}).ptr<uint8_t>();
+  a.done = expect(out.done, "multistream_sample: done", DType::kBool, {B}).ptr<uint8_t>();
+  return a;
+}
+
+template <typename T>
+void run(const TensorView& logits, const SampleState& state, int threads, uintptr_t stream) {
+  const SampleArgs<T> args{state, logits.ptr<T>(), logits.sizes[0], logits.strides[0]};
+  const py::gil_scoped_release no_gil;
+  (void)stream;
+  multistream_sample_cpu(args, threads);
+}
+
+void multistream_sample(const TensorView& logits, const TensorView& column_ids, const TensorView& sampling,
+                        const TensorView& choice, const TensorView& limits, const TensorView& request,
+                        const TensorView& guidance, const TensorView& progress, const TensorView& forced,
+                        const TensorView& history, const TensorView& history_logprob,
+                        const std::optional<TensorView>& allowed, std::vector<int64_t> bounds,
+                        std::vector<int64_t> delays, std::vector<int64_t> pad_ids, int64_t eos_id, int64_t eos_column,
+                        int64_t tail, const TensorView& tokens, const TensorView& logprob, const TensorView& is_content,
+                        const TensorView& failed, const TensorView& done, int threads, uintptr_t stream) {
+  SX_CHECK(logits.not_a_tensor.empty() && logits.rank() == 2, "multistream_sample: logits must be [R, C]; got ",
+           logits.describe());
+  SX_CHECK(logits.device != Device::kOther, "multistream_sample: logits must be on cpu or cuda; got ",
+           logits.describe());
+  SX_CHECK(logits.strides[1] == 1 || logits.sizes[1] <= 1,
+           "multistream_sample: the columns of logits must lie side by side; got stride ", logits.strides[1]);
+  SX_CHECK(logits.strides[0] >= 0, "multistream_sample: logits must have no negative stride");
+  if (logits.device == Device::kCuda) require_cuda_build(kOp);
+  const SampleState state = checked_state(
+      logits,
+      {column_ids, sampling, choice, limits, request, guidance, progress, forced, history, history_logprob, allowed},
+      {tokens, logprob, is_content, failed, done},
+      {std::move(bounds), std::move(delays), std::move(pad_ids), eos_id, eos_column, tail});
+  switch (logits.dtype) {
+    case DType::kFloat32: return run<float>(logits, state, threads, stream);
+    case DType::kBFloat16: return run<BFloat16>(logits, state, threads, stream);
+    case DType::kFloat16: return run<Float16>(logits, state, threads, stream);
+    default:
+      SX_CHECK(false, "multistream_sample: logits must be float32, bfloat16 or float16; got ", logits.describe());
+  }
+}
+
+}  // namespace
+
+void bind_multistream_sample(py::module_& m) {
+  m.def("multistream_sample", &multistream_sample, py::arg("logits"), py::arg("column_ids"), py::arg("sampling"),
+        py::arg("choice"), py::arg("limits"), py::arg("request"), py::arg("guidance"), py::arg("progress"),
+        py::arg("forced"), py::arg("history"), py::arg("history_logprob"), py::arg("allowed").none(true),
+        py::arg("bounds"), py::arg("delays"), py::arg("pad_ids"), py::arg("eos_id"), py::arg("eos_column"),
+        py::arg("tail"), py::arg("tokens"), py::arg("logprob"), py::arg("is_content"), py::arg("failed"),
+        py::arg("done"), py::arg("threads"), py::arg("stream"));
+}
+
+}  // namespace speechlm

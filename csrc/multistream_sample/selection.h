@@ -1,0 +1,63 @@
+// A stream's scope on the CPU, and the column that is chosen from it.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "multistream_sample/multistream_sample.h"
+#include "multistream_sample/sample_loops.h"
+
+namespace speechlm {
+
+// The logits of a scope in column order, in blocks. One per thread; it keeps its memory.
+class Scope {
+ public:
+  // Room for n logits behind one that may come first; returns where they go.
+  float* begin(int64_t n);
+  void put_first(float x);
+  void put_last(float x);
+  // Fills the last block up, and finds the maximum. False if there is none, or a NaN or +inf.
+  bool finish();
+
+  // Sums the weights at temperature 1.
+  int64_t total();
+  // Penalises the logits at these places, each once. They may occur several times.
+  void penalise(const std::vector<int32_t>& places, float penalty);
+  // The place that is chosen.
+  int64_t choose(const SampleSettings& settings, const SampleChoice& choice, double number);
+
+  int64_t size() const { return size_; }
+  // The logit before it was penalised.
+  float at(int64_t place) const;
+  float largest() const { return largest_; }
+
+ private:
+  struct Item {
+    uint64_t rank;  // ascending from the best column on
+    int64_t weight;
+  };
+  static uint64_t border(std::vector<Item>& items, int64_t limit);
+  void find_maxima();
+  uint64_t rank_of(int64_t place) const;
+  int64_t first_largest() const;
+  float lower_bound(int64_t k);
+  int64_t choose_of_top_k(int64_t k, const SampleSettings& settings, double number);
+  Kept top_p_border(Weighing how, float top_p);
+  int64_t draw(Weighing how, const Kept& kept, bool all, double number);
+
+  const SampleLoops* loops_ = nullptr;
+  std::vector<float> memory_, maxima_, groups_, few_;
+  std::vector<int64_t> sums_, weights_, buckets_;
+  std::vector<int32_t> places_;
+  std::vector<uint64_t> ranks_;
+  std::vector<Item> items_;
+  std::vector<bool> is_penalised_;
+  std::vector<std::pair<int32_t, float>> unpenalised_;
+  float* x_ = nullptr;
+  int64_t size_ = 0, blocks_ = 0, total_ = 0;
+  float largest_ = 0;
+  bool has_nan_ = false, has_total_ = false;
+};
+
+}  // namespace speechlm
