@@ -1,62 +1,155 @@
-"""Decoding: milliseconds per step of a batch of TTS requests, with the key/value cache.
+"""Decoding: frames per second and milliseconds per step over batch sizes, and where the time goes.
 
-The model of ``benchmarks/train/step.py`` with random weights, so a request ends at its longest length. The tokens are
-asked for, not the waveform.
+    python -m benchmarks.generation.decode [--device cpu|cuda] [--shape 30m|1p7b|smoke] [--batches 1 4 16 64]
+
+Requests are text to speech with random weights, S = 9 and OpusLM's vocabulary; each ends at its longest length. The
+rival is the reference toolkit's loop (``espnet_loop.py``), one utterance after the other. ``outside`` is the share of a
+step that is neither the backbone nor the head's product: embedding, sampling, state, cache bookkeeping, Python. On a
+GPU it comes from CUDA events around those two. Prints a Markdown table and, as the last line, the figures as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import statistics
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from benchmarks.train.step import build
+from benchmarks.generation.espnet_loop import decode_one
+from benchmarks.generation.models import build, tts_prompt
+from speechlm_ext.generation.engine import Engine, Work
+from speechlm_ext.model import SpeechLM
+
+TEXT, WARM = 30, 3
 
 
-def measure(device: str, batch: int, steps: int) -> dict[str, object]:
-    """Best time of a step over the sequence, after a prompt of 32 rows."""
-    model, packed = build(device)
-    model.eval()
-    S = packed.ids.shape[1]
-    prompt = packed.ids[:32].expand(batch, 32, S).contiguous()
-    ranges = [model.layout.scopes("own")[s] for s in range(S)]
-    times = []
-    with torch.inference_mode():
-        cache = model.new_cache()
-        rows, length = prompt, 0
-        for _ in range(steps):
-            begun = time.perf_counter()
-            count = rows.shape[1]
-            position = torch.arange(length, length + count, device=rows.device).expand(batch, count)
-            length += count
-            mask = torch.ones(batch, length, dtype=torch.bool, device=rows.device)
-            hidden = model.cached_hidden(rows, cache=cache, position_BT=position, key_mask_BK=mask)[:, -1]
-            logits = model.scope_logits(hidden, ranges)
-            picked = []
-            for z, scope in zip(logits, ranges, strict=True):
-                assert z is not None
-                ids = torch.cat([torch.arange(a, b, device=z.device) for a, b in scope])
-                picked.append(ids[z.argmax(-1)])
-            rows = torch.stack(picked, 1)[:, None]
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
-    best = sorted(times[1:])
-    middle = best[len(best) // 2]
+class Clock:
+    """Time spent inside wrapped calls, as the device sees it."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.spans = device, list[Any]()
+
+    def wrap(self, call: Any) -> Any:
+        """``call`` with its time added up."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begun = self.now()
+            out = call(*args, **kwargs)
+            self.spans.append((begun, self.now()))
+            return out
+
+        return timed
+
+    def now(self) -> Any:
+        """A moment: seconds, or a CUDA event."""
+        if self.device == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def total(self) -> float:
+        """Seconds in all; waits for the device."""
+        if self.device == "cpu":
+            return sum(b - a for a, b in self.spans)
+        torch.cuda.synchronize()
+        return sum(a.elapsed_time(b) for a, b in self.spans) / 1e3
+
+
+@contextlib.contextmanager
+def watched(model: SpeechLM, engine: Engine, clock: Clock) -> Iterator[None]:
+    """Time the backbone and the head inside."""
+    backbone, head = model.backbone.forward, engine._head
+    model.backbone.forward, engine._head = clock.wrap(backbone), clock.wrap(head)
+    engine._head.used_by = head.used_by
+    try:
+        yield
+    finally:
+        model.backbone.forward, engine._head = backbone, head
+
+
+def measure_batch(model: SpeechLM, batch: int, frames: int, device: str) -> dict[str, float]:
+    """One batch from prefill to the last frame."""
+    engine = Engine(model, batch)
+    works = [Work(b, tts_prompt(model.layout, str(b), TEXT, frames, b)) for b in range(batch)]
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    begun = time.perf_counter()
+    engine.admit(works)
+    sync()
+    prefill = time.perf_counter() - begun
+    clock, steps = Clock(device), []
+    whole = time.perf_counter()
+    with watched(model, engine, clock):
+        count = 0
+        while engine.active:
+            start = time.perf_counter()
+            engine.step()
+            if (count + 1) % engine.poll == 0:
+                engine.collect()
+            if device == "cpu":
+                steps.append(time.perf_counter() - start)
+            count += 1
+        sync()
+    seconds = time.perf_counter() - whole
     return {
         "batch": batch,
-        "prefill_ms": round(times[0] * 1e3, 2),
-        "step_ms_median": round(middle * 1e3, 3),
-        "step_ms_best": round(best[0] * 1e3, 3),
-        "frames_per_s": round(batch / middle, 1),
+        "prefill_ms": round(prefill * 1e3, 2),
+        "step_ms": round((statistics.median(steps) if steps else seconds / count) * 1e3, 3),
+        "frames_per_s": round(batch * frames / (seconds + prefill), 1),
+        "outside": round(1 - clock.total() / seconds, 4),
     }
 
 
+def measure(device: str, shape: str, batches: list[int], frames: int, rival_frames: int) -> dict[str, Any]:
+    """All batch sizes, and the rival."""
+    model = build(shape, device)
+    measure_batch(model, 1, WARM, device)
+    rows = [measure_batch(model, batch, frames, device) for batch in batches]
+    prompt = tts_prompt(model.layout, "rival", TEXT, rival_frames, 0)
+    decode_one(model, tts_prompt(model.layout, "rival", TEXT, WARM, 0))
+    begun = time.perf_counter()
+    decode_one(model, prompt)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    rival = rival_frames / (time.perf_counter() - begun)
+    for row in rows:
+        row["ratio"] = round(row["frames_per_s"] / rival, 2)
+    return {"shape": shape, "frames": frames, "espnet_frames_per_s": round(rival, 1), "batches": rows}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = [
+        "| batch | prefill ms | step ms | frames/s | of the reference loop | outside backbone and head |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in found["batches"]:
+        cells = r["batch"], r["prefill_ms"], r["step_ms"], r["frames_per_s"], f"{r['ratio']}x"
+        lines.append(f"| {' | '.join(map(str, cells))} | {r['outside']:.1%} |")
+    return "\n".join([*lines, f"\nReference loop: {found['espnet_frames_per_s']} frames/s."])
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--shape", choices=("smoke", "30m", "1p7b"))
+    parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--frames", type=int)
     arguments = parser.parse_args()
-    sizes = (16, 200) if arguments.device == "cuda" else (2, 6)
-    print(json.dumps(measure(arguments.device, *sizes)))
+    on_gpu = arguments.device == "cuda"
+    result = measure(
+        arguments.device,
+        arguments.shape or ("1p7b" if on_gpu else "30m"),
+        arguments.batches or ([1, 16, 64, 256] if on_gpu else [1, 2, 4, 8, 16, 32, 64]),
+        arguments.frames or (500 if on_gpu else 100),
+        100 if on_gpu else 40,
+    )
+    print(table(result))
+    print(json.dumps(result))

@@ -75,9 +75,10 @@ class KVCache:
 
     # ---- slots --------------------------------------------------------------------------------------------------
     def reserve(self, num_rows: int) -> None:
-        """Make room for ``num_rows`` rows in every slot; what is there is kept."""
+        """Make room for ``num_rows`` rows in every slot, and for more than that; what is there is kept."""
         if num_rows <= self.num_rows:
             return
+        num_rows = max(num_rows, 2 * self.num_rows)  # seldom, so that a row costs its share of few copies
         most = max(self.held)
         for store in (self.keys, self.values):
             for layer, old in enumerate(store):
