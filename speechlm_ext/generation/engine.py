@@ -235,6 +235,7 @@ class Engine:
         self._remove(done, [bool(progress[number][5]) for number in done])
         return out
 
+    @torch.inference_mode()
     def cancel(self, key: Any) -> None:
         """Forget a request at once; its slot is free. Unknown keys are ignored."""
         numbers = [number for number, slot in enumerate(self.active) if slot.work.key == key]
