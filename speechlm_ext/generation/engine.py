@@ -86,10 +86,14 @@ class Engine:
 
     # ---- in -----------------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def admit(self, works: Sequence[Work]) -> None:
+    def admit(self, works: Sequence[Work], held: int = 0) -> None:
         """Take in requests: prefill them and let them join the next step.
 
         Equal prompts, the tries at one request, are prefilled once.
+
+        Args:
+            held: rows of the first one's prompt that the slot it gets still has from the request before, and that are
+                not prefilled again: the turns of a dialogue so far.
 
         Raises:
             GenerationError: there are not enough free slots, or forced content that the target cannot have.
@@ -117,7 +121,9 @@ class Engine:
         for row in range(len(new)):
             states.put(self._require_state(), first + row, part, row)
         self._link()
-        self._prefill(first, [prefix_rows(f, self.layout) for f in frames])
+        self._cache.restore(first, held)
+        rows = [prefix_rows(f, self.layout) for f in frames]
+        self._prefill(first, rows, [held, *[0] * (len(rows) - 1)])
 
     def _make_room(self, new: Sequence[_Slot]) -> None:
         """Columns for new modalities, and longer rows, where the present ones do not do."""
@@ -170,14 +176,15 @@ class Engine:
                 for row in (number, leader):
                     request[row, 2], request[row, 3] = leader, number
 
-    def _prefill(self, first: int, rows: list[np.ndarray]) -> None:
-        """Fill the slots from ``first`` on with all but the last of their rows."""
+    def _prefill(self, first: int, rows: list[np.ndarray], held: list[int]) -> None:
+        """Fill the slots from ``first`` on with all but the last of their rows, less those that they hold."""
         pending: list[tuple[int, np.ndarray]] = []
         copies: dict[bytes, tuple[int, list[int]]] = {}
         for number, rows_RS in enumerate(rows):
             slot = first + number
             self._row_BS[slot] = torch.from_numpy(rows_RS[-1])
-            if len(rows_RS) == 1:
+            rows_RS = rows_RS[held[number] :]
+            if len(rows_RS) <= 1:
                 continue
             key = rows_RS.tobytes()
             if key in copies:

@@ -95,6 +95,15 @@ class KVCache:
                 store[slot, :held] = store[source, :held]
             self._set(slot, held)
 
+    def reorder(self, parents: Sequence[int]) -> None:
+        """Give slot i the rows of slot ``parents[i]``, for all at once."""
+        index = torch.tensor(list(parents), device=self.device)
+        most = max(self.held[p] for p in parents)
+        for store in (*self.keys, *self.values):
+            store[: len(index), :most] = store[index, :most]
+        for slot, held in enumerate([self.held[p] for p in parents]):
+            self._set(slot, held)
+
     def clear(self, slot: int) -> None:
         """Forget a slot's rows; values that are not finite would reach others through a weight of 0."""
         for store in (*self.keys, *self.values):
@@ -104,6 +113,10 @@ class KVCache:
     def truncate(self, slot: int, length: int) -> None:
         """Keep the first ``length`` rows of a slot."""
         self._set(slot, min(length, self.held[slot]))
+
+    def restore(self, slot: int, length: int) -> None:
+        """Take a slot's first ``length`` rows back after they were let go; nothing may have been written over them."""
+        self._set(slot, length)
 
     def _set(self, slot: int, length: int) -> None:
         self.held[slot] = length

@@ -32,6 +32,7 @@ from speechlm_ext.ops import MultiStreamLoss
 from speechlm_ext.utils.io import atomic_path, atomic_write_json
 
 if TYPE_CHECKING:
+    from speechlm_ext.generation.chat import Chat
     from speechlm_ext.tasks import TaskTemplate
     from speechlm_ext.tokenizers import TokenizerSet
 
@@ -227,6 +228,12 @@ class SpeechLM(nn.Module):
         from speechlm_ext.generation import generate
 
         return generate(self, requests, batch_size=batch_size)
+
+    def chat(self, task: str) -> Chat:
+        """A dialogue that opens with ``task``'s token; see :class:`speechlm_ext.generation.Chat`."""
+        from speechlm_ext.generation import Chat
+
+        return Chat(self, task)
 
     # ---- files --------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path) -> None:
