@@ -117,7 +117,7 @@ class ScriptedModel(torch.nn.Module):
             for row in rows:
                 cache.feed(slot, row)
 
-    def step_hidden(self, ids_BS, cache):
+    def step_hidden(self, ids_BS, cache, num_keys=None):
         for slot, row in enumerate(ids_BS):
             cache.feed(slot, row)
         n = len(ids_BS)

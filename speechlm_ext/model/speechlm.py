@@ -204,14 +204,15 @@ class SpeechLM(nn.Module):
         cache.end_prefill()
         return out.last_hidden_state[0]
 
-    def step_hidden(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
+    def step_hidden(self, ids_BS: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
         """Hidden states ``[B, D]`` of one more row for each of the first B slots.
 
         Args:
             ids_BS: int ``[B, S]`` delayed ids.
             cache: updated in place.
+            num_keys: keys that attention looks at; default as many as the longest slot has then.
         """
-        position_B = cache.begin_step(len(ids_BS))
+        position_B = cache.begin_step(len(ids_BS), num_keys)
         embedded = self.embedding(ids_BS)[:, None]
         out = self.backbone(
             inputs_embeds=embedded, position_ids=position_B[:, None], use_cache=False, kv=cache

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from speechlm_ext.ops._native import LIBRARY, OpError, check, describe, native, stream_handle
 from speechlm_ext.ops.decode_state import DecodeState
-from speechlm_ext.ops.reference import multistream_sample as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -112,7 +111,8 @@ LIBRARY.define(
     "multistream_sample(Tensor logits, Tensor column_ids, Tensor sampling, Tensor choice, Tensor limits, "
     "Tensor request, Tensor guidance, Tensor(a!) progress, Tensor forced, Tensor(b!) history, "
     "Tensor(c!) history_logprob, Tensor? allowed, int[] bounds, int[] delays, int[] pad_ids, int eos_id, "
-    "int eos_column, int tail) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "int eos_column, int tail) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -130,16 +130,8 @@ def _sample(logits: Tensor, *state: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
     return out
 
 
-def _sample_in_torch(
-    logits: Tensor, column_ids: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *tensors, bounds, delays, pad_ids, eos_id, eos_column, tail = rest
-    state = DecodeState(column_ids, bounds, delays, pad_ids, eos_id, eos_column, tail, *tensors)
-    return reference.multistream_sample(logits, state)
-
-
 LIBRARY.impl("multistream_sample", _sample, "CPU")
-LIBRARY.impl("multistream_sample", _sample_in_torch, "CUDA")
+LIBRARY.impl("multistream_sample", _sample, "CUDA")
 
 
 @torch.library.register_fake("speechlm_ext::multistream_sample", lib=LIBRARY)
