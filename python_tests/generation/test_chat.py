@@ -31,7 +31,7 @@ def talk(chat, forget):
         elif content is not None:
             chat.say(audio=content)
         if forget:
-            chat._held_RS = chat._held_RS[:0]
+            chat._session.forget()
         results.append(chat.reply(modality, SAMPLED))
     return results
 
@@ -57,13 +57,13 @@ def test_a_kept_cache_equals_a_fresh_prefill(tokenizers, delays):
     # What was read before is not read again.
     assert few < len(kept.frames_TS) + layout.max_delay < sum(fed)
     # The cache itself, row by row.
-    rows_RS = prefix_rows(kept.frames_TS, layout)[: len(kept._held_RS)]
+    rows_RS = prefix_rows(kept.frames_TS, layout)[: len(kept._session.held_RS)]
     behind = [s for s, d in enumerate(layout.delays) if d >= layout.delays[0]]
-    np.testing.assert_array_equal(kept._held_RS[:, behind], rows_RS[:, behind])
+    np.testing.assert_array_equal(kept._session.held_RS[:, behind], rows_RS[:, behind])
     cache = model.new_cache(1, 8)
     with torch.no_grad():
-        model.prefill(torch.from_numpy(kept._held_RS), cache, [0], [len(kept._held_RS)])
-    for held, whole in zip(kept._engine._cache.keys, cache.keys, strict=True):
+        model.prefill(torch.from_numpy(kept._session.held_RS), cache, [0], [len(kept._session.held_RS)])
+    for held, whole in zip(kept._session.engine._cache.keys, cache.keys, strict=True):
         torch.testing.assert_close(held[0, : len(rows_RS)], whole[0, : len(rows_RS)], rtol=1e-4, atol=1e-5)
 
 

@@ -4,7 +4,16 @@ results = generate(model, [GenerationRequest("a", "tts", text="one two")])
 """
 
 from speechlm_ext.generation.chat import Chat
+from speechlm_ext.generation.listen import Listener, PartialText
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
 from speechlm_ext.generation.run import generate
 
-__all__ = ["Chat", "GenerationRequest", "GenerationResult", "SamplingSettings", "generate"]
+__all__ = [
+    "Chat",
+    "GenerationRequest",
+    "GenerationResult",
+    "Listener",
+    "PartialText",
+    "SamplingSettings",
+    "generate",
+]

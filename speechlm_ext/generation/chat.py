@@ -7,6 +7,7 @@ cache, and are the rows that a fresh prefill of the whole dialogue would have.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.engine import Engine, Work
 from speechlm_ext.generation.prompt import (
     Prompt,
     content_frames,
@@ -23,8 +23,8 @@ from speechlm_ext.generation.prompt import (
     special_frame,
 )
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
-from speechlm_ext.generation.rows import Decoded, prefix_rows
 from speechlm_ext.generation.run import result_of
+from speechlm_ext.generation.session import Session
 from speechlm_ext.tasks import Entry, TaskTemplate
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ class Chat:
         self.model, self.layout, self.task = model, model.layout, task
         layout = model.layout
         self._frames = [special_frame(layout.sos_eos_id, layout), special_frame(layout.task_id(task), layout)]
-        self._engine = Engine(model, 1, poll=1)
-        self._held_RS = np.empty((0, layout.num_streams), dtype=np.int64)
+        self._session = Session(model)
         self.turns: list[Turn] = []
 
     @property
@@ -163,27 +162,11 @@ class Chat:
         return result
 
     def _decode(self, prompt: Prompt) -> tuple[GenerationResult, np.ndarray]:
-        rows_RS = prefix_rows(prompt.frames_PS, self.layout)
-        # The last row is always fed anew: its hidden state is what the reply starts from.
-        count = min(len(rows_RS) - 1, len(self._held_RS))
-        differs = (rows_RS[:count] != self._held_RS[:count]).any(axis=1)
-        held = int(differs.argmax()) if differs.any() else count
-        self._held_RS = self._held_RS[
-            :0
-        ]  # until the reply is there: an interruption leaves nothing to rely on
-        try:
-            self._engine.admit([Work(prompt.id, prompt)], held=held)
-            finished = list[tuple[Work, Decoded]]()
-            while not finished:
-                self._engine.step()
-                finished = self._engine.collect()
-        finally:
-            self._engine.cancel(prompt.id)
-        ((_, decoded),) = finished
-        if decoded.error is None:
-            self._held_RS = decoded.rows_RS[:-1]  # the last row was said and not read
+        begun = time.perf_counter()
+        decoded = self._session.decode(prompt)
         request = GenerationRequest(prompt.id, self.task, settings=prompt.segments[0].settings)
-        return result_of(request, prompt, decoded, 0.0, self.model), decoded.content_TS
+        seconds = time.perf_counter() - begun
+        return result_of(request, prompt, decoded, seconds, self.model), decoded.content_TS
 
     def _open(self, role: str, modality: str) -> None:
         if role not in ROLES:

@@ -33,6 +33,8 @@ from speechlm_ext.utils.io import atomic_path, atomic_write_json
 
 if TYPE_CHECKING:
     from speechlm_ext.generation.chat import Chat
+    from speechlm_ext.generation.listen import Listener
+    from speechlm_ext.generation.request import SamplingSettings
     from speechlm_ext.tasks import TaskTemplate
     from speechlm_ext.tokenizers import TokenizerSet
 
@@ -235,6 +237,14 @@ class SpeechLM(nn.Module):
         from speechlm_ext.generation import Chat
 
         return Chat(self, task)
+
+    def listen(
+        self, task: str, chunk_seconds: float = 1.0, settings: SamplingSettings | None = None
+    ) -> Listener:
+        """Transcribe audio as it arrives; see :class:`speechlm_ext.generation.Listener`."""
+        from speechlm_ext.generation import Listener
+
+        return Listener(self, task, chunk_seconds, settings)
 
     # ---- files --------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path) -> None:
