@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -316,7 +317,7 @@ def _markers(markers: Sequence[int] | Tensor, num_segments: int) -> Tensor:
 
 
 def _columns(
-    ids: list[Tensor], bounds: list[int], scope: object, B: int, S: int, device: torch.device
+    ids: list[Tensor], bounds: list[int], scope: Any, B: int, S: int, device: torch.device
 ) -> Tensor:
     """int64 ``[B, G, S, 2]``: the runs of ids as runs of columns."""
     if scope is None:
