@@ -65,23 +65,22 @@ def multistream_sample(logits: Tensor | Sequence[Tensor], state: DecodeState) ->
     Raises:
         OpError: (a ValueError) if shapes, dtypes or devices differ from the state's.
     """
-    B, S, C = state.batch_size, state.num_streams, state.column_ids.shape[0]
+    B, C = state.batch_size, state.column_ids.shape[0]
     if not isinstance(logits, Tensor):
-        check(len(logits) == S, f"multistream_sample: logits has {len(logits)} streams, the state has {S}")
-        for s, part in enumerate(logits):
-            width = state.bounds[s + 1] - state.bounds[s]
-            check(
-                part.dim() == 2 and part.shape[1] == width,
-                f"multistream_sample: logits[{s}] must be float [R, {width}]; got {describe(part)}",
-            )
-        logits = torch.cat(list(logits), dim=1)
+        logits = _side_by_side(logits, state)
+    # Messages are made where they are needed: they would take longer than a small batch's step.
     check(
         logits.dim() == 2 and logits.shape[0] >= B and logits.shape[1] == C and logits.dtype in _DTYPES,
-        f"multistream_sample: logits must be float32, bfloat16 or float16 [{B} or more, {C}]; got {describe(logits)}",
+        lambda: (
+            f"multistream_sample: logits must be float32, bfloat16 or float16 [{B} or more, {C}]; "
+            f"got {describe(logits)}"
+        ),
     )
     check(
         logits.device == state.progress.device,
-        f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}",
+        lambda: (
+            f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}"
+        ),
     )
     return SampledStep(
         *_OP(
@@ -105,6 +104,18 @@ def multistream_sample(logits: Tensor | Sequence[Tensor], state: DecodeState) ->
             state.tail,
         )
     )
+
+
+def _side_by_side(parts: Sequence[Tensor], state: DecodeState) -> Tensor:
+    S = state.num_streams
+    check(len(parts) == S, f"multistream_sample: logits has {len(parts)} streams, the state has {S}")
+    for s, part in enumerate(parts):
+        width = state.bounds[s + 1] - state.bounds[s]
+        check(
+            part.dim() == 2 and part.shape[1] == width,
+            f"multistream_sample: logits[{s}] must be float [R, {width}]; got {describe(part)}",
+        )
+    return torch.cat(list(parts), dim=1)
 
 
 LIBRARY.define(
