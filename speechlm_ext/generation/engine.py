@@ -217,7 +217,10 @@ class Engine:
 
     @torch.inference_mode()
     def rows(self, key: Any, first: int = 0) -> np.ndarray:
-        """The rows of a request so far, behind its prompt's and from row ``first`` on: int64 ``[R, S]``. Waits for a GPU.
+        """The rows of a request so far, without its prompt's and from row ``first`` on; waits for a GPU.
+
+        Returns:
+            int64 ``[R, S]``, a copy.
 
         Raises:
             GenerationError: no such request is being decoded.

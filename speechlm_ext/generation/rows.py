@@ -149,7 +149,9 @@ class FrameReader:
         stop = min(whole, int(ends[0])) if len(ends) else whole
         if stop <= self._next:
             return frames_TS
-        frames_TS = np.full((stop - self._next, self._layout.num_streams), self._layout.pad_id, dtype=np.int64)
+        frames_TS = np.full(
+            (stop - self._next, self._layout.num_streams), self._layout.pad_id, dtype=np.int64
+        )
         for s, delay in self._delays:
             frames_TS[:, s] = self._rows_RS[self._first + self._next + delay : self._first + stop + delay, s]
         self._next = stop

@@ -1,9 +1,9 @@
 """Speech and text while they are made: one request, chunk by chunk.
 
-The tokens are those of :func:`generate` with the same settings, to the bit: the same engine decodes them, with one request
-in it. A frame is given out when its slowest stream has it, ``max_delay + 1`` rows after the target's marker for the first
-one, and the codec adds its own lookahead for the samples. Work is done while the caller waits for the next chunk and at
-no other time; who stops early (``close``, ``break``, an exception) frees the engine's row at once.
+The tokens are those of :func:`generate` with the same settings, to the bit: the same engine decodes them, with one
+request in it. A frame is given out when its slowest stream has it, which is ``max_delay + 1`` rows behind the target's
+marker for the first one, and the codec adds its own lookahead for the samples. Work is done while the caller waits for
+the next chunk and at no other time; who stops early (``close``, ``break``, an exception) frees the engine's row at once.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def request_of(request: GenerationRequest | None, fields: dict[str, Any]) -> Gen
     """
     if request is not None:
         if fields:
-            raise GenerationError(f"stream: give a request or its fields, not both; got also {sorted(fields)}.")
+            raise GenerationError(
+                f"stream: give a request or its fields, not both; got also {sorted(fields)}."
+            )
         return request
     data = {"id": "stream", **fields}
     rate = data.pop("audio_rate", None)

@@ -17,7 +17,7 @@ class Voice(Protocol):
     """Makes raw ids perceptible."""
 
     def push(self, ids: np.ndarray, end: bool = False) -> dict[str, Any]:
-        """Take in raw ids ``[t, columns]`` and tell what is ready, as fields of a chunk; with ``end`` all that is left."""
+        """Take in raw ids ``[t, columns]`` and tell what is ready, with ``end`` all that is left: fields of a chunk."""
         ...
 
 
@@ -85,8 +85,8 @@ class TextPieces:
         if not ready.startswith(self._said):
             if end:
                 raise GenerationError(
-                    f"text tokenizer {self._tokenizer.kind!r} changes what it said when more ids come; ask for the whole "
-                    "text with generate instead of a stream."
+                    f"text tokenizer {self._tokenizer.kind!r} changes what it said when more ids come; ask for "
+                    "the whole text with generate instead of a stream."
                 )
             ready = self._said
         piece, self._said = ready[len(self._said) :], ready

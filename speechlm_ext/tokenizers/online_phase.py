@@ -1,10 +1,10 @@
 """Phase of a magnitude spectrogram that arrives bit by bit: blockwise fast Griffin-Lim.
 
-What may still change is a short window of frames: the newest block and up to ``lookahead`` older frames. With each block
-come ``iterations`` steps of fast Griffin-Lim (Perraudin, Balazs and Søndergaard, 2013) over this window, on its left
-against the sound of the frames whose phases are fixed already, as in real-time iterative spectrogram inversion with
-lookahead (Zhu, Beauregard and Wyse, 2007). Then all but the newest ``lookahead`` frames are fixed for good, and those
-begin the next block's steps where they are. New frames begin with phase zero, so nothing is drawn.
+What may still change is a short window of frames: the newest block and up to ``lookahead`` older frames. With each
+block come ``iterations`` steps of fast Griffin-Lim (Perraudin, Balazs and Søndergaard, 2013) over this window, on its
+left against the sound of the frames whose phases are fixed already, as in real-time iterative spectrogram inversion
+with lookahead (Zhu, Beauregard and Wyse, 2007). Then all but the newest ``lookahead`` frames are fixed for good, and
+those begin the next block's steps where they are. New frames begin with phase zero, so nothing is drawn.
 
 The sound is a function of the blocks alone: of their content and of where one ends and the next begins.
 
@@ -57,7 +57,7 @@ class OnlinePhase:
         self._spectrum_TF = torch.zeros(0, self.n_fft // 2 + 1, dtype=torch.complex64)
 
     def push(self, magnitude_TF: Tensor) -> Tensor:
-        """Take in a block of frames, float32 ``[T, F]`` with T >= 1; returns the samples that are ready, float32 ``[n]``."""
+        """Take in a block of frames, float32 ``[T, F]`` with T >= 1; returns the samples that are ready, ``[n]``."""
         return self._advance(magnitude_TF, last=False)
 
     def finish(self) -> Tensor:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 #: Fewest mel frames of a block: with fewer there is little new to each step, and the same steps reach less.
 BLOCK = 4
-#: Mel frames that are held back. Fewer are heard sooner and cost accuracy: 2 add 4 % to the log-mel error, 0 half of it.
+#: Mel frames that are held back. Fewer are heard sooner and cost accuracy: 2 add 4 % to the log-mel error that phase
+#: reconstruction leaves, 0 add half of it.
 LOOKAHEAD = 6
 
 

@@ -50,8 +50,8 @@ def stream_decoder(codec: Any) -> StreamDecoder:
     make = getattr(codec, "stream_decoder", None)
     if make is None:
         raise TokenizerError(
-            f"codec {getattr(codec, 'kind', type(codec).__name__)!r} cannot be decoded while its codes arrive; give it a "
-            "method stream_decoder(), e.g. one that returns an OverlapDecoder."
+            f"codec {getattr(codec, 'kind', type(codec).__name__)!r} cannot be decoded while its codes arrive; give it "
+            "a method stream_decoder(), e.g. one that returns an OverlapDecoder."
         )
     return make()
 
