@@ -5,6 +5,6 @@ results = generate(model, [GenerationRequest("a", "tts", text="one two")])
 
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
 from speechlm_ext.generation.run import generate
-from speechlm_ext.generation.stream import StreamChunk, stream
+from speechlm_ext.generation.stream import StreamChunk
 
-__all__ = ["GenerationRequest", "GenerationResult", "SamplingSettings", "StreamChunk", "generate", "stream"]
+__all__ = ["GenerationRequest", "GenerationResult", "SamplingSettings", "StreamChunk", "generate"]

@@ -3,7 +3,7 @@
 The tokens are those of :func:`generate` with the same settings, to the bit: the same engine decodes them, with one
 request in it. A frame is given out when its slowest stream has it, which is ``max_delay + 1`` rows behind the target's
 marker for the first one, and the codec adds its own lookahead for the samples. Work is done while the caller waits for
-the next chunk and at no other time; who stops early (``close``, ``break``, an exception) frees the engine's row at once.
+the next chunk and at no other time; who stops early (``close``, ``break``, an exception) frees the engine's row.
 """
 
 from __future__ import annotations
