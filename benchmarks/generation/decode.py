@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.generation.espnet_loop import decode_one
 from benchmarks.generation.models import build, tts_prompt
+from benchmarks.gpu_check.report import decode_table
 from speechlm_ext.generation.engine import Engine, Work
 from speechlm_ext.model import SpeechLM
 
@@ -122,18 +123,6 @@ def measure(device: str, shape: str, batches: list[int], frames: int, rival_fram
     return {"shape": shape, "frames": frames, "espnet_frames_per_s": round(rival, 1), "batches": rows}
 
 
-def table(found: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    lines = [
-        "| batch | prefill ms | step ms | frames/s | of the reference loop | outside backbone and head |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in found["batches"]:
-        cells = r["batch"], r["prefill_ms"], r["step_ms"], r["frames_per_s"], f"{r['ratio']}x"
-        lines.append(f"| {' | '.join(map(str, cells))} | {r['outside']:.1%} |")
-    return "\n".join([*lines, f"\nReference loop: {found['espnet_frames_per_s']} frames/s."])
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -149,7 +138,8 @@ if __name__ == "__main__":
         arguments.shape or ("1p7b" if on_gpu else "30m"),
         arguments.batches or ([1, 16, 64, 256] if on_gpu else [1, 2, 4, 8, 16, 32, 64]),
         arguments.frames or (500 if on_gpu else 100),
-        100 if on_gpu else 40,
+        min(arguments.frames or 100, 100 if on_gpu else 40),
     )
-    print(table(result))
+    print("\n".join(decode_table(result)))
+    print(f"\nReference loop: {result['espnet_frames_per_s']} frames/s.")
     print(json.dumps(result))

@@ -23,6 +23,7 @@ SECONDS = {"build": 150, "tests": 90, "limits": 30, "bench": 110, "train": 45, "
 TOTAL = 530
 #: A dry run measures nothing; its limits only end what hangs, on a machine that may be busy with other work.
 DRY_RUN = 10
+TINY = ("--shape", "smoke", "--batches", "1", "2", "--frames", "6")
 
 
 @dataclass
@@ -61,9 +62,9 @@ def run(command: list[str], seconds: float, env: dict[str, str] | None = None) -
         return None, out
 
 
-def json_part(module: str, device: str, seconds: float) -> Result:
+def json_part(module: str, device: str, seconds: float, *options: str) -> Result:
     """A part that prints one JSON object as its last line."""
-    code, out = run([sys.executable, "-m", module, "--device", device], seconds)
+    code, out = run([sys.executable, "-m", module, "--device", device, *options], seconds)
     last = out.strip().splitlines()[-1] if out.strip() else ""
     if code == 0:
         data = json.loads(last)
@@ -193,7 +194,7 @@ PARTS: dict[str, Callable[[str, float], Result]] = {
     "limits": lambda d, s: json_part("benchmarks.gpu_check.limits", d, s),
     "bench": part_bench,
     "train": lambda d, s: json_part("benchmarks.train.step", d, s),
-    "decode": lambda d, s: json_part("benchmarks.generation.decode", d, s),
+    "decode": lambda d, s: json_part("benchmarks.generation.decode", d, s, *(TINY if d == "cpu" else ())),
     "sanitizer": part_sanitizer,
 }
 

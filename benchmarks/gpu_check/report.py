@@ -58,10 +58,26 @@ def as_markdown(data: dict[str, Any]) -> str:
         shown = {k: v for k, v in numbers.items() if isinstance(v, (int, float, str)) and k != "skipped"}
         if shown:
             lines += ["", f"**{part}**: " + ", ".join(f"{k} {v}" for k, v in shown.items())]
+    lines += decode_table(data["parts"].get("decode", {}).get("data", {}))
     rows = data["parts"].get("bench", {}).get("data", {}).get("rows", [])
     for op in dict.fromkeys(row["op"] for row in rows):
         lines += ["", *_bench_table(op, [row for row in rows if row["op"] == op])]
     return "\n".join(lines) + "\n"
+
+
+def decode_table(found: dict[str, Any]) -> list[str]:
+    """Decoding over batch sizes, as ``benchmarks.generation.decode`` measures it; nothing where it did not run."""
+    if "batches" not in found:
+        return []
+    lines = [
+        "",
+        "| batch | prefill ms | step ms | frames/s | of the reference loop | outside backbone and head |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in found["batches"]:
+        cells = r["batch"], r["prefill_ms"], r["step_ms"], r["frames_per_s"], f"{r['ratio']}x"
+        lines.append(f"| {' | '.join(map(str, cells))} | {r['outside']:.1%} |")
+    return lines
 
 
 def _bench_table(op: str, rows: list[dict[str, Any]]) -> list[str]:

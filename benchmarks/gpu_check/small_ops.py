@@ -28,6 +28,7 @@ def main(device: str = "cuda") -> None:
         ).sum().backward()
     loss(device)
     kmeans(device)
+    sample(device)
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -64,6 +65,38 @@ def kmeans(device: str) -> None:
         for mode in ("exact", "fast"):
             sx.ops.kmeans_assign(x.to(dtype), centroids, mode=mode, return_distance=True)  # type: ignore[call-overload]
         sx.KMeans(20, init="random", max_iter=2, nonfinite="drop", progress=False).fit(x[8:].to(dtype))
+
+
+def sample(device: str) -> None:
+    """multistream_sample in every dtype and with every filter: ties, a NaN, columns outside of a cache, guidance,
+    repeated ids, several segments."""
+    widths = [7001, 300, 1]
+    bounds = torch.tensor([0, *widths]).cumsum(0).tolist()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        state = sx.ops.DecodeState.new(
+            6,
+            scope_ids=[torch.arange(a, b, device=device) for a, b in zip(bounds, bounds[1:], strict=False)],
+            delays=[0, 1, 2],
+            pad_ids=[0, 0, 0],
+            eos_id=9,
+            scope=[[(0, 7001), (7001, 7301), (7301, 7302)], [(5, 2000), None, (7301, 7302)]],
+            markers=[0, 1],
+            num_segments=2,
+            temperature=torch.tensor([0.0, 0.8, 1.0, 1.3, 1e30, 0.8])[:, None, None],
+            top_k=torch.tensor([0, 30, 0, 3000, 0, 0])[:, None, None],
+            top_p=torch.tensor([1.0, 0.9, 0.5, 0.9, 0.7, 1.0])[:, None, None],
+            min_p=torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0, 0.0])[:, None, None],
+            repetition_penalty=1.2,
+            repetition_window=5,
+            max_frames=4,
+            guide=torch.tensor([-1, -1, 0, 1, -1, -1]),
+            guidance=2.0,
+            num_rows=12,
+        )
+        for step in range(12):
+            logits = (torch.randn(6, bounds[-1], device=device) * 3).round().to(dtype)
+            logits[5, 40] = float("nan") if step == 3 else 0.0
+            sx.ops.multistream_sample(logits, state)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,14 @@ template <typename T>
 void run(const TensorView& logits, const SampleState& state, int threads, uintptr_t stream) {
   const SampleArgs<T> args{state, logits.ptr<T>(), logits.sizes[0], logits.strides[0]};
   const py::gil_scoped_release no_gil;
+#ifdef SPEECHLM_HAVE_CUDA
+  if (logits.device == Device::kCuda) {
+    multistream_sample_cuda(args, logits.device_index, reinterpret_cast<void*>(stream));
+    return;
+  }
+#else
   (void)stream;
+#endif
   multistream_sample_cpu(args, threads);
 }
 

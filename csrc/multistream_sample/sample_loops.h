@@ -12,19 +12,11 @@ namespace speechlm {
 
 constexpr int64_t kSampleLanes = 16;
 constexpr int64_t kSampleBlock = 16 * kSampleLanes;
-constexpr int64_t kSampleBuckets = 1024;
 
 // weight = round(2^40 e^((x - largest) / temperature)), the largest's is 2^40.
 struct Weighing {
   float largest;
   float temperature;
-};
-
-// Which columns count: those above `value`, those equal to it up to column `last`, if they weigh at least `least`.
-struct Kept {
-  float value;
-  int32_t last;
-  int64_t least;
 };
 
 struct SampleLoops {
@@ -33,14 +25,9 @@ struct SampleLoops {
   bool (*maxima)(const float* x, int64_t blocks, float* maxima, float* largest);
   // The sum of each block's weights. Returns the sum of all.
   int64_t (*sums)(const float* x, int64_t blocks, Weighing how, int64_t* sums);
-  // The same of the columns that are kept.
-  int64_t (*kept_sums)(const float* x, int64_t blocks, Weighing how, Kept kept, int64_t* sums);
   // The weights of n columns, a multiple of kSampleLanes.
   void (*weights)(const float* x, int64_t n, Weighing how, int64_t* weights);
-  // Sums of weights by bucket [kSampleBuckets]; a larger x is in the same bucket or one before it.
-  void (*histogram)(const float* x, int64_t blocks, Weighing how, int64_t* buckets);
-  // Columns of that bucket; columns of at least `value`. In ascending order; return how many.
-  int64_t (*in_bucket)(const float* x, int64_t blocks, Weighing how, int32_t bucket, int32_t* columns);
+  // Columns of at least `value`, in ascending order; returns how many.
   int64_t (*at_least)(const float* x, int64_t blocks, const float* maxima, float value, int32_t* columns);
 };
 

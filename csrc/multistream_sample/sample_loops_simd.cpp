@@ -156,32 +156,6 @@ int64_t sums(const float* x, int64_t blocks, Weighing how, int64_t* out) {
   return how.temperature == 1 ? sums_of<false>(x, blocks, how, out) : sums_of<true>(x, blocks, how, out);
 }
 
-// The weights of those columns of a block that are kept; the others' are 0.
-SX_INLINE void kept_weights(const float* x, int64_t first, const Weighing& how, const Kept& kept, int64_t* out) {
-  for (int64_t i = 0; i < kSampleBlock; i += kWide) {
-    const Floats v = load(x + first + i);
-    const Weights w = weights_of<true>(v, how);
-    store(out + i, w.low - kMagicBits);
-    store(out + i + kWide / 2, w.high - kMagicBits);
-  }
-  for (int64_t i = 0; i < kSampleBlock; ++i) {
-    const float v = x[first + i];
-    const bool is_kept = (v > kept.value) | ((v == kept.value) & (first + i <= kept.last));
-    out[i] = is_kept & (out[i] >= kept.least) ? out[i] : 0;
-  }
-}
-
-int64_t kept_sums(const float* x, int64_t blocks, Weighing how, Kept kept, int64_t* out) {
-  int64_t total = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    int64_t block[kSampleBlock], sum = 0;
-    kept_weights(x, b * kSampleBlock, how, kept, block);
-    for (int64_t w : block) sum += w;
-    total += out[b] = sum;
-  }
-  return total;
-}
-
 void weights(const float* x, int64_t n, Weighing how, int64_t* out) {
   for (int64_t i = 0; i < n; i += kWide) {
     const Weights w = weights_of<true>(load(x + i), how);
@@ -190,37 +164,9 @@ void weights(const float* x, int64_t n, Weighing how, int64_t* out) {
   }
 }
 
-// Where a column stands below the maximum, in steps of 29 / kSampleBuckets; beyond the last, weights are 0.
-SX_INLINE Ints buckets_of(Floats x, const Weighing& how) {
-  const Floats below = (how.largest - x) / how.temperature * (kSampleBuckets / 29.0f);
-  const Floats most = all(kSampleBuckets - 1);
-  return __builtin_convertvector(below < most ? below : most, Ints);
-}
-
-void histogram(const float* x, int64_t blocks, Weighing how, int64_t* buckets) {
-  std::memset(buckets, 0, kSampleBuckets * sizeof *buckets);
-  for (int64_t b = 0; b < blocks; ++b) {
-    int32_t bucket[kSampleBlock];
-    int64_t weight[kSampleBlock];
-    for (int64_t i = 0; i < kSampleBlock; i += kWide) {
-      store(bucket + i, buckets_of(load(x + b * kSampleBlock + i), how));
-    }
-    weights(x + b * kSampleBlock, kSampleBlock, how, weight);
-    for (int64_t i = 0; i < kSampleBlock; ++i) buckets[bucket[i]] += weight[i];
-  }
-}
-
 // Writes the columns from `first` on whose bits are set.
 SX_INLINE int64_t take(uint32_t bits, int64_t first, int32_t* columns, int64_t count) {
   for (; bits != 0; bits &= bits - 1) columns[count++] = static_cast<int32_t>(first + __builtin_ctz(bits));
-  return count;
-}
-
-int64_t in_bucket(const float* x, int64_t blocks, Weighing how, int32_t bucket, int32_t* columns) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < blocks * kSampleBlock; i += kWide) {
-    count = take(bits_of(buckets_of(load(x + i), how) == bucket), i, columns, count);
-  }
   return count;
 }
 
@@ -256,7 +202,7 @@ void load_columns(float* __restrict x, const T* __restrict z, const T* __restric
 }  // namespace
 
 const SampleLoops& sample_loops_of() {
-  static const SampleLoops table{&maxima, &sums, &kept_sums, &weights, &histogram, &in_bucket, &at_least};
+  static const SampleLoops table{&maxima, &sums, &weights, &at_least};
   return table;
 }
 

@@ -37,19 +37,20 @@ class Scope {
     uint64_t rank;  // ascending from the best column on
     int64_t weight;
   };
-  static uint64_t border(std::vector<Item>& items, int64_t limit);
-  void find_maxima();
+  uint64_t border(int64_t count, int64_t limit);
   uint64_t rank_of(int64_t place) const;
   int64_t first_largest() const;
-  float lower_bound(int64_t k);
-  int64_t choose_of_top_k(int64_t k, const SampleSettings& settings, double number);
-  Kept top_p_border(Weighing how, float top_p);
-  int64_t draw(Weighing how, const Kept& kept, bool all, double number);
+  float bound_of_top_k(int64_t k);
+  float bound_of_weights(Weighing how, double weight) const;
+  int64_t take(float bound);
+  int64_t keep_best(int64_t count, int64_t k);
+  int64_t weigh(int64_t count, Weighing how);
+  int64_t draw_from_taken(int64_t count, int64_t limit, int64_t least, double number);
 
   const SampleLoops* loops_ = nullptr;
   std::vector<float> memory_, maxima_, groups_, few_;
-  std::vector<int64_t> sums_, weights_, buckets_;
-  std::vector<int32_t> places_;
+  std::vector<int64_t> sums_, weights_;
+  std::vector<int32_t> places_, buckets_;
   std::vector<uint64_t> ranks_;
   std::vector<Item> items_;
   std::vector<bool> is_penalised_;

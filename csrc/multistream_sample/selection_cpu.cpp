@@ -1,8 +1,10 @@
-// Selection without sorting a scope: top-k looks at the few columns above a bound that is found from maxima of groups,
-// top-p at the one bucket of logits in which the border lies, and a draw at one block of columns.
+// Selection without sorting a scope: a bound, cheap to find, below which no column can be kept leaves a few columns,
+// and what follows looks at those alone. Without any filter a draw looks at one block of columns.
 #include "multistream_sample/selection.h"
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
 #include <limits>
 
 #include "multistream_sample/choice.h"
@@ -121,17 +123,38 @@ uint64_t Scope::rank_of(int64_t place) const {
 
 int64_t Scope::choose(const SampleSettings& settings, const SampleChoice& choice, double number) {
   if (is_greedy(settings, choice)) return first_largest();
-  const int64_t k = kept_by(choice.top_k, size_);
-  if (k < size_) return choose_of_top_k(k, settings, number);
   const Weighing how{largest_, settings.temperature};
-  Kept kept{-kInfinity, std::numeric_limits<int32_t>::max(), least_weight(settings.min_p)};
-  const bool all = !(settings.top_p < 1) && kept.least == 0;
-  if (settings.top_p < 1) {
-    const int64_t least = kept.least;
-    kept = top_p_border(how, settings.top_p);
-    kept.least = least;
+  const int64_t k = kept_by(choice.top_k, size_), least = least_weight(settings.min_p);
+  if (k < size_) {
+    const int64_t count = keep_best(take(bound_of_top_k(k)), k);
+    const int64_t sum = weigh(count, how);
+    return draw_from_taken(count, top_p_limit(settings.top_p, sum), least, number);
   }
-  return draw(how, kept, all, number);
+  int64_t sum = total_;
+  if ((settings.top_p < 1 || least == 0) && !(has_total_ && how.temperature == 1)) {
+    sum = loops_->sums(x_, blocks_, how, sums_.data());
+  }
+  const int64_t limit = top_p_limit(settings.top_p, sum);
+  if (limit > 0) {
+    // Columns that weigh less than this are not needed to reach the limit, all together.
+    const double spare = static_cast<double>(sum - limit) / static_cast<double>(size_);
+    int64_t count = take(bound_of_weights(how, spare));
+    if (weigh(count, how) < limit) {  // roundings
+      count = take(-kInfinity);
+      weigh(count, how);
+    }
+    return draw_from_taken(count, limit, least, number);
+  }
+  if (least > 0) {
+    const int64_t count = take(bound_of_weights(how, static_cast<double>(least)));
+    weigh(count, how);
+    return draw_from_taken(count, 0, least, number);
+  }
+  int64_t target = target_of(number, sum);
+  const int64_t first = reach(sums_.data(), target) * kSampleBlock;
+  grow(weights_, kSampleBlock);
+  loops_->weights(x_ + first, kSampleBlock, how, weights_.data());
+  return first + reach(weights_.data(), target);
 }
 
 int64_t Scope::first_largest() const {
@@ -144,12 +167,12 @@ int64_t Scope::first_largest() const {
 }
 
 // At least k columns have this logit or a larger one: k groups of columns have a maximum that does.
-float Scope::lower_bound(int64_t k) {
-  int64_t count = blocks_ * kSampleLanes;
+float Scope::bound_of_top_k(int64_t k) {
+  const int64_t count = blocks_ * kSampleLanes;
   if (count < k) return -kInfinity;
   // Fewer and larger groups are as good, as long as there are some more than k.
   int64_t parts = 1;
-  while ((blocks_ / (2 * parts)) * kSampleLanes >= 2 * k) parts *= 2;
+  while (blocks_ / (2 * parts) * kSampleLanes >= 2 * k) parts *= 2;
   const int64_t width = blocks_ / parts * kSampleLanes;
   groups_.assign(maxima_.begin(), maxima_.begin() + width);
   for (int64_t i = width; i < count; i += width) {
@@ -160,94 +183,94 @@ float Scope::lower_bound(int64_t k) {
   return groups_[k - 1];
 }
 
-int64_t Scope::choose_of_top_k(int64_t k, const SampleSettings& settings, double number) {
+// Columns with a smaller logit weigh less than that.
+float Scope::bound_of_weights(Weighing how, double weight) const {
+  constexpr double kMargin = 0.01;  // far more than all roundings of an exponent
+  const double below = std::log(weight / static_cast<double>(kOneWeight)) - kMargin;
+  const double bound = static_cast<double>(how.largest) + below * static_cast<double>(how.temperature);
+  if (!(bound > -std::numeric_limits<float>::max())) return -kInfinity;
+  return std::nextafter(static_cast<float>(bound), -kInfinity);
+}
+
+// Lists the places with at least this logit, in the order of their columns.
+int64_t Scope::take(float bound) {
   grow(places_, blocks_ * kSampleBlock);
-  int64_t count = loops_->at_least(x_, blocks_, maxima_.data(), lower_bound(k), places_.data());
+  int64_t count = loops_->at_least(x_, blocks_, maxima_.data(), bound, places_.data());
   while (places_[count - 1] >= size_) --count;  // what fills the last block up
-  if (count > k) {
-    ranks_.resize(count);
-    for (int64_t i = 0; i < count; ++i) ranks_[i] = rank_of(places_[i]);
-    std::nth_element(ranks_.begin(), ranks_.begin() + (k - 1), ranks_.end());
-    const uint64_t last = ranks_[k - 1];
-    count = std::remove_if(places_.begin(), places_.begin() + count, [&](int32_t p) { return rank_of(p) > last; }) -
-            places_.begin();
-  }
-  // Now they are k, in the order of their columns.
-  const int64_t padded = (k + kSampleLanes - 1) / kSampleLanes * kSampleLanes;
-  few_.assign(padded, -kInfinity);
-  grow(weights_, padded);
-  for (int64_t i = 0; i < k; ++i) few_[i] = x_[places_[i]];
-  loops_->weights(few_.data(), padded, {largest_, settings.temperature}, weights_.data());
-  int64_t sum = 0;
-  for (int64_t i = 0; i < k; ++i) sum += weights_[i];
-  if (const int64_t limit = top_p_limit(settings.top_p, sum)) {
-    items_.resize(k);
-    for (int64_t i = 0; i < k; ++i) items_[i] = {rank_of(places_[i]), weights_[i]};
-    const uint64_t last = border(items_, limit);
-    for (int64_t i = 0; i < k; ++i) weights_[i] = rank_of(places_[i]) <= last ? weights_[i] : 0;
-  }
-  const int64_t least = least_weight(settings.min_p);
-  sum = 0;
-  for (int64_t i = 0; i < k; ++i) sum += weights_[i] = weights_[i] >= least ? weights_[i] : 0;
-  int64_t target = target_of(number, sum);
-  return places_[reach(weights_.data(), target)];
+  return count;
 }
 
-// Rank of the last item of the shortest beginning whose weights reach `limit`.
-uint64_t Scope::border(std::vector<Item>& items, int64_t limit) {
-  auto begin = items.begin(), end = items.end();
-  while (end - begin > 1) {
-    const auto middle = begin + (end - begin) / 2;
-    std::nth_element(begin, middle, end, [](const Item& a, const Item& b) { return a.rank < b.rank; });
-    int64_t sum = 0;
-    for (auto i = begin; i != middle; ++i) sum += i->weight;
-    if (sum >= limit) {
-      end = middle;
-    } else {
-      limit -= sum;
-      begin = middle;
-    }
-  }
-  return begin->rank;
+// Leaves the k best of the listed places.
+int64_t Scope::keep_best(int64_t count, int64_t k) {
+  if (count == k) return k;
+  ranks_.resize(count);
+  for (int64_t i = 0; i < count; ++i) ranks_[i] = rank_of(places_[i]);
+  std::nth_element(ranks_.begin(), ranks_.begin() + (k - 1), ranks_.end());
+  const uint64_t last = ranks_[k - 1];
+  const auto end = places_.begin() + count;
+  return std::remove_if(places_.begin(), end, [&](int32_t place) { return rank_of(place) > last; }) - places_.begin();
 }
 
-Kept Scope::top_p_border(Weighing how, float top_p) {
-  grow(buckets_, kSampleBuckets);
-  loops_->histogram(x_, blocks_, how, buckets_.data());
-  int64_t sum = 0;
-  for (int64_t i = 0; i < kSampleBuckets; ++i) sum += buckets_[i];
-  int64_t target = top_p_limit(top_p, sum) - 1;
-  const int64_t bucket = reach(buckets_.data(), target);
-  grow(places_, blocks_ * kSampleBlock);
-  const int64_t count = loops_->in_bucket(x_, blocks_, how, static_cast<int32_t>(bucket), places_.data());
+// Weighs the listed places; returns their sum.
+int64_t Scope::weigh(int64_t count, Weighing how) {
   const int64_t padded = (count + kSampleLanes - 1) / kSampleLanes * kSampleLanes;
   few_.assign(padded, -kInfinity);
   grow(weights_, padded);
   for (int64_t i = 0; i < count; ++i) few_[i] = x_[places_[i]];
   loops_->weights(few_.data(), padded, how, weights_.data());
-  items_.resize(count);
-  for (int64_t i = 0; i < count; ++i) items_[i] = {rank_of(places_[i]), weights_[i]};
-  const uint64_t last = border(items_, target + 1);
-  return {value_of(~static_cast<uint32_t>(last >> 32)), static_cast<int32_t>(last & 0xffffffffu), 0};
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += weights_[i];
+  return sum;
 }
 
-int64_t Scope::draw(Weighing how, const Kept& kept, bool all, double number) {
-  int64_t sum = total_;
-  if (!all) {
-    sum = loops_->kept_sums(x_, blocks_, how, kept, sums_.data());
-  } else if (!has_total_ || how.temperature != 1) {
-    sum = loops_->sums(x_, blocks_, how, sums_.data());
+// Draws from the listed places, of which the best that reach `limit` (0: all) and weigh at least `least` are kept.
+int64_t Scope::draw_from_taken(int64_t count, int64_t limit, int64_t least, double number) {
+  if (limit > 0) {
+    const uint64_t last = border(count, limit);
+    for (int64_t i = 0; i < count; ++i) weights_[i] = rank_of(places_[i]) <= last ? weights_[i] : 0;
   }
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += weights_[i] = weights_[i] >= least ? weights_[i] : 0;
   int64_t target = target_of(number, sum);
-  const int64_t block = reach(sums_.data(), target), first = block * kSampleBlock;
-  grow(weights_, kSampleBlock);
-  loops_->weights(x_ + first, kSampleBlock, how, weights_.data());
-  for (int64_t i = 0; i < kSampleBlock && !all; ++i) {
-    const float v = x_[first + i];
-    const bool is_kept = v > kept.value || (v == kept.value && first + i <= kept.last);
-    if (!is_kept || weights_[i] < kept.least) weights_[i] = 0;
+  return places_[reach(weights_.data(), target)];
+}
+
+// Rank of the last of the listed places, best first, that are needed for their weights to reach `limit`. A histogram
+// over the distance from the maximum tells among which few of them it is.
+uint64_t Scope::border(int64_t count, int64_t limit) {
+  constexpr int32_t kBuckets = 256;
+  const float range = largest_ - *std::min_element(few_.begin(), few_.begin() + count);
+  const float steps = static_cast<float>(kBuckets - 1) / range;
+  const float scale = range > 0 && steps < kInfinity ? steps : 0.0f;
+  // A larger logit is in the same bucket or one before it.
+  buckets_.resize(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const float step = (largest_ - few_[i]) * scale;
+    buckets_[i] = static_cast<int32_t>(step < kBuckets - 1 ? step : kBuckets - 1);
   }
-  return first + reach(weights_.data(), target);
+  int64_t sums[kBuckets] = {};
+  for (int64_t i = 0; i < count; ++i) sums[buckets_[i]] += weights_[i];
+  int64_t rest = limit - 1;
+  const auto bucket = static_cast<int32_t>(reach(sums, rest));
+  items_.clear();
+  for (int64_t i = 0; i < count; ++i) {
+    if (buckets_[i] == bucket) items_.push_back({rank_of(places_[i]), weights_[i]});
+  }
+  ++rest;
+  auto begin = items_.begin(), end = items_.end();
+  while (end - begin > 1) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, [](const Item& a, const Item& b) { return a.rank < b.rank; });
+    int64_t sum = 0;
+    for (auto i = begin; i != middle; ++i) sum += i->weight;
+    if (sum >= rest) {
+      end = middle;
+    } else {
+      rest -= sum;
+      begin = middle;
+    }
+  }
+  return begin->rank;
 }
 
 }  // namespace speechlm

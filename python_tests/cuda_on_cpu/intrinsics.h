@@ -38,7 +38,9 @@ inline float __frcp_rn(float v) { return 1.0f / v; }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __saturatef(float v) { return std::fmin(std::fmax(v, 0.0f), 1.0f); }

@@ -172,3 +172,29 @@ def test_teacher_forcing_gives_the_log_probabilities_of_the_packed_form(kind):
             want = [float(log_p[P + t - 1 + layout.delays[s], columns.index(i)]) for t, i in enumerate(said)]
             found = [*one.logprob_TS[:, s], *([one.end_logprob] if s == 0 else [])]
             np.testing.assert_allclose(found, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_slots", [3, 8])
+def test_steps_of_fixed_sizes_give_the_same(num_slots):
+    """What graphs work on: slots filled up to a power of two and keys to 256, with requests that come and go."""
+    layout, rng = make_layout(), np.random.default_rng(6)
+    model, prompts = make_model(layout, tasks=TASKS), prompts_of(layout, 11, rng)
+    engine = Engine(model, num_slots, poll=2, cuda_graphs=True)
+    found = {work.key: decoded for work, decoded in engine.run(Work(n, p) for n, p in enumerate(prompts))}
+    for number, prompt in enumerate(prompts):
+        np.testing.assert_array_equal(found[number].rows_RS, decode(model, [prompt])[0].rows_RS)
+
+
+@pytest.mark.cuda
+def test_captured_steps_give_what_eager_ones_do():
+    layout, rng = make_layout(), np.random.default_rng(7)
+    model = make_model(layout, tasks=TASKS).to("cuda")
+    prompts = prompts_of(layout, 11, rng)
+    eager = dict(
+        (w.key, d.rows_RS)
+        for w, d in Engine(model, 4, cuda_graphs=False).run(Work(n, p) for n, p in enumerate(prompts))
+    )
+    engine = Engine(model, 4, cuda_graphs=True)
+    for work, decoded in engine.run(Work(n, p) for n, p in enumerate(prompts)):
+        np.testing.assert_array_equal(decoded.rows_RS, eager[work.key])
+    assert engine._graphs._graphs

@@ -148,7 +148,8 @@ def test_keywords_and_requests(model):
         ({"text": "x"}, "task missing"),
         ({**TTS, "top_k": 0}, "top_k must be an integer of at least 1"),
         ({**TTS, "chunk_frames": 0}, "chunk_frames must be an integer of at least 1, got 0"),
-        ({**TTS, "best_of": 2}, "best_of chooses among whole tries"),
+        ({**TTS, "best_of": 2}, "best_of chooses among whole results"),
+        ({"task": "asr", "audio": make_wave(), "beam_size": 2}, "beam_size chooses among whole results"),
         ({"request": request, "text": "x"}, "a request or its fields"),
     ):
         with pytest.raises(GenerationError, match=message):

@@ -98,6 +98,9 @@ class ScriptedModel(torch.nn.Module):
             assert length == 0, "a hash cannot forget a part"
             self.hash[slot] = self.length[slot] = 0
 
+        def restore(self, slot: int, length: int) -> None:
+            assert length == 0, "a hash cannot be had back"
+
         def clear(self, slot: int) -> None:
             self.truncate(slot, 0)
 
@@ -114,7 +117,7 @@ class ScriptedModel(torch.nn.Module):
             for row in rows:
                 cache.feed(slot, row)
 
-    def step_hidden(self, ids_BS, cache):
+    def step_hidden(self, ids_BS, cache, num_keys=None):
         for slot, row in enumerate(ids_BS):
             cache.feed(slot, row)
         n = len(ids_BS)

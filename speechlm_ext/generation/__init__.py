@@ -3,8 +3,19 @@
 results = generate(model, [GenerationRequest("a", "tts", text="one two")])
 """
 
+from speechlm_ext.generation.chat import Chat
+from speechlm_ext.generation.listen import Listener, PartialText
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
 from speechlm_ext.generation.run import generate
 from speechlm_ext.generation.stream import StreamChunk
 
-__all__ = ["GenerationRequest", "GenerationResult", "SamplingSettings", "StreamChunk", "generate"]
+__all__ = [
+    "Chat",
+    "GenerationRequest",
+    "GenerationResult",
+    "Listener",
+    "PartialText",
+    "SamplingSettings",
+    "StreamChunk",
+    "generate",
+]

@@ -71,6 +71,10 @@ class GenerateConfig:
     guidance: float | None = None
     """Classifier-free guidance; 1 is off, 1.5 to 3 follow the text or voice more closely. Made for models that were
     trained with conditions left out at times."""
+    beam_size: int | None = None
+    """Beam search over so many beginnings, for text and units; default 1, off."""
+    length_penalty: float | None = None
+    """Beam search compares log p / tokens^length_penalty; default 1, and 0 favours short targets."""
     seed: int | None = None
     """Seed of the draws; default 0."""
     best_of: int | None = None

@@ -19,6 +19,7 @@ import torch
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import state as states
+from speechlm_ext.generation.graphs import StepGraphs
 from speechlm_ext.generation.prompt import Prompt
 from speechlm_ext.generation.rows import Decoded, forced_rows, given_rows, prefix_rows, read_decoded
 from speechlm_ext.ops.decode_state import DecodeState
@@ -58,14 +59,19 @@ class Engine:
         num_slots: most rows of a step. A request takes one, with guidance two.
         poll: steps between two looks at which requests are done. Each look waits for a GPU, and a request that is done
             goes on with fill until then; default 1 on the CPU, 8 on a GPU.
+        cuda_graphs: replay captured steps; default on a GPU.
     """
 
-    def __init__(self, model: SpeechLM, num_slots: int = 16, poll: int | None = None) -> None:
+    def __init__(
+        self, model: SpeechLM, num_slots: int = 16, poll: int | None = None, cuda_graphs: bool | None = None
+    ) -> None:
         if num_slots < 1:
             raise GenerationError(f"the engine needs at least 1 slot, got {num_slots}.")
         self.model, self.layout, self.num_slots = model, model.layout, num_slots
         self.device = next(model.parameters()).device
         self.poll = poll if poll is not None else (1 if self.device.type == "cpu" else 8)
+        on_gpu = self.device.type == "cuda"
+        self._graphs = StepGraphs(self) if (on_gpu if cuda_graphs is None else cuda_graphs) else None
         self.active: list[_Slot] = []
         self.steps = 0
         self._columns = states.Columns(self.layout, [])
@@ -86,10 +92,14 @@ class Engine:
 
     # ---- in -----------------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def admit(self, works: Sequence[Work]) -> None:
+    def admit(self, works: Sequence[Work], held: int = 0) -> None:
         """Take in requests: prefill them and let them join the next step.
 
         Equal prompts, the tries at one request, are prefilled once.
+
+        Args:
+            held: rows of the first one's prompt that the slot it gets still has from the request before, and that are
+                not prefilled again: the turns of a dialogue so far.
 
         Raises:
             GenerationError: there are not enough free slots, or forced content that the target cannot have.
@@ -117,10 +127,14 @@ class Engine:
         for row in range(len(new)):
             states.put(self._require_state(), first + row, part, row)
         self._link()
-        self._prefill(first, [prefix_rows(f, self.layout) for f in frames])
+        for number in range(first, len(self.active)):
+            self._cache.restore(number, held if number == first else 0)
+        rows = [prefix_rows(f, self.layout) for f in frames]
+        self._prefill(first, rows, [held, *[0] * (len(rows) - 1)])
 
     def _make_room(self, new: Sequence[_Slot]) -> None:
         """Columns for new modalities, and longer rows, where the present ones do not do."""
+        before = self._state
         modalities = self._columns.modalities.union(*(slot.modalities for slot in new))
         if modalities != self._columns.modalities:
             self._columns = states.Columns(self.layout, modalities)
@@ -146,6 +160,8 @@ class Engine:
             self._rows(new),
         )
         self._state = states.resized(self._require_state(), self.num_slots, *most)
+        if self._graphs is not None and self._state is not before:
+            self._graphs.forget()  # they hold addresses
 
     def _rows(self, new: Sequence[_Slot]) -> int:
         """Most rows that a request can take, with those that pass before somebody looks."""
@@ -170,14 +186,15 @@ class Engine:
                 for row in (number, leader):
                     request[row, 2], request[row, 3] = leader, number
 
-    def _prefill(self, first: int, rows: list[np.ndarray]) -> None:
-        """Fill the slots from ``first`` on with all but the last of their rows."""
+    def _prefill(self, first: int, rows: list[np.ndarray], held: list[int]) -> None:
+        """Fill the slots from ``first`` on with all but the last of their rows, less those that they hold."""
         pending: list[tuple[int, np.ndarray]] = []
         copies: dict[bytes, tuple[int, list[int]]] = {}
         for number, rows_RS in enumerate(rows):
             slot = first + number
             self._row_BS[slot] = torch.from_numpy(rows_RS[-1])
-            if len(rows_RS) == 1:
+            rows_RS = rows_RS[held[number] :]
+            if len(rows_RS) <= 1:
                 continue
             key = rows_RS.tobytes()
             if key in copies:
@@ -199,13 +216,21 @@ class Engine:
     # ---- on -----------------------------------------------------------------------------------------------------
     @torch.inference_mode()
     def step(self) -> SampledStep:
-        """One row for every active request; :meth:`collect` says what came to its end."""
-        n = len(self.active)
-        hidden_nD = self.model.step_hidden(self._row_BS[:n], self._cache)
-        logits_nC = self._head(hidden_nD, self._used())
+        """One row for every active request; :meth:`collect` says what came to its end.
+
+        The results may have more rows than there are requests, and the next step may write over them.
+        """
+        self.steps += 1
+        if self._graphs is None:
+            return self._step(len(self.active), None, self._used())
+        return self._graphs.step(len(self.active), self._used())
+
+    def _step(self, n: int, num_keys: int | None, used: list[bool] | None) -> SampledStep:
+        """The work of a step for the first n slots: nothing in it waits for a GPU."""
+        hidden_nD = self.model.step_hidden(self._row_BS[:n], self._cache, num_keys)
+        logits_nC = self._head(hidden_nD, used)
         sampled = multistream_sample(logits_nC, states.slots(self._require_state(), n))
         self._row_BS[:n] = sampled.tokens
-        self.steps += 1
         return sampled
 
     def _used(self) -> list[bool]:

@@ -52,6 +52,10 @@ class SamplingSettings:
     guidance: float = 1.0
     """Classifier-free guidance: logits ``u + guidance (c - u)``, c with the task's conditions and u without them. 1 is
     off; more costs a second row of the batch. Made for models that were trained with conditions left out at times."""
+    beam_size: int = 1
+    """Beam search over so many beginnings, for text and units; 1 is off. Takes no other choice of tokens."""
+    length_penalty: float = 1.0
+    """Beam search compares ``log p / tokens^length_penalty``; 0 favours short targets."""
     seed: int = 0
     """Draws depend on (seed, row, stream) alone: equal requests give equal tokens in any batch."""
     best_of: int = 1
@@ -95,6 +99,14 @@ class SamplingSettings:
                 if not least <= value <= most:
                     raise GenerationError(f"{where}: {name} must be from {least} to {most}, got {value}.")
         _integer(self.repetition_window, "repetition_window", where, 1)
+        _integer(self.beam_size, "beam_size", where, 1)
+        _number(self.length_penalty, "length_penalty", where)
+        if self.beam_size > 1:
+            names = ("greedy", "temperature", "codec_temperature", "top_k", "top_p", "min_p")
+            given = [n for n in names if getattr(self, n) is not None]
+            given += [n for n in ("guidance", "repetition_penalty", "best_of") if getattr(self, n) != 1]
+            if given:
+                raise GenerationError(f"{where}: beam search takes no {', '.join(given)}; leave it out.")
         _integer(self.seed, "seed", where, 0)
         if self.seed >= 2**63:
             raise GenerationError(f"{where}: seed must be below 2**63, got {self.seed}.")
@@ -120,6 +132,8 @@ class SamplingSettings:
 
     def resolved(self, modality: str) -> SamplingSettings:
         """Settings with every choice made, for a target of ``modality``."""
+        if self.beam_size > 1:  # the search makes the choices
+            return self
         chosen = (self.greedy, self.temperature, self.top_k, self.top_p, self.min_p)
         if modality in ("text_bpe", "g2p"):
             # Asking for a temperature or a cut is asking to sample.

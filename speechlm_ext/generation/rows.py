@@ -48,6 +48,13 @@ class Decoded:
     error: str | None = None
 
 
+def failed(prompt: Prompt, message: str, layout: TokenLayout, rows_RS: np.ndarray | None = None) -> Decoded:
+    """What is told of a request that came to nothing; ``rows_RS``: how far it came."""
+    rows_RS = prefix_rows(prompt.frames_PS, layout) if rows_RS is None else rows_RS
+    nothing = np.empty((0, layout.num_streams), dtype=np.float32)
+    return Decoded(rows_RS[:0], rows_RS, "failed", float("nan"), 0, nothing, error=message)
+
+
 def delayed_rows(frames_PS: np.ndarray, num_rows: int, layout: TokenLayout, unknown: int = -1) -> np.ndarray:
     """The first ``num_rows`` delayed rows of a sequence that begins with ``frames_PS``: int64 ``[R, S]``.
 
@@ -164,7 +171,7 @@ def read_decoded(
     new_RS: np.ndarray,
     logprob_RS: np.ndarray,
     layout: TokenLayout,
-    failed: bool,
+    has_failed: bool,
 ) -> Decoded:
     """Undelay a request's rows into its targets' frames.
 
@@ -172,15 +179,14 @@ def read_decoded(
         forced_RS: rows that were given, -1 where not; may be fewer than the new ones.
         new_RS: int64 ``[R, S]``, the rows after the prefix.
         logprob_RS: float32 ``[R, S]``, NaN where a stream had no content.
-        failed: the request was ended because its logits were unusable.
+        has_failed: the request was ended because its logits were unusable.
     """
     prefix_RS = prefix_rows(prompt.frames_PS, layout)
     rows_RS = np.concatenate([prefix_RS, new_RS])
     offset = len(prefix_RS)
-    if failed:
+    if has_failed:
         message = f"request {prompt.id!r}: the model's logits are not finite in row {len(rows_RS) - 1}."
-        nothing = np.empty((0, layout.num_streams), dtype=np.float32)
-        return Decoded(rows_RS[:0], rows_RS, "failed", float("nan"), 0, nothing, error=message)
+        return failed(prompt, message, layout, rows_RS)
     is_forced_RS = np.zeros(new_RS.shape, dtype=bool)
     is_forced_RS[: len(forced_RS)] = forced_RS[: len(new_RS)] >= 0
     first = len(prompt.frames_PS) - prompt.num_given  # frame 0 of the segment, in frames of the sequence

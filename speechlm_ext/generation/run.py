@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from speechlm_ext.errors import GenerationError, SpeechLMError
 from speechlm_ext.generation import best_of
+from speechlm_ext.generation.beam import beam_search
 from speechlm_ext.generation.engine import Engine, Work
 from speechlm_ext.generation.prompt import Prompt, build_prompt, find_task, live_columns, raw_content
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult
-from speechlm_ext.generation.rows import Decoded
+from speechlm_ext.generation.rows import Decoded, failed
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
@@ -89,7 +90,14 @@ def generate(
                     finish(number, prompt)
             for work in sorted(window, key=lambda w: [s.modality for s in w.prompt.segments]):
                 started[work.key] = time.perf_counter()
-                yield work
+                if work.prompt.segments[0].settings.beam_size > 1:
+                    served(work, _searched(work.prompt, model))
+                else:
+                    yield work
+
+    def served(work: Work, decoded: Decoded) -> None:
+        seconds = time.perf_counter() - started.pop(work.key)
+        finish(work.key, result_of(tries[work.key][1], work.prompt, decoded, seconds, model))
 
     was_training = model.training
     model.eval()
@@ -98,12 +106,19 @@ def generate(
         least = 2 if any(r.settings.guidance != 1.0 for r in requests) else 1
         engine = Engine(model, max(batch_size, least))
         for work, decoded in engine.run(works()):
-            seconds = time.perf_counter() - started.pop(work.key)
-            finish(work.key, _result(tries[work.key][1], work.prompt, decoded, seconds, model))
+            served(work, decoded)
     finally:
         model.train(was_training)
         bar.close()
     return [r for r in results if r is not None]
+
+
+def _searched(prompt: Prompt, model: SpeechLM) -> Decoded:
+    settings = prompt.segments[0].settings
+    try:
+        return beam_search(model, prompt, settings.beam_size, settings.length_penalty)[0]
+    except SpeechLMError as error:
+        return failed(prompt, str(error), model.layout)
 
 
 def require_tokenizers(model: SpeechLM) -> None:
@@ -124,7 +139,7 @@ def prepare(request: GenerationRequest, model: SpeechLM) -> Prompt | GenerationR
         return GenerationResult(request.id, request.task, "failed", error=str(error))
 
 
-def _result(
+def result_of(
     request: GenerationRequest, prompt: Prompt, decoded: Decoded, seconds: float, model: SpeechLM
 ) -> GenerationResult:
     """The result of a decoded request; of several tries only the one that is kept becomes sound."""

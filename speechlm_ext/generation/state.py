@@ -146,6 +146,8 @@ def resized(state: DecodeState, num_slots: int, segments: int, forced: int, rows
     parts["forced"] = grown(state.forced, num_slots, forced, value=-1)
     parts["history"] = grown(state.history, num_slots, rows)
     parts["history_logprob"] = grown(state.history_logprob, num_slots, rows, value=float("nan"))
+    if all(part is getattr(state, name) for name, part in parts.items()):
+        return state
     parts["progress"][old:, 4] = 1
     return dataclasses.replace(state, **parts)
 

@@ -91,10 +91,11 @@ def stream(model: SpeechLM, request: GenerationRequest, chunk_frames: int = 1) -
     if isinstance(chunk_frames, bool) or not isinstance(chunk_frames, (int, np.integer)) or chunk_frames < 1:
         raise GenerationError(f"chunk_frames must be an integer of at least 1, got {chunk_frames!r}.")
     require_tokenizers(model)
-    if request.settings.best_of > 1:
-        raise GenerationError(
-            f"request {request.id!r}: best_of chooses among whole tries and cannot be streamed; set it to 1."
-        )
+    for name in ("best_of", "beam_size"):
+        if getattr(request.settings, name) > 1:
+            raise GenerationError(
+                f"request {request.id!r}: {name} chooses among whole results and cannot be streamed; set it to 1."
+            )
     prompt = prepare(request, model)
     if isinstance(prompt, GenerationResult):
         raise GenerationError(prompt.error or "the request cannot be served.")

@@ -95,6 +95,15 @@ class KVCache:
                 store[slot, :held] = store[source, :held]
             self._set(slot, held)
 
+    def reorder(self, parents: Sequence[int]) -> None:
+        """Give slot i the rows of slot ``parents[i]``, for all at once."""
+        index = torch.tensor(list(parents), device=self.device)
+        most = max(self.held[p] for p in parents)
+        for store in (*self.keys, *self.values):
+            store[: len(index), :most] = store[index, :most]
+        for slot, held in enumerate([self.held[p] for p in parents]):
+            self._set(slot, held)
+
     def clear(self, slot: int) -> None:
         """Forget a slot's rows; values that are not finite would reach others through a weight of 0."""
         for store in (*self.keys, *self.values):
@@ -104,6 +113,10 @@ class KVCache:
     def truncate(self, slot: int, length: int) -> None:
         """Keep the first ``length`` rows of a slot."""
         self._set(slot, min(length, self.held[slot]))
+
+    def restore(self, slot: int, length: int) -> None:
+        """Take a slot's first ``length`` rows back after they were let go; nothing may have been written over them."""
+        self._set(slot, length)
 
     def _set(self, slot: int, length: int) -> None:
         self.held[slot] = length
@@ -138,12 +151,12 @@ class KVCache:
     def begin_step(self, num_active: int, num_keys: int | None = None) -> Tensor:
         """The next forward adds one row to each of the first slots; returns their positions int64 ``[n]``.
 
-        ``num_keys``: keys that attention looks at, at least the longest slot's; a captured graph fixes it.
+        ``num_keys``: keys that attention looks at, at least the longest slot's; a captured graph fixes it. Slots that
+        no request holds may be among the first; they write somewhere inside their own rows.
         """
-        longest = max(self.held[:num_active]) + 1
-        self.reserve(longest)
-        num_keys = longest if num_keys is None else num_keys
-        position = self.lengths[:num_active]
+        num_keys = self.longest(num_active) + 1 if num_keys is None else num_keys
+        self.reserve(num_keys)
+        position = self.lengths[:num_active].clamp(max=num_keys - 1)
         hidden = torch.arange(num_keys, device=self.device) > position[:, None]
         # Added to the scores, as SDPA wants it: made once for all layers.
         mask = torch.zeros(num_active, 1, 1, num_keys, dtype=self.dtype, device=self.device)
@@ -156,9 +169,17 @@ class KVCache:
         assert self._step is not None
         num_active = self._step[0]
         self.lengths[:num_active] += 1
+        self._step = None
+        self.count_step(num_active)
+
+    def count_step(self, num_active: int) -> None:
+        """Note on the host what a step did on the device; :meth:`end_step` does it, a replayed graph cannot."""
         for slot in range(num_active):
             self.held[slot] += 1
-        self._step = None
+
+    def longest(self, num_active: int) -> int:
+        """Rows of the longest of the first slots."""
+        return max(self.held[:num_active])
 
     # ---- attention ----------------------------------------------------------------------------------------------
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -32,6 +32,9 @@ from speechlm_ext.ops import MultiStreamLoss
 from speechlm_ext.utils.io import atomic_path, atomic_write_json
 
 if TYPE_CHECKING:
+    from speechlm_ext.generation.chat import Chat
+    from speechlm_ext.generation.listen import Listener
+    from speechlm_ext.generation.request import SamplingSettings
     from speechlm_ext.tasks import TaskTemplate
     from speechlm_ext.tokenizers import TokenizerSet
 
@@ -203,14 +206,15 @@ class SpeechLM(nn.Module):
         cache.end_prefill()
         return out.last_hidden_state[0]
 
-    def step_hidden(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
+    def step_hidden(self, ids_BS: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
         """Hidden states ``[B, D]`` of one more row for each of the first B slots.
 
         Args:
             ids_BS: int ``[B, S]`` delayed ids.
             cache: updated in place.
+            num_keys: keys that attention looks at; default as many as the longest slot has then.
         """
-        position_B = cache.begin_step(len(ids_BS))
+        position_B = cache.begin_step(len(ids_BS), num_keys)
         embedded = self.embedding(ids_BS)[:, None]
         out = self.backbone(
             inputs_embeds=embedded, position_ids=position_B[:, None], use_cache=False, kv=cache
@@ -240,6 +244,20 @@ class SpeechLM(nn.Module):
         from speechlm_ext.generation.stream import request_of, stream
 
         return stream(self, request_of(request, fields), chunk_frames)
+
+    def chat(self, task: str) -> Chat:
+        """A dialogue that opens with ``task``'s token; see :class:`speechlm_ext.generation.Chat`."""
+        from speechlm_ext.generation import Chat
+
+        return Chat(self, task)
+
+    def listen(
+        self, task: str, chunk_seconds: float = 1.0, settings: SamplingSettings | None = None
+    ) -> Listener:
+        """Transcribe audio as it arrives; see :class:`speechlm_ext.generation.Listener`."""
+        from speechlm_ext.generation import Listener
+
+        return Listener(self, task, chunk_seconds, settings)
 
     # ---- files --------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path) -> None:

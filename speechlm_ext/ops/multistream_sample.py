@@ -24,7 +24,6 @@ from torch import Tensor
 
 from speechlm_ext.ops._native import LIBRARY, OpError, check, describe, native, stream_handle
 from speechlm_ext.ops.decode_state import DecodeState
-from speechlm_ext.ops.reference import multistream_sample as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,23 +65,22 @@ def multistream_sample(logits: Tensor | Sequence[Tensor], state: DecodeState) ->
     Raises:
         OpError: (a ValueError) if shapes, dtypes or devices differ from the state's.
     """
-    B, S, C = state.batch_size, state.num_streams, state.column_ids.shape[0]
+    B, C = state.batch_size, state.column_ids.shape[0]
     if not isinstance(logits, Tensor):
-        check(len(logits) == S, f"multistream_sample: logits has {len(logits)} streams, the state has {S}")
-        for s, part in enumerate(logits):
-            width = state.bounds[s + 1] - state.bounds[s]
-            check(
-                part.dim() == 2 and part.shape[1] == width,
-                f"multistream_sample: logits[{s}] must be float [R, {width}]; got {describe(part)}",
-            )
-        logits = torch.cat(list(logits), dim=1)
+        logits = _side_by_side(logits, state)
+    # Messages are made where they are needed: they would take longer than a small batch's step.
     check(
         logits.dim() == 2 and logits.shape[0] >= B and logits.shape[1] == C and logits.dtype in _DTYPES,
-        f"multistream_sample: logits must be float32, bfloat16 or float16 [{B} or more, {C}]; got {describe(logits)}",
+        lambda: (
+            f"multistream_sample: logits must be float32, bfloat16 or float16 [{B} or more, {C}]; "
+            f"got {describe(logits)}"
+        ),
     )
     check(
         logits.device == state.progress.device,
-        f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}",
+        lambda: (
+            f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}"
+        ),
     )
     return SampledStep(
         *_OP(
@@ -108,11 +106,24 @@ def multistream_sample(logits: Tensor | Sequence[Tensor], state: DecodeState) ->
     )
 
 
+def _side_by_side(parts: Sequence[Tensor], state: DecodeState) -> Tensor:
+    S = state.num_streams
+    check(len(parts) == S, f"multistream_sample: logits has {len(parts)} streams, the state has {S}")
+    for s, part in enumerate(parts):
+        width = state.bounds[s + 1] - state.bounds[s]
+        check(
+            part.dim() == 2 and part.shape[1] == width,
+            f"multistream_sample: logits[{s}] must be float [R, {width}]; got {describe(part)}",
+        )
+    return torch.cat(list(parts), dim=1)
+
+
 LIBRARY.define(
     "multistream_sample(Tensor logits, Tensor column_ids, Tensor sampling, Tensor choice, Tensor limits, "
     "Tensor request, Tensor guidance, Tensor(a!) progress, Tensor forced, Tensor(b!) history, "
     "Tensor(c!) history_logprob, Tensor? allowed, int[] bounds, int[] delays, int[] pad_ids, int eos_id, "
-    "int eos_column, int tail) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "int eos_column, int tail) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -130,16 +141,8 @@ def _sample(logits: Tensor, *state: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
     return out
 
 
-def _sample_in_torch(
-    logits: Tensor, column_ids: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *tensors, bounds, delays, pad_ids, eos_id, eos_column, tail = rest
-    state = DecodeState(column_ids, bounds, delays, pad_ids, eos_id, eos_column, tail, *tensors)
-    return reference.multistream_sample(logits, state)
-
-
 LIBRARY.impl("multistream_sample", _sample, "CPU")
-LIBRARY.impl("multistream_sample", _sample_in_torch, "CUDA")
+LIBRARY.impl("multistream_sample", _sample, "CUDA")
 
 
 @torch.library.register_fake("speechlm_ext::multistream_sample", lib=LIBRARY)

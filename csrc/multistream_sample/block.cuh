@@ -1,0 +1,111 @@
+// Sums, maxima and prefix sums of a block's threads, and the shared memory that the kernel's steps use in turn.
+#pragma once
+
+#include "common/cuda.cuh"
+
+namespace speechlm {
+
+using Wide = unsigned long long;  // what atomic operations take
+
+constexpr int kSampleThreads = 256;
+constexpr int kSampleWarps = kSampleThreads / 32;
+constexpr int kMostListed = 1024;  // buckets of a histogram, and columns that are compared with each other
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+struct BlockMemory {
+  Wide amounts[kMostListed];
+  Wide ranks[kMostListed];
+  Wide warps[kSampleWarps];
+  Wide found, before;
+  unsigned count;
+  int place;
+  bool is_last;
+};
+
+__device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
+
+__device__ inline Wide warp_sum(Wide value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
+  return value;
+}
+
+// The sum of all threads' values, in every thread.
+__device__ inline Wide block_sum(BlockMemory& m, Wide value) {
+  value = warp_sum(value);
+  if (thread_index() % 32 == 0) m.warps[thread_index() / 32] = value;
+  __syncthreads();
+  Wide sum = 0;
+  for (int w = 0; w < kSampleWarps; ++w) sum += m.warps[w];
+  __syncthreads();
+  return sum;
+}
+
+__device__ inline Wide block_max(BlockMemory& m, Wide value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    const Wide other = __shfl_xor_sync(kFullWarp, value, step);
+    value = other > value ? other : value;
+  }
+  if (thread_index() % 32 == 0) m.warps[thread_index() / 32] = value;
+  __syncthreads();
+  for (int w = 0; w < kSampleWarps; ++w) value = m.warps[w] > value ? m.warps[w] : value;
+  __syncthreads();
+  return value;
+}
+
+// The sum of the values of this lane and those before it.
+__device__ inline Wide warp_prefix(Wide value) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Wide other = __shfl_up_sync(kFullWarp, value, step);
+    if (thread_index() % 32 >= step) value += other;
+  }
+  return value;
+}
+
+// The sum of the values of the threads before this one; `total` becomes that of all.
+__device__ inline Wide block_prefix(BlockMemory& m, Wide value, Wide& total) {
+  const Wide mine = warp_prefix(value);
+  if (thread_index() % 32 == 31) m.warps[thread_index() / 32] = mine;
+  __syncthreads();
+  Wide before = mine - value;
+  total = 0;
+  for (int w = 0; w < kSampleWarps; ++w) {
+    if (w < thread_index() / 32) before += m.warps[w];
+    total += m.warps[w];
+  }
+  __syncthreads();
+  return before;
+}
+
+// Adds to a histogram; slot -1: nothing. All lanes of a warp come here together: where they agree, one of them adds.
+__device__ inline void add_to(Wide* histogram, int slot, Wide amount) {
+  const int first = __shfl_sync(kFullWarp, slot, 0);
+  if (__all_sync(kFullWarp, slot == first)) {
+    const Wide sum = warp_sum(amount);
+    if (thread_index() % 32 == 0 && slot >= 0) atomicAdd(&histogram[slot], sum);
+  } else if (slot >= 0) {
+    atomicAdd(&histogram[slot], amount);
+  }
+}
+
+// The slot in which the sum of the slots from the first on reaches `target` (at least 1); `before` becomes the sum of
+// those before it. The histogram has kEach slots for each thread, and reaches the target.
+template <int kEach>
+__device__ inline int locate(BlockMemory& m, const Wide* histogram, Wide target, Wide& before) {
+  Wide mine = 0, total;
+  for (int i = 0; i < kEach; ++i) mine += histogram[thread_index() * kEach + i];
+  Wide sum = block_prefix(m, mine, total);
+  if (sum < target && target <= sum + mine) {
+    int slot = thread_index() * kEach;
+    while (sum + histogram[slot] < target) sum += histogram[slot++];
+    m.found = static_cast<Wide>(slot);
+    m.before = sum;
+  }
+  __syncthreads();
+  before = m.before;
+  return static_cast<int>(m.found);
+}
+
+}  // namespace speechlm

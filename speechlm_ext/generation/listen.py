@@ -1,0 +1,149 @@
+"""Recognition while the audio still arrives: partial results, chunk by chunk.
+
+Each chunk lengthens the recording; its tokens are the prompt's condition, which grows at its end. What the prompts have
+in common stays in the key/value cache, so a chunk costs the reading of its own frames and of the few before it that
+changed, and the decoding of the text. A partial result may change in its last words; ``stable`` is what two partial
+results in a row agree on (LocalAgreement, Liu et al. 2020, "Low-latency sequence-to-sequence speech recognition").
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from speechlm_ext.audio import check_wave
+from speechlm_ext.errors import GenerationError
+from speechlm_ext.generation.prompt import build_prompt, find_task
+from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
+from speechlm_ext.generation.run import result_of
+from speechlm_ext.generation.session import Session
+
+if TYPE_CHECKING:
+    from speechlm_ext.model.speechlm import SpeechLM
+
+
+@dataclass(frozen=True)
+class PartialText:
+    """What was understood so far."""
+
+    text: str
+    """Of all the audio so far; its end may still change."""
+    stable: str
+    """The beginning that this and the partial result before agree on, in whole words. It only grows: a word is never
+    taken back, even if later audio speaks against it."""
+    seconds: float
+    """Seconds of audio so far."""
+
+
+class Listener:
+    """Transcribes audio as it comes.
+
+        listener = model.listen("asr", chunk_seconds=1.0)
+        for samples in microphone:              # float32 at listener.sample_rate
+            for partial in listener.push(samples):
+                print(partial.text)
+        print(listener.finish().text)
+
+    Args:
+        model: with tokenizers, in eval mode.
+        task: a trained task from one recording to text.
+        chunk_seconds: audio between two partial results, above 0.
+        settings: of the text; default greedy.
+
+    Raises:
+        GenerationError: no such task, or one that takes or gives something else.
+    """
+
+    def __init__(
+        self, model: SpeechLM, task: str, chunk_seconds: float = 1.0, settings: SamplingSettings | None = None
+    ) -> None:
+        if model.tokenizers is None:
+            raise GenerationError(
+                "listening needs a model with tokenizers; load a model folder that contains tokenizers/."
+            )
+        if not 0 < chunk_seconds < float("inf"):
+            raise GenerationError(f"chunk_seconds must be above 0, got {chunk_seconds}.")
+        self.settings = settings or SamplingSettings()
+        if self.settings.guidance != 1.0 or self.settings.best_of != 1 or self.settings.beam_size != 1:
+            raise GenerationError("listening takes no guidance, best_of or beam_size; leave them out.")
+        self.model, self.tokenizers = model, model.tokenizers
+        self.template = find_task(GenerationRequest("audio", task), model.tasks)
+        (*conditions,), (*targets,) = self.template.conditions, self.template.targets
+        if [e.field for e in conditions] != ["audio"] or [t.modality for t in targets] != ["text_bpe"]:
+            raise GenerationError(
+                f"task {self.template.name} does not turn one recording into text; listening needs one that does."
+            )
+        name = "ssl" if conditions[0].modality == "ssl" else "codec"
+        self.sample_rate = int(getattr(self.tokenizers, name).sample_rate)
+        """Hz of the samples that :meth:`push` takes."""
+        self._chunk = max(1, round(chunk_seconds * self.sample_rate))
+        self._session = Session(model)
+        self._wave = np.empty(0, dtype=np.float32)
+        self._heard, self._last, self._stable = 0, "", ""
+
+    def push(self, samples: np.ndarray) -> list[PartialText]:
+        """Take in audio; returns a partial result for each chunk that became whole.
+
+        Args:
+            samples: float ``[n]`` in [-1, 1] at ``sample_rate``, any number of them.
+
+        Raises:
+            AudioError: not such samples. GenerationError: the context cannot hold more audio.
+        """
+        samples = np.asarray(samples)
+        if samples.size == 0:
+            return []
+        self._wave = np.concatenate([self._wave, check_wave(samples, "samples pushed to a listener")])
+        out = []
+        while len(self._wave) - self._heard >= self._chunk:
+            self._heard += self._chunk
+            out.append(self._partial(self._wave[: self._heard]))
+        return out
+
+    def finish(self) -> GenerationResult:
+        """The result of the whole recording: that of the same request to ``generate``. The listener starts anew.
+
+        Raises:
+            GenerationError: nothing was pushed, or the context cannot hold it.
+        """
+        if len(self._wave) == 0:
+            raise GenerationError("nothing was heard: push audio before finish.")
+        wave = self._wave
+        self._wave, self._heard, self._last, self._stable = wave[:0], 0, "", ""
+        return self._understand(wave)
+
+    def _partial(self, wave: np.ndarray) -> PartialText:
+        text = self._understand(wave).text or ""
+        agreed = _common_words(self._last, text)
+        if agreed.split()[: len(self._stable.split())] == self._stable.split():
+            self._stable = agreed
+        self._last = text
+        return PartialText(text, self._stable, len(wave) / self.sample_rate)
+
+    def _understand(self, wave: np.ndarray) -> GenerationResult:
+        begun = time.perf_counter()
+        request = GenerationRequest(
+            "audio", self.template.name, audio=wave, audio_rate=self.sample_rate, settings=self.settings
+        )
+        prompt = build_prompt(
+            request, self.template, self.model.layout, self.tokenizers, self.model.max_positions
+        )
+        decoded = self._session.decode(prompt)
+        if decoded.error is not None:
+            raise GenerationError(decoded.error)
+        result = result_of(request, prompt, decoded, 0.0, self.model)
+        return replace(result, seconds=time.perf_counter() - begun)
+
+
+def _common_words(first: str, second: str) -> str:
+    """The whole words at the beginning that two texts share, as the second one has them."""
+    count, at = 0, 0
+    for a, b in zip(first.split(), second.split(), strict=False):
+        if a != b:
+            break
+        at = second.index(b, at) + len(b)
+        count += 1
+    return second[:at] if count else ""
