@@ -36,10 +36,10 @@ def few(request):
 
 @pytest.mark.parametrize("kind", LOGITS)
 def test_rollouts(device, kind, few):
-    @settings(max_examples=2 if few else 8, **COMMON)
+    @settings(max_examples=3 if few else 12, **COMMON)
     @given(seed=st.integers(0, 2**30), dtype=st.sampled_from(DTYPES), widths=WIDTHS)
     def check(seed, dtype, widths):
-        roll(random_case(seed, kind, dtype, widths[: 3 if few else 12]), device, steps=5 if few else 30)
+        roll(random_case(seed, kind, dtype, widths[: 4 if few else 12]), device, steps=8 if few else 30)
 
     check()
 
