@@ -7,6 +7,7 @@ from speechlm_ext.generation.chat import Chat
 from speechlm_ext.generation.listen import Listener, PartialText
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
 from speechlm_ext.generation.run import generate
+from speechlm_ext.generation.stream import StreamChunk
 
 __all__ = [
     "Chat",
@@ -15,5 +16,6 @@ __all__ = [
     "Listener",
     "PartialText",
     "SamplingSettings",
+    "StreamChunk",
     "generate",
 ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from speechlm_ext.audio import write_wav
 from speechlm_ext.errors import ConfigError, GenerationError
+from speechlm_ext.generation.cli_stream import STDOUT, run_stream
 from speechlm_ext.generation.prompt import find_task
 from speechlm_ext.generation.records import ResultsFolder
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
@@ -38,7 +39,12 @@ class GenerateConfig:
     lang: str | None = None
     """Language code, kept in the record."""
     output: Path | None = None
-    """Where the result goes: a wav file for speech; text is printed and also written here if given."""
+    """Where the result goes: a wav file for speech; text is printed and also written here if given. With ``stream``,
+    ``-`` sends raw 16-bit samples to standard output."""
+    stream: bool = False
+    """Write the sound or text of one request while it is made: the wav file grows and is valid at every moment."""
+    chunk_frames: int = 1
+    """With ``stream``: fewest frames that are written at a time."""
     requests: Path | None = None
     """JSONL file of requests: id, task, text, audio, speaker_prompt, lang and any sampling setting.
     Audio paths are relative to the file."""
@@ -91,6 +97,10 @@ class GenerateConfig:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}.")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}.")
+        if self.stream and self.requests is not None:
+            raise ConfigError("stream is for one request; leave it out, or give task instead of requests.")
+        if self.output == STDOUT and not self.stream:
+            raise ConfigError("output - (standard output) goes with stream; add --stream, or name a file.")
         if self.requests is None:
             if self.task is None:
                 raise ConfigError("give a task (for one request) or requests (a JSONL file).")
@@ -137,6 +147,8 @@ def run_generate(cfg: GenerateConfig) -> int:
     template = find_task(request, model.tasks)
     if template.targets[-1].modality.startswith("codec") and cfg.output is None:
         raise ConfigError(f"task {cfg.task!r} makes speech; say where to write it with -o out.wav.")
+    if cfg.stream:
+        return run_stream(model, request, cfg.output, cfg.chunk_frames)
     _write_one(generate(model, [request])[0], cfg.output)
     return 0
 

@@ -240,6 +240,22 @@ class Engine:
             self._used_by[modalities] = self._head.used_by(self._columns.ranges_of(modalities))
         return self._used_by[modalities]
 
+    @torch.inference_mode()
+    def rows(self, key: Any, first: int = 0) -> np.ndarray:
+        """The rows of a request so far, without its prompt's and from row ``first`` on; waits for a GPU.
+
+        Returns:
+            int64 ``[R, S]``, a copy.
+
+        Raises:
+            GenerationError: no such request is being decoded.
+        """
+        state = self._require_state()
+        for number, slot in enumerate(self.active):
+            if slot.work.key == key and slot.leader is None:
+                return state.history[number, first : int(state.progress[number, 2])].cpu().numpy().copy()
+        raise GenerationError(f"request {key!r} is not being decoded.")
+
     # ---- out ----------------------------------------------------------------------------------------------------
     @torch.inference_mode()
     def collect(self) -> list[tuple[Work, Decoded]]:
@@ -264,7 +280,8 @@ class Engine:
     def cancel(self, key: Any) -> None:
         """Forget a request at once; its slot is free. Unknown keys are ignored."""
         numbers = [number for number, slot in enumerate(self.active) if slot.work.key == key]
-        self._remove(numbers, [False] * len(numbers))
+        if numbers:
+            self._remove(numbers, [False] * len(numbers))
 
     def _remove(self, numbers: Sequence[int], failed: Sequence[bool]) -> None:
         state = self._require_state()

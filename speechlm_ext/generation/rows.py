@@ -103,6 +103,68 @@ def forced_rows(prompt: Prompt, content_TS: np.ndarray, layout: TokenLayout) -> 
     return delayed_rows(frames, len(frames), layout)[len(prompt.frames_PS) + min(layout.delays) :]
 
 
+class FrameReader:
+    """Undelays a request's rows as they come: frames of its last target, each when all streams with content have it.
+
+    Args:
+        prompt: its own rows count as read; a given beginning is part of the target.
+    """
+
+    def __init__(self, prompt: Prompt, layout: TokenLayout) -> None:
+        self._prompt, self._layout = prompt, layout
+        self._rows_RS = prefix_rows(prompt.frames_PS, layout)
+        self._num_prefix = len(self._rows_RS)
+        #: Frame 0 of the segment, in frames of the sequence; and the next frame of the segment to be given out.
+        self._first, self._next = len(prompt.frames_PS) - prompt.num_given, 0
+        self._segment = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows read, the prompt's included."""
+        return len(self._rows_RS)
+
+    @property
+    def num_new_rows(self) -> int:
+        """Rows read behind the prompt's."""
+        return len(self._rows_RS) - self._num_prefix
+
+    @property
+    def _delays(self) -> list[tuple[int, int]]:
+        """(stream, delay) of those in which the segment has content."""
+        ranges = self._layout.content_ranges(self._prompt.segments[self._segment].modality)
+        return [(s, d) for s, d in enumerate(self._layout.delays) if ranges[s] is not None]
+
+    def rows_until(self, count: int) -> int:
+        """Rows that must still be read, at least, until there are ``count`` more frames."""
+        slowest = max(delay for _, delay in self._delays)
+        return self._first + self._next + count + slowest - self.num_rows
+
+    def push(self, new_RS: np.ndarray) -> np.ndarray:
+        """Read the next rows int64 ``[R, S]``; returns the frames that are whole now, int64 ``[T, S]``."""
+        self._rows_RS = np.concatenate([self._rows_RS, new_RS])
+        while True:
+            in_stream0 = self._rows_RS[self._first + self._layout.delays[0] :, 0]
+            ends = np.flatnonzero(in_stream0 == self._layout.sos_eos_id)
+            if not len(ends) or self._segment + 1 == len(self._prompt.segments):
+                break
+            self._first += int(ends[0]) + self._layout.max_delay + 2
+            self._segment += 1
+        frames_TS = np.full((0, self._layout.num_streams), self._layout.pad_id, dtype=np.int64)
+        if self._segment + 1 < len(self._prompt.segments):
+            return frames_TS
+        whole = 1 - self.rows_until(1) + self._next
+        stop = min(whole, int(ends[0])) if len(ends) else whole
+        if stop <= self._next:
+            return frames_TS
+        frames_TS = np.full(
+            (stop - self._next, self._layout.num_streams), self._layout.pad_id, dtype=np.int64
+        )
+        for s, delay in self._delays:
+            frames_TS[:, s] = self._rows_RS[self._first + self._next + delay : self._first + stop + delay, s]
+        self._next = stop
+        return frames_TS
+
+
 def read_decoded(
     prompt: Prompt,
     forced_RS: np.ndarray,

@@ -57,8 +57,7 @@ def generate(
     """
     if batch_size < 1:
         raise GenerationError(f"batch_size must be at least 1, got {batch_size}.")
-    if model.tokenizers is None:
-        raise GenerationError("the model has no tokenizers; load a model folder that contains tokenizers/.")
+    require_tokenizers(model)
     results: list[GenerationResult | None] = [None] * len(requests)
     # A request with best_of is served as so many requests; the last of them to end picks the best.
     tries = [(index, one) for index, request in enumerate(requests) for one in best_of.variants(request)]
@@ -84,7 +83,7 @@ def generate(
         for first in range(0, len(tries), WINDOW * batch_size):
             window = []
             for number in range(first, min(first + WINDOW * batch_size, len(tries))):
-                prompt = _prepare(tries[number][1], model)
+                prompt = prepare(tries[number][1], model)
                 if isinstance(prompt, Prompt):
                     window.append(Work(number, prompt))
                 else:
@@ -122,7 +121,13 @@ def _searched(prompt: Prompt, model: SpeechLM) -> Decoded:
         return failed(prompt, str(error), model.layout)
 
 
-def _prepare(request: GenerationRequest, model: SpeechLM) -> Prompt | GenerationResult:
+def require_tokenizers(model: SpeechLM) -> None:
+    """Raises :class:`GenerationError` for a model that cannot read requests."""
+    if model.tokenizers is None:
+        raise GenerationError("the model has no tokenizers; load a model folder that contains tokenizers/.")
+
+
+def prepare(request: GenerationRequest, model: SpeechLM) -> Prompt | GenerationResult:
     """Build a request's prompt, or say in a result why it cannot be served."""
     assert model.tokenizers is not None
     try:

@@ -10,7 +10,7 @@ Axes: N packed positions, B batch, T frames, S streams, D hidden, V vocabulary, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -231,6 +231,19 @@ class SpeechLM(nn.Module):
         from speechlm_ext.generation import generate
 
         return generate(self, requests, batch_size=batch_size)
+
+    def stream(self, request: Any = None, *, chunk_frames: int = 1, **fields: Any) -> Iterator[Any]:
+        """Serve one request while it is decoded, as :class:`speechlm_ext.generation.StreamChunk` s; see
+        :func:`speechlm_ext.generation.stream`.
+
+        Args:
+            request: a :class:`speechlm_ext.generation.GenerationRequest`, or None and its fields and sampling settings
+                as keywords: ``model.stream(task="tts", text="one two", seed=3)``.
+            chunk_frames: fewest frames of a chunk.
+        """
+        from speechlm_ext.generation.stream import request_of, stream
+
+        return stream(self, request_of(request, fields), chunk_frames)
 
     def chat(self, task: str) -> Chat:
         """A dialogue that opens with ``task``'s token; see :class:`speechlm_ext.generation.Chat`."""

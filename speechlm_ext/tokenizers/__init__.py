@@ -19,6 +19,7 @@ from speechlm_ext.tokenizers.base import Tokenizer, load_tokenizer, register_tok
 from speechlm_ext.tokenizers.encoder_kmeans import EncoderKMeans, EncoderKMeansConfig
 from speechlm_ext.tokenizers.rvq import RVQConfig, RVQKMeansCodec
 from speechlm_ext.tokenizers.ssl_kmeans import MFCCKMeans, SSLConfig
+from speechlm_ext.tokenizers.streaming import OverlapDecoder, StreamDecoder, stream_decoder
 from speechlm_ext.tokenizers.text import HuggingFaceText, SentencePieceText, TextConfig
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "EncoderKMeansConfig",
     "HuggingFaceText",
     "MFCCKMeans",
+    "OverlapDecoder",
     "RVQConfig",
     "RVQKMeansCodec",
     "SSLConfig",
     "SentencePieceText",
+    "StreamDecoder",
     "TextConfig",
     "Tokenizer",
     "TokenizerSet",
@@ -140,6 +143,10 @@ class TokenizerSet:
     def decode_codec(self, codes: np.ndarray) -> np.ndarray:
         """Waveform of codec codes ``[T, num_codebooks]``. Raises :class:`TokenizerError`."""
         return self._require("codec").decode(codes)
+
+    def stream_codec(self) -> StreamDecoder:
+        """A decoder for codec codes that arrive bit by bit. Raises :class:`TokenizerError`: the codec has none."""
+        return stream_decoder(self._require("codec"))
 
     def _require(self, slot: str) -> Any:
         if getattr(self, slot) is None:

@@ -7,7 +7,8 @@ The floor is high on purpose: detail far below the speech level is inaudible, ye
 much as the speech does and would take most of the codes.
 
 Inversion: bands → magnitudes with the pseudo-inverse of the filterbank and a few multiplicative least-squares
-steps that keep them positive, then fast Griffin-Lim (Perraudin, Balazs and Søndergaard, 2013) for the phase.
+steps that keep them positive, then fast Griffin-Lim (Perraudin, Balazs and Søndergaard, 2013) for the phase: here over
+the whole utterance, in ``online_phase`` block by block.
 
 Frames: a waveform of ``n`` samples has ``ceil(n / hop)`` frames; frame ``i`` is centred on sample ``i *
 hop``.

@@ -3,7 +3,7 @@
 ``frames_per_token`` consecutive 10 ms log-mel frames make one token frame (2: 50 Hz, 4: 25 Hz). Stage ``s``
 quantises what stages ``0..s-1`` left over, with its own codebook. Encoding keeps the ``beam`` best partial
 codes instead of the single best, which lowers the error by about an eighth at no cost in decoding. Decoding
-sums the chosen centroids and turns the mel frames into sound (:mod:`speechlm_ext.tokenizers.mel`).
+sums the chosen centroids and turns the mel frames into sound as they come (:mod:`speechlm_ext.tokenizers.rvq_stream`).
 
 Frames: a waveform of ``n`` samples has ``ceil(n / (hop * frames_per_token))`` frames and decodes to that many
 times ``hop * frames_per_token`` samples; the end of the last frame is silence that was not in the input.
@@ -27,6 +27,7 @@ from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.tokenizers import base
 from speechlm_ext.tokenizers.kmeans import fit
 from speechlm_ext.tokenizers.mel import MelConfig, MelSpectrogram, one_thread
+from speechlm_ext.tokenizers.rvq_stream import RVQStreamDecoder
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,32 @@ class RVQKMeansCodec:
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Waveform of codes ``[T, num_codebooks]``: float32 ``[T * frame_samples]`` in [-1, 1].
 
+        The same bits as :meth:`stream_decoder` gives, whatever the codes were pushed in.
+
         Raises:
             TokenizerError: not such codes.
         """
+        decoder = self.stream_decoder()
+        return np.concatenate([decoder.push(ids), decoder.flush()])
+
+    def stream_decoder(self) -> RVQStreamDecoder:
+        """A decoder for codes that arrive bit by bit."""
+        return RVQStreamDecoder(self)
+
+    def decode_whole(self, ids: np.ndarray) -> np.ndarray:
+        """The waveform by Griffin-Lim over the whole utterance, which needs all codes at once; shape and errors as
+        :meth:`decode`."""
         codes_TS = base.check_ids(ids, self.vocab_sizes, "codec codes")
         if len(codes_TS) == 0:
             return np.zeros(0, np.float32)
         c = self.config
-        log_mel_TM = self.log_mel(codes_TS)
         return self._mel.decode(
-            log_mel_TM, iterations=c.griffin_lim_iterations, momentum=c.griffin_lim_momentum
+            self.log_mel(codes_TS), iterations=c.griffin_lim_iterations, momentum=c.griffin_lim_momentum
         )
+
+    def magnitude(self, codes_TS: np.ndarray) -> torch.Tensor:
+        """STFT magnitudes ``[T * frames_per_token, n_fft / 2 + 1]`` that the codes stand for."""
+        return self._mel.magnitude(self.log_mel(codes_TS))
 
     def log_mel(self, codes_TS: np.ndarray) -> torch.Tensor:
         """Log-mel ``[T * frames_per_token, num_mels]`` that the codes stand for, before phase."""
