@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,15 @@ class TokenLayout:
             special=tuple(sorted(special.items(), key=lambda item: item[1])),
             tokenizers=tuple(sorted((tokenizers or {}).items())),
         )
+
+    def with_delays(self, delays: Sequence[int]) -> TokenLayout:
+        """The same ids under other delays: another stream layout. Raises :class:`LayoutError` for another number."""
+        if len(delays) != self.num_streams:
+            raise LayoutError(
+                f"layout {self} has {self.num_streams} streams, so it takes as many delays; got {list(delays)}."
+            )
+        pairs = zip(self.streams, delays, strict=True)
+        return replace(self, streams=tuple(replace(stream, delay=int(d)) for stream, d in pairs))
 
     # ---- what code asks of it -----------------------------------------------------------------------------------
     @property

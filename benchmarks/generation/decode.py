@@ -67,7 +67,7 @@ def watched(model: SpeechLM, engine: Engine, clock: Clock) -> Iterator[None]:
     """Time the backbone and the head inside."""
     backbone, head = model.backbone.forward, engine._head
     model.backbone.forward, engine._head = clock.wrap(backbone), clock.wrap(head)
-    engine._head.used_by = head.used_by
+    engine._head.used_by, engine._head.streams = head.used_by, head.streams
     try:
         yield
     finally:

@@ -80,6 +80,8 @@ class ScriptedModel(torch.nn.Module):
     ``bias`` maps (id, row) to an addition, or to NaN; rows are those of the token that is chosen.
     """
 
+    frame = None
+
     def __init__(self, layout: TokenLayout, bias: dict | None = None) -> None:
         super().__init__()
         self.layout, self.bias = layout, bias or {}

@@ -73,7 +73,7 @@ class PackLoader:
             raise ConfigError(f"rank must be in [0, world), got rank {rank} of {world}.")
         if num_workers < 0:
             raise ConfigError(f"num_workers must be >= 0, got {num_workers}.")
-        self.corpus = open_tokens(tokens if tokens is not None else cfg.tokens)
+        self.corpus = open_tokens(tokens if tokens is not None else cfg.tokens, cfg.delays)
         self.layout: TokenLayout = self.corpus.layout
         self.samples: SampleTable = build_samples(self.corpus, cfg)
         self.plan = PackPlan(self.samples, cfg.seed, cfg.budget, overlong=cfg.overlong)
@@ -127,7 +127,7 @@ class PackLoader:
     def fingerprint(self) -> str:
         """sha256 over all that decides which samples stand in which pack; where the folders lie does not matter."""
         settings = asdict(self.cfg)
-        for name in ("tokens", "loss", "task_file"):
+        for name in ("tokens", "loss", "task_file", "delays"):  # the layout has the delays
             del settings[name]
         content = {
             "layout": self.layout.sha256,

@@ -86,7 +86,7 @@ def run_plan(cfg: PlanReportConfig) -> PlanReport:
     Raises:
         SpeechLMError: data or settings with which training cannot work.
     """
-    report = make_report(open_tokens(cfg.data.tokens), cfg.data, cfg.model)
+    report = make_report(open_tokens(cfg.data.tokens, cfg.data.delays), cfg.data, cfg.model)
     print(json.dumps(asdict(report), indent=2) if cfg.json else format_report(report))
     return report
 

@@ -9,6 +9,7 @@ arrays per column, of 16 bits where the vocabulary allows it: about 1 MB for 10 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -394,10 +395,21 @@ def _merge(indices: np.ndarray, names: Sequence[str], known: list[str]) -> np.nd
 Tokens = str | Path | TokenFolder | TokenCorpus | Sequence[str | Path | TokenFolder]
 
 
-def open_tokens(tokens: Tokens) -> TokenCorpus:
-    """Open token folders given in any form. Raises :class:`ShardError` or :class:`LayoutMismatchError`."""
-    if isinstance(tokens, TokenCorpus):
-        return tokens
-    if isinstance(tokens, (str, Path, TokenFolder)):
-        tokens = [tokens]
-    return TokenCorpus([t if isinstance(t, TokenFolder) else TokenFolder.open(t) for t in tokens])
+def open_tokens(tokens: Tokens, delays: Sequence[int] | None = None) -> TokenCorpus:
+    """Open token folders given in any form.
+
+    Args:
+        delays: of each stream, instead of those in the folders' layout. What is stored is not delayed, so the same
+            folders serve every stream layout.
+
+    Raises:
+        ShardError, LayoutMismatchError: the folders cannot be used. LayoutError: another number of delays than streams.
+    """
+    if not isinstance(tokens, TokenCorpus):
+        if isinstance(tokens, (str, Path, TokenFolder)):
+            tokens = [tokens]
+        tokens = TokenCorpus([t if isinstance(t, TokenFolder) else TokenFolder.open(t) for t in tokens])
+    if delays is not None and tuple(delays) != tokens.layout.delays:
+        tokens = copy.copy(tokens)
+        tokens.layout = tokens.layout.with_delays(delays)
+    return tokens

@@ -62,7 +62,7 @@ def perplexity(
     """Perplexity of each task's targets.
 
     Args:
-        model: its layout must be that of the tokens.
+        model: its layout must be that of the tokens, delays aside: those are the model's.
         tokens: held-out token folders.
         tasks: names of tasks; default those that the model was trained for and that have data here.
         limit: only the first so many samples of each task.
@@ -81,6 +81,8 @@ def perplexity(
     from speechlm_ext.errors import PlanError
 
     corpus = open_tokens(tokens)
+    if corpus.layout.num_streams == model.layout.num_streams:
+        corpus = open_tokens(corpus, model.layout.delays)
     if model.layout.sha256 != corpus.layout.sha256:
         raise LayoutMismatchError(
             f"the model has layout {model.layout} but the tokens {corpus.layout}: "

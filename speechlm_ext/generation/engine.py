@@ -2,8 +2,10 @@
 
 Active requests stand side by side in slots ``0`` to ``n - 1`` of one sampler state and one key/value cache, so a step
 is one forward of n rows, one product for all streams' logits, and one call of the sampler, which also walks every
-request's state machine. A request that ends gives its slot to the last one, and a new one can take the place behind at
-once: its prompt is prefilled, packed with that of others, up to its last row, the one that the next step feeds.
+request's state machine. With a frame transformer the streams of a row come one after the other: behind the forward
+stand a product and a call of the sampler for each, and a small forward before each but the first, which reads what the
+stream before it said. A request that ends gives its slot to the last one, and a new one can take the place behind at once: its
+prompt is prefilled, packed with that of others, up to its last row, the one that the next step feeds.
 
 The form of rows is told in ``rows.py``. Axes: n active requests, S streams, R rows, P prompt frames.
 """
@@ -19,7 +21,7 @@ import torch
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import state as states
-from speechlm_ext.generation.graphs import StepGraphs
+from speechlm_ext.generation.graphs import Calls, StepGraphs
 from speechlm_ext.generation.prompt import Prompt
 from speechlm_ext.generation.rows import Decoded, forced_rows, given_rows, prefix_rows, read_decoded
 from speechlm_ext.ops.decode_state import DecodeState
@@ -76,8 +78,9 @@ class Engine:
         self.steps = 0
         self._columns = states.Columns(self.layout, [])
         self._state: DecodeState | None = None
-        self._used_by: dict[frozenset[str], list[bool]] = {}
+        self._calls_for: dict[frozenset[str], Calls] = {}
         self._cache = model.new_cache(num_slots, 64)
+        self._frame_cache = model.new_frame_cache(num_slots) if model.frame is not None else None
         self._row_BS = torch.zeros(num_slots, self.layout.num_streams, dtype=torch.int64, device=self.device)
 
     @property
@@ -138,7 +141,7 @@ class Engine:
         modalities = self._columns.modalities.union(*(slot.modalities for slot in new))
         if modalities != self._columns.modalities:
             self._columns = states.Columns(self.layout, modalities)
-            self._head, self._used_by = self.model.scope_head(self._columns.ranges), {}
+            self._head, self._calls_for = self.model.scope_head(self._columns.ranges), {}
             fresh = states.new_state(
                 [slot.work.prompt for slot in self.active],
                 self._columns,
@@ -222,23 +225,44 @@ class Engine:
         """
         self.steps += 1
         if self._graphs is None:
-            return self._step(len(self.active), None, self._used())
-        return self._graphs.step(len(self.active), self._used())
+            return self._step(len(self.active), None, self._calls())
+        return self._graphs.step(len(self.active), self._calls())
 
-    def _step(self, n: int, num_keys: int | None, used: list[bool] | None) -> SampledStep:
+    def _step(self, n: int, num_keys: int | None, calls: Calls) -> SampledStep:
         """The work of a step for the first n slots: nothing in it waits for a GPU."""
         hidden_nD = self.model.step_hidden(self._row_BS[:n], self._cache, num_keys)
-        logits_nC = self._head(hidden_nD, used)
-        sampled = multistream_sample(logits_nC, states.slots(self._require_state(), n))
+        state = states.slots(self._require_state(), n)
+        logits_nC = self._head(hidden_nD, calls[0])
+        if len(calls) == 1:
+            sampled = multistream_sample(logits_nC, state)
+        else:
+            sampled = multistream_sample(logits_nC, state, streams=(0, 1))
+            for s in range(1, len(calls)):
+                token_n = sampled.tokens[:, s - 1]
+                stream_nD = self.model.stream_hidden(hidden_nD, token_n, s, self._frame_cache)
+                logits_nC = self._head(stream_nD, calls[s])
+                # The last call also takes the streams in which nobody has content: fill.
+                last = s + 1 if s + 1 < len(calls) else state.num_streams
+                sampled = multistream_sample(logits_nC, state, streams=(s, last), partial=sampled)
         self._row_BS[:n] = sampled.tokens
         return sampled
 
-    def _used(self) -> list[bool]:
-        """Which products of the head an active request reads."""
+    def _calls(self) -> Calls:
+        """The calls of the head that active requests need, and which of its products each of them reads."""
         modalities = frozenset[str]().union(*(slot.modalities for slot in self.active))
-        if modalities not in self._used_by:
-            self._used_by[modalities] = self._head.used_by(self._columns.ranges_of(modalities))
-        return self._used_by[modalities]
+        if modalities not in self._calls_for:
+            ranges = self._columns.ranges_of(modalities)
+            used = self._head.used_by(ranges)
+            if self._frame_cache is None:
+                self._calls_for[modalities] = (None if used is None else tuple(used),)
+            else:
+                # Streams behind the last one with content, all but the first for text, are not computed.
+                count = max(s for s, parts in enumerate(ranges) if parts) + 1
+                self._calls_for[modalities] = tuple(
+                    tuple(u and of == s for u, of in zip(used, self._head.streams, strict=True))
+                    for s in range(count)
+                )
+        return self._calls_for[modalities]
 
     @torch.inference_mode()
     def rows(self, key: Any, first: int = 0) -> np.ndarray:

@@ -1,10 +1,10 @@
 """CUDA graphs of the decode step: one launch instead of hundreds, for every size that comes up.
 
-A graph is captured for a number of slots, a number of keys and the products of the head that are read. Slots are
-rounded up to a power of two and keys to a multiple of 256, so that few graphs serve all batches: a slot without a
-request is fill for the sampler, and keys behind a request's rows are masked out. A size is first run without a graph,
-which lets the libraries set themselves up, and captured when it comes again. Random numbers follow the rows that are
-counted on the device, so each replay draws new ones.
+A graph is captured for a number of slots, a number of keys, and the streams and products of the head that are read.
+Slots are rounded up to a power of two and keys to a multiple of 256, so that few graphs serve all batches: a slot
+without a request is fill for the sampler, and keys behind a request's rows are masked out. A size is first run without
+a graph, which lets the libraries set themselves up, and captured when it comes again. Random numbers follow the rows
+that are counted on the device, so each replay draws new ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from speechlm_ext.generation.engine import Engine
 
 KEYS = 256
-Size = tuple[int, int, tuple[bool, ...]]
+#: For each call of the head in a step, the products that are read (None: all). A model with a frame transformer calls
+#: it once for each stream that is sampled, others once for all.
+Calls = tuple[tuple[bool, ...] | None, ...]
+Size = tuple[int, int, Calls]
 
 
 class StepGraphs:
@@ -35,7 +38,7 @@ class StepGraphs:
         """Drop all graphs: the memory that they work on was replaced."""
         self._graphs.clear()
 
-    def step(self, num_active: int, used: list[bool] | None) -> SampledStep:
+    def step(self, num_active: int, calls: Calls) -> SampledStep:
         """A step for ``num_active`` requests and what fills the slots up."""
         engine, cache = self.engine, self.engine._cache
         n = min(1 << (num_active - 1).bit_length(), engine.num_slots)
@@ -44,14 +47,14 @@ class StepGraphs:
         if cache.num_rows != self._rows:
             self._rows = cache.num_rows
             self.forget()
-        size = n, num_keys, tuple(used or ())
+        size = n, num_keys, calls
         if engine.device.type != "cuda" or size not in self._seen:
             self._seen.add(size)
-            return engine._step(n, num_keys, used)
+            return engine._step(n, num_keys, calls)
         if size not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = engine._step(n, num_keys, used)
+                out = engine._step(n, num_keys, calls)
             self._graphs[size] = graph, out
         else:
             cache.count_step(n)

@@ -1,7 +1,7 @@
 """The speech language model: any causal LM as backbone, summed stream embeddings, one shared head."""
 
-from speechlm_ext.model.config import LossSettings, ModelConfig
+from speechlm_ext.model.config import FrameTransformerConfig, LossSettings, ModelConfig
 from speechlm_ext.model.embedding import MultiStreamEmbedding
 from speechlm_ext.model.speechlm import SpeechLM
 
-__all__ = ["LossSettings", "ModelConfig", "MultiStreamEmbedding", "SpeechLM"]
+__all__ = ["FrameTransformerConfig", "LossSettings", "ModelConfig", "MultiStreamEmbedding", "SpeechLM"]

@@ -42,6 +42,31 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
+class FrameTransformerConfig:
+    """The small transformer inside a frame, which makes the stream layout multi-scale; see ``model/frame.py``."""
+
+    hidden_size: int = 128
+    """Its width."""
+    num_layers: int = 2
+    """Its layers."""
+    num_heads: int = 4
+    """Its attention heads."""
+    ffn_size: int = 384
+    """Width inside its feed-forward part."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "ffn_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"frame_transformer.{name} must be an integer of at least 1, got {value!r}.")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ConfigError(
+                f"frame_transformer.hidden_size {self.hidden_size} must be a multiple of twice num_heads "
+                f"{self.num_heads}: rotary positions turn pairs of a head's values."
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A SpeechLM without its weights and its token layout."""
 
@@ -55,6 +80,9 @@ class ModelConfig:
     """Whether the head shares the embedding table."""
     heads: Literal["shared", "separate"] = "shared"
     """``shared``: one output table for all streams. ``separate``: every stream has output rows of its own."""
+    frame_transformer: FrameTransformerConfig | None = None
+    """None: a frame's streams are predicted side by side (layouts ``delay`` and ``parallel``). Settings: one after the
+    other, by a small transformer (layout ``multi-scale``), which needs delays of 0."""
 
     def __post_init__(self) -> None:
         if self.heads not in ("shared", "separate"):
@@ -97,7 +125,15 @@ class ModelConfig:
                 )
                 for t in data["tasks"]
             )
-            return cls(data["backbone"], tasks, LossSettings(**data["loss"]), data["tie_head"], data["heads"])
+            frame = data.get("frame_transformer")  # older files have none
+            return cls(
+                data["backbone"],
+                tasks,
+                LossSettings(**data["loss"]),
+                data["tie_head"],
+                data["heads"],
+                None if frame is None else FrameTransformerConfig(**frame),
+            )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise

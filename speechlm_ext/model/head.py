@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.model.config import LossSettings
+from speechlm_ext.model.frame import Frames
+from speechlm_ext.model.frame_loss import frame_rows
 from speechlm_ext.ops import MultiStreamLoss, multistream_logprobs, multistream_loss, separate_head_rows
 from speechlm_ext.ops._multistream_loss_args import Heads, head_rows
 
@@ -86,37 +88,89 @@ class MultiStreamHead(nn.Module):
         targets_NS: Tensor,
         loss_weight_NS: Tensor,
         reduction: Literal["sum", "none"] = "sum",
+        frames: Frames | None = None,
     ) -> MultiStreamLoss:
-        """Weighted cross-entropy over all streams; see :func:`speechlm_ext.ops.multistream_loss`."""
-        return multistream_loss(
-            hidden_ND,
-            self.weight,
-            targets_NS,
-            loss_weight_NS,
-            scopes=self.scopes,
-            row_scope=self.row_scope(targets_NS, loss_weight_NS),
-            heads=self.heads,
-            stream_embed=self.stream_vectors(),
-            z_loss=self.settings.z_loss,
-            label_smoothing=self.settings.label_smoothing,
-            softcap=self.settings.softcap,
-            reduction=reduction,
-            recompute=self.settings.recompute,
-        )
+        """Weighted cross-entropy over all streams; see :func:`speechlm_ext.ops.multistream_loss`.
 
-    def logprobs(self, hidden_ND: Tensor, targets_NS: Tensor, mask_NS: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies; see :func:`speechlm_ext.ops.multistream_logprobs`."""
-        return multistream_logprobs(
-            hidden_ND,
+        Args:
+            hidden_ND: of all streams, or with ``frames`` of stream 0.
+            frames: hidden states of the other streams of a multi-scale model.
+        """
+        settings = self.settings
+        options = {
+            "z_loss": settings.z_loss,
+            "label_smoothing": settings.label_smoothing,
+            "softcap": settings.softcap,
+            "reduction": reduction,
+            "recompute": settings.recompute,
+        }
+        if frames is None:
+            return multistream_loss(
+                hidden_ND,
+                self.weight,
+                targets_NS,
+                loss_weight_NS,
+                scopes=self.scopes,
+                row_scope=self.row_scope(targets_NS, loss_weight_NS),
+                heads=self.heads,
+                stream_embed=self.stream_vectors(),
+                **options,
+            )
+        rows = frame_rows(self, hidden_ND, targets_NS, loss_weight_NS, frames)
+        out = multistream_loss(
+            rows.hidden_MD,
             self.weight,
-            targets_NS,
-            mask_NS,
-            scopes=self.scopes,
-            row_scope=self.row_scope(targets_NS, mask_NS),
-            heads=self.heads,
-            stream_embed=self.stream_vectors(),
+            rows.targets_MS,
+            rows.weight_MS,
+            scopes=rows.scopes,
+            row_scope=rows.kind_M,
+            **options,
+        )
+        return out if out.token_nll is None else out._replace(token_nll=rows.unroll(out.token_nll))
+
+    def logprobs(
+        self, hidden_ND: Tensor, targets_NS: Tensor, mask_NS: Tensor, frames: Frames | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies; see :func:`speechlm_ext.ops.multistream_logprobs`."""
+        if frames is None:
+            return multistream_logprobs(
+                hidden_ND,
+                self.weight,
+                targets_NS,
+                mask_NS,
+                scopes=self.scopes,
+                row_scope=self.row_scope(targets_NS, mask_NS),
+                heads=self.heads,
+                stream_embed=self.stream_vectors(),
+                softcap=self.settings.softcap,
+            )
+        rows = frame_rows(self, hidden_ND, targets_NS, mask_NS, frames)
+        logprobs_MS, entropy_MS = multistream_logprobs(
+            rows.hidden_MD,
+            self.weight,
+            rows.targets_MS,
+            rows.weight_MS,
+            scopes=rows.scopes,
+            row_scope=rows.kind_M,
             softcap=self.settings.softcap,
         )
+        return rows.unroll(logprobs_MS), rows.unroll(entropy_MS)
+
+    def places(self, targets_NS: Tensor) -> Tensor:
+        """The weight's rows of ids, int64 ``[N, S]``: the ids themselves for a shared head. An id that its stream has
+        no row for becomes -1."""
+        targets_NS = targets_NS.to(torch.int64)
+        if self.heads == "shared":
+            return targets_NS
+        columns = []
+        contents = self.scopes if self.contents is not None else [self.scopes]
+        for s, target_N in enumerate(targets_NS.unbind(1)):
+            place_N = torch.full_like(target_N, -1)
+            for start, end in {interval for scopes in contents for interval in scopes[s]}:
+                first = self.rows_of(s, start, end).start
+                place_N = torch.where((target_N >= start) & (target_N < end), target_N - start + first, place_N)
+            columns.append(place_N)
+        return torch.stack(columns, dim=1)
 
     def rows_of(self, stream: int, start: int, end: int) -> slice:
         """The weight's rows that give the logits of ids start to end - 1 in a stream.

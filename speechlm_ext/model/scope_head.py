@@ -23,17 +23,21 @@ class ScopeHead:
     Args:
         head: the model's.
         ranges: per stream the id ranges ``(start, end)``, ascending; none for a stream that is not sampled.
+        join: serve neighbouring streams with one product; not where their hidden states differ.
 
     Attributes:
         ids: per stream int64 ``[V_s]``, the id of each column.
         runs: ``(first column, first row of the weight, columns)`` of each product.
+        streams: the first stream that each product serves; without ``join`` the only one.
 
     Raises:
         ConfigError: a stream has no logits for some ids; see :meth:`MultiStreamHead.rows_of`.
     """
 
     @torch.no_grad()
-    def __init__(self, head: MultiStreamHead, ranges: Sequence[Sequence[tuple[int, int]]]) -> None:
+    def __init__(
+        self, head: MultiStreamHead, ranges: Sequence[Sequence[tuple[int, int]]], join: bool = True
+    ) -> None:
         self.head, device = head, head.weight.device
         self.ids = [
             torch.cat(
@@ -42,6 +46,7 @@ class ScopeHead:
             for parts in ranges
         ]
         self.runs: list[tuple[int, int, int]] = []
+        self.streams: list[int] = []
         parts, column = [], 0
         self._spans: list[list[tuple[int, int]]] = [list(stream) for stream in ranges]
         for s, stream in enumerate(ranges):
@@ -51,7 +56,7 @@ class ScopeHead:
                     parts.append(head.weight[rows] @ head.stream_embed[s - 1])
                 else:
                     parts.append(head.weight.new_zeros(end - start))
-                self._add(column, rows.start, end - start, joins=start == stream[0][0])
+                self._add(s, column, rows.start, end - start, joins=join and start == stream[0][0])
                 column += end - start
         self.num_columns = column
         self.bias_C = torch.cat([head.weight.new_zeros(0), *parts]).detach()
@@ -69,12 +74,14 @@ class ScopeHead:
                 column += end - start
         return [any(a < first + count and b > first for a, b in columns) for first, _, count in self.runs]
 
-    def _add(self, column: int, row: int, count: int, joins: bool) -> None:
+    def _add(self, stream: int, column: int, row: int, count: int, joins: bool) -> None:
         # Ranges of one stream belong to several modalities and are often not needed together.
         if joins and self.runs and self.runs[-1][1] + self.runs[-1][2] == row:
             column, row, before = self.runs.pop()
+            stream = self.streams.pop()
             count += before
         self.runs.append((column, row, count))
+        self.streams.append(stream)
 
     @torch.no_grad()
     def __call__(self, hidden_BD: Tensor, used: Sequence[bool] | None = None) -> Tensor:
@@ -86,12 +93,13 @@ class ScopeHead:
         if self._logits is None or self._logits.shape[0] < B or self._logits.dtype != weight.dtype:
             # Zeros: what nobody computes must still be memory without traps for what reads it by mistake.
             self._logits = weight.new_zeros(B, self.num_columns)
-        out_BC = self._logits[:B]
+        out_BC, cap = self._logits[:B], self.head.settings.softcap
         for number, (column, row, count) in enumerate(self.runs):
             if used is not None and not used[number]:
                 continue
             into = out_BC[:, column : column + count]
             bias = self.bias_C[column : column + count]
             torch.addmm(bias, hidden_BD, weight[row : row + count].T, out=into)
-        cap = self.head.settings.softcap
-        return out_BC if cap is None else cap * torch.tanh(out_BC / cap)
+            if cap is not None:
+                into.div_(cap).tanh_().mul_(cap)
+        return out_BC

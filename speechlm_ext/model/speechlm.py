@@ -1,7 +1,8 @@
 """SpeechLM: a causal LM over several parallel token streams.
 
 The input of a position is the sum of its streams' embeddings (pads contribute exactly zero), the body is
-any causal LM of transformers, and one head serves all streams. Training reads packed rows; generation
+any causal LM of transformers, and one head serves all streams: side by side, or one after the other through a small
+transformer inside the frame (``frame.py``). Training reads packed rows; generation
 reads left-padded batches with a key/value cache.
 
 Axes: N packed positions, B batch, T frames, S streams, D hidden, V vocabulary, K keys.
@@ -25,6 +26,7 @@ from speechlm_ext.model.attention import NAME as ATTENTION
 from speechlm_ext.model.attention import Packing, choose_attention
 from speechlm_ext.model.config import CONFIG_NAME, ModelConfig
 from speechlm_ext.model.embedding import MultiStreamEmbedding, load_rows, whole
+from speechlm_ext.model.frame import FrameCache, Frames, FrameTransformer
 from speechlm_ext.model.head import MultiStreamHead
 from speechlm_ext.model.kv_cache import KVCache
 from speechlm_ext.model.scope_head import ScopeHead
@@ -51,13 +53,16 @@ class SpeechLM(nn.Module):
         tokenizers: turn text and audio into raw ids and back; needed by :meth:`generate` only.
 
     Raises:
-        ConfigError: the backbone's configuration is not a causal LM's.
+        ConfigError: the backbone's configuration is not a causal LM's; a frame transformer with delayed streams, or
+            with one stream.
     """
 
     def __init__(
         self, config: ModelConfig, layout: TokenLayout, tokenizers: TokenizerSet | None = None
     ) -> None:
         super().__init__()
+        if config.frame_transformer is not None:
+            _check_layout(layout)
         self.config, self.layout, self.tokenizers = config, layout, tokenizers
         settings = {k: v for k, v in config.backbone.items() if k != "model_type"}
         try:
@@ -87,6 +92,10 @@ class SpeechLM(nn.Module):
             contents=layout.stream0_contents() if config.loss.scope == "modality" else None,
         )
         self._init_head(std)
+        self.frame: FrameTransformer | None = None
+        """The transformer inside a frame of a multi-scale model."""
+        if config.frame_transformer is not None:
+            self.frame = FrameTransformer(config.frame_transformer, D, layout.num_streams)
 
     # ---- properties ---------------------------------------------------------------------------------------------
     @property
@@ -157,7 +166,21 @@ class SpeechLM(nn.Module):
             cu_seqlens: int32 ``[n+1]``.
             reduction: ``sum``, or ``none`` to get each token's loss as well.
         """
-        return self.head(self.hidden(ids, position, cu_seqlens), labels, loss_weight, reduction)
+        hidden_ND = self.hidden(ids, position, cu_seqlens)
+        frames = self._frames(hidden_ND, labels, loss_weight)
+        return self.head(hidden_ND, labels, loss_weight, reduction, frames)
+
+    def _frames(self, hidden_ND: Tensor, labels_NS: Tensor, weight_NS: Tensor) -> Frames | None:
+        """Hidden states of the streams behind the first, where a label of them is asked for; None without a frame
+        transformer."""
+        if self.frame is None:
+            return None
+        rows_R = (weight_NS[:, 1:] > 0).any(dim=1).nonzero().squeeze(1)
+        if len(rows_R) == 0:
+            # A frame that nobody weighs, so that every rank calls every module and every parameter has a gradient.
+            rows_R = rows_R.new_zeros(1)
+        tokens_RE = labels_NS[rows_R, :-1]
+        return Frames(rows_R, self.frame(hidden_ND[rows_R], self.embedding(tokens_RE[..., None])))
 
     def logprobs(
         self, ids: Tensor, labels: Tensor, mask: Tensor, position: Tensor, cu_seqlens: Tensor
@@ -175,7 +198,8 @@ class SpeechLM(nn.Module):
             softmax that gave the label its probability.
         """
         with torch.no_grad():
-            return self.head.logprobs(self.hidden(ids, position, cu_seqlens), labels, mask)
+            hidden_ND = self.hidden(ids, position, cu_seqlens)
+            return self.head.logprobs(hidden_ND, labels, mask, self._frames(hidden_ND, labels, mask))
 
     # ---- generation ---------------------------------------------------------------------------------------------
     def new_cache(self, num_slots: int, num_rows: int) -> KVCache:
@@ -222,9 +246,27 @@ class SpeechLM(nn.Module):
         cache.end_step()
         return out.last_hidden_state[:, 0]
 
+    def new_frame_cache(self, num_slots: int) -> FrameCache:
+        """Memory for :meth:`stream_hidden`, of a model with a frame transformer."""
+        assert self.frame is not None
+        return self.frame.new_cache(num_slots, self.embedding.weight.dtype, self.device)
+
+    def stream_hidden(self, hidden_BD: Tensor, token_B: Tensor, stream: int, cache: FrameCache) -> Tensor:
+        """Hidden states ``[B, D]`` of ``stream``, 1 to S - 1, of a model with a frame transformer: one call per stream,
+        in order.
+
+        Args:
+            hidden_BD: of :meth:`step_hidden`.
+            token_B: int ``[B]``, what the stream before says in this frame.
+            cache: updated in place.
+        """
+        assert self.frame is not None
+        return self.frame.step(hidden_BD, self.embedding(token_B[:, None]), stream, cache)
+
     def scope_head(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> ScopeHead:
-        """Logits over chosen id ranges of each stream, all at once; see :class:`ScopeHead`."""
-        return ScopeHead(self.head, ranges)
+        """Logits over chosen id ranges of each stream, all at once; see :class:`ScopeHead`. With a frame transformer
+        every product serves one stream."""
+        return ScopeHead(self.head, ranges, join=self.frame is None)
 
     def generate(self, requests: Sequence[Any], batch_size: int = 16) -> list[Any]:
         """Serve :class:`speechlm_ext.generation.GenerationRequest` s; see :func:`speechlm_ext.generation.generate`."""
@@ -363,6 +405,20 @@ class SpeechLM(nn.Module):
             with whole(self.head.weight):
                 rows = self.head.rows_of(0, start, end)
                 load_rows(self.head.weight, head, rows.start, rows.stop)
+
+
+def _check_layout(layout: TokenLayout) -> None:
+    """Refuse a frame transformer where a frame's streams do not stand in one row."""
+    if layout.num_streams < 2:
+        raise ConfigError(
+            f"model.frame_transformer predicts a frame's streams one after the other, but layout {layout} has one "
+            "stream. Leave it out."
+        )
+    if any(layout.delays):
+        raise ConfigError(
+            f"model.frame_transformer predicts all streams of a frame in its own row, but layout {layout} delays them "
+            f"by {list(layout.delays)}. Set data.delays to {[0] * layout.num_streams}, or leave frame_transformer out."
+        )
 
 
 def backbone_settings(folder: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from speechlm_ext.data.plan import PlanConfig
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.model.config import LossSettings
+from speechlm_ext.model.config import FrameTransformerConfig, LossSettings
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class ModelSettings:
     """Share one table between embedding and head."""
     heads: Literal["shared", "separate"] = "shared"
     """One output table for all streams, or output rows for every stream."""
+    frame_transformer: FrameTransformerConfig | None = None
+    """A small transformer over the streams of a frame: the layout ``multi-scale``, which needs data.delays of 0."""
     loss: LossSettings = field(default_factory=LossSettings)
     """How the multi-stream loss is computed."""
 

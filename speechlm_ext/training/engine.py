@@ -86,7 +86,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        body_matrix = parameter.ndim >= 2 and name.startswith("backbone.")
+        body_matrix = parameter.ndim >= 2 and name.startswith(("backbone.", "frame."))
+        body_matrix = body_matrix and name != "frame.stream_embed"
         (decayed if body_matrix else plain).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 

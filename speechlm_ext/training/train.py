@@ -41,7 +41,14 @@ def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLM:
     backbone = settings.llama() if settings.backbone is None else backbone_settings(settings.backbone)
     torch.manual_seed(config.seed)
     model = SpeechLM(
-        ModelConfig(backbone, tuple(loader.tasks), settings.loss, settings.tie_head, settings.heads),
+        ModelConfig(
+            backbone,
+            tuple(loader.tasks),
+            settings.loss,
+            settings.tie_head,
+            settings.heads,
+            settings.frame_transformer,
+        ),
         loader.layout,
         loader.tokenizers,
     )
@@ -49,6 +56,8 @@ def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLM:
         model.load_backbone(settings.backbone)
     if config.activation_checkpointing:
         model.backbone.gradient_checkpointing_enable()
+        if model.frame is not None:
+            model.frame.body.gradient_checkpointing_enable()
     if config.data.budget > model.max_positions and loader.max_length > model.max_positions:
         raise ConfigError(
             f"the longest sample has {loader.max_length} frames, but the model takes {model.max_positions} "

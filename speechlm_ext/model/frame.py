@@ -1,0 +1,169 @@
+"""The frame transformer: a frame's streams one after the other, which is what makes a stream layout multi-scale.
+
+The backbone walks over frames, as ever; its state ``h`` predicts stream 0 through the head, so text and everything else
+of one stream stays what it is without this file, a pretrained backbone's text included. Streams 1 to S - 1 of the frame
+are predicted by a small causal transformer (RQ-Transformer, Lee et al. 2022; UniAudio, Yang et al. 2023; Moshi's depth
+transformer, Défossez et al. 2024). Its position s takes ``h`` and the frame's token in stream s - 1, and
+
+    hidden_s = h + to_hidden(body(from_hidden(h) + from_token(norm(embedding(token_{s-1}))) + e_s))
+
+goes to the model's own head, with stream s's vector and scope. Without its second term that is the ``parallel`` layout.
+The streams of a frame are exact conditionals of one another, so no stream has to be delayed.
+
+Axes: N packed positions, R of them with a frame to predict, E = S - 1 inner positions, S streams, B rows of a step,
+D the model's width, L layers, H heads, P head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from speechlm_ext.model.attention import NAME as ATTENTION
+from speechlm_ext.model.config import FrameTransformerConfig
+
+
+class Frames(NamedTuple):
+    """Hidden states of streams 1 to S - 1, of those packed positions whose next frame has any.
+
+    A named tuple for the same reason as :class:`speechlm_ext.ops.MultiStreamLoss`.
+    """
+
+    rows_R: Tensor
+    """int64 ``[R]``, ascending: the packed positions; at least one, so that all ranks call the same modules."""
+    hidden_RED: Tensor
+    """float ``[R, E, D]``: what the head takes for stream 1, 2, …"""
+
+
+class FrameTransformer(nn.Module):
+    """See the module.
+
+    Args:
+        config: sizes.
+        width: D.
+        num_streams: S, at least 2.
+    """
+
+    def __init__(self, config: FrameTransformerConfig, width: int, num_streams: int) -> None:
+        super().__init__()
+        self.num_inner = num_streams - 1
+        settings = AutoConfig.for_model(
+            "llama",
+            hidden_size=config.hidden_size,
+            intermediate_size=config.ffn_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            max_position_embeddings=self.num_inner,
+            rms_norm_eps=1e-5,
+            vocab_size=1,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+        )
+        self.body = AutoModel.from_config(settings, attn_implementation=ATTENTION)
+        self.body.set_input_embeddings(nn.Identity())
+        self.token_norm = nn.RMSNorm(width, eps=1e-5)
+        self.from_token = nn.Linear(width, config.hidden_size, bias=False)
+        self.from_hidden = nn.Linear(width, config.hidden_size, bias=False)
+        self.stream_embed = nn.Parameter(torch.empty(self.num_inner, config.hidden_size))
+        self.to_hidden = nn.Linear(config.hidden_size, width, bias=False)
+        self.register_buffer("_positions", torch.arange(self.num_inner), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw what is not the body: the three parts of an input come with equal variance.
+
+        The table's own entries are some fifty times smaller than a normed hidden state: without ``token_norm`` a new
+        model would not see the tokens beside ``h``.
+        """
+        for layer in (self.from_token, self.from_hidden):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        nn.init.normal_(self.stream_embed)
+        nn.init.normal_(self.to_hidden.weight, std=0.02)
+
+    def forward(self, hidden_RD: Tensor, embedded_RED: Tensor) -> Tensor:
+        """Hidden states of streams 1 to S - 1 of whole frames.
+
+        Args:
+            hidden_RD: float ``[R, D]``, the backbone's, R at least 1.
+            embedded_RED: float ``[R, E, D]``, embeddings of the frames' tokens in streams 0 to S - 2.
+
+        Returns:
+            float ``[R, E, D]``.
+        """
+        inputs = self._inputs(hidden_RD[:, None], embedded_RED, self.stream_embed)
+        # A batch of frames, each attended to causally: no padding, no packing.
+        out = self.body(inputs_embeds=inputs, position_ids=self._positions[None], use_cache=False)
+        return hidden_RD[:, None] + self.to_hidden(out.last_hidden_state)
+
+    def _inputs(self, hidden: Tensor, embedded: Tensor, stream_embed: Tensor) -> Tensor:
+        return self.from_hidden(hidden) + self.from_token(self.token_norm(embedded)) + stream_embed
+
+    # ---- decoding -----------------------------------------------------------------------------------------------
+    def new_cache(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> FrameCache:
+        """Memory for the inner positions of ``num_slots`` rows."""
+        c = self.body.config
+        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        return FrameCache(
+            c.num_hidden_layers, c.num_attention_heads, size, num_slots, self.num_inner, dtype, device
+        )
+
+    def step(self, hidden_BD: Tensor, embedded_BD: Tensor, stream: int, cache: FrameCache) -> Tensor:
+        """Hidden states ``[B, D]`` of one stream, after those of the streams before it.
+
+        Nothing in it depends on what the device holds, so a CUDA graph can replay it.
+
+        Args:
+            hidden_BD: the backbone's.
+            embedded_BD: embeddings of the tokens of stream ``stream`` - 1.
+            stream: 1 to S - 1.
+            cache: of this frame's earlier streams, updated in place.
+        """
+        inner = stream - 1
+        inputs_BD = self._inputs(hidden_BD, embedded_BD, self.stream_embed[inner])
+        cache.inner = inner
+        out = self.body(
+            inputs_embeds=inputs_BD[:, None],
+            position_ids=self._positions[None, inner : inner + 1],
+            use_cache=False,
+            kv=cache,
+        ).last_hidden_state
+        return hidden_BD + self.to_hidden(out[:, 0])
+
+
+class FrameCache:
+    """Keys and values of the inner positions of the frame that is being said, written anew for each frame.
+
+    Position s of every row is taken in the same call, so no mask and no lengths are needed.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_size: int,
+        num_slots: int,
+        num_inner: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_slots, num_heads, num_inner, head_size)
+        self.keys_LBHEP = torch.zeros(shape, dtype=dtype, device=device)
+        self.values_LBHEP = torch.zeros(shape, dtype=dtype, device=device)
+        self.inner = 0
+        """The inner position that the next forward writes."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As :meth:`speechlm_ext.model.kv_cache.KVCache.attend` in a step: ``[B, H, 1, P]`` to ``[B, 1, H, P]``."""
+        B, e = query.shape[0], self.inner
+        keys, values = self.keys_LBHEP[layer, :B], self.values_LBHEP[layer, :B]
+        keys[:, :, e], values[:, :, e] = key[:, :, 0], value[:, :, 0]
+        seen = slice(0, e + 1)
+        out = F.scaled_dot_product_attention(query, keys[:, :, seen], values[:, :, seen], scale=scale)
+        return out.transpose(1, 2)

@@ -1,0 +1,98 @@
+"""Loss and scores of a multi-scale model: each stream of a frame has a hidden state of its own.
+
+The op takes one hidden state a row and its streams as columns. So every (position, stream) becomes a row: its target
+stands in the column of its stream, where the op's statistics are kept, and the row is of a kind whose scope is the
+stream's own, so that no logit is computed that is not read. Nothing of size ``[N, S, V]`` comes into being.
+
+Axes: N packed positions, R of them with a frame, E = S - 1, S streams, D hidden, M = N + R·E rows, K kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from speechlm_ext.model.frame import Frames
+
+if TYPE_CHECKING:
+    from speechlm_ext.model.head import MultiStreamHead
+
+
+@dataclass(frozen=True, eq=False)
+class FrameRows:
+    """What the op is given: :func:`frame_rows` makes it."""
+
+    hidden_MD: Tensor
+    """The positions' own hidden states, then those of the frames' further streams with the streams' vectors in them."""
+    targets_MS: Tensor
+    """int64 rows of the head's weight (ids, for a shared head)."""
+    weight_MS: Tensor
+    kind_M: Tensor
+    """int64, which of ``scopes`` each row uses."""
+    scopes: list[Any]
+    """K kinds of rows."""
+    rows_R: Tensor
+
+    def unroll(self, value_MS: Tensor) -> Tensor:
+        """``[M, S]`` that the op gave, as ``[N, S]``; differentiable."""
+        R, S = len(self.rows_R), value_MS.shape[1]
+        N = len(value_MS) - R * (S - 1)
+        further_RE = value_MS[N:].view(R, S - 1, S).diagonal(offset=1, dim1=1, dim2=2)
+        further_NE = value_MS.new_zeros(N, S - 1).index_copy(0, self.rows_R, further_RE)
+        return torch.cat((value_MS[:N, :1], further_NE), dim=1)
+
+
+def frame_rows(
+    head: MultiStreamHead, hidden_ND: Tensor, targets_NS: Tensor, weight_NS: Tensor, frames: Frames
+) -> FrameRows:
+    """Lay a batch out for the op.
+
+    Args:
+        head: gives stream vectors, scopes and the places of ids in its weight.
+        hidden_ND: of stream 0.
+        targets_NS, weight_NS: labels, and their weights or a bool mask.
+        frames: hidden states of the other streams, for every position that has a weight there.
+    """
+    S = targets_NS.shape[1]
+    hidden_RED, rows_R = frames.hidden_RED, frames.rows_R
+    if head.stream_embed is not None:
+        hidden_RED = hidden_RED + head.stream_embed
+    kind_N = head.row_scope(targets_NS, weight_NS)
+    kind_N = torch.zeros_like(targets_NS[:, 0], dtype=torch.int64) if kind_N is None else kind_N
+    stream_E = torch.arange(1, S, device=rows_R.device)
+    kind_M = torch.cat((kind_N * S, (kind_N[rows_R, None] * S + stream_E).flatten()))
+    targets_NS = head.places(targets_NS)
+    return FrameRows(
+        torch.cat((hidden_ND, hidden_RED.to(hidden_ND.dtype).flatten(0, 1))),
+        _unrolled(targets_NS, rows_R),
+        _unrolled(weight_NS, rows_R),
+        kind_M,
+        _kinds(head),
+        rows_R,
+    )
+
+
+def _unrolled(value_NS: Tensor, rows_R: Tensor) -> Tensor:
+    """``[M, S]``: column 0 of every position, then each further stream of a frame in a row of its own, else zero."""
+    N, S = value_NS.shape
+    out_MS = value_NS.new_zeros(N + len(rows_R) * (S - 1), S)
+    out_MS[:N, 0] = value_NS[:, 0]
+    further = out_MS[N:].view(len(rows_R), S - 1, S).diagonal(offset=1, dim1=1, dim2=2)
+    further.copy_(value_NS[rows_R, 1:])
+    return out_MS
+
+
+def _kinds(head: MultiStreamHead) -> list[list[list[tuple[int, int]]]]:
+    """Scopes of each kind, content by content and stream by stream in it: the one stream's, as rows of the weight, in
+    every column, so that one product of that width serves the kind."""
+    contents: Sequence[Any] = head.scopes if head.contents is not None else [head.scopes]
+    kinds = []
+    for scopes in contents:
+        for s, scope in enumerate(scopes):
+            rows = [head.rows_of(s, start, end) for start, end in scope]
+            kinds.append([[(r.start, r.stop) for r in rows]] * len(scopes))
+    return kinds
