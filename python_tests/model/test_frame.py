@@ -96,9 +96,7 @@ def naive_logits(model: SpeechLM, hidden_D: torch.Tensor, frame_S: torch.Tensor,
         for layer in body.layers:
             a = layer.self_attn
             n = norm(x, layer.input_layernorm.weight)
-            q, k, v = (
-                (n @ w.weight.T).view(T, H, P).transpose(0, 1) for w in (a.q_proj, a.k_proj, a.v_proj)
-            )
+            q, k, v = ((n @ w.weight.T).view(T, H, P).transpose(0, 1) for w in (a.q_proj, a.k_proj, a.v_proj))
             scores = turn(q) @ turn(k).transpose(1, 2) * P**-0.5
             scores = scores.masked_fill(~torch.ones(T, T).tril().bool(), float("-inf"))
             x = x + (scores.softmax(-1) @ v).transpose(0, 1).reshape(T, H * P) @ a.o_proj.weight.T
@@ -240,7 +238,9 @@ def test_save_and_load(tmp_path: Path, heads: str) -> None:
     again = SpeechLM.from_pretrained(tmp_path)
     assert again.config == model.config and again.config.frame_transformer == FRAME
     mask = b["loss_weight"] > 0
-    a, z = (m.logprobs(b["ids"], b["labels"], mask, b["position"], b["cu_seqlens"])[0] for m in (model, again))
+    a, z = (
+        m.logprobs(b["ids"], b["labels"], mask, b["position"], b["cu_seqlens"])[0] for m in (model, again)
+    )
     assert torch.equal(a, z)
     config = json.loads((tmp_path / "config.json").read_text())
     config["frame_transformer"]["depth"] = 3

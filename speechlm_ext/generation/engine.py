@@ -4,8 +4,8 @@ Active requests stand side by side in slots ``0`` to ``n - 1`` of one sampler st
 is one forward of n rows, one product for all streams' logits, and one call of the sampler, which also walks every
 request's state machine. With a frame transformer the streams of a row come one after the other: behind the forward
 stand a product and a call of the sampler for each, and a small forward before each but the first, which reads what the
-stream before it said. A request that ends gives its slot to the last one, and a new one can take the place behind at once: its
-prompt is prefilled, packed with that of others, up to its last row, the one that the next step feeds.
+stream before it said. A request that ends gives its slot to the last one, and a new one can take the place behind at
+once: its prompt is prefilled, packed with that of others, up to its last row, the one that the next step feeds.
 
 The form of rows is told in ``rows.py``. Axes: n active requests, S streams, R rows, P prompt frames.
 """
@@ -237,6 +237,7 @@ class Engine:
             sampled = multistream_sample(logits_nC, state)
         else:
             sampled = multistream_sample(logits_nC, state, streams=(0, 1))
+            assert self._frame_cache is not None
             for s in range(1, len(calls)):
                 token_n = sampled.tokens[:, s - 1]
                 stream_nD = self.model.stream_hidden(hidden_nD, token_n, s, self._frame_cache)

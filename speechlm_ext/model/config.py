@@ -58,7 +58,9 @@ class FrameTransformerConfig:
         for name in ("hidden_size", "num_layers", "num_heads", "ffn_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"frame_transformer.{name} must be an integer of at least 1, got {value!r}.")
+                raise ConfigError(
+                    f"frame_transformer.{name} must be an integer of at least 1, got {value!r}."
+                )
         if self.hidden_size % (2 * self.num_heads):
             raise ConfigError(
                 f"frame_transformer.hidden_size {self.hidden_size} must be a multiple of twice num_heads "

@@ -97,7 +97,7 @@ class MultiStreamHead(nn.Module):
             frames: hidden states of the other streams of a multi-scale model.
         """
         settings = self.settings
-        options = {
+        options: dict[str, Any] = {
             "z_loss": settings.z_loss,
             "label_smoothing": settings.label_smoothing,
             "softcap": settings.softcap,
@@ -168,7 +168,9 @@ class MultiStreamHead(nn.Module):
             place_N = torch.full_like(target_N, -1)
             for start, end in {interval for scopes in contents for interval in scopes[s]}:
                 first = self.rows_of(s, start, end).start
-                place_N = torch.where((target_N >= start) & (target_N < end), target_N - start + first, place_N)
+                place_N = torch.where(
+                    (target_N >= start) & (target_N < end), target_N - start + first, place_N
+                )
             columns.append(place_N)
         return torch.stack(columns, dim=1)
 
