@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from speechlm_ext.model import ModelConfig, SpeechLM
+from speechlm_ext.model import FrameTransformerConfig, ModelConfig, SpeechLM
 from speechlm_ext.tasks import builtin_tasks
 from speechlm_ext.tokenizers import (
     MFCCKMeans,
@@ -38,8 +38,14 @@ def make_wave(seconds: float = 0.5, seed: int = 0) -> np.ndarray:
     return (0.3 * tone + 0.05 * rng.standard_normal(len(t))).astype(np.float32)
 
 
-def make_model(layout, tokenizers=None, tasks=TASKS, seed=0, positions=256) -> SpeechLM:
-    """A random Llama of width 32 in fp32, with rows drawn large enough that its choices are clear."""
+FRAME = FrameTransformerConfig(hidden_size=16, num_layers=2, num_heads=2, ffn_size=24)
+
+
+def make_model(layout, tokenizers=None, tasks=TASKS, seed=0, positions=256, frame=None) -> SpeechLM:
+    """A random Llama of width 32 in fp32, with rows drawn large enough that its choices are clear.
+
+    ``frame``: settings of a frame transformer, whose part of the hidden states is as large as the backbone's.
+    """
     backbone = {
         "model_type": "llama",
         "hidden_size": 32,
@@ -50,8 +56,11 @@ def make_model(layout, tokenizers=None, tasks=TASKS, seed=0, positions=256) -> S
         "max_position_embeddings": positions,
     }
     torch.manual_seed(seed)
-    model = SpeechLM(ModelConfig(backbone, tuple(builtin_tasks()[t] for t in tasks)), layout, tokenizers)
+    config = ModelConfig(backbone, tuple(builtin_tasks()[t] for t in tasks), frame_transformer=frame)
+    model = SpeechLM(config, layout, tokenizers)
     model.init_tables(0.6)
+    if frame is not None:
+        torch.nn.init.normal_(model.frame.to_hidden.weight, std=0.5)
     return model.eval()
 
 
