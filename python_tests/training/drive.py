@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import config  # noqa: E402
 
 from speechlm_ext.errors import SpeechLMError  # noqa: E402
-from speechlm_ext.training import run_train, train  # noqa: E402
+from speechlm_ext.model import FrameTransformerConfig  # noqa: E402
+from speechlm_ext.training import OptimizerSettings, run_train, train  # noqa: E402
 from speechlm_ext.training.engine import import_deepspeed  # noqa: E402
 
 WRITE_LINE = train._write_line
@@ -42,10 +43,20 @@ def do(tokens: Path, changes: dict) -> str | None:
     tie_head = changes.pop("tie_head", False)
     stop_at, slow = changes.pop("stop_at", None), changes.pop("slow", 0)
     budget, hidden = changes.pop("budget", None), changes.pop("hidden_size", None)
+    delays, frame = changes.pop("delays", None), changes.pop("frame_transformer", None)
+    optimizer = OptimizerSettings(**changes.pop("optimizer")) if "optimizer" in changes else None
     settings = config(Path(changes.pop("run_dir")), tokens, **changes)
     if budget:
         settings = replace(settings, data=replace(settings.data, budget=budget))
     settings = replace(settings, model=replace(settings.model, tie_head=tie_head))
+    if optimizer:
+        settings = replace(settings, optimizer=optimizer)
+    if delays:
+        settings = replace(settings, data=replace(settings.data, delays=delays))
+    if frame:
+        settings = replace(
+            settings, model=replace(settings.model, frame_transformer=FrameTransformerConfig(**frame))
+        )
     if hidden:
         settings = replace(settings, model=replace(settings.model, hidden_size=hidden))
 
