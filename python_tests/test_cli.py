@@ -45,10 +45,14 @@ def test_unknown_keys_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         main(["train", "--run-dir", "x", "--optimizer.lrr", "3"])
     assert stopped.value.code == 2 and "lrr" in capsys.readouterr().err
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("run_dir: x\noptimizer: {lrr: 3}\n")
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--config", str(recipe)])
-    assert stopped.value.code == 2 and "lrr" in capsys.readouterr().err
+    for text, key in [
+        ("run_dir: x\noptimizer: {lrr: 3}\n", "lrr"),
+        ("run_dir: x\nmodel: {frame_transformer: {hidden: 3}}\n", "'hidden'"),
+    ]:
+        recipe.write_text(text)
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--config", str(recipe)])
+        assert stopped.value.code == 2 and key in capsys.readouterr().err
 
 
 def test_layout_verb_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +67,10 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["layout", "--path", str(tmp_path)]) == 2
     message = capsys.readouterr().err.strip()
     assert message.startswith("speechlm: error: no token_layout.json") and "\n" not in message
+    recipe = Path(__file__).parents[1] / "recipes" / "demo_multiscale.yaml"
+    assert main(["train", "--config", str(recipe), "--model.frame_transformer.hidden_size", "30"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("speechlm: error: frame_transformer.hidden_size 30") and "\n" not in message
 
 
 @pytest.mark.parametrize("name", sorted(VERBS))

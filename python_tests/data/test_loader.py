@@ -14,7 +14,7 @@ from speechlm_ext.data.loader import PackLoader, iter_eval
 from speechlm_ext.data.plan import PlanConfig
 from speechlm_ext.data.samples import TaskUse
 from speechlm_ext.data.sequence import LossWeights
-from speechlm_ext.errors import ConfigError, LayoutMismatchError, PlanError
+from speechlm_ext.errors import ConfigError, LayoutError, LayoutMismatchError, PlanError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops import delay_unpack
 from speechlm_ext.tasks import builtin_tasks
@@ -51,6 +51,23 @@ def test_order_is_the_same_on_any_number_of_ranks(
     got = [next(ranks[r]) for _ in range(48 // world) for r in range(world)]
     assert all(same(a, b) for a, b in zip(alone, got, strict=True))
     assert {r.packs_consumed for r in ranks} == {48}
+
+
+def test_delays_are_the_recipes(make_folder: MakeFolder) -> None:
+    """The same folder under other delays: the same content, and the plan of a folder that was made with them."""
+    folder = make_folder(random_rows(20))
+    other = LAYOUT.with_delays([0, 0, 0, 0])
+    made_so = make_folder(random_rows(20), "other", other)
+    cfg = config(PLAIN, delays=[0, 0, 0, 0])
+    loader, wanted = PackLoader(cfg, folder), PackLoader(config(PLAIN), made_so)
+    assert loader.layout == other and folder.layout == LAYOUT
+    assert all(same(a, b) for a, b in zip(islice(loader, 9), islice(wanted, 9), strict=True))
+    # Delays that are the folder's own change nothing, so that a run goes on that was started without them.
+    plain = PackLoader(config(PLAIN), folder)
+    assert PackLoader(config(PLAIN, delays=[0, 1, 2, 3]), folder).fingerprint == plain.fingerprint
+    assert loader.fingerprint != plain.fingerprint
+    with pytest.raises(LayoutError, match=r"has 4 streams, so it takes as many delays; got \[0, 1\]"):
+        PackLoader(config(PLAIN, delays=[0, 1]), folder)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -15,14 +15,14 @@ from speechlm_ext.data.shards import TokenFolder, shard_name, write_index, write
 from speechlm_ext.errors import ConfigError, LayoutMismatchError
 from speechlm_ext.evaluation.perplexity import perplexity
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.model import ModelConfig, SpeechLM
+from speechlm_ext.model import FrameTransformerConfig, ModelConfig, SpeechLM
 from speechlm_ext.tasks import builtin_tasks
 
 LAYOUT = TokenLayout.build(ssl=12, codec=[8] * 2, text=30)
 TASKS = ("codec_ssl_asr", "codec_ssl_audiolm", "textlm")
 
 
-def tiny_model(layout: TokenLayout = LAYOUT) -> SpeechLM:
+def tiny_model(layout: TokenLayout = LAYOUT, frame: FrameTransformerConfig | None = None) -> SpeechLM:
     backbone = {
         "model_type": "llama",
         "hidden_size": 16,
@@ -32,7 +32,8 @@ def tiny_model(layout: TokenLayout = LAYOUT) -> SpeechLM:
         "max_position_embeddings": 128,
     }
     torch.manual_seed(1)
-    model = SpeechLM(ModelConfig(backbone, tuple(builtin_tasks()[t] for t in TASKS)), layout)
+    tasks = tuple(builtin_tasks()[t] for t in TASKS)
+    model = SpeechLM(ModelConfig(backbone, tasks, frame_transformer=frame), layout)
     # Far from uniform, so that a wrong alignment shows.
     torch.nn.init.normal_(model.head.weight, std=0.5)
     return model
@@ -54,25 +55,28 @@ def tokens(tmp_path: Path) -> Path:
 def naive(model: SpeechLM, tokens: Path, task: str) -> dict[str, tuple[float, int]]:
     """``{interval name: (nll, count)}`` with every utterance by itself."""
     sums: dict[str, tuple[float, int]] = {}
-    folder = TokenFolder.open(tokens)
-    names = {i: n.name for n in LAYOUT.intervals for i in range(n.start, n.end)}
+    folder, layout = TokenFolder.open(tokens), model.layout
+    names = {i: n.name for n in layout.intervals for i in range(n.start, n.end)}
     for number in range(len(folder)):
         frames, weight = assemble(
-            builtin_tasks()[task], folder.utterance(number), LAYOUT, None, LossWeights()
+            builtin_tasks()[task], folder.utterance(number), layout, None, LossWeights()
         )
         length, streams = frames.shape
         delayed = np.zeros_like(frames)
         live = np.zeros((length, streams), bool)
-        for s, delay in enumerate(LAYOUT.delays):
+        for s, delay in enumerate(layout.delays):
             delayed[delay:, s] = frames[: length - delay, s]
             live[delay:, s] = weight[: length - delay, s] > 0
         with torch.no_grad():
             ids = torch.from_numpy(delayed)
             hidden = model.hidden(ids, torch.arange(length), torch.tensor([0, length], dtype=torch.int32))
-            for s, scope in enumerate(LAYOUT.scopes("own")):
+            for s, scope in enumerate(layout.scopes("own")):
                 chosen = torch.cat([torch.arange(a, b) for a, b in scope])
                 vector = model.head.stream_embed[s - 1] if s else 0.0
-                log_p = torch.log_softmax((hidden + vector) @ model.head.weight[chosen].T, dim=-1)
+                h = hidden
+                if s and model.frame is not None:
+                    h = model.frame(hidden, model.embedding(ids.roll(-1, 0)[:, :-1, None]))[:, s - 1]
+                log_p = torch.log_softmax((h + vector) @ model.head.weight[chosen].T, dim=-1)
                 for n in range(length - 1):
                     target = int(delayed[n + 1, s])
                     if live[n + 1, s]:
@@ -82,8 +86,11 @@ def naive(model: SpeechLM, tokens: Path, task: str) -> dict[str, tuple[float, in
     return sums
 
 
-def test_equals_a_naive_computation(tokens: Path):
-    model = tiny_model()
+@pytest.mark.parametrize("multiscale", [False, True])
+def test_equals_a_naive_computation(tokens: Path, multiscale: bool):
+    """Also under other delays than those of the token folder: they are the model's."""
+    frame = FrameTransformerConfig(hidden_size=8, num_layers=1, num_heads=2, ffn_size=8)
+    model = tiny_model(LAYOUT.with_delays([0, 0, 0]), frame) if multiscale else tiny_model()
     found = perplexity(model, str(tokens), budget=24)
     audio = naive(model, tokens, "codec_ssl_audiolm")
     codec = [audio[f"codec{k}"] for k in range(2)]

@@ -263,6 +263,6 @@ def test_refuses_what_cannot_be() -> None:
     with pytest.raises(ConfigError, match="one stream"):
         make(TokenLayout.build(ssl=6, text=9))
     with pytest.raises(ConfigError, match="hidden_size 12 must be a multiple of twice num_heads 4"):
-        FrameTransformerConfig(hidden_size=12, num_heads=4)
+        ModelSettings(frame_transformer=FrameTransformerConfig(hidden_size=12, num_heads=4))
     with pytest.raises(ConfigError, match="num_layers must be an integer of at least 1, got 0"):
-        FrameTransformerConfig(num_layers=0)
+        ModelConfig(TINY.llama(), frame_transformer=FrameTransformerConfig(num_layers=0))

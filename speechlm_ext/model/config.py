@@ -54,7 +54,12 @@ class FrameTransformerConfig:
     ffn_size: int = 384
     """Width inside its feed-forward part."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise :class:`ConfigError` for sizes that cannot be.
+
+        The settings that hold it call this: what an optional part's own ``__post_init__`` says, the command line's
+        parser buries.
+        """
         for name in ("hidden_size", "num_layers", "num_heads", "ffn_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -89,6 +94,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.heads not in ("shared", "separate"):
             raise ConfigError(f"heads must be 'shared' or 'separate', got {self.heads!r}.")
+        if self.frame_transformer is not None:
+            self.frame_transformer.check()
         if self.heads == "separate" and self.tie_head:
             raise ConfigError(
                 "tie_head needs heads 'shared': separate heads have other rows than the embedding."

@@ -47,6 +47,8 @@ class ModelSettings:
                 f"model: hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}, and that a "
                 f"multiple of num_kv_heads {self.num_kv_heads}."
             )
+        if self.frame_transformer is not None:
+            self.frame_transformer.check()
 
     def llama(self) -> dict[str, object]:
         """The transformers configuration of the model from scratch."""
