@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from speechlm_ext.data.samples import TaskUse
 from speechlm_ext.data.sequence import LossWeights
 from speechlm_ext.errors import ConfigError, PlanError, ShardError
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.model import FrameTransformerConfig, ModelConfig, SpeechLM
+from speechlm_ext.training import ModelSettings
 
 from .conftest import LAYOUT, MakeFolder, random_rows
 
@@ -97,6 +100,8 @@ def test_refuses_what_cannot_work(make_folder: MakeFolder) -> None:
         run_plan(PlanReportConfig(PlanConfig([path], [TaskUse("textlm")], dataset_factors={"x": 2})))
     with pytest.raises(ConfigError, match="zero_stage must be 0 to 3"):
         ModelShape(zero_stage=4)
+    with pytest.raises(ConfigError, match="of at least 1, got depth 3"):
+        ModelShape(frame_transformer={"depth": 3})
 
 
 def test_parameter_count_is_the_model_s() -> None:
@@ -117,6 +122,16 @@ def test_parameter_count_is_the_model_s() -> None:
     got = estimate_memory(shape, layout, 100)
     assert got.num_parameters == llama + layout.vocab_size * 32 + layout.num_streams * 32
     assert (got.weights, got.gradients, got.optimizer) == tuple(np.array([4, 4, 8]) * got.num_parameters)
+    # And with a frame transformer, of the project's own model.
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_size": 24}
+    backbone = ModelSettings(hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=48).llama()
+    model = SpeechLM(
+        ModelConfig(backbone, frame_transformer=FrameTransformerConfig(**sizes)), layout.with_delays([0] * 4)
+    )
+    framed = estimate_memory(replace(shape, frame_transformer=sizes), layout, 100)
+    # The estimate counts a vector for stream 0, which has none.
+    assert framed.num_parameters == model.num_parameters() + 32
+    assert framed.activations > 1.5 * got.activations
     sharded = ModelShape(32, 3, 4, 2, 48, precision="bf16", zero_stage=3, world=4)
     part = estimate_memory(sharded, layout, 100)
     assert part.optimizer == 12 * got.num_parameters // 4 and part.weights == 2 * got.num_parameters // 4

@@ -34,9 +34,6 @@ class PlanConfig:
 
     tokens: list[str] | str = field(default_factory=list)
     """A token folder or a list of them (the ``out`` of ``speechlm tokenize``), all of one layout."""
-    delays: list[int] | None = None
-    """Rows by which each stream is shifted, instead of the delays in the token folders' layout: all 0 for the stream
-    layouts ``parallel`` and ``multi-scale``."""
     tasks: list[TaskUse] = field(default_factory=list)
     """Tasks with their factors and filters."""
     dataset_factors: dict[str, float] = field(default_factory=dict)
@@ -53,6 +50,9 @@ class PlanConfig:
     """Loss weight per modality, and which region is learnt."""
     task_file: str | None = None
     """YAML file with task templates of your own."""
+    delays: list[int] | None = None
+    """Rows by which each stream is shifted, instead of the delays in the token folders' layout: all 0 for the stream
+    layouts ``parallel`` and ``multi-scale``."""
 
 
 class PackPlan:

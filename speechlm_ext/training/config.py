@@ -36,10 +36,10 @@ class ModelSettings:
     """Share one table between embedding and head."""
     heads: Literal["shared", "separate"] = "shared"
     """One output table for all streams, or output rows for every stream."""
-    frame_transformer: FrameTransformerConfig | None = None
-    """A small transformer over the streams of a frame: the layout ``multi-scale``, which needs data.delays of 0."""
     loss: LossSettings = field(default_factory=LossSettings)
     """How the multi-stream loss is computed."""
+    frame_transformer: FrameTransformerConfig | None = None
+    """A small transformer over the streams of a frame: the layout ``multi-scale``, which needs data.delays of 0."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.num_heads % (self.num_kv_heads or self.num_heads):
