@@ -53,7 +53,7 @@ class TokenizeConfig:
     fit_minutes: float = 30.0
     """Minutes of recordings, drawn at random, that SSL units and codec are fitted on."""
     delays: list[int] | None = None
-    """Frames by which each stream is delayed; default 0, 1, 2, …"""
+    """Frames by which each stream is delayed; default 0, 1, 2, … Training can choose others (``data.delays``)."""
     task_file: str | None = None
     """YAML file with task templates of your own; their ids become part of the layout."""
     skip_bad: bool = False
