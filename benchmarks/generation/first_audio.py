@@ -50,8 +50,7 @@ def with_tokenizers(model: SpeechLM) -> SpeechLM:
 
 def with_delays(model: SpeechLM, delays: tuple[int, ...]) -> SpeechLM:
     """The model under other delays."""
-    streams = zip(model.layout.streams, delays, strict=True)
-    model.layout = replace(model.layout, streams=tuple(replace(s, delay=d) for s, d in streams))
+    model.layout = model.layout.with_delays(delays)
     return model
 
 
@@ -145,6 +144,8 @@ def main() -> None:
         S = model.layout.num_streams
         patterns = [tuple(range(S)), (0, *[1] * (S - 1)), (0,) * S]
         patterns += [model.layout.delays] if model.layout.delays not in patterns else []
+        if model.frame is not None:  # a multi-scale model says all streams of a frame in one row
+            patterns = [model.layout.delays]
         print(table(name, model, patterns, arguments.text, arguments.repeat), end="\n\n")
 
 
