@@ -106,35 +106,37 @@ def multistream_sample(
             f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}"
         ),
     )
-    if streams is not None or partial is not None:
-        return _sample_streams(logits, state, streams, partial)
-    return SampledStep(
-        *_OP(
-            logits.detach(),
-            state.column_ids,
-            state.sampling,
-            state.choice,
-            state.limits,
-            state.request,
-            state.guidance,
-            state.progress,
-            state.forced,
-            state.history,
-            state.history_logprob,
-            state.allowed,
-            state.bounds,
-            state.delays,
-            state.pad_ids,
-            state.eos_id,
-            state.eos_column,
-            state.tail,
-        )
+    arguments = (
+        logits.detach(),
+        state.column_ids,
+        state.sampling,
+        state.choice,
+        state.limits,
+        state.request,
+        state.guidance,
+        state.progress,
+        state.forced,
+        state.history,
+        state.history_logprob,
+        state.allowed,
+        state.bounds,
+        state.delays,
+        state.pad_ids,
+        state.eos_id,
+        state.eos_column,
+        state.tail,
     )
+    if streams is None and partial is None:
+        return SampledStep(*_OP(*arguments))
+    row, first, last = _checked_part(logits, state, streams, partial)
+    _STREAMS_OP(*arguments, *row, first, last)
+    return row
 
 
-def _sample_streams(
+def _checked_part(
     logits: Tensor, state: DecodeState, streams: tuple[int, int] | None, partial: SampledStep | None
-) -> SampledStep:
+) -> tuple[SampledStep, int, int]:
+    """The row to complete, and which streams of it."""
     B, S = state.batch_size, state.num_streams
     check(
         isinstance(streams, (tuple, list)) and len(streams) == 2 and all(type(s) is int for s in streams),
@@ -169,30 +171,7 @@ def _sample_streams(
             ),
         )
     assert partial is not None
-    _STREAMS_OP(
-        logits.detach(),
-        state.column_ids,
-        state.sampling,
-        state.choice,
-        state.limits,
-        state.request,
-        state.guidance,
-        state.progress,
-        state.forced,
-        state.history,
-        state.history_logprob,
-        state.allowed,
-        state.bounds,
-        state.delays,
-        state.pad_ids,
-        state.eos_id,
-        state.eos_column,
-        state.tail,
-        *partial,
-        first,
-        last,
-    )
-    return partial
+    return partial, first, last
 
 
 def _side_by_side(parts: Sequence[Tensor], state: DecodeState) -> Tensor:
