@@ -86,8 +86,8 @@ def kmeans_assign(
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AssignStats] | tuple[Tensor, Tensor, AssignStats]:
     """Label each row with its nearest centroid (squared Euclidean distance).
 
-    A product in low precision (bfloat16 and 16-bit integers on the CPU, float16 on a GPU) gives every distance within an
-    error that is known for each pair; rows where that leaves more than one centroid are settled in float64
+    A product in low precision (bfloat16 and 16-bit integers on the CPU, float16 on a GPU) gives every distance within
+    an error that is known for each pair; rows where that leaves more than one centroid are settled in float64
     (docs/ops/kmeans_assign.md). Never holds an N×K matrix. Not differentiable.
 
     Args:
