@@ -139,7 +139,8 @@ class Scan {
         pairs_(pairs),
         row_codes_(padded(most_rows) * pairs),
         rows_(padded(most_rows)),
-        least_(padded(most_rows)),
+        columns_(kColumns * stride(most_rows)),
+        stride_(stride(most_rows)),
         wanted_(padded(most_rows)),
         candidates_(padded(most_rows)),
         products_(loops.rows * loops.panels * kPanel),
@@ -154,8 +155,10 @@ class Scan {
   // Row i, whose codes are there; nothing is looked for if it is not `wanted`.
   void begin(int64_t i, const RowTerms& terms, bool wanted) {
     rows_[i] = terms;
+    const float column[] = {terms.alpha, terms.beta_low, terms.rho,
+                            terms.hat,   terms.eta,      std::numeric_limits<float>::infinity()};
+    for (int64_t c = 0; c < kColumns; ++c) columns_[c * stride_ + i] = column[c];
     wanted_[i] = wanted;
-    least_[i] = std::numeric_limits<float>::infinity();
     candidates_[i].clear();
   }
 
@@ -167,7 +170,7 @@ class Scan {
         const int count = static_cast<int>(std::min<int64_t>(loops_.rows, padded(num_rows) - i));
         loops_.tile(products_.data(), row_codes_.data() + i * pairs_, codes_ + first * pairs_, pairs_, count);
         if (products_only) continue;
-        loops_.below(products_.data(), &rows_[i], panel, &least_[i], masks_.data(), count);
+        loops_.below(products_.data(), columns(i), panel, masks_.data(), count);
         for (int p = 0; p < loops_.panels; ++p) {
           for (int j = 0; j < count; ++j) {
             const int64_t at = p * loops_.rows + j;
@@ -180,10 +183,22 @@ class Scan {
         }
       }
     }
-    for (int64_t i = 0; i < num_rows; ++i) candidates_[i].prune(least_[i]);
+    for (int64_t i = 0; i < num_rows; ++i) candidates_[i].prune(least(i));
   }
 
  private:
+  static constexpr int64_t kColumns = 6;
+
+  // Of a column: a vector may reach beyond the last row.
+  int64_t stride(int64_t most_rows) const { return (padded(most_rows) / kRowVector + 2) * kRowVector; }
+
+  RowColumns columns(int64_t i) const {
+    const float* at = columns_.data() + i;
+    return {at, at + stride_, at + 2 * stride_, at + 3 * stride_, at + 4 * stride_, at + 5 * stride_};
+  }
+
+  float& least(int64_t i) { return columns_[5 * stride_ + i]; }
+
   CentroidTerms from(int64_t first) const {
     return {centroids_.scale + first, centroids_.half_norm + first, centroids_.norm + first,
             centroids_.residual + first};
@@ -198,14 +213,14 @@ class Scan {
   void collect(const Product* products, int64_t row, int64_t first, int64_t num_clusters, int64_t most) {
     if (!wanted_[row]) return;
     float low[kPanel];
-    uint32_t mask = loops_.ends(low, &least_[row], products, rows_[row], from(first));
+    uint32_t mask = loops_.ends(low, &least(row), products, rows_[row], from(first));
     for (; mask != 0; mask &= mask - 1) {
       const int64_t j = __builtin_ctz(mask), k = first + j;
       if (k >= num_clusters) return;
-      candidates_[row].add({static_cast<int32_t>(k), low[j]}, least_[row]);
+      candidates_[row].add({static_cast<int32_t>(k), low[j]}, least(row));
     }
     if (candidates_[row].size() <= most) return;
-    candidates_[row].prune(least_[row]);
+    candidates_[row].prune(least(row));
     if (candidates_[row].size() <= most) return;
     candidates_[row].clear();
     wanted_[row] = false;
@@ -217,7 +232,8 @@ class Scan {
   int64_t pairs_;
   AlignedVector<int32_t> row_codes_;
   std::vector<RowTerms> rows_;
-  std::vector<float> least_;
+  AlignedVector<float> columns_;  // alpha, beta, rho, hat, eta, least of all rows
+  int64_t stride_;
   std::vector<char> wanted_;
   std::vector<Candidates> candidates_;
   AlignedVector<Product> products_;

@@ -30,6 +30,17 @@ constexpr int kMostTilePanels = 2;
 // A coarse tile: rows in steps of two of the tile unit's, which are 16 rows (or centroids) of 16 pairs of codes.
 constexpr int kCoarseRows = 128, kCoarseStep = 32, kCoarsePanels = 2;
 
+// The rows of a tile as `below` reads them; arrays may be read up to a multiple of kRowVector.
+constexpr int kRowVector = 16;
+struct RowColumns {
+  const float* alpha;
+  const float* beta_low;
+  const float* rho;
+  const float* hat;
+  const float* eta;
+  const float* least;  // upper end so far
+};
+
 // For products of fine (int32_t) or coarse (float) codes.
 template <typename Product>
 struct PanelLoops {
@@ -39,9 +50,10 @@ struct PanelLoops {
   // out[panel][row][kPanel] = dot products of `count` rows with `panels` panels. Pairs of codes of the rows are
   // [pairs][rows] if fine, [row / 16][pairs / 16][16][16] if coarse.
   void (*tile)(Product* out, const int32_t* rows, const int32_t* panels, int64_t pairs, int count);
-  // masks[panel][row]: which centroids (bits) of the panel have a lower end that is not above the row's `least`.
-  void (*below)(const Product* products, const RowTerms* rows, const CentroidTerms& panel, const float* least,
-                uint16_t* masks, int count);
+  // masks[panel][row]: which centroids (bits) of the panel may have a lower end that is not above the row's `least`.
+  // A first look: it takes the widest interval of the panel for all.
+  void (*below)(const Product* products, const RowColumns& rows, const CentroidTerms& panel, uint16_t* masks,
+                int count);
   // Of one row and a panel: low[kPanel]; lowers `least` to the least upper end; which centroids are not above it then.
   uint32_t (*ends)(float* low, float* least, const Product* products, const RowTerms& row, const CentroidTerms& panel);
 };
