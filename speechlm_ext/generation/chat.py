@@ -22,9 +22,10 @@ from speechlm_ext.generation.prompt import (
     plan_segments,
     special_frame,
 )
-from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
+from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.run import result_of
-from speechlm_ext.generation.session import Session
+from speechlm_ext.generation.session import Session, check_one_row
+from speechlm_ext.generation.settings import SamplingSettings
 from speechlm_ext.tasks import Entry, TaskTemplate
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Chat:
 
         Args:
             modality: of the reply: text_bpe, codec, codec_ssl or ssl.
-            settings: lengths and sampling; guidance and best_of do not apply.
+            settings: lengths and sampling; no guidance, best_of, n_best or beam_size.
 
         Returns:
             The result, as of a request; one that failed adds no turn.
@@ -129,8 +130,7 @@ class Chat:
             GenerationError: the context cannot hold the dialogue and a reply.
         """
         settings = settings or SamplingSettings()
-        if settings.guidance != 1.0 or settings.best_of != 1:
-            raise GenerationError("a chat's reply takes no guidance and no best_of; leave them out.")
+        check_one_row(settings, "a chat's reply")
         name = f"turn {len(self.turns)}"
         template = TaskTemplate(
             self.task,

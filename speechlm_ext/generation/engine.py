@@ -49,6 +49,8 @@ class _Slot:
     modalities: frozenset[str]
     leader: _Slot | None = None
     """Of an unconditional row: the request that it guides, whose tokens it follows."""
+    prefix: bytes = b""
+    """The rows that it was prefilled with, for others that begin alike."""
 
 
 class Engine:
@@ -95,7 +97,7 @@ class Engine:
     def admit(self, works: Sequence[Work], held: int = 0) -> None:
         """Take in requests: prefill them and let them join the next step.
 
-        Equal prompts, the tries at one request, are prefilled once.
+        Equal prompts, the tries at one request, are prefilled once as long as one of them is being decoded.
 
         Args:
             held: rows of the first one's prompt that the slot it gets still has from the request before, and that are
@@ -190,14 +192,17 @@ class Engine:
         """Fill the slots from ``first`` on with all but the last of their rows, less those that they hold."""
         pending: list[tuple[int, np.ndarray]] = []
         copies: dict[bytes, tuple[int, list[int]]] = {}
+        present = {slot.prefix: number for number, slot in enumerate(self.active[:first])}
         for number, rows_RS in enumerate(rows):
             slot = first + number
             self._row_BS[slot] = torch.from_numpy(rows_RS[-1])
+            key = self.active[slot].prefix = rows_RS.tobytes()
             rows_RS = rows_RS[held[number] :]
             if len(rows_RS) <= 1:
                 continue
-            key = rows_RS.tobytes()
-            if key in copies:
+            if held[number] == 0 and key in present:
+                self._cache.copy(present[key], [slot], len(rows_RS) - 1)
+            elif key in copies:
                 copies[key][1].append(slot)
             else:
                 copies[key] = slot, []
