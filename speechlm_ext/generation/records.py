@@ -100,6 +100,9 @@ class ResultsFolder:
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 _take(self._lock, self.folder)
+            # A killed run leaves the file that it was writing under a name of its own.
+            for path in (*self.folder.glob(f".{RESULTS}.*"), *self.folder.glob("wav/.*.wav")):
+                path.unlink(missing_ok=True)
             self.records.update(_read(self.folder / RESULTS, partial=False))
             self.records.update(_read(self.folder / PARTIAL, partial=True))
         except BaseException:

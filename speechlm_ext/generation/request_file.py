@@ -62,8 +62,8 @@ def read_requests(path: str | Path, defaults: dict[str, Any]) -> list[Line]:
     for number, line in lines:
         data, entry = _read_line(line, f"{path}, line {number}", defaults, path.parent)
         if entry.id in seen:
-            error = f"{path}, line {number}: id {entry.id!r} stands on line {seen[entry.id]} already."
-            entry = RefusedRequest("", error, data=data)
+            again = f"{path}, line {number}: id {entry.id!r} stands on line {seen[entry.id]} already."
+            entry = RefusedRequest("", again, data=data)
         if not entry.id:
             entry = RefusedRequest(_free(f"line {number}", seen), entry.error, data=data)  # type: ignore[union-attr]
         seen[entry.id] = number
@@ -90,7 +90,7 @@ def _read_line(line: str, where: str, defaults: dict[str, Any], folder: Path) ->
     except GenerationError as error:
         if "surrogate" in str(error):  # cannot be written again
             return {}, RefusedRequest("", str(error))
-        name, task = (full.get(n) if isinstance(full.get(n), str) else "" for n in ("id", "task"))
+        name, task = (str(full[n]) if isinstance(full.get(n), str) else "" for n in ("id", "task"))
         return data, RefusedRequest(name, str(error), task, data)
 
 

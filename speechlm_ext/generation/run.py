@@ -77,18 +77,18 @@ def generate(
             on_result(index, result)
 
     def gather(key: _Try, result: GenerationResult) -> None:
-        request = requests[key.index]
+        request = requests[key.request]
         count = num_tries(request.settings)
-        mine = ended.setdefault(key.index, {})
+        mine = ended.setdefault(key.request, {})
         mine[key.number] = result
         if len(mine) == count:
-            del ended[key.index]
+            del ended[key.request]
             tries = [mine[number] for number in range(count)]
             if request.settings.best_of > 1:
                 result = _best(request, tries, model)
             elif count > 1:
                 result = replace(tries[0], alternatives=tuple(tries[1:]))
-            finish(key.index, result)
+            finish(key.request, result)
 
     started: dict[_Try, float] = {}
 
@@ -118,13 +118,13 @@ def generate(
 
     def served(work: Work, decoded: Decoded) -> None:
         seconds = time.perf_counter() - started.pop(work.key)
-        gather(work.key, result_of(requests[work.key.index], work.prompt, decoded, seconds, model))
+        gather(work.key, result_of(requests[work.key.request], work.prompt, decoded, seconds, model))
 
     def searched(work: Work) -> None:
         found = _searched(work.prompt, model)
         seconds = time.perf_counter() - started.pop(work.key)
         first, *others = (
-            result_of(requests[work.key.index], work.prompt, one, seconds, model) for one in found
+            result_of(requests[work.key.request], work.prompt, one, seconds, model) for one in found
         )
         gather(work.key, replace(first, alternatives=tuple(others)))
 
@@ -145,7 +145,7 @@ def generate(
 class _Try(NamedTuple):
     """Which request, and which of its tries."""
 
-    index: int
+    request: int
     number: int
 
 
