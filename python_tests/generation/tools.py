@@ -91,6 +91,9 @@ class ScriptedModel(torch.nn.Module):
         def __init__(self, num_slots: int) -> None:
             self.trail: list[list[int]] = [[0] for _ in range(num_slots)]
 
+        def reserve(self, num_rows: int) -> None:
+            pass
+
         def copy(self, source: int, slots: Sequence[int], length: int | None = None) -> None:
             for slot in slots:
                 self.trail[slot] = self.trail[source][: None if length is None else length + 1]

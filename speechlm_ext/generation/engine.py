@@ -131,6 +131,8 @@ class Engine:
         self._link()
         for number in range(first, len(self.active)):
             self._cache.restore(number, held if number == first else 0)
+        if self.device.type == "cpu":  # memory that is never written costs nothing there
+            self._cache.reserve(max(map(len, frames)) + self.layout.max_delay + self._rows(new))
         rows = [prefix_rows(f, self.layout) for f in frames]
         self._prefill(first, rows, [held, *[0] * (len(rows) - 1)])
 
