@@ -82,7 +82,7 @@ def check_wave(wave: np.ndarray, name: str = "waveform") -> np.ndarray:
         name: what to call it in an error.
 
     Raises:
-        AudioError: not one-dimensional, empty, or with samples that are not finite or absurdly large.
+        AudioError: not one-dimensional, empty, or with samples that are no numbers, not finite or absurdly large.
     """
     wave = np.asarray(wave)
     if wave.ndim != 1:
@@ -93,6 +93,8 @@ def check_wave(wave: np.ndarray, name: str = "waveform") -> np.ndarray:
         raise AudioError(f"{name}: expected at least one sample, got none.")
     if np.issubdtype(wave.dtype, np.integer):
         wave = wave.astype(np.float32) / -float(np.iinfo(wave.dtype).min)
+    elif not np.issubdtype(wave.dtype, np.floating):
+        raise AudioError(f"{name}: samples must be floats in [-1, 1] or integer PCM, got {wave.dtype}.")
     wave = np.ascontiguousarray(wave, dtype=np.float32)
     finite = np.isfinite(wave)
     if not finite.all():

@@ -203,3 +203,26 @@ def test_requests_refuse_what_they_cannot_hold():
     ):
         with pytest.raises(GenerationError, match=message):
             GenerationRequest("a", "asr", **fields)
+
+
+def test_more_rows_than_there_is_work_for_take_no_memory(model):
+    request = GenerationRequest("a", "textlm", text="one", settings=SamplingSettings(max_len=2))
+    (result,) = generate(model, [request], batch_size=10**9)
+    assert result.error is None and generate(model, [], batch_size=10**9) == []
+    for batch_size in (0, 2.5, "4", True):
+        with pytest.raises(GenerationError, match="batch_size must be an integer of at least 1"):
+            generate(model, [request], batch_size=batch_size)
+    with pytest.raises(GenerationError, match=r"requests\[1\] must be a GenerationRequest, got dict"):
+        generate(model, [request, {"id": "b"}])
+
+
+@pytest.mark.parametrize("kind", [object, complex, bool])
+def test_waveforms_that_are_no_numbers(model, kind):
+    results = generate(
+        model,
+        [
+            GenerationRequest("a", "asr", audio=np.ones(4000, kind), settings=SamplingSettings(max_len=2)),
+            GenerationRequest("b", "asr", audio=make_wave(0.3), settings=SamplingSettings(max_len=2)),
+        ],
+    )
+    assert "samples must be floats in [-1, 1] or integer PCM" in results[0].error and results[1].error is None

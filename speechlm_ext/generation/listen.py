@@ -20,7 +20,7 @@ from speechlm_ext.generation.prompt import build_prompt, find_task
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.run import result_of
 from speechlm_ext.generation.session import Session, check_one_row
-from speechlm_ext.generation.settings import SamplingSettings
+from speechlm_ext.generation.settings import SamplingSettings, number
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
@@ -65,7 +65,8 @@ class Listener:
             raise GenerationError(
                 "listening needs a model with tokenizers; load a model folder that contains tokenizers/."
             )
-        if not 0 < chunk_seconds < float("inf"):
+        number(chunk_seconds, "chunk_seconds", "listening")
+        if not chunk_seconds > 0:
             raise GenerationError(f"chunk_seconds must be above 0, got {chunk_seconds}.")
         self.settings = settings or SamplingSettings()
         check_one_row(self.settings, "listening")

@@ -22,7 +22,7 @@ from speechlm_ext.generation.engine import Engine, Work
 from speechlm_ext.generation.prompt import Prompt, build_prompt, find_task, live_columns, raw_content
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.rows import Decoded, failed
-from speechlm_ext.generation.settings import SamplingSettings
+from speechlm_ext.generation.settings import SamplingSettings, integer
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
@@ -56,8 +56,7 @@ def generate(
     Raises:
         GenerationError: the model has no tokenizers, ``batch_size`` is not positive, or an entry is no request.
     """
-    if batch_size < 1:
-        raise GenerationError(f"batch_size must be at least 1, got {batch_size}.")
+    integer(batch_size, "batch_size", "generate", 1)
     require_tokenizers(model)
     for index, request in enumerate(requests):
         if not isinstance(request, GenerationRequest):
@@ -131,9 +130,10 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        # A request with guidance takes two rows.
-        least = 2 if any(r.settings.guidance != 1.0 for r in requests) else 1
-        engine = Engine(model, max(batch_size, least))
+        # A request with guidance takes two rows. More rows than there is work for would only take memory.
+        rows = [2 if r.settings.guidance != 1.0 else 1 for r in requests]
+        useful = sum(n * num_tries(r.settings) for n, r in zip(rows, requests, strict=True))
+        engine = Engine(model, max(min(batch_size, useful), *rows, 1))
         for work, decoded in engine.run(works()):
             served(work, decoded)
     finally:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def check_one_row(settings: SamplingSettings, where: str) -> None:
-    """Raises :class:`GenerationError` for settings that take more than the one row that a session has."""
+    """Raises :class:`GenerationError` for what is no settings, or takes more than the one row that a session has."""
+    if not isinstance(settings, SamplingSettings):
+        raise GenerationError(f"{where}: settings must be SamplingSettings, got {type(settings).__name__}.")
     names = ("guidance", "best_of", "n_best", "beam_size")
     given = [name for name in names if getattr(settings, name) != 1]
     if given:
