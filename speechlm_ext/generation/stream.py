@@ -94,8 +94,9 @@ def stream(model: SpeechLM, request: GenerationRequest, chunk_frames: int = 1) -
     require_tokenizers(model)
     for name in ("best_of", "n_best", "beam_size"):
         if getattr(request.settings, name) > 1:
+            does = "gives several results" if name == "n_best" else "chooses among whole results"
             raise GenerationError(
-                f"request {request.id!r}: {name} makes several results and cannot be streamed; set it to 1."
+                f"request {request.id!r}: {name} {does} and cannot be streamed; set it to 1."
             )
     if request.target_text is not None or request.target_audio is not None:
         raise GenerationError(
