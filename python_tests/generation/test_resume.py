@@ -136,6 +136,20 @@ def test_a_recording_of_the_same_size_is_another_request(model_folder, files, tm
     assert asked == ["u0"]
 
 
+def test_a_shorter_file_loses_nothing(model_folder, files, tmp_path, asked):
+    lines = files.read_text().splitlines(keepends=True)[:4]
+    out = tmp_path / "out"
+    cfg = GenerateConfig(model_folder, requests=files, output_dir=out)
+    for chosen, served in ((lines[:3], 3), (lines[1:2], 0), (["{"], 0), (lines[2:], 1), (lines, 0)):
+        files.write_text("".join(chosen))
+        asked.clear()
+        run_generate(cfg)
+        assert len(asked) == served
+        wanted = ["line 1" if line == "{" else json.loads(line)["id"] for line in chosen]
+        assert [r["id"] for r in read_lines(out / records.RESULTS)] == wanted
+    assert not (out / records.PARTIAL).exists()
+
+
 def test_one_run_at_a_time_writes_into_a_folder(model_folder, files, tmp_path):
     folder = records.ResultsFolder(tmp_path / "out", "m", "h")
     cfg = GenerateConfig(model_folder, requests=files, output_dir=tmp_path / "out")

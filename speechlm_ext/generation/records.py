@@ -4,7 +4,7 @@ A record holds everything that scoring needs later: the request, the settings wi
 log-probabilities, text or audio path, how it ended, and which model made it. While a run is going on, records are
 appended to ``results.partial.jsonl``; at its end ``results.jsonl`` is written whole, in the order of the requests. A
 run that was stopped goes on where it was: a request is done when a record of the same request and model exists and did
-not fail. One run at a time may write into a folder.
+not fail. One run at a time may write into a folder, and a file with fewer requests loses nothing of an earlier one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ class ResultsFolder:
         path = self.folder / PARTIAL
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(_lines([record]))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -201,11 +201,26 @@ class ResultsFolder:
         }
 
     def close(self, requests: Sequence[GenerationRequest | RefusedRequest]) -> Path:
-        """Write ``results.jsonl`` with the records of ``requests`` in their order; drop the partial file."""
-        lines = [json.dumps(self.records[r.id], ensure_ascii=False) for r in requests]
-        atomic_write_text(self.folder / RESULTS, "".join(line + "\n" for line in lines))
-        (self.folder / PARTIAL).unlink(missing_ok=True)
+        """Write ``results.jsonl`` with the records of ``requests`` in their order.
+
+        Served requests that the file does not have, of an earlier run with a longer one, stay in the partial file, so
+        that they need not be served again; without any it is removed.
+        """
+        wanted = {r.id for r in requests}
+        served = {name: record for name, record in self.records.items() if record.get("fingerprint")}
+        others = [record for name, record in served.items() if name not in wanted]
+        if others:  # nothing may be lost between the two writes
+            atomic_write_text(self.folder / PARTIAL, _lines(served.values()))
+        atomic_write_text(self.folder / RESULTS, _lines(self.records[r.id] for r in requests))
+        if others:
+            atomic_write_text(self.folder / PARTIAL, _lines(others))
+        else:
+            (self.folder / PARTIAL).unlink(missing_ok=True)
         return self.folder / RESULTS
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _rounded(logprobs_TC: np.ndarray) -> list[list[float | None]]:
