@@ -280,7 +280,9 @@ class Engine:
                     slot.work.prompt, slot.forced_RS, rows, scores, self.layout, bool(failed)
                 )
                 out.append((slot.work, decoded))
-        self._remove(done, [bool(progress[number][5]) for number in done])
+        # Rows that are given do not fail, whatever the model makes of them.
+        is_given = [self.active[number].work.teacher is not None for number in done]
+        self._remove(done, [bool(progress[n][5]) or given for n, given in zip(done, is_given, strict=True)])
         return out
 
     @torch.inference_mode()
@@ -288,12 +290,13 @@ class Engine:
         """Forget a request at once; its slot is free. Unknown keys are ignored."""
         numbers = [number for number, slot in enumerate(self.active) if slot.work.key == key]
         if numbers:
-            self._remove(numbers, [False] * len(numbers))
+            self._remove(numbers, [True] * len(numbers))
 
-    def _remove(self, numbers: Sequence[int], failed: Sequence[bool]) -> None:
+    def _remove(self, numbers: Sequence[int], suspect: Sequence[bool]) -> None:
+        """Free slots; ``suspect``: those whose keys and values may not be finite."""
         state = self._require_state()
-        for number, has_failed in sorted(zip(numbers, failed, strict=True), reverse=True):
-            if has_failed:
+        for number, is_suspect in sorted(zip(numbers, suspect, strict=True), reverse=True):
+            if is_suspect:
                 self._cache.clear(number)
             last = len(self.active) - 1
             if number != last:
