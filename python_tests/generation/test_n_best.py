@@ -197,25 +197,29 @@ def test_targets_that_cannot_be_given(model):
     assert result.finished == "failed" and "not finite" in result.error
 
 
-def test_keys_that_are_not_finite_stay_with_their_request(tokenizers):
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_keys_that_are_not_finite_stay_with_their_request(tokenizers, is_moved):
     """A given target reads a token whose vector is NaN; what comes into its slot later must not see its rows, not even
     with a weight of 0."""
     model = make_model(tokenizers.make_layout("t"), tokenizers)
-    tokens = [tokenizers.text.encode(text).ravel().tolist() for text in ("seven seven", "one two three")]
+    tokens = [tokenizers.text.encode(text).ravel().tolist() for text in ("seven seven", "one two three one two")]
     (bad, *_) = set(tokens[0]) - set(tokens[1])
     with torch.no_grad():
         model.embedding.weight[model.layout.interval("text_bpe")[0] + bad] = float("nan")
     long = GenerationRequest(
         "long", "asr", audio=make_wave(0.9), settings=SamplingSettings(min_len=40, max_len=40)
     )
-    given = GenerationRequest("given", "asr", audio=make_wave(0.1), target_text="one two three seven seven")
+    given = GenerationRequest("given", "asr", audio=make_wave(0.1), target_text="seven seven one two three one two")
     later = [
         GenerationRequest(
             f"later{n}", "textlm", text="one", settings=SamplingSettings(min_len=3, max_len=3, seed=n)
         )
         for n in range(3)
     ]
-    results = {r.id: r for r in generate(model, [long, given, *later], batch_size=2)}
+    # The one that ends first leaves its slot to the given one, whose own slot is then free.
+    brief = GenerationRequest("brief", "textlm", text="one", settings=SamplingSettings(min_len=2, max_len=2))
+    asked = [brief, given, *later] if is_moved else [long, given, *later]
+    results = {r.id: r for r in generate(model, asked, batch_size=2)}
     assert "not finite" in results.pop("given").error
     assert {name: r.error for name, r in results.items() if r.error} == {}
     for request in later:

@@ -306,6 +306,8 @@ class Engine:
                     getattr(state, name)[number] = getattr(state, name)[last]
                 self._row_BS[number] = self._row_BS[last]
                 self.active[number] = self.active[last]
+                if self.active[number].work.teacher is not None:  # see collect
+                    self._cache.clear(last)
             self._cache.truncate(last, 0)
             state.progress[last, 4] = 1
             self.active.pop()
