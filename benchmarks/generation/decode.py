@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -150,10 +151,12 @@ def measure(
     seconds_of_rival(model, WARM, device)
     runs: dict[int, list[dict[str, float]]] = {batch: [] for batch in batches}
     rival_runs = []
-    for _ in range(rounds):  # batches and rival by turns: what else the machine does meets them all
+    for number in range(rounds):  # batches and rival by turns: what else the machine does meets them all
         rival_runs.append(seconds_of_rival(model, rival_frames, device))
+        print(f"round {number + 1}: reference loop {rival_runs[-1]:.1f} s", file=sys.stderr, flush=True)
         for batch in batches:
             runs[batch].append(measure_batch(model, batch, frames, device))
+            print(f"round {number + 1}: {runs[batch][-1]}", file=sys.stderr, flush=True)
     rows = [max(runs[batch], key=lambda r: r["frames_per_s"]) for batch in batches]
     # Rows before the first frame is whole weigh more in a shorter run: count them as in ours.
     S = model.layout.num_streams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -106,6 +107,20 @@ def test_records_keep_all_results(model, tmp_path):
     assert not folder.is_done(request)
 
 
+def test_records_are_strict_json(model, tmp_path):
+    """An empty try has the score minus infinity, for which JSON has no number."""
+    request = GenerationRequest("a", TTS, text="one", settings=SamplingSettings(max_len=2))
+    (result,) = generate(model, [request])
+    folder = records.ResultsFolder(tmp_path, "m", "h")
+    folder.add(request, dataclasses.replace(result, tries=(-1.5, float("-inf"))))
+    line = (tmp_path / records.PARTIAL).read_text()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    assert json.loads(line, parse_constant=refuse)["tries"] == [-1.5, None]
+
+
 def test_text_is_sampled_when_several_are_asked_for(model):
     request = GenerationRequest("a", "textlm", settings=SamplingSettings(n_best=2, max_len=20))
     (result,) = generate(model, [request])
@@ -202,14 +217,18 @@ def test_keys_that_are_not_finite_stay_with_their_request(tokenizers, is_moved):
     """A given target reads a token whose vector is NaN; what comes into its slot later must not see its rows, not even
     with a weight of 0."""
     model = make_model(tokenizers.make_layout("t"), tokenizers)
-    tokens = [tokenizers.text.encode(text).ravel().tolist() for text in ("seven seven", "one two three one two")]
+    tokens = [
+        tokenizers.text.encode(text).ravel().tolist() for text in ("seven seven", "one two three one two")
+    ]
     (bad, *_) = set(tokens[0]) - set(tokens[1])
     with torch.no_grad():
         model.embedding.weight[model.layout.interval("text_bpe")[0] + bad] = float("nan")
     long = GenerationRequest(
         "long", "asr", audio=make_wave(0.9), settings=SamplingSettings(min_len=40, max_len=40)
     )
-    given = GenerationRequest("given", "asr", audio=make_wave(0.1), target_text="seven seven one two three one two")
+    given = GenerationRequest(
+        "given", "asr", audio=make_wave(0.1), target_text="seven seven one two three one two"
+    )
     later = [
         GenerationRequest(
             f"later{n}", "textlm", text="one", settings=SamplingSettings(min_len=3, max_len=3, seed=n)

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -180,7 +181,7 @@ class ResultsFolder:
             "num_scored": result.num_scored,
             "logprobs": None if result.logprobs is None else _rounded(result.logprobs),
             "end_logprob": result.end_logprob,
-            "tries": list(result.tries),
+            "tries": [x if math.isfinite(x) else None for x in result.tries],
             "seconds": round(result.seconds, 3),
             "settings": None if result.settings is None else dataclasses.asdict(result.settings),
             "error": result.error,
