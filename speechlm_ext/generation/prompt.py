@@ -203,6 +203,10 @@ def build_prompt(
     """
     check_fields(request, template)
     where = f"request {request.id!r} (task {template.name})"
+    if request.settings.guidance != 1.0 and not template.conditions:
+        raise GenerationError(
+            f"{where}: guidance compares with and without conditions, and the task has none."
+        )
     parts = [special_frame(layout.sos_eos_id, layout), special_frame(layout.task_id(template.name), layout)]
     tail = np.full((layout.max_delay, layout.num_streams), layout.pad_id, dtype=np.int64)
     num_content = 0
@@ -241,7 +245,7 @@ def build_prompt(
         frames_PS,
         num_given,
         segments,
-        np.concatenate(bare) if settings.guidance != 1.0 and template.conditions else None,
+        np.concatenate(bare) if settings.guidance != 1.0 else None,
         target_TS,
     )
 
