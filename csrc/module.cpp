@@ -32,6 +32,8 @@ void run_tasks(const std::vector<py::function>& tasks, int threads, bool small) 
   {
     const py::gil_scoped_release no_gil;
     speechlm::run_team(threads, [&] {
+      // A thread of a team gets one thread by itself, but on some processors another order of sums than a lone one.
+      const speechlm::OneMklThread one;
       for (size_t i = next++; i < tasks.size() && !failed; i = next++) {
         const py::gil_scoped_acquire gil;
         try {

@@ -12,6 +12,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -47,14 +48,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(params=["cpu", "cuda_on_cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    if request.param != "cuda_on_cpu":
-        yield torch.device(request.param)
+CUDA_ON_CPU = "cuda_on_cpu"
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+@contextmanager
+def on_device(name: str, test: pytest.Item) -> Iterator[torch.device]:
+    """The device of a test; while this lasts, ops on the CPU's tensors may run the CUDA kernels."""
+    if name != CUDA_ON_CPU:
+        yield torch.device(name)
         return
     # Another order of threads for every test, the same in every run.
-    with cuda_on_cpu.kernels_on_cpu(cuda_on_cpu.load(), seed=zlib.crc32(request.node.nodeid.encode())):
+    with cuda_on_cpu.kernels_on_cpu(cuda_on_cpu.load(), seed=zlib.crc32(test.nodeid.encode())):
         yield torch.device("cpu")
+
+
+@pytest.fixture(params=["cpu", CUDA_ON_CPU, CUDA])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    with on_device(request.param, request.node) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

@@ -69,7 +69,7 @@ def kmeans(device: str) -> None:
 
 def sample(device: str) -> None:
     """multistream_sample in every dtype and with every filter: ties, a NaN, columns outside of a cache, guidance,
-    repeated ids, several segments."""
+    repeated ids, several segments, rows in one call and in several."""
     widths = [7001, 300, 1]
     bounds = torch.tensor([0, *widths]).cumsum(0).tolist()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -96,7 +96,12 @@ def sample(device: str) -> None:
         for step in range(12):
             logits = (torch.randn(6, bounds[-1], device=device) * 3).round().to(dtype)
             logits[5, 40] = float("nan") if step == 3 else 0.0
-            sx.ops.multistream_sample(logits, state)
+            if step % 2 == 0:
+                sx.ops.multistream_sample(logits, state)
+                continue
+            row = None  # a row in several calls
+            for streams in ((0, 1), (1, 2), (2, 3)) if step % 4 == 1 else ((0, 2), (2, 3)):
+                row = sx.ops.multistream_sample(logits, state, streams=streams, partial=row)
 
 
 if __name__ == "__main__":

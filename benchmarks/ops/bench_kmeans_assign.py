@@ -22,7 +22,7 @@ from speechlm_ext.kmeans.sources import ArraySource
 from speechlm_ext.kmeans.state import State
 from speechlm_ext.kmeans.survey import survey
 from speechlm_ext.ops._native import native
-from speechlm_ext.ops.kmeans_assign import _multiply
+from speechlm_ext.ops.kmeans_assign import _coarse, _multiply
 from speechlm_ext.ops.reference.kmeans_assign import kmeans_assign as direct
 
 
@@ -114,6 +114,7 @@ def own_products(x: torch.Tensor, index: sx.ops.CentroidIndex, device: str) -> A
         return run
     labels, counts = torch.empty(len(x), dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
     prepared = (index.wide, index.codes, index.terms, index.centre, index.unit)
+    prepared += _coarse(index.coarse_codes, index.coarse_terms)
     return lambda: native.kmeans_assign(
         x, *prepared, True, labels, None, counts, torch.get_num_threads(), products_only=True
     )

@@ -1,5 +1,7 @@
 #include "common/cpu_info.h"
 
+#include "common/amx.h"
+
 namespace speechlm {
 
 std::vector<std::string> cpu_features() {
@@ -13,6 +15,7 @@ std::vector<std::string> cpu_features() {
 #if defined(__clang__) || __GNUC__ >= 10
   if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512bf16");
 #endif
+  if (amx::enable()) found.push_back("amx-bf16");
 #elif defined(__aarch64__)
   found.push_back("neon");
 #endif

@@ -12,11 +12,18 @@ enum class Simd { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
 // The set in use: the best that the processor has, or what use_simd() chose.
 Simd simd_in_use();
 
-// Names of the sets that were compiled in and that this processor has: "generic", "avx2", "avx512".
+// How products of bfloat16 tiles are made beside that: not at all, by the processor's tile unit (AMX), which goes with
+// kAvx512, or by plain C++ for tests on processors without one.
+enum class Tiles { kNone, kAmx, kEmulated };
+Tiles tiles_in_use();
+
+// Names of the sets that were compiled in and that this processor has: "generic", "avx2", "avx512", "amx" (which is
+// avx512 with the tile unit).
 std::vector<std::string> simd_available();
 std::string simd_name();
 
-// Chooses a set by name, "" for the best one. Throws std::invalid_argument for one that cannot be used here.
+// Chooses a set by name, "" for the best one; "emulated-amx" is the best one with tiles in plain C++. Throws
+// std::invalid_argument for one that cannot be used here.
 void use_simd(const std::string& name);
 
 }  // namespace speechlm

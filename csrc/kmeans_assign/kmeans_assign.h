@@ -5,7 +5,8 @@
 // product gives. What rounding cost is known, |x - xh| and |c_k - ch_k|, and so is a bound for every pair:
 //   |x.c_k - s_x s_k Q| <= |x - xh| |c_k| + |xh| |c_k - ch_k|
 // Centroids whose interval reaches below the least upper end are compared again in float64 by direct distances; mostly
-// there is one. docs/ops/kmeans_assign.md has the proof.
+// there is one. Where the processor has a tile unit, codes are bfloat16 at first, and rows with many such centroids get
+// finer ones. docs/ops/kmeans_assign.md has the proof.
 //
 // All is kept in float, relative to unit * max(unit, |x|), where unit is the largest |c_k|, so nothing overflows.
 #pragma once
@@ -18,6 +19,16 @@
 namespace speechlm {
 
 constexpr int64_t kPanel = 16;  // centroids whose codes lie together on the CPU
+
+// Pairs of coarse codes, of a row or centroid, are padded to this.
+constexpr int64_t kCoarsePairs = 16;
+inline int64_t coarse_pairs(int64_t width) {
+  return (width + 2 * kCoarsePairs - 1) / (2 * kCoarsePairs) * kCoarsePairs;
+}
+
+// What the tile unit's roundings can cost, in any order of additions: one of 2^-24 for each product, for each sum of 32
+// of them, and as much again of a quarter.
+inline double coarse_product_error(int64_t width) { return 0x1p-24 * 1.3 * static_cast<double>(width + 64); }
 
 // Multiples of 2^-24 that each bound gets for the roundings of its own arithmetic in float, counted in the docs.
 constexpr double kFloatSlack = 16;
@@ -54,23 +65,25 @@ struct CentroidTerms {
 // x and the centroids have types of their own.
 template <typename T, typename C>
 struct KmeansAssignArgs {
-  int64_t num_rows = 0;            // N
-  int64_t num_clusters = 0;        // K
-  int64_t width = 0;               // F
-  const T* x = nullptr;            // [N, F]
-  const C* centroids = nullptr;    // [K, F] as given
-  const int32_t* codes = nullptr;  // [padded K / 16, ceil(F / 2), 16] pairs of 16-bit codes; the CPU's
-  CentroidTerms terms;             // of padded K
+  int64_t num_rows = 0;                   // N
+  int64_t num_clusters = 0;               // K
+  int64_t width = 0;                      // F
+  const T* x = nullptr;                   // [N, F]
+  const C* centroids = nullptr;           // [K, F] as given
+  const int32_t* codes = nullptr;         // [padded K / 16, ceil(F / 2), 16] pairs of 16-bit codes; the CPU's
+  CentroidTerms terms;                    // of padded K
+  const int32_t* coarse_codes = nullptr;  // [padded K / 16, coarse pairs, 16] pairs of bfloat16; or null
+  CentroidTerms coarse_terms;
   const double* centre = nullptr;  // [F]
   double unit = 0;
-  bool exact = true;
+  bool exact = true;           // if not, fine codes have no bounds; coarse ones alone would be wrong too often
   bool products_only = false;  // nothing is labelled: benchmarks ask what the rest costs
   int32_t* labels = nullptr;   // [N]; -1: a row that is not finite
   double* distance = nullptr;  // [N] squared, NaN for -1; or null
   int64_t* counts = nullptr;   // [3] rows compared again, their candidates, rows that are not finite
 };
 
-// Equal for any number of threads and instruction set.
+// Labels and distances are equal for any number of threads and instruction set, counts for those without a tile unit.
 template <typename T, typename C>
 void kmeans_assign_cpu(const KmeansAssignArgs<T, C>& args, int threads);
 
@@ -125,6 +138,8 @@ struct KmeansIndexArgs {
   int32_t* codes = nullptr;        // as above
   float* terms = nullptr;          // [4, padded K]: scale, half norm, norm, residual
   double* unit = nullptr;
+  int32_t* coarse_codes = nullptr;  // or null, both
+  float* coarse_terms = nullptr;
 };
 
 template <typename C>

@@ -4,6 +4,7 @@
 
 #include "bind.h"
 #include "common/cuda_build.h"
+#include "common/simd.h"
 #include "common/tensor_caster.h"
 #include "kmeans_assign/kmeans_assign.h"
 #include "kmeans_assign/kmeans_sums.h"
@@ -29,8 +30,23 @@ void with_float(DType dtype, const Run& run) {
   }
 }
 
+// Both or neither.
+void expect_coarse(const std::optional<TensorView>& codes, const std::optional<TensorView>& terms, int64_t padded,
+                   int64_t width) {
+  SX_CHECK(codes.has_value() == terms.has_value(), "kmeans_assign: coarse codes go with coarse terms");
+  if (!codes) return;
+  codes->expect("kmeans_assign: coarse codes", {DType::kInt32}, Device::kCpu,
+                {padded / kPanel, coarse_pairs(width), kPanel});
+  terms->expect("kmeans_assign: coarse terms", {DType::kFloat32}, Device::kCpu, {4, padded});
+}
+
+CentroidTerms centroid_terms(const float* first, int64_t padded) {
+  return {first, first + padded, first + 2 * padded, first + 3 * padded};
+}
+
 void kmeans_index(const TensorView& centroids, const TensorView& centre, const TensorView& codes,
-                  const TensorView& terms, const TensorView& unit, int threads) {
+                  const TensorView& terms, const TensorView& unit, const std::optional<TensorView>& coarse_codes,
+                  const std::optional<TensorView>& coarse_terms, int threads) {
   constexpr Device on = Device::kCpu;
   centroids.expect("kmeans_assign: centroids", kWide, on, {-1, -1});
   const int64_t K = centroids.sizes[0], F = centroids.sizes[1], padded = padded_clusters(K);
@@ -38,10 +54,18 @@ void kmeans_index(const TensorView& centroids, const TensorView& centre, const T
   codes.expect("kmeans_assign: codes", {DType::kInt32}, on, {padded / kPanel, (F + 1) / 2, kPanel});
   terms.expect("kmeans_assign: terms", {DType::kFloat32}, on, {4, padded});
   unit.expect("kmeans_assign: unit", {DType::kFloat64}, on, {1});
+  expect_coarse(coarse_codes, coarse_terms, padded, F);
   const auto run = [&](auto value) {
     using C = decltype(value);
-    const KmeansIndexArgs<C> args{
-        K, F, centroids.ptr<C>(), centre.ptr<double>(), codes.ptr<int32_t>(), terms.ptr<float>(), unit.ptr<double>()};
+    const KmeansIndexArgs<C> args{K,
+                                  F,
+                                  centroids.ptr<C>(),
+                                  centre.ptr<double>(),
+                                  codes.ptr<int32_t>(),
+                                  terms.ptr<float>(),
+                                  unit.ptr<double>(),
+                                  coarse_codes ? coarse_codes->ptr<int32_t>() : nullptr,
+                                  coarse_terms ? coarse_terms->ptr<float>() : nullptr};
     const py::gil_scoped_release no_gil;
     kmeans_index_cpu(args, threads);
   };
@@ -49,7 +73,8 @@ void kmeans_index(const TensorView& centroids, const TensorView& centre, const T
 }
 
 void kmeans_assign(const TensorView& x, const TensorView& centroids, const TensorView& codes, const TensorView& terms,
-                   const TensorView& centre, const TensorView& unit, bool exact, const TensorView& labels,
+                   const TensorView& centre, const TensorView& unit, const std::optional<TensorView>& coarse_codes,
+                   const std::optional<TensorView>& coarse_terms, bool exact, const TensorView& labels,
                    const std::optional<TensorView>& distance, const TensorView& counts, int threads,
                    bool products_only) {
   constexpr Device on = Device::kCpu;
@@ -65,6 +90,7 @@ void kmeans_assign(const TensorView& x, const TensorView& centroids, const Tenso
   labels.expect("kmeans_assign: labels", {DType::kInt32}, on, {N});
   if (distance) distance->expect("kmeans_assign: distance", {DType::kFloat64}, on, {N});
   counts.expect("kmeans_assign: counts", {DType::kInt64}, on, {3});
+  expect_coarse(coarse_codes, coarse_terms, padded, F);
   with_float(x.dtype, [&](auto row_value) {
     const auto run = [&](auto centroid_value) {
       using T = decltype(row_value);
@@ -76,8 +102,11 @@ void kmeans_assign(const TensorView& x, const TensorView& centroids, const Tenso
       args.x = x.ptr<T>();
       args.centroids = centroids.ptr<C>();
       args.codes = codes.ptr<int32_t>();
-      const float* first = terms.ptr<float>();
-      args.terms = {first, first + padded, first + 2 * padded, first + 3 * padded};
+      args.terms = centroid_terms(terms.ptr<float>(), padded);
+      if (coarse_codes) {
+        args.coarse_codes = coarse_codes->ptr<int32_t>();
+        args.coarse_terms = centroid_terms(coarse_terms->ptr<float>(), padded);
+      }
       args.centre = centre.ptr<double>();
       args.unit = *unit.ptr<double>();
       args.exact = exact;
@@ -144,14 +173,13 @@ void kmeans_settle(const TensorView& products, const TensorView& x, const Tensor
     const auto run = [&](auto centroid_value) {
       using T = decltype(row_value);
       using C = decltype(centroid_value);
-      const float* first = terms.ptr<float>();
       const KmeansSettleArgs<T, C> args{N,
                                         K,
                                         F,
                                         products.ptr<float>(),
                                         x.ptr<T>(),
                                         centroids.ptr<C>(),
-                                        {first, first + K, first + 2 * K, first + 3 * K},
+                                        centroid_terms(terms.ptr<float>(), K),
                                         rows.ptr<RowTerms>(),
                                         labels.ptr<int32_t>(),
                                         distance ? distance->ptr<double>() : nullptr,
@@ -208,10 +236,12 @@ void kmeans_sums(const TensorView& x, const TensorView& labels, const TensorView
 
 void bind_kmeans_assign(py::module_& m) {
   m.def("kmeans_index", &kmeans_index, py::arg("centroids"), py::arg("centre"), py::arg("codes"), py::arg("terms"),
-        py::arg("unit"), py::arg("threads"));
+        py::arg("unit"), py::arg("coarse_codes").none(true), py::arg("coarse_terms").none(true), py::arg("threads"));
   m.def("kmeans_assign", &kmeans_assign, py::arg("x"), py::arg("centroids"), py::arg("codes"), py::arg("terms"),
-        py::arg("centre"), py::arg("unit"), py::arg("exact"), py::arg("labels"), py::arg("distance").none(true),
-        py::arg("counts"), py::arg("threads"), py::arg("products_only") = false);
+        py::arg("centre"), py::arg("unit"), py::arg("coarse_codes").none(true), py::arg("coarse_terms").none(true),
+        py::arg("exact"), py::arg("labels"), py::arg("distance").none(true), py::arg("counts"), py::arg("threads"),
+        py::arg("products_only") = false);
+  m.def("has_coarse_tiles", [] { return tiles_in_use() != Tiles::kNone; });
   m.def("kmeans_sums", &kmeans_sums, py::arg("x"), py::arg("labels"), py::arg("offset"), py::arg("step"),
         py::arg("sums"), py::arg("counts").none(true), py::arg("order").none(true), py::arg("threads"),
         py::arg("stream"));

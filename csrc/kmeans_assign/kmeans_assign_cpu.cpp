@@ -7,8 +7,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
+#include "common/aligned.h"
+#include "common/amx.h"
 #include "common/parallel.h"
 #include "kmeans_assign/tiles.h"
 
@@ -51,7 +54,7 @@ template const KmeansRowLoops<Float16>& kmeans_row_loops<Float16>();
 
 namespace {
 
-constexpr int64_t kBlockBytes = 192 << 10;  // of a block's codes
+constexpr int64_t kBlockBytes = 192 << 10, kCoarseBlockBytes = 768 << 10;  // of a block's codes
 constexpr int64_t kMostBlockRows = 384;
 constexpr int64_t kSmall = 1 << 20;  // products, for which waking another thread takes longer than it saves
 
@@ -102,7 +105,8 @@ bool all_finite(const T* x, int64_t width) {
   return true;
 }
 
-RowTerms terms_of(const Quantised& q, double unit, int64_t width, bool exact) {
+// `product_error`: of the products, as a share of the codes' norms.
+RowTerms terms_of(const Quantised& q, double unit, int64_t width, bool exact, double product_error) {
   RowTerms r;
   if (!q.fits) {
     r.eta = std::numeric_limits<float>::infinity();
@@ -116,12 +120,125 @@ RowTerms terms_of(const Quantised& q, double unit, int64_t width, bool exact) {
   constexpr double kSlack = kFloatSlack * 0x1p-24, kUp = 1 + 0x1p-20;
   r.beta_low = static_cast<float>(std::max(beta * (1 - kSlack), kLeastBeta));
   r.beta_high = static_cast<float>(beta * (1 + kSlack));
-  r.rho = static_cast<float>((q.residual + 2 * kSlack * q.hat) * inverse * kUp);
+  r.rho = static_cast<float>((q.residual + 2 * (kSlack + product_error) * q.hat) * inverse * kUp);
   r.hat = static_cast<float>(q.hat * inverse * kUp);
   const double direct = 0x1p-52 * static_cast<double>(width + 8) * (q.norm / unit) * (q.norm * inverse);
   r.eta = static_cast<float>(direct * kUp + kFloatFloor);
   return r;
 }
+
+// Rows against all centroids by codes of one kind: what may be the nearest of each.
+template <typename Product>
+class Scan {
+ public:
+  Scan(const PanelLoops<Product>& loops, const int32_t* codes, const CentroidTerms& terms, int64_t pairs,
+       int64_t most_rows)
+      : loops_(loops),
+        codes_(codes),
+        centroids_(terms),
+        pairs_(pairs),
+        row_codes_(padded(most_rows) * pairs),
+        rows_(padded(most_rows)),
+        columns_(kColumns * stride(most_rows)),
+        stride_(stride(most_rows)),
+        wanted_(padded(most_rows)),
+        candidates_(padded(most_rows)),
+        products_(loops.rows * loops.panels * kPanel),
+        masks_(loops.rows * loops.panels) {}
+
+  // The number of rows that are computed for num_rows.
+  int64_t padded(int64_t num_rows) const { return (num_rows + loops_.step - 1) / loops_.step * loops_.step; }
+
+  int32_t* row_codes() { return row_codes_.data(); }
+  Candidates& candidates(int64_t i) { return candidates_[i]; }
+
+  // Row i, whose codes are there; nothing is looked for if it is not `wanted`.
+  void begin(int64_t i, const RowTerms& terms, bool wanted) {
+    rows_[i] = terms;
+    const float column[] = {terms.alpha, terms.beta_low, terms.rho,
+                            terms.hat,   terms.eta,      std::numeric_limits<float>::infinity()};
+    for (int64_t c = 0; c < kColumns; ++c) columns_[c * stride_ + i] = column[c];
+    wanted_[i] = wanted;
+    candidates_[i].clear();
+  }
+
+  // Rows [0, num_rows). More than `most` candidates of a row are not kept: it has none then.
+  void run(int64_t num_rows, int64_t num_clusters, int64_t most, bool products_only) {
+    for (int64_t first = 0; first < num_clusters; first += loops_.panels * kPanel) {
+      const CentroidTerms panel = from(first);
+      for (int64_t i = 0; i < padded(num_rows); i += loops_.rows) {
+        const int count = static_cast<int>(std::min<int64_t>(loops_.rows, padded(num_rows) - i));
+        loops_.tile(products_.data(), row_codes_.data() + i * pairs_, codes_ + first * pairs_, pairs_, count);
+        if (products_only) continue;
+        loops_.below(products_.data(), columns(i), panel, masks_.data(), count);
+        for (int p = 0; p < loops_.panels; ++p) {
+          for (int j = 0; j < count; ++j) {
+            const int64_t at = p * loops_.rows + j;
+            if (j % 4 == 0 && j + 4 <= count && none_of_four(at)) {
+              j += 3;
+            } else if (masks_[at] != 0) {
+              collect(products_.data() + at * kPanel, i + j, first + p * kPanel, num_clusters, most);
+            }
+          }
+        }
+      }
+    }
+    for (int64_t i = 0; i < num_rows; ++i) candidates_[i].prune(least(i));
+  }
+
+ private:
+  static constexpr int64_t kColumns = 6;
+
+  // Of a column: a vector may reach beyond the last row.
+  int64_t stride(int64_t most_rows) const { return (padded(most_rows) / kRowVector + 2) * kRowVector; }
+
+  RowColumns columns(int64_t i) const {
+    const float* at = columns_.data() + i;
+    return {at, at + stride_, at + 2 * stride_, at + 3 * stride_, at + 4 * stride_, at + 5 * stride_};
+  }
+
+  float& least(int64_t i) { return columns_[5 * stride_ + i]; }
+
+  CentroidTerms from(int64_t first) const {
+    return {centroids_.scale + first, centroids_.half_norm + first, centroids_.norm + first,
+            centroids_.residual + first};
+  }
+
+  bool none_of_four(int64_t at) const {
+    uint64_t masks;
+    std::memcpy(&masks, &masks_[at], sizeof masks);
+    return masks == 0;
+  }
+
+  void collect(const Product* products, int64_t row, int64_t first, int64_t num_clusters, int64_t most) {
+    if (!wanted_[row]) return;
+    float low[kPanel];
+    uint32_t mask = loops_.ends(low, &least(row), products, rows_[row], from(first));
+    for (; mask != 0; mask &= mask - 1) {
+      const int64_t j = __builtin_ctz(mask), k = first + j;
+      if (k >= num_clusters) return;
+      candidates_[row].add({static_cast<int32_t>(k), low[j]}, least(row));
+    }
+    if (candidates_[row].size() <= most) return;
+    candidates_[row].prune(least(row));
+    if (candidates_[row].size() <= most) return;
+    candidates_[row].clear();
+    wanted_[row] = false;
+  }
+
+  PanelLoops<Product> loops_;
+  const int32_t* codes_;
+  CentroidTerms centroids_;
+  int64_t pairs_;
+  AlignedVector<int32_t> row_codes_;
+  std::vector<RowTerms> rows_;
+  AlignedVector<float> columns_;  // alpha, beta, rho, hat, eta, least of all rows
+  int64_t stride_;
+  std::vector<char> wanted_;
+  std::vector<Candidates> candidates_;
+  AlignedVector<Product> products_;
+  std::vector<uint16_t> masks_;
+};
 
 template <typename T, typename C>
 class RowBlock {
@@ -129,82 +246,90 @@ class RowBlock {
   RowBlock(const KmeansAssignArgs<T, C>& args, int64_t most_rows)
       : a_(args),
         loops_(kmeans_loops()),
-        pairs_((a_.width + 1) / 2),
         norm_share_(norm_share_of(a_.width)),
-        value_(padded_width(a_.width)),
-        row_codes_(padded_width(a_.width)),
-        codes_(most_rows * pairs_),
-        terms_(most_rows),
-        least_(most_rows),
-        candidates_(most_rows),
-        finite_(most_rows) {}
+        value_(std::max(padded_width(a_.width), 2 * coarse_pairs(a_.width))),
+        codes_(value_.size()),
+        fine_(loops_.fine, a_.codes, a_.terms, (a_.width + 1) / 2, most_rows) {
+    if (!is_coarse()) return;
+    PanelLoops<float> loops = loops_.coarse;
+    loops.tile = coarse_tile(tiles_in_use());
+    coarse_.emplace(loops, a_.coarse_codes, a_.coarse_terms, coarse_pairs(a_.width), most_rows);
+    if (tiles_in_use() == Tiles::kAmx) unit_.emplace();
+  }
 
   // Rows [begin, end).
   void run(int64_t begin, int64_t end) {
     const int64_t num_rows = end - begin;
-    const int64_t padded = (num_rows + loops_.rows - 1) / loops_.rows * loops_.rows;
-    quantise(begin, num_rows, padded);
-    for (int64_t first = 0; first < a_.num_clusters; first += loops_.panels * kPanel) {
-      const CentroidTerms c{a_.terms.scale + first, a_.terms.half_norm + first, a_.terms.norm + first,
-                            a_.terms.residual + first};
-      for (int64_t i = 0; i < padded; i += loops_.rows) {
-        loops_.tile(products_, codes_.data() + i * pairs_, a_.codes + first * pairs_, pairs_);
-        if (a_.products_only) continue;
-        loops_.below(products_, &terms_[i], c, &least_[i], masks_);
-        for (int t = 0; t < loops_.panels * loops_.rows; ++t) {
-          if (masks_[t] != 0) collect(t, i + t % loops_.rows, first + t / loops_.rows * kPanel);
-        }
+    if (!is_coarse()) {
+      for (int64_t i = 0; i < fine_.padded(num_rows); ++i) quantise(i, i < num_rows ? begin + i : -1);
+      fine_.run(num_rows, a_.num_clusters, kAll, a_.products_only);
+      for (int64_t i = 0; i < num_rows && !a_.products_only; ++i) settle(begin + i, fine_.candidates(i));
+      return;
+    }
+    for (int64_t i = 0; i < coarse_->padded(num_rows); ++i) round(i, i < num_rows ? begin + i : -1);
+    coarse_->run(num_rows, a_.num_clusters, kMostCoarse, a_.products_only);
+    if (a_.products_only) return;
+    again_.clear();
+    for (int64_t i = 0; i < num_rows; ++i) {
+      Candidates& candidates = coarse_->candidates(i);
+      if (candidates.size() == 0 && is_finite(begin + i)) {
+        again_.push_back(begin + i);
+      } else {
+        settle(begin + i, candidates);
       }
     }
-    for (int64_t i = 0; i < num_rows && !a_.products_only; ++i) settle(begin + i, i);
+    const auto num_again = static_cast<int64_t>(again_.size());
+    for (int64_t i = 0; i < fine_.padded(num_again); ++i) quantise(i, i < num_again ? again_[i] : -1);
+    fine_.run(num_again, a_.num_clusters, kAll, false);
+    for (int64_t i = 0; i < num_again; ++i) settle(again_[i], fine_.candidates(i));
   }
 
   int64_t reranked = 0, compared = 0, not_finite = 0;
 
  private:
-  void quantise(int64_t begin, int64_t num_rows, int64_t padded) {
-    const KmeansRowLoops<T>& rows = kmeans_row_loops<T>();
-    std::fill(value_.begin(), value_.end(), 0.0);
-    for (int64_t i = 0; i < padded; ++i) {
-      const T* x = a_.x + (begin + i) * a_.width;
-      if (i < num_rows) {
-        rows.subtract(value_.data(), x, a_.centre, a_.width);
-      } else {
-        std::fill(value_.begin(), value_.end(), 0.0);
-      }
-      const auto width = static_cast<int64_t>(value_.size());
-      const Quantised q = loops_.quantise(row_codes_.data(), value_.data(), width, norm_share_);
-      finite_[i] = i < num_rows && (q.fits || all_finite(x, a_.width));
-      terms_[i] = terms_of(q, a_.unit, a_.width, a_.exact);
-      least_[i] = std::numeric_limits<float>::infinity();
-      candidates_[i].clear();
-      int32_t* to = codes_.data() + i / loops_.rows * loops_.rows * pairs_ + i % loops_.rows;
-      for (int64_t p = 0; p < pairs_; ++p) to[p * loops_.rows] = pair_of(&row_codes_[2 * p]);
+  static constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+  static constexpr int64_t kMostCoarse = 32;  // more are better told apart by finer codes than in float64
+
+  bool is_coarse() const { return a_.coarse_codes != nullptr && tiles_in_use() != Tiles::kNone; }
+
+  bool is_finite(int64_t n) const { return all_finite(a_.x + n * a_.width, a_.width); }
+
+  // Row n less the centre, padded with zeros; n = -1: all zeros.
+  void load(int64_t n) {
+    if (n >= 0) {
+      kmeans_row_loops<T>().subtract(value_.data(), a_.x + n * a_.width, a_.centre, a_.width);
+    }
+    std::fill(value_.begin() + (n >= 0 ? a_.width : 0), value_.end(), 0.0);
+  }
+
+  void quantise(int64_t i, int64_t n) {
+    load(n);
+    const Quantised q = loops_.quantise(codes_.data(), value_.data(), padded_width(a_.width), norm_share_);
+    fine_.begin(i, terms_of(q, a_.unit, a_.width, a_.exact, 0), n >= 0 && (q.fits || is_finite(n)));
+    const int64_t pairs = (a_.width + 1) / 2, rows = loops_.fine.rows;
+    int32_t* to = fine_.row_codes() + i / rows * rows * pairs + i % rows;
+    for (int64_t p = 0; p < pairs; ++p) to[p * rows] = pair_of(&codes_[2 * p]);
+  }
+
+  void round(int64_t i, int64_t n) {
+    load(n);
+    auto* codes = reinterpret_cast<uint16_t*>(codes_.data());
+    const int64_t pairs = coarse_pairs(a_.width), group = kPanel * kCoarsePairs;
+    const Quantised q = loops_.round(codes, value_.data(), 2 * pairs);
+    coarse_->begin(i, terms_of(q, a_.unit, a_.width, true, coarse_product_error(a_.width)), n >= 0 && q.fits);
+    int32_t* to = coarse_->row_codes() + i / kPanel * kPanel * pairs + i % kPanel * kCoarsePairs;
+    for (int64_t p = 0; p < pairs; p += kCoarsePairs) {
+      std::memcpy(to + p / kCoarsePairs * group, codes + 2 * p, kCoarsePairs * sizeof(int32_t));
     }
   }
 
-  void collect(int tile_row, int64_t row, int64_t first) {
-    if (!finite_[row]) return;
-    float low[kPanel];
-    const CentroidTerms panel{a_.terms.scale + first, a_.terms.half_norm + first, a_.terms.norm + first,
-                              a_.terms.residual + first};
-    uint32_t mask = loops_.ends(low, &least_[row], products_ + tile_row * kPanel, terms_[row], panel);
-    for (; mask != 0; mask &= mask - 1) {
-      const int64_t j = __builtin_ctz(mask), k = first + j;
-      if (k >= a_.num_clusters) return;
-      candidates_[row].add({static_cast<int32_t>(k), low[j]}, least_[row]);
-    }
-  }
-
-  void settle(int64_t n, int64_t i) {
-    if (!finite_[i]) {
+  void settle(int64_t n, const Candidates& candidates) {
+    if (candidates.size() == 0) {  // only of a row that is not finite
       ++not_finite;
       a_.labels[n] = -1;
       if (a_.distance != nullptr) a_.distance[n] = std::numeric_limits<double>::quiet_NaN();
       return;
     }
-    Candidates& candidates = candidates_[i];
-    candidates.prune(least_[i]);
     int64_t label = candidates[0].cluster;
     const bool again = candidates.size() > 1;  // without bounds: equal scores, and those that are no numbers
     if (again || a_.distance != nullptr) {
@@ -232,17 +357,13 @@ class RowBlock {
 
   const KmeansAssignArgs<T, C>& a_;
   const KmeansLoops& loops_;
-  int64_t pairs_;
   double norm_share_;
-  std::vector<double> value_;
-  std::vector<int32_t> row_codes_;
-  std::vector<int32_t> codes_;
-  std::vector<RowTerms> terms_;
-  std::vector<float> least_;
-  std::vector<Candidates> candidates_;
-  std::vector<char> finite_;
-  int32_t products_[kMostTileRows * kMostTilePanels * kPanel];
-  uint32_t masks_[kMostTileRows * kMostTilePanels];
+  AlignedVector<double> value_;
+  AlignedVector<int32_t> codes_;
+  Scan<int32_t> fine_;
+  std::optional<Scan<float>> coarse_;
+  std::optional<amx::Tiles> unit_;
+  std::vector<int64_t> again_;
 };
 
 }  // namespace
@@ -250,12 +371,14 @@ class RowBlock {
 template <typename T, typename C>
 void kmeans_assign_cpu(const KmeansAssignArgs<T, C>& a, int threads) {
   const KmeansLoops& loops = kmeans_loops();
-  const int64_t row_bytes = (a.width + 1) / 2 * 4;
+  const bool is_coarse = a.coarse_codes != nullptr && tiles_in_use() != Tiles::kNone;
+  const int64_t row_bytes = (a.width + 1) / 2 * 4, block_bytes = is_coarse ? kCoarseBlockBytes : kBlockBytes;
+  const int64_t tile_rows = is_coarse ? kCoarseStep : loops.fine.rows;
   if (a.num_rows * a.num_clusters * a.width < kSmall) threads = 1;
   // A block for every thread, at least.
-  int64_t rows = std::min(kMostBlockRows, std::max<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1), 1));
+  int64_t rows = std::min(kMostBlockRows, std::max<int64_t>(block_bytes / std::max<int64_t>(row_bytes, 1), 1));
   rows = std::min(rows, (a.num_rows + threads - 1) / threads);
-  rows = std::max<int64_t>((rows + loops.rows - 1) / loops.rows, 1) * loops.rows;
+  rows = std::max<int64_t>((rows + tile_rows - 1) / tile_rows, 1) * tile_rows;
   const int64_t blocks = (a.num_rows + rows - 1) / rows;
   std::vector<std::array<int64_t, 3>> counts(blocks);
   parallel_for(blocks, 1, threads, [&](int64_t begin, int64_t end) {

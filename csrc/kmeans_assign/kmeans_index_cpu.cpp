@@ -42,6 +42,28 @@ std::vector<char> copies_of(const C* centroids, int64_t num_clusters, int64_t wi
   return copies;
 }
 
+// terms [4, padded K].
+void write_terms(float* terms, const std::vector<Quantised>& found, const std::vector<char>& copies, double unit,
+                 int64_t padded) {
+  constexpr double kUp = 1 + 0x1p-20;  // these ends must not be rounded down
+  constexpr float kNever = std::numeric_limits<float>::infinity();
+  const auto num_clusters = static_cast<int64_t>(found.size());
+  for (int64_t k = 0; k < padded; ++k) {
+    float* scale = terms + k;
+    float* half_norm = scale + padded;
+    float* norm = half_norm + padded;
+    float* residual = norm + padded;
+    *scale = *norm = *residual = 0;
+    *half_norm = kNever;
+    if (k >= num_clusters || copies[k]) continue;
+    const Quantised& q = found[k];
+    *half_norm = static_cast<float>((q.norm / unit) * (q.norm / unit) / 2);
+    *scale = static_cast<float>(q.scale / unit);
+    *norm = q.fits ? static_cast<float>(q.norm / unit * kUp) : std::numeric_limits<float>::infinity();
+    *residual = static_cast<float>(q.residual / unit * kUp);
+  }
+}
+
 }  // namespace
 
 template <typename C>
@@ -50,10 +72,12 @@ void kmeans_index_cpu(const KmeansIndexArgs<C>& a, int threads) {
   const KmeansRowLoops<C>& rows = kmeans_row_loops<C>();
   const int64_t K = a.num_clusters, F = a.width, pairs = (F + 1) / 2, padded = padded_clusters(K);
   const double norm_share = norm_share_of(F);
-  std::vector<Quantised> found(K);
+  const bool is_coarse = a.coarse_codes != nullptr;
+  const int64_t short_pairs = coarse_pairs(F);
+  std::vector<Quantised> found(K), coarse(is_coarse ? K : 0);
   parallel_for(padded, 16, threads, [&](int64_t begin, int64_t end) {
-    std::vector<double> value(padded_width(F));
-    std::vector<int32_t> codes(padded_width(F));
+    std::vector<double> value(std::max(padded_width(F), 2 * short_pairs));
+    std::vector<int32_t> codes(value.size());
     for (int64_t k = begin; k < end; ++k) {
       if (k < K) {
         rows.subtract(value.data(), a.centroids + k * F, a.centre, F);
@@ -63,6 +87,11 @@ void kmeans_index_cpu(const KmeansIndexArgs<C>& a, int threads) {
       }
       int32_t* to = a.codes + k / kPanel * kPanel * pairs + k % kPanel;
       for (int64_t p = 0; p < pairs; ++p) to[p * kPanel] = pair_of(&codes[2 * p]);
+      if (!is_coarse) continue;
+      auto* bits = reinterpret_cast<uint16_t*>(codes.data());
+      if (k < K) coarse[k] = loops.round(bits, value.data(), 2 * short_pairs);
+      to = a.coarse_codes + k / kPanel * kPanel * short_pairs + k % kPanel;
+      for (int64_t p = 0; p < short_pairs; ++p) std::memcpy(to + p * kPanel, bits + 2 * p, sizeof *to);
     }
   });
   double unit = 0;
@@ -70,22 +99,8 @@ void kmeans_index_cpu(const KmeansIndexArgs<C>& a, int threads) {
   if (unit == 0) unit = 1;
   *a.unit = unit;
   const std::vector<char> copies = copies_of(a.centroids, K, F, threads);
-  constexpr double kUp = 1 + 0x1p-20;  // these ends must not be rounded down
-  constexpr float kNever = std::numeric_limits<float>::infinity();
-  for (int64_t k = 0; k < padded; ++k) {
-    float* scale = a.terms + k;
-    float* half_norm = scale + padded;
-    float* norm = half_norm + padded;
-    float* residual = norm + padded;
-    *scale = *norm = *residual = 0;
-    *half_norm = kNever;
-    if (k >= K || copies[k]) continue;
-    const Quantised& q = found[k];
-    *half_norm = static_cast<float>((q.norm / unit) * (q.norm / unit) / 2);
-    *scale = static_cast<float>(q.scale / unit);
-    *norm = q.fits ? static_cast<float>(q.norm / unit * kUp) : std::numeric_limits<float>::infinity();
-    *residual = static_cast<float>(q.residual / unit * kUp);
-  }
+  write_terms(a.terms, found, copies, unit, padded);
+  if (is_coarse) write_terms(a.coarse_terms, coarse, copies, unit, padded);
 }
 
 template void kmeans_index_cpu<float>(const KmeansIndexArgs<float>&, int);

@@ -1,6 +1,7 @@
-// The inner loops of kmeans_assign on the CPU, by instruction set. Codes are integers of 16 bits: their products are
-// exact in 32 bits, whatever the order, so every set gives equal bits, and a multiply-add of two pairs takes half the
-// instructions of float.
+// The inner loops of kmeans_assign on the CPU, by instruction set. Fine codes are integers of 16 bits: their products
+// are exact in 32 bits, whatever the order, so every set gives equal bits, and a multiply-add of two pairs takes half
+// the instructions of float. Coarse codes are bfloat16, for processors with a tile unit, which is several times as
+// fast.
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,7 @@
 
 namespace speechlm {
 
-// A row or centroid in 16 bits: value = scale * code + residual.
+// A row or centroid in codes: value = scale * code + residual.
 struct Quantised {
   double norm = 0;  // of the value
   double scale = 0;
@@ -21,25 +22,50 @@ struct Quantised {
 };
 
 // Values and codes are padded with zeros to whole vectors.
-constexpr int64_t kVector = 4;
+constexpr int64_t kVector = 8;
 inline int64_t padded_width(int64_t width) { return (width + kVector - 1) / kVector * kVector; }
 
-constexpr int kMostTileRows = 12;
 constexpr int kMostTilePanels = 2;
 
-struct KmeansLoops {
-  int rows;    // of a tile, up to kMostTileRows
+// A coarse tile: rows in steps of two of the tile unit's, which are 16 rows (or centroids) of 16 pairs of codes.
+constexpr int kCoarseRows = 128, kCoarseStep = 32, kCoarsePanels = 2;
+
+// The rows of a tile as `below` reads them; arrays may be read up to a multiple of kRowVector.
+constexpr int kRowVector = 16;
+struct RowColumns {
+  const float* alpha;
+  const float* beta_low;
+  const float* rho;
+  const float* hat;
+  const float* eta;
+  const float* least;  // upper end so far
+};
+
+// For products of fine (int32_t) or coarse (float) codes.
+template <typename Product>
+struct PanelLoops {
+  int rows;    // of a tile
   int panels;  // of a tile, 1 or 2
-  // out[panel][row][kPanel] = dot products of `rows` rows, [pairs][rows] pairs of codes, with `panels` panels.
-  void (*tile)(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pairs);
-  // masks[panel][row]: which centroids (bits) of the panel have a lower end that is not above the row's `least`.
-  void (*below)(const int32_t* products, const RowTerms* rows, const CentroidTerms& panel, const float* least,
-                uint32_t* masks);
+  int step;    // a tile may have fewer rows, `count`, which is a multiple of this
+  // out[panel][row][kPanel] = dot products of `count` rows with `panels` panels. Pairs of codes of the rows are
+  // [pairs][rows] if fine, [row / 16][pairs / 16][16][16] if coarse.
+  void (*tile)(Product* out, const int32_t* rows, const int32_t* panels, int64_t pairs, int count);
+  // masks[panel][row]: which centroids (bits) of the panel may have a lower end that is not above the row's `least`.
+  // A first look: it takes the widest interval of the panel for all.
+  void (*below)(const Product* products, const RowColumns& rows, const CentroidTerms& panel, uint16_t* masks,
+                int count);
   // Of one row and a panel: low[kPanel]; lowers `least` to the least upper end; which centroids are not above it then.
-  uint32_t (*ends)(float* low, float* least, const int32_t* products, const RowTerms& row, const CentroidTerms& panel);
-  // Codes of `value` [padded F], which is relative to the centre. `norm_share`: 1 / the norm that codes may have when
-  // they are rounded.
+  uint32_t (*ends)(float* low, float* least, const Product* products, const RowTerms& row, const CentroidTerms& panel);
+};
+
+struct KmeansLoops {
+  PanelLoops<int32_t> fine;
+  PanelLoops<float> coarse;  // without a tile: see coarse_tile()
+  // Fine codes of `value` [padded F], which is relative to the centre. `norm_share`: 1 / the norm that codes may have
+  // when they are rounded.
   Quantised (*quantise)(int32_t* codes, const double* value, int64_t padded, double norm_share);
+  // Coarse codes, the bits of bfloat16.
+  Quantised (*round)(uint16_t* codes, const double* value, int64_t padded);
 };
 
 // The loops that depend on the type of a row.
@@ -60,6 +86,10 @@ inline int32_t pair_of(const int32_t* codes) {
 inline double norm_share_of(int64_t width) {
   return 1 / (kMostCodeNorm - 1 - 0.5 * std::sqrt(static_cast<double>(width)));
 }
+
+// A product of coarse codes by the tile unit or in plain C++; with the first the calling thread must hold amx::Tiles.
+using CoarseTile = void (*)(float* out, const int32_t* rows, const int32_t* panels, int64_t pairs, int count);
+CoarseTile coarse_tile(Tiles tiles);
 
 const KmeansLoops& kmeans_loops();  // of simd_in_use()
 template <typename T>

@@ -1,8 +1,10 @@
 // Compiled once per instruction set; see common/simd.h.
 #include "kmeans_assign/tiles.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__AVX2__)
@@ -20,7 +22,7 @@ constexpr int kRows = 12, kPanels = 2;
 
 // multiply_add(sum, a, b): sum + the products of both halves.
 #define SX_TILE(name, attribute, multiply_add)                                                                     \
-  attribute void name(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pairs) {                   \
+  attribute void name(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pairs, int) {              \
     __m512i sums[kRows][kPanels];                                                                                  \
     _Pragma("GCC unroll 12") for (int i = 0; i < kRows; ++i) { sums[i][0] = sums[i][1] = _mm512_setzero_si512(); } \
     for (int64_t p = 0; p < pairs; ++p) {                                                                          \
@@ -46,7 +48,7 @@ SX_TILE(tile_vnni, __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")
 #elif defined(__AVX2__)
 constexpr int kRows = 6, kPanels = 1;
 
-void tile(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pairs) {
+void tile(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pairs, int) {
   __m256i sums[kRows][2];
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
@@ -70,7 +72,7 @@ void tile(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pair
 #else
 constexpr int kRows = 4, kPanels = 1;
 
-void tile(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pairs) {
+void tile(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pairs, int) {
   uint32_t sums[kRows][kPanel] = {};  // unsigned: wrapping around is defined
   for (int64_t p = 0; p < pairs; ++p) {
     int16_t a[kRows][2], b[kPanel][2];
@@ -86,12 +88,83 @@ void tile(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pair
 }
 #endif
 
-// The lower end, in an order of roundings that all that follows keeps to.
-inline float low_of(float product, float scale, float half_norm, float norm, float residual, const RowTerms& r) {
-  const float z = product * scale * r.alpha;
-  return (half_norm * r.beta_low - z) - (norm * r.rho + residual * r.hat + r.eta);
+// The order of roundings is the same in every set, and so are the ends.
+
+// What the threshold of the first look is raised by, for the roundings of its own arithmetic.
+constexpr float kEndSlack = 0x1p-18f;
+
+#if defined(__AVX512BW__)
+inline __m512 load_products(const float* from) { return _mm512_loadu_ps(from); }
+inline __m512 load_products(const int32_t* from) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(from)); }
+
+// The compiler's own loops take five times as long, a fifth of all.
+struct CentroidVectors {
+  explicit CentroidVectors(const CentroidTerms& c, int64_t at = 0)
+      : scale(_mm512_loadu_ps(c.scale + at)),
+        half_norm(_mm512_loadu_ps(c.half_norm + at)),
+        norm(_mm512_loadu_ps(c.norm + at)),
+        residual(_mm512_loadu_ps(c.residual + at)) {}
+  __m512 scale, half_norm, norm, residual;
+};
+
+template <typename Product>
+inline __m512 product_of(const Product* products, const CentroidVectors& c, float alpha) {
+  return _mm512_mul_ps(_mm512_mul_ps(load_products(products), c.scale), _mm512_set1_ps(alpha));
 }
 
+inline __m512 error_of(const CentroidVectors& c, const RowTerms& r) {
+  return _mm512_add_ps(
+      _mm512_add_ps(_mm512_mul_ps(c.norm, _mm512_set1_ps(r.rho)), _mm512_mul_ps(c.residual, _mm512_set1_ps(r.hat))),
+      _mm512_set1_ps(r.eta));
+}
+
+inline __m512 score_of(const __m512& z, const CentroidVectors& c, float beta) {
+  return _mm512_sub_ps(_mm512_mul_ps(c.half_norm, _mm512_set1_ps(beta)), z);
+}
+
+inline uint32_t mask_of(const __m512& low, float end) {
+  return _mm512_cmp_ps_mask(low, _mm512_set1_ps(end), _CMP_NGT_UQ);
+}
+
+template <typename Product>
+uint32_t ends(float* low, float* least, const Product* products, const RowTerms& r, const CentroidTerms& terms) {
+  const CentroidVectors c(terms);
+  const __m512 z = product_of(products, c, r.alpha), error = error_of(c, r);
+  const __m512 lower = _mm512_sub_ps(score_of(z, c, r.beta_low), error);
+  const __m512 upper = _mm512_add_ps(score_of(z, c, r.beta_high), error);
+  // No number: of a centroid that always is a candidate.
+  const __m512 infinity = _mm512_set1_ps(std::numeric_limits<float>::infinity());
+  const float end =
+      _mm512_reduce_min_ps(_mm512_mask_blend_ps(_mm512_cmp_ps_mask(upper, upper, _CMP_ORD_Q), infinity, upper));
+  *least = end < *least ? end : *least;
+  _mm512_storeu_ps(low, lower);
+  return mask_of(lower, *least);
+}
+
+template <typename Product, int num_rows, int num_panels>
+void below(const Product* products, const RowColumns& rows, const CentroidTerms& terms, uint16_t* masks, int count) {
+  static_assert(kRowVector == 16, "a vector");
+  alignas(64) float most[(num_rows + kRowVector - 1) / kRowVector * kRowVector];
+  for (int panel = 0; panel < num_panels; ++panel) {
+    const CentroidVectors c(terms, panel * kPanel);
+    const __m512 norm = _mm512_set1_ps(_mm512_reduce_max_ps(c.norm));
+    const __m512 residual = _mm512_set1_ps(_mm512_reduce_max_ps(c.residual));
+    for (int i = 0; i < count; i += kRowVector) {
+      const __m512 error = _mm512_add_ps(_mm512_add_ps(_mm512_mul_ps(norm, _mm512_loadu_ps(rows.rho + i)),
+                                                       _mm512_mul_ps(residual, _mm512_loadu_ps(rows.hat + i))),
+                                         _mm512_loadu_ps(rows.eta + i));
+      const __m512 end = _mm512_add_ps(_mm512_loadu_ps(rows.least + i), error);
+      _mm512_store_ps(most + i, _mm512_add_ps(end, _mm512_mul_ps(_mm512_abs_ps(end), _mm512_set1_ps(kEndSlack))));
+    }
+    for (int i = 0; i < count; ++i) {
+      const int at = panel * num_rows + i;
+      const __m512 z = product_of(products + at * kPanel, c, rows.alpha[i]);
+      masks[at] = static_cast<uint16_t>(mask_of(score_of(z, c, rows.beta_low[i]), most[i]));
+    }
+  }
+}
+
+#else
 // Bits of the centroids that are not above `end`.
 inline uint32_t mask_of(const float* low, float end) {
   int32_t is_below[kPanel];  // all ones or zero
@@ -107,14 +180,16 @@ inline uint32_t mask_of(const float* low, float end) {
 #endif
 }
 
-uint32_t ends(float* low, float* least, const int32_t* products, const RowTerms& row, const CentroidTerms& c) {
+template <typename Product>
+uint32_t ends(float* low, float* least, const Product* products, const RowTerms& row, const CentroidTerms& c) {
   const RowTerms r = row;
   float high[kPanel];
   for (int64_t k = 0; k < kPanel; ++k) {
     const float z = static_cast<float>(products[k]) * c.scale[k] * r.alpha;
     const float error = c.norm[k] * r.rho + c.residual[k] * r.hat + r.eta;
     low[k] = (c.half_norm[k] * r.beta_low - z) - error;
-    high[k] = (c.half_norm[k] * r.beta_high - z) + error;
+    const float end = (c.half_norm[k] * r.beta_high - z) + error;
+    high[k] = end == end ? end : std::numeric_limits<float>::infinity();  // of a centroid that always is a candidate
   }
   for (int64_t half = kPanel / 2; half > 0; half /= 2) {
     for (int64_t k = 0; k < half; ++k) high[k] = high[k + half] < high[k] ? high[k + half] : high[k];
@@ -123,23 +198,37 @@ uint32_t ends(float* low, float* least, const int32_t* products, const RowTerms&
   return mask_of(low, *least);
 }
 
-void below(const int32_t* products, const RowTerms* rows, const CentroidTerms& c, const float* least, uint32_t* masks) {
-  for (int panel = 0; panel < kPanels; ++panel) {
+template <typename Product, int num_rows, int num_panels>
+void below(const Product* products, const RowColumns& rows, const CentroidTerms& c, uint16_t* masks, int count) {
+  float most[num_rows];
+  for (int panel = 0; panel < num_panels; ++panel) {
     const int64_t from = panel * kPanel;
-    for (int i = 0; i < kRows; ++i, products += kPanel, ++masks) {
-      const RowTerms r = rows[i];
-      float low[kPanel];
+    float norm = 0, residual = 0;
+    for (int64_t k = from; k < from + kPanel; ++k) {
+      norm = std::max(norm, c.norm[k]);
+      residual = std::max(residual, c.residual[k]);
+    }
+    for (int i = 0; i < count; ++i) {
+      const float end = rows.least[i] + (norm * rows.rho[i] + residual * rows.hat[i] + rows.eta[i]);
+      most[i] = end + std::abs(end) * kEndSlack;
+    }
+    for (int i = 0; i < count; ++i) {
+      const Product* at = products + (panel * num_rows + i) * kPanel;
+      const float alpha = rows.alpha[i], beta = rows.beta_low[i];
+      float score[kPanel];
       for (int64_t j = 0; j < kPanel; ++j) {
         const int64_t k = from + j;
-        low[j] = low_of(static_cast<float>(products[j]), c.scale[k], c.half_norm[k], c.norm[k], c.residual[k], r);
+        score[j] = c.half_norm[k] * beta - static_cast<float>(at[j]) * c.scale[k] * alpha;
       }
-      *masks = mask_of(low, least[i]);
+      masks[panel * num_rows + i] = static_cast<uint16_t>(mask_of(score, most[i]));
     }
   }
 }
+#endif
 
-typedef double Doubles __attribute__((vector_size(kVector * sizeof(double))));
-typedef int32_t Ints __attribute__((vector_size(kVector * sizeof(int32_t))));
+constexpr int64_t kLanes = 4;
+typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 inline Doubles load(const double* from) {
   Doubles v;
@@ -149,31 +238,50 @@ inline Doubles load(const double* from) {
 
 inline double join(const Doubles& v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
-Quantised quantise(int32_t* codes, const double* value, int64_t padded, double norm_share) {
-  Doubles squares = {}, largest = {};
+// Norm and whether it fits; `most`: the largest magnitude.
+Quantised survey(const double* value, int64_t padded, double& most) {
+  Doubles squares[2] = {}, largest[2] = {};
   for (int64_t f = 0; f < padded; f += kVector) {
-    const Doubles v = load(value + f);
-    const Doubles magnitude = v < 0 ? -v : v;
-    squares += v * v;
-    largest = magnitude > largest ? magnitude : largest;
+    for (int64_t i = 0; i < 2; ++i) {
+      const Doubles v = load(value + f + i * kLanes);
+      const Doubles magnitude = v < 0 ? -v : v;
+      squares[i] += v * v;
+      largest[i] = magnitude > largest[i] ? magnitude : largest[i];
+    }
   }
-  const double total = join(squares);
-  double most = 0;
-  for (int64_t j = 0; j < kVector; ++j) most = largest[j] > most ? largest[j] : most;
+  const double total = join(squares[0] + squares[1]);
+  most = 0;
+  for (int64_t j = 0; j < kVector; ++j) {
+    const double magnitude = largest[j / kLanes][j % kLanes];
+    most = magnitude > most ? magnitude : most;
+  }
   Quantised out;
   // Squares that overflow or lose digits say nothing.
   out.fits = total < 1e300 && (most == 0 || most > 1e-140);
+  if (out.fits) out.norm = std::sqrt(total);
+  return out;
+}
+
+// What the codes leave: 2^-40 is far more than these sums, and the subtraction of the centre before them, can have
+// lost.
+void set_errors(Quantised& out, double residual, double code_norm) {
+  out.residual = residual * (1 + 0x1p-40) + out.norm * 0x1p-50;
+  out.hat = code_norm * out.scale * (1 + 0x1p-40);
+}
+
+Quantised quantise(int32_t* codes, const double* value, int64_t padded, double norm_share) {
+  double most = 0;
+  Quantised out = survey(value, padded, most);
   if (!out.fits || most == 0) {
     std::memset(codes, 0, static_cast<size_t>(padded) * sizeof(int32_t));
     return out;
   }
-  out.norm = std::sqrt(total);
   const double by_norm = out.norm * norm_share, by_largest = most * (1.0 / 32766);
   out.scale = by_norm > by_largest ? by_norm : by_largest;
   const double inverse = 1 / out.scale;
   Doubles residuals = {}, hats = {};
   constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to whole numbers
-  for (int64_t f = 0; f < padded; f += kVector) {
+  for (int64_t f = 0; f < padded; f += kLanes) {
     const Doubles v = load(value + f);
     const Doubles code = (v * inverse + kMagic) - kMagic;
     const Doubles rest = v - code * out.scale;
@@ -182,9 +290,48 @@ Quantised quantise(int32_t* codes, const double* value, int64_t padded, double n
     const Ints whole = __builtin_convertvector(code, Ints);
     std::memcpy(codes + f, &whole, sizeof whole);
   }
-  // 2^-40: far more than these sums, and the subtraction of the centre before them, can have lost.
-  out.residual = std::sqrt(join(residuals)) * (1 + 0x1p-40) + out.norm * 0x1p-50;
-  out.hat = std::sqrt(join(hats)) * out.scale * (1 + 0x1p-40);
+  set_errors(out, std::sqrt(join(residuals)), std::sqrt(join(hats)));
+  return out;
+}
+
+Quantised round(uint16_t* codes, const double* value, int64_t padded) {
+  double most = 0;
+  Quantised out = survey(value, padded, most);
+  if (!out.fits || most == 0) {
+    std::memset(codes, 0, static_cast<size_t>(padded) * sizeof(uint16_t));
+    return out;
+  }
+  out.scale = std::ldexp(1.0, std::ilogb(most));  // the largest code is in [1, 2)
+  const double inverse = 1 / out.scale;
+  typedef double Wide __attribute__((vector_size(kVector * sizeof(double))));
+  typedef float Floats __attribute__((vector_size(kVector * sizeof(float))));
+  typedef uint32_t Bits __attribute__((vector_size(kVector * sizeof(uint32_t))));
+  typedef uint16_t Codes __attribute__((vector_size(kVector * sizeof(uint16_t))));
+  Wide residuals = {}, hats = {};
+  for (int64_t f = 0; f < padded; f += kVector) {
+    Wide v;
+    std::memcpy(&v, value + f, sizeof v);
+    v *= inverse;
+    const Floats single = __builtin_convertvector(v, Floats);
+    Bits bits;
+    std::memcpy(&bits, &single, sizeof bits);
+    bits = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const Codes code = __builtin_convertvector(bits, Codes);
+    std::memcpy(codes + f, &code, sizeof code);
+    bits <<= 16;
+    Floats hat;
+    std::memcpy(&hat, &bits, sizeof hat);
+    const Wide wide = __builtin_convertvector(hat, Wide);
+    const Wide rest = v - wide;  // exact, and so is the scale
+    residuals += rest * rest;
+    hats += wide * wide;
+  }
+  double residual = 0, code_norm = 0;
+  for (int64_t j = 0; j < kVector; ++j) {
+    residual += residuals[j];
+    code_norm += hats[j];
+  }
+  set_errors(out, std::sqrt(residual) * out.scale, std::sqrt(code_norm));
   return out;
 }
 
@@ -196,24 +343,24 @@ void subtract(double* __restrict value, const T* __restrict x, const double* __r
 template <typename T>
 inline Doubles load_wide(const T* from) {
   if constexpr (std::is_same_v<T, float>) {
-    typedef float Floats __attribute__((vector_size(kVector * sizeof(float))));
+    typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
     Floats v;
     std::memcpy(&v, from, sizeof v);
     return __builtin_convertvector(v, Doubles);
   } else {
     Doubles v;
-    for (int64_t j = 0; j < kVector; ++j) v[j] = static_cast<double>(widen(from[j]));
+    for (int64_t j = 0; j < kLanes; ++j) v[j] = static_cast<double>(widen(from[j]));
     return v;
   }
 }
 
-constexpr int64_t kSums = kDistanceLanes / kVector;
+constexpr int64_t kSums = kDistanceLanes / kLanes;
 
 template <typename T>
 inline void add_squares(Doubles (&sums)[kSums], const double* x, const T* centroid) {
 #pragma GCC unroll 8
   for (int64_t j = 0; j < kSums; ++j) {
-    const Doubles d = load(x + j * kVector) - load_wide(centroid + j * kVector);
+    const Doubles d = load(x + j * kLanes) - load_wide(centroid + j * kLanes);
     sums[j] += d * d;
   }
 }
@@ -245,9 +392,13 @@ double distance(const double* __restrict x, const T* __restrict centroid, int64_
 
 const KmeansLoops& kmeans_loops_of() {
   static const KmeansLoops table = [] {
-    KmeansLoops loops{kRows, kPanels, &tile, &below, &ends, &quantise};
+    KmeansLoops loops{
+        {kRows, kPanels, kRows, &tile, &below<int32_t, kRows, kPanels>, &ends<int32_t>},
+        {kCoarseRows, kCoarsePanels, kCoarseStep, nullptr, &below<float, kCoarseRows, kCoarsePanels>, &ends<float>},
+        &quantise,
+        &round};
 #if defined(__AVX512BW__)
-    if (__builtin_cpu_supports("avx512vnni")) loops.tile = &tile_vnni;
+    if (__builtin_cpu_supports("avx512vnni")) loops.fine.tile = &tile_vnni;
 #endif
     return loops;
   }();

@@ -19,7 +19,7 @@ struct BlockMemory {
   Wide found, before;
   unsigned count;
   int place;
-  bool is_last;
+  int finished;  // the request whose last block this is, or -1
 };
 
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }

@@ -3,6 +3,9 @@
 // What a token is, to the bit, is defined by speechlm_ext/ops/reference/multistream_sample.py. All sums that decide are
 // sums of integers: a column's weight is round(2^40 e^((x - max) / temperature)), so no order of additions matters.
 //
+// A row may be sampled in several calls, a few streams at a time. What a call needs of those before it stands in their
+// outputs: stream 0's token, and in `failed` whether a stream has failed. The last call alone moves the request.
+//
 //   state_machine.h     which streams have content in this row, and where the request stands afterwards
 //   choice.h            random numbers, sampling settings, the order of logits: what both kinds of kernels share
 //   sample_loops.h      the CPU's loops over the columns of a scope, by instruction set
@@ -41,6 +44,8 @@ struct SampleState {
   int64_t num_requests = 0;    // B
   int64_t num_segments = 0;    // G
   int64_t num_streams = 0;     // S
+  int64_t first_stream = 0;    // of those that this call samples; the outputs hold the streams before it
+  int64_t end_stream = 0;      // behind the last one; at S the row is complete
   int64_t num_columns = 0;     // C
   int64_t num_forced = 0;      // R
   int64_t num_history = 0;     // H

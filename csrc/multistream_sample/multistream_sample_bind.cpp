@@ -30,6 +30,7 @@ struct SampleOutputs {
 struct SampleRules {
   std::vector<int64_t> bounds, delays, pad_ids;
   int64_t eos_id, eos_column, tail;
+  int64_t first_stream, end_stream;  // end_stream -1: all
 };
 
 void copy_rules(const SampleRules& rules, SampleState& a) {
@@ -57,6 +58,11 @@ void copy_rules(const SampleRules& rules, SampleState& a) {
   a.eos_id = rules.eos_id;
   a.eos_column = rules.eos_column;
   a.tail = rules.tail;
+  a.first_stream = rules.first_stream;
+  a.end_stream = rules.end_stream < 0 ? a.num_streams : rules.end_stream;
+  SX_CHECK(a.first_stream >= 0 && a.first_stream < a.end_stream && a.end_stream <= a.num_streams, kOp,
+           ": streams must be (first, last) with 0 <= first < last <= ", a.num_streams, "; got (", a.first_stream, ", ",
+           a.end_stream, ")");
 }
 
 SampleState checked_state(const TensorView& logits, const SampleTensors& t, const SampleOutputs& out,
@@ -109,11 +115,11 @@ SampleState checked_state(const TensorView& logits, const SampleTensors& t, cons
   a.forced = t.forced.ptr<int64_t>();
   a.history = t.history.ptr<int64_t>();
   a.history_logprob = t.history_logprob.ptr<float>();
-  a.tokens = expect(out.tokens, "multistream_sample: tokens", DType::kInt64, {B, S}).ptr<int64_t>();
-  a.logprob = expect(out.logprob, "multistream_sample: logprob", DType::kFloat32, {B, S}).ptr<float>();
-  a.is_content = expect(out.is_content, "multistream_sample: is_content", DType::kBool, {B, S}).ptr<uint8_t>();
-  a.failed = expect(out.failed, "multistream_sample: failed", DType::kBool, {B}).ptr<uint8_t>();
-  a.done = expect(out.done, "multistream_sample: done", DType::kBool, {B}).ptr<uint8_t>();
+  a.tokens = expect(out.tokens, "multistream_sample: partial.tokens", DType::kInt64, {B, S}).ptr<int64_t>();
+  a.logprob = expect(out.logprob, "multistream_sample: partial.logprob", DType::kFloat32, {B, S}).ptr<float>();
+  a.is_content = expect(out.is_content, "multistream_sample: partial.is_content", DType::kBool, {B, S}).ptr<uint8_t>();
+  a.failed = expect(out.failed, "multistream_sample: partial.failed", DType::kBool, {B}).ptr<uint8_t>();
+  a.done = expect(out.done, "multistream_sample: partial.done", DType::kBool, {B}).ptr<uint8_t>();
   return a;
 }
 
@@ -139,7 +145,8 @@ void multistream_sample(const TensorView& logits, const TensorView& column_ids, 
                         const std::optional<TensorView>& allowed, std::vector<int64_t> bounds,
                         std::vector<int64_t> delays, std::vector<int64_t> pad_ids, int64_t eos_id, int64_t eos_column,
                         int64_t tail, const TensorView& tokens, const TensorView& logprob, const TensorView& is_content,
-                        const TensorView& failed, const TensorView& done, int threads, uintptr_t stream) {
+                        const TensorView& failed, const TensorView& done, int threads, uintptr_t stream,
+                        int64_t first_stream, int64_t end_stream) {
   SX_CHECK(logits.not_a_tensor.empty() && logits.rank() == 2, "multistream_sample: logits must be [R, C]; got ",
            logits.describe());
   SX_CHECK(logits.device != Device::kOther, "multistream_sample: logits must be on cpu or cuda; got ",
@@ -152,7 +159,7 @@ void multistream_sample(const TensorView& logits, const TensorView& column_ids, 
       logits,
       {column_ids, sampling, choice, limits, request, guidance, progress, forced, history, history_logprob, allowed},
       {tokens, logprob, is_content, failed, done},
-      {std::move(bounds), std::move(delays), std::move(pad_ids), eos_id, eos_column, tail});
+      {std::move(bounds), std::move(delays), std::move(pad_ids), eos_id, eos_column, tail, first_stream, end_stream});
   switch (logits.dtype) {
     case DType::kFloat32: return run<float>(logits, state, threads, stream);
     case DType::kBFloat16: return run<BFloat16>(logits, state, threads, stream);
@@ -170,7 +177,8 @@ void bind_multistream_sample(py::module_& m) {
         py::arg("forced"), py::arg("history"), py::arg("history_logprob"), py::arg("allowed").none(true),
         py::arg("bounds"), py::arg("delays"), py::arg("pad_ids"), py::arg("eos_id"), py::arg("eos_column"),
         py::arg("tail"), py::arg("tokens"), py::arg("logprob"), py::arg("is_content"), py::arg("failed"),
-        py::arg("done"), py::arg("threads"), py::arg("stream"));
+        py::arg("done"), py::arg("threads"), py::arg("stream"), py::arg("first_stream") = 0,
+        py::arg("end_stream") = -1);
 }
 
 }  // namespace speechlm

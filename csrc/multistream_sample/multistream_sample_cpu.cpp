@@ -24,13 +24,17 @@ class Sampler {
 
   void request(int64_t b) {
     const Position p = position_of(a_, b);
-    const int64_t S = a_.num_streams;
+    const int64_t S = a_.num_streams, first = a_.first_stream;
     int64_t* tokens = a_.tokens + b * S;
     float* logprob = a_.logprob + b * S;
     uint8_t* is_content = a_.is_content + b * S;
     int64_t ended = p.finish, slowest = 0;
     bool has_failed = false;
-    for (int64_t s = 0; s < S; ++s) {
+    if (first > 0) {  // stream 0's token stays what it was sampled as until the row is complete
+      ended = ended_by(a_, p, stream_row(a_, p, b, 0), tokens[0]);
+      has_failed = a_.failed[b] != 0;
+    }
+    for (int64_t s = first; s < a_.end_stream; ++s) {
       const StreamRow row = stream_row(a_, p, b, s);
       const int64_t forced = forced_token(a_, p, b, s);
       is_content[s] = has_content(row, s, ended);
@@ -38,8 +42,18 @@ class Sampler {
       tokens[s] = forced >= 0 ? forced : fill_token(a_, p, b, s);
       if (is_content[s] && !sample(p, row, b, s, forced, tokens[s], logprob[s])) has_failed = true;
       if (s == 0) ended = ended_by(a_, p, row, tokens[0]);
-      slowest = std::max(slowest, used_delay(a_, p, b, s));
     }
+    a_.failed[b] = has_failed;
+    if (a_.end_stream < S) {
+      for (int64_t s = a_.end_stream; s < S; ++s) {
+        is_content[s] = 0;
+        logprob[s] = 0;
+        tokens[s] = fill_token(a_, p, b, s);
+      }
+      a_.done[b] = p.done;
+      return;
+    }
+    for (int64_t s = 0; s < S; ++s) slowest = std::max(slowest, used_delay(a_, p, b, s));
     // A stream that fails after stream 0 was sampled ends its request in this row too.
     if (has_failed && is_content[0]) {
       tokens[0] = a_.eos_id;
@@ -51,7 +65,6 @@ class Sampler {
       a_.history_logprob[kept_row * S + s] = is_content[s] ? logprob[s] : std::numeric_limits<float>::quiet_NaN();
     }
     if (!p.done) advance(a_, p, b, has_failed, ended, slowest);
-    a_.failed[b] = has_failed;
     a_.done[b] = a_.progress[b].done != 0;
   }
 
@@ -158,9 +171,10 @@ class Sampler {
 
 template <typename T>
 void multistream_sample_cpu(const SampleArgs<T>& args, int threads) {
-  const int64_t columns = std::max<int64_t>(args.state.num_columns, 1);
+  const SampleState& a = args.state;
+  const int64_t columns = std::max<int64_t>(a.bounds[a.end_stream] - a.bounds[a.first_stream], 1);
   const int64_t grain = std::max<int64_t>(1, kGrainColumns / columns);
-  parallel_for(args.state.num_requests, grain, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(a.num_requests, grain, threads, [&](int64_t begin, int64_t end) {
     thread_local Scope scope;
     thread_local std::vector<int32_t> places;
     Sampler<T> sampler(args, scope, places);

@@ -1,6 +1,6 @@
-// multistream_sample on a GPU: one launch, a block for each stream of each request. What a stream behind stream 0 says
-// is found before it is known whether it has content, which stream 0's token decides; the last block of a request to
-// arrive knows all tokens and moves the request on.
+// multistream_sample on a GPU: one launch, a block for each stream that it samples of each request. What a stream
+// behind stream 0 says is found before it is known whether it has content, which stream 0's token decides; the last
+// block of a request to arrive knows all tokens and moves the request on.
 #include "multistream_sample/select.cuh"
 
 namespace speechlm {
@@ -55,10 +55,12 @@ __device__ bool mark_repeated(const SampleState& a, const Position& p, const Str
   return __syncthreads_or(found) != 0;
 }
 
-// The place that is chosen. `extremes`: of the logits after the penalty.
+// The place that is chosen. `extremes`: of the logits after the penalty. The random number is made where it is used: a
+// thread has no registers to spare for it.
 template <typename T>
 __device__ int choose(BlockMemory& m, const BlockScope<T>& scope, const SampleSettings& settings,
-                      const SampleChoice& choice, const Extremes& extremes, double number) {
+                      const SampleChoice& choice, const Extremes& extremes, const SampleState& a, int64_t b,
+                      int64_t s) {
   const Wide best = ~block_max(m, extremes.best);
   if (is_greedy(settings, choice)) return static_cast<int>(best & 0xffffffffu);
   const Weigher weigh{logit_of_rank(best), settings.temperature};
@@ -73,6 +75,7 @@ __device__ int choose(BlockMemory& m, const BlockScope<T>& scope, const SampleSe
       border = find_border(m, scope, buckets, weigh, static_cast<Wide>(top_p_limit(settings.top_p, sum)));
     }
   }
+  const double number = uniform(a.request[b].seed, a.progress[b].row, s);
   return draw(m, scope, weigh, border, static_cast<Wide>(least_weight(settings.min_p)), number);
 }
 
@@ -118,45 +121,52 @@ __device__ Result sample(BlockMemory& m, const SampleArgs<T>& args, const Positi
     extremes = Extremes();
     for (int place = thread_index(); place < scope.size; place += kSampleThreads) extremes.take(scope(place), place);
   }
-  const int place = choose(m, scope, settings, choice, extremes, uniform(a.request[b].seed, p.row, s));
+  const int place = choose(m, scope, settings, choice, extremes, a, b, s);
   return {a.column_ids[scope.column_at(place)], logprob_of(scope.raw(place), largest, total), false};
 }
 
-// By the block that is the last one of its request: a thread per stream.
-__device__ void finish_request(BlockMemory& m, const SampleState& a, const Position& p, int64_t b) {
-  const int64_t s = thread_index(), at = b * a.num_streams + s;
-  const bool is_stream = s < a.num_streams;
+// By the block that is the last one of its request: a thread per stream. Streams before those of this launch are as the
+// launches before have left them; those behind are fill as yet.
+__device__ void finish_request(BlockMemory& m, const SampleState& a, int64_t b) {
+  const Position p = position_of(a, b);  // read again, for registers
+  const int s = thread_index();
+  const int64_t at = b * a.num_streams + s;
+  const bool is_stream = s < a.num_streams, is_sampled = s >= a.first_stream && s < a.end_stream;
+  const bool is_complete = a.end_stream == a.num_streams;
   const int64_t first_token = __ldcg(&a.tokens[b * a.num_streams]);
   const int64_t ended = ended_by(a, p, stream_row(a, p, b, 0), first_token);
   bool is_content = false, has_failed = false;
-  if (is_stream) {
+  if (is_sampled) {
     is_content = has_content(stream_row(a, p, b, s), s, s == 0 ? p.finish : ended);
     has_failed = is_content && __ldcg(&a.is_content[at]) == kHasFailed;
+  } else if (s < a.first_stream) {
+    is_content = a.is_content[at] != 0;
+    has_failed = a.failed[b] != 0;
   }
   has_failed = __syncthreads_or(has_failed ? 1 : 0) != 0;
   const Wide slowest = block_max(m, is_stream ? static_cast<Wide>(used_delay(a, p, b, s)) : 0);
   if (is_stream) {
     int64_t token = __ldcg(&a.tokens[at]);
     float logprob = __ldcg(&a.logprob[at]);
-    if (!is_content) {
-      const int64_t forced = forced_token(a, p, b, s);
+    if (s >= a.first_stream && !is_content) {
+      const int64_t forced = is_sampled ? forced_token(a, p, b, s) : -1;
       token = forced >= 0 ? forced : fill_token(a, p, b, s);
       logprob = 0.0f;
-    } else if (s == 0 && has_failed) {
+    } else if (s == 0 && is_content && has_failed && is_complete) {
       token = a.eos_id;
       logprob = 0.0f;
     }
     a.tokens[at] = token;
     a.logprob[at] = logprob;
     a.is_content[at] = is_content ? 1 : 0;
-    const int64_t kept_row = history_row(a, p, b);
+    const int64_t kept_row = is_complete ? history_row(a, p, b) : -1;
     if (kept_row >= 0) {
       a.history[kept_row * a.num_streams + s] = token;
       a.history_logprob[kept_row * a.num_streams + s] = is_content ? logprob : NAN;
     }
   }
   if (s != 0) return;
-  if (p.done) {
+  if (p.done || !is_complete) {
     a.progress[b].arrived = 0;
   } else {
     advance(a, p, b, has_failed, ended, static_cast<int64_t>(slowest));
@@ -171,7 +181,7 @@ __global__ void __launch_bounds__(kSampleThreads, 3) sample_kernel(const SampleA
   SX_DYNAMIC_SHARED(float, cache);
   BlockMemory& m = memory[0];
   const SampleState& a = args.state;
-  const int64_t b = blockIdx.x / a.num_streams, s = blockIdx.x % a.num_streams;
+  const int64_t b = blockIdx.x, s = static_cast<unsigned>(a.first_stream) + blockIdx.y;
   const Position p = position_of(a, b);
   const StreamRow row = stream_row(a, p, b, s);
   bool may_have_content = has_content(row, s, p.finish);
@@ -188,11 +198,11 @@ __global__ void __launch_bounds__(kSampleThreads, 3) sample_kernel(const SampleA
     a.is_content[at] = result.has_failed ? kHasFailed : kHasToken;
     __threadfence();
     const Wide arrived = atomicAdd(reinterpret_cast<Wide*>(&a.progress[b].arrived), Wide{1});
-    m.is_last = arrived + 1 == static_cast<Wide>(a.num_streams);
+    m.finished = arrived + 1 == gridDim.y ? static_cast<int>(blockIdx.x) : -1;
     __threadfence();
   }
   __syncthreads();
-  if (m.is_last) finish_request(m, a, p, b);
+  if (m.finished >= 0) finish_request(m, a, m.finished);
 }
 
 }  // namespace
@@ -202,7 +212,7 @@ void multistream_sample_cuda(const SampleArgs<T>& args, int device, void* stream
   const SampleState& a = args.state;
   if (a.num_requests == 0) return;
   int64_t widest = 0;
-  for (int64_t s = 0; s < a.num_streams; ++s) {
+  for (int64_t s = a.first_stream; s < a.end_stream; ++s) {
     const int64_t width = a.bounds[s + 1] - a.bounds[s];
     widest = width > widest ? width : widest;
   }
@@ -216,11 +226,10 @@ void multistream_sample_cuda(const SampleArgs<T>& args, int device, void* stream
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
                "multistream_sample: shared memory");
   }
-  const int64_t blocks = a.num_requests * a.num_streams;
-  SX_CHECK(blocks < (int64_t{1} << 31), "multistream_sample: ", a.num_requests, " requests of ", a.num_streams,
-           " streams are more than a launch takes");
-  SX_LAUNCH(kernel, static_cast<unsigned>(blocks), kSampleThreads, bytes, static_cast<cudaStream_t>(stream), args,
-            room);
+  SX_CHECK(a.num_requests < (int64_t{1} << 31), "multistream_sample: ", a.num_requests,
+           " requests are more than a launch takes");
+  const dim3 grid(static_cast<unsigned>(a.num_requests), static_cast<unsigned>(a.end_stream - a.first_stream));
+  SX_LAUNCH(kernel, grid, kSampleThreads, bytes, static_cast<cudaStream_t>(stream), args, room);
   cuda_check(cudaGetLastError(), "multistream_sample: launch");
 }
 

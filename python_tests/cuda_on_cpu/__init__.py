@@ -37,6 +37,7 @@ CUDA_ENTRIES = {
     "kmeans_index": ("speechlm_ext.ops._kmeans_index", "_index_cuda"),
     "multistream_embed": ("speechlm_ext.ops.multistream_embed", "_embed_cuda"),
     "multistream_sample": ("speechlm_ext.ops.multistream_sample", "_sample"),
+    "multistream_sample_streams": ("speechlm_ext.ops.multistream_sample", "_sample_some"),
     "scatter_sum": ("speechlm_ext.ops.scatter_sum", "_scatter_sum_cuda"),
     "scatter_sum_rows": ("speechlm_ext.ops.scatter_sum", "_scatter_sum_rows_cuda"),
 }

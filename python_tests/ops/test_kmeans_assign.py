@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,10 +13,43 @@ from hypothesis import strategies as st
 
 import speechlm_ext as sx
 from python_tests import cuda_on_cpu
+from python_tests.conftest import CUDA, CUDA_ON_CPU, on_device
 from speechlm_ext.ops._native import native
 from speechlm_ext.ops.reference.kmeans_assign import kmeans_assign as direct
 
+#: The CPU's codes: integers of 16 bits alone, or bfloat16 tiles before them, in plain C++ where there is no tile unit.
+CODES = {
+    "fine": [name for name in native.simd_available() if name != "amx"][-1],
+    "coarse": "amx" if "amx" in native.simd_available() else "emulated-amx",
+}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@contextmanager
+def simd(name):
+    native.use_simd(name)
+    try:
+        yield
+    finally:
+        native.use_simd("")
+
+
+@pytest.fixture(params=[*CODES, CUDA_ON_CPU, CUDA])
+def device(request):
+    """The CPU with both kinds of codes, and the CUDA kernels."""
+    if request.param not in CODES:
+        with on_device(request.param, request.node) as found:
+            yield found
+        return
+    with simd(CODES[request.param]):
+        yield torch.device("cpu")
+
+
+@pytest.fixture(params=CODES)
+def codes(request):
+    """Every test that asks for it runs with both kinds of codes."""
+    with simd(CODES[request.param]):
+        yield request.param
 
 
 def test_reference_is_right_to_the_last_digits():
@@ -56,7 +90,7 @@ def test_matches_float64(device, shape, dtype):
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 15, 16, 17, 255, 1024, 4096])
-def test_every_width(width):
+def test_every_width(codes, width):
     assert_exact(randn(70, width, seed=1), randn(45, width, seed=2))
 
 
@@ -136,7 +170,9 @@ def test_any_sizes_and_magnitudes(num_rows, width, num_clusters, seed, row_expon
     x = randn(num_rows, width, seed=seed + 1, dtype=dtype) * 10.0**row_exponent
     pick = torch.randint(num_clusters, (2, num_rows), generator=torch.Generator().manual_seed(seed))
     between = (centroids[pick[0]] + centroids[pick[1]]) / 2
-    assert_exact(torch.cat([x, between]), centroids)
+    for name in CODES.values():
+        with simd(name):
+            assert_exact(torch.cat([x, between]), centroids)
 
 
 def test_ties_go_to_the_lowest_index(device):
@@ -150,11 +186,11 @@ def test_ties_go_to_the_lowest_index(device):
     assert sx.ops.kmeans_assign(torch.zeros(2, 2, device=device), square).tolist() == [0, 0]
 
 
-def test_bounds_leave_few_rows_to_compare_again():
+def test_bounds_leave_few_rows_to_compare_again(codes):
     """Of well separated features hardly any: else the bounds are wider than they need to be."""
     centroids = anisotropic(200, 128, 1)
     x = centroids[torch.arange(1000) % 200] + 0.5 * randn(1000, 128, seed=2) * torch.logspace(0, -2, 128)
-    assert int(assert_exact(x, centroids).num_reranked) <= 10
+    assert int(assert_exact(x, centroids).num_reranked) <= {"fine": 10, "coarse": 300}[codes]
 
 
 def test_copies_of_a_centroid_are_not_compared(device):
@@ -244,24 +280,53 @@ def test_same_result_for_every_instruction_set_and_number_of_threads():
     x[5, 3] = float("nan")
     before, results = torch.get_num_threads(), []
     try:
-        for simd in native.simd_available():
-            native.use_simd(simd)
+        for name in [*native.simd_available(), "emulated-amx"]:
+            native.use_simd(name)
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 for mode in ("exact", "fast"):
                     out = sx.ops.kmeans_assign(
                         x, centroids, mode=mode, return_distance=True, return_stats=True
                     )
-                    results.append((mode, out[0], out[1].nan_to_num(-1), torch.stack(out[2])))
+                    kind = mode, name if name.endswith("amx") else "fine"
+                    results.append((kind, out[0], out[1].nan_to_num(-1), torch.stack(out[2])))
     finally:
         native.use_simd("")
         torch.set_num_threads(before)
-    for mode, *got in results:
-        want = next(r for m, *r in results if m == mode)
+    for kind, *got in results:
+        want = next(r for k, *r in results if k == kind)
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    exact = [got[0] for (mode, _), *got in results if mode == "exact"]
+    assert all(torch.equal(labels, exact[0]) for labels in exact)
 
 
-def test_opcheck():
+def test_an_index_serves_every_instruction_set():
+    """Coarse codes are left alone where there are no tiles, and are not missed where an index has none."""
+    x, centroids = randn(60, 40, seed=1), randn(70, 40, seed=2)
+    want = direct(x, centroids)[0]
+    indices = []
+    for name in CODES.values():
+        with simd(name):
+            indices.append(sx.ops.CentroidIndex.build(centroids))
+    assert [index.coarse_codes.numel() > 0 for index in indices] == [False, True]
+    for index in indices:
+        for name in CODES.values():
+            with simd(name):
+                assert torch.equal(sx.ops.kmeans_assign(x, index), want)
+
+
+def test_rows_with_many_coarse_candidates_get_finer_codes():
+    """Centroids that bfloat16 cannot tell apart from here: 16 bits can."""
+    centroids = randn(1, 200, seed=1) + 1e-3 * randn(300, 200, seed=2)
+    x = torch.cat([centroids[:50] + 1e-4 * randn(50, 200, seed=3), randn(50, 200, seed=4)])
+    stats = {}
+    for name, chosen in CODES.items():
+        with simd(chosen):
+            stats[name] = assert_exact(x, centroids)
+    assert int(stats["coarse"].num_compared) <= int(stats["fine"].num_compared) + 50 * 32
+
+
+def test_opcheck(codes):
     x, centroids = randn(20, 7, seed=1), randn(9, 7, seed=2)
     torch.library.opcheck(torch.ops.speechlm_ext.kmeans_index.default, (centroids,))
     made = torch.ops.speechlm_ext.kmeans_index(centroids)
@@ -272,7 +337,7 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("with_index", [False, True])
-def test_compiles_without_a_graph_break(with_index):
+def test_compiles_without_a_graph_break(codes, with_index):
     x, centroids = randn(50, 7, seed=1), randn(9, 7, seed=2)
     given = sx.ops.CentroidIndex.build(centroids) if with_index else centroids
 

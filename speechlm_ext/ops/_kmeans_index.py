@@ -13,18 +13,23 @@ from speechlm_ext.ops._native import LIBRARY, OpError, check, describe, native
 
 #: On the CPU, centroids whose codes lie together, and what the number of all is padded to (csrc/kmeans_assign).
 _PANEL, _MULTIPLE = 16, 32
+#: And what pairs of coarse codes are padded to.
+_COARSE_PAIRS = 16
 #: Half norm of a copy of an earlier centroid, and of padding: never the least.
 _NEVER = float("inf")
 #: A centroid that lies so many times as far out as the median one draws the mean out of the others' midst.
 _FAR = 64
 _SLACK = 1 + 2.0**-20  # for ends that must not be rounded down
 
-LIBRARY.define("kmeans_index(Tensor centroids) -> (Tensor, Tensor, Tensor, Tensor)")
+_Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+LIBRARY.define("kmeans_index(Tensor centroids) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 @dataclass(frozen=True)
 class CentroidIndex:
-    """Centroids prepared once for many calls of :func:`kmeans_assign`; memory about half that of float32 centroids.
+    """Centroids prepared once for many calls of :func:`kmeans_assign`; memory about half that of float32 centroids,
+    with coarse codes as much.
 
     It holds what the centroids were when it was built: build another one after they have changed.
     """
@@ -43,6 +48,11 @@ class CentroidIndex:
     """float64 ``[F]``: mean centroid, or the mean of the inner half where a few lie far away."""
     unit: Tensor
     """float64 ``[1]``: largest distance of a centroid from the centre."""
+    coarse_codes: Tensor
+    """int32 ``[K/16, F/2, 16]``, padded: pairs of bfloat16 where the CPU has a unit for products of tiles (AMX);
+    else empty."""
+    coarse_terms: Tensor
+    """As ``terms``, of ``coarse_codes``."""
 
     @classmethod
     def build(cls, centroids: Tensor) -> CentroidIndex:
@@ -86,17 +96,34 @@ def _as_centre(mean: Tensor) -> Tensor:
     return torch.where(mean.isfinite(), mean.double(), 0.0)  # sums of float32 may overflow
 
 
-def _index_cpu(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _coarse_pairs(width: int) -> int:
+    """Pairs of coarse codes of a centroid; 0 where there are none."""
+    return -(-width // (2 * _COARSE_PAIRS)) * _COARSE_PAIRS if native.has_coarse_tiles() else 0
+
+
+def _empty_codes(padded: int, pairs: int) -> Tensor:
+    return empty_in_huge_pages(padded // _PANEL, pairs * _PANEL, torch.int32).view(-1, pairs, _PANEL)
+
+
+def _no_coarse(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    return centroids.new_empty(0, dtype=torch.int32), centroids.new_empty(0, dtype=torch.float32)
+
+
+def _index_cpu(centroids: Tensor) -> _Index:
     num_clusters, width = centroids.shape
     padded = -(-num_clusters // _MULTIPLE) * _MULTIPLE
     pairs = (width + 1) // 2
     # The tiles run through the codes from end to end: in small pages the processor would look each of them up.
-    codes = empty_in_huge_pages(padded // _PANEL, pairs * _PANEL, torch.int32).view(-1, pairs, _PANEL)
+    codes = _empty_codes(padded, pairs)
+    coarse_pairs = _coarse_pairs(width)
+    coarse = (_empty_codes(padded, coarse_pairs), torch.empty(4, padded)) if coarse_pairs else None
     terms, unit = torch.empty(4, padded), torch.empty(1, dtype=torch.float64)
     norms = terms[2, :num_clusters]
 
     def fill(centre: Tensor) -> None:
-        native.kmeans_index(centroids, centre, codes, terms, unit, torch.get_num_threads())
+        native.kmeans_index(
+            centroids, centre, codes, terms, unit, *(coarse or (None, None)), torch.get_num_threads()
+        )
 
     centre = _as_centre(centroids.mean(0))
     fill(centre)
@@ -105,10 +132,10 @@ def _index_cpu(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     elif bool(norms.median() * _FAR < norms.max()):
         centre = _as_centre(_inner_mean(centroids, norms))
         fill(centre)
-    return codes, terms, centre, unit
+    return codes, terms, centre, unit, *(coarse or _no_coarse(centroids))
 
 
-def _index_cuda(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _index_cuda(centroids: Tensor) -> _Index:
     _check_finite(centroids)
     num_clusters, width = centroids.shape
     mean = centroids.mean(0)
@@ -132,7 +159,7 @@ def _index_cuda(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     terms[2] = torch.where(fits, terms[2], torch.inf)
     terms[3] = torch.where(fits, terms[3], 0.0)
     codes = torch.nn.functional.pad(codes, (0, -width % 8))  # rows of 16 bytes
-    return codes, terms.float().contiguous(), centre, unit
+    return codes, terms.float().contiguous(), centre, unit, *_no_coarse(centroids)
 
 
 def _copies(centroids: Tensor) -> Tensor:
@@ -153,18 +180,26 @@ LIBRARY.impl("kmeans_index", _index_cuda, "CUDA")
 
 
 @torch.library.register_fake("speechlm_ext::kmeans_index", lib=LIBRARY)
-def _fake(centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(centroids: Tensor) -> _Index:
     num_clusters, width = centroids.shape
     padded = -(-num_clusters // _MULTIPLE) * _MULTIPLE
     if centroids.device.type == "cuda":
         codes = centroids.new_empty(num_clusters, width + -width % 8, dtype=torch.float16)
         padded = num_clusters
+        coarse = _no_coarse(centroids)
     else:
         codes = centroids.new_empty(padded // _PANEL, (width + 1) // 2, _PANEL, dtype=torch.int32)
+        coarse = _no_coarse(centroids)
+        if pairs := _coarse_pairs(width):
+            coarse = (
+                centroids.new_empty(padded // _PANEL, pairs, _PANEL, dtype=torch.int32),
+                centroids.new_empty(4, padded, dtype=torch.float32),
+            )
     terms = centroids.new_empty(4, padded, dtype=torch.float32)
     return (
         codes,
         terms,
         centroids.new_empty(width, dtype=torch.float64),
         centroids.new_empty(1, dtype=torch.float64),
+        *coarse,
     )

@@ -15,8 +15,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PRODUCT_BYTES, _CODE_BYTES = 32 << 20, 128 << 20
 
 LIBRARY.define(
-    "kmeans_assign(Tensor x, Tensor centroids, Tensor codes, Tensor terms, Tensor centre, Tensor unit, bool exact, "
-    "bool want_distance) -> (Tensor, Tensor, Tensor)"
+    "kmeans_assign(Tensor x, Tensor centroids, Tensor codes, Tensor terms, Tensor centre, Tensor unit, "
+    "Tensor coarse_codes, Tensor coarse_terms, bool exact, bool want_distance) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -86,8 +86,8 @@ def kmeans_assign(
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AssignStats] | tuple[Tensor, Tensor, AssignStats]:
     """Label each row with its nearest centroid (squared Euclidean distance).
 
-    A product in low precision (16-bit integers on the CPU, float16 on a GPU) gives every distance within an error that
-    is known for each pair; rows where that leaves more than one centroid are settled in float64
+    A product in low precision (bfloat16 and 16-bit integers on the CPU, float16 on a GPU) gives every distance within
+    an error that is known for each pair; rows where that leaves more than one centroid are settled in float64
     (docs/ops/kmeans_assign.md). Never holds an N×K matrix. Not differentiable.
 
     Args:
@@ -95,7 +95,7 @@ def kmeans_assign(
         centroids: float ``[K, F]`` finite, or a `CentroidIndex` built from it once, for many calls.
         mode: ``"exact"`` gives the argmin of the float64 distance, the lowest index among equals, the same on every
             machine. ``"fast"`` takes the least approximate distance, without bounds; only equal ones are compared in
-            float64.
+            float64. On a CPU with a tile unit that concerns the rows that bfloat16 cannot settle; the others are exact.
         return_distance: also return the squared distances.
         return_stats: also return `AssignStats`.
         nonfinite: what a row with a NaN or an infinity gets: label -1 and distance NaN, or an error (which on a GPU
@@ -135,6 +135,8 @@ def kmeans_assign(
         index.terms,
         index.centre,
         index.unit,
+        index.coarse_codes,
+        index.coarse_terms,
         mode == "exact",
         return_distance,
     )
@@ -169,19 +171,23 @@ def _distance_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _coarse(codes: Tensor, terms: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    return (codes, terms) if codes.numel() else (None, None)
+
+
 def _assign_cpu(  # type: ignore[no-untyped-def]
-    x, centroids, codes, terms, centre, unit, exact: bool, want_distance: bool
+    x, centroids, codes, terms, centre, unit, coarse_codes, coarse_terms, exact: bool, want_distance: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     labels, distance, counts = _results(x, want_distance)
     native.kmeans_assign(
-        x.contiguous(), centroids, codes, terms, centre, unit, exact, labels, distance if want_distance else None,
-        counts, torch.get_num_threads(),
+        x.contiguous(), centroids, codes, terms, centre, unit, *_coarse(coarse_codes, coarse_terms), exact, labels,
+        distance if want_distance else None, counts, torch.get_num_threads(),
     )  # fmt: skip
     return labels, distance.to(_distance_dtype(x)), counts
 
 
 def _assign_cuda(  # type: ignore[no-untyped-def]
-    x, centroids, codes, terms, centre, unit, exact: bool, want_distance: bool
+    x, centroids, codes, terms, centre, unit, coarse_codes, coarse_terms, exact: bool, want_distance: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     labels, distance, counts = _results(x, want_distance)
     num_rows, num_clusters, padded = x.shape[0], centroids.shape[0], codes.shape[1]
@@ -220,7 +226,7 @@ LIBRARY.impl("kmeans_assign", _assign_cuda, "CUDA")
 
 @torch.library.register_fake("speechlm_ext::kmeans_assign", lib=LIBRARY)
 def _fake(  # type: ignore[no-untyped-def]
-    x, centroids, codes, terms, centre, unit, exact: bool, want_distance: bool
+    x, centroids, codes, terms, centre, unit, coarse_codes, coarse_terms, exact: bool, want_distance: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     labels, distance, counts = _results(x, want_distance)
     return labels, distance.to(_distance_dtype(x)), counts

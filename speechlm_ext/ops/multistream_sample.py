@@ -12,6 +12,14 @@ sampled. After the last segment's ramp-out the request is done and all its rows 
         if bool(step.done.all()):
             break
         hidden = body(embed(step.tokens))               # tokens [B, S]
+
+A row may also be sampled in several calls, a few streams at a time, where a stream's logits follow from the tokens of
+the streams before it in the same row:
+
+    step = None
+    for s in range(S):
+        step = multistream_sample(logits, state, streams=(s, s + 1), partial=step)
+        logits[:, bounds[s + 1] : bounds[s + 2]] = next_head(step.tokens[:, s])   # not after the last stream
 """
 
 from __future__ import annotations
@@ -46,7 +54,13 @@ class SampledStep(NamedTuple):
     """``[B]`` bool: this row is the request's last one, or it was done before."""
 
 
-def multistream_sample(logits: Tensor | Sequence[Tensor], state: DecodeState) -> SampledStep:
+def multistream_sample(
+    logits: Tensor | Sequence[Tensor],
+    state: DecodeState,
+    *,
+    streams: tuple[int, int] | None = None,
+    partial: SampledStep | None = None,
+) -> SampledStep:
     """Sample the next row of every request and move ``state`` past it, in one launch and without a wait.
 
     Per stream: guidance, mask by scope, ``allowed`` and the length limits, repetition penalty, then top-k, top-p (the
@@ -54,16 +68,26 @@ def multistream_sample(logits: Tensor | Sequence[Tensor], state: DecodeState) ->
     in column order. Temperature 0 takes the maximum, the lowest column among equals. Tokens are a function of the
     request's own logits, settings and rows: not of the batch, the device, threads, or the processor.
 
+    With ``streams`` a row is sampled in several calls, streams 0 to a - 1, then a to b - 1, and so on to S - 1, each
+    with what the call before gave. After the last one results and state are, to the bit, those of one call with all
+    the logits; until then the state stays as it is, streams that have not been sampled are fill, ``failed`` speaks of
+    the streams so far, ``done`` of the rows before, and stream 0's token is the one that was sampled, also where a
+    later stream has failed. The caller keeps the order of the calls, without gaps and without another change of the
+    state in between.
+
     Args:
         logits: float32, bfloat16 or float16 ``[R, C]``, R at least B, all streams' columns side by side as in
             ``state.column_ids``; or S tensors ``[R, V_s]``, which are copied together.
-        state: `DecodeState`, changed in place.
+        state: `DecodeState`, changed in place; with ``streams`` by the call that samples the last stream alone.
+        streams: ``(first, last)``: sample streams ``first`` to ``last - 1``; no column of another stream is read.
+        partial: where ``first`` is above 0, the result of the call that sampled the streams before; completed in place.
 
     Returns:
-        `SampledStep`.
+        `SampledStep`; ``partial``, where it was given.
 
     Raises:
-        OpError: (a ValueError) if shapes, dtypes or devices differ from the state's.
+        OpError: (a ValueError) if shapes, dtypes or devices differ from the state's; if ``streams`` is no range of
+            streams; if ``partial`` is missing, or given where a row begins.
     """
     B, C = state.batch_size, state.column_ids.shape[0]
     if not isinstance(logits, Tensor):
@@ -82,28 +106,72 @@ def multistream_sample(logits: Tensor | Sequence[Tensor], state: DecodeState) ->
             f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}"
         ),
     )
-    return SampledStep(
-        *_OP(
-            logits.detach(),
-            state.column_ids,
-            state.sampling,
-            state.choice,
-            state.limits,
-            state.request,
-            state.guidance,
-            state.progress,
-            state.forced,
-            state.history,
-            state.history_logprob,
-            state.allowed,
-            state.bounds,
-            state.delays,
-            state.pad_ids,
-            state.eos_id,
-            state.eos_column,
-            state.tail,
-        )
+    arguments = (
+        logits.detach(),
+        state.column_ids,
+        state.sampling,
+        state.choice,
+        state.limits,
+        state.request,
+        state.guidance,
+        state.progress,
+        state.forced,
+        state.history,
+        state.history_logprob,
+        state.allowed,
+        state.bounds,
+        state.delays,
+        state.pad_ids,
+        state.eos_id,
+        state.eos_column,
+        state.tail,
     )
+    if streams is None and partial is None:
+        return SampledStep(*_OP(*arguments))
+    row, first, last = _checked_part(logits, state, streams, partial)
+    _STREAMS_OP(*arguments, *row, first, last)
+    return row
+
+
+def _checked_part(
+    logits: Tensor, state: DecodeState, streams: tuple[int, int] | None, partial: SampledStep | None
+) -> tuple[SampledStep, int, int]:
+    """The row to complete, and which streams of it."""
+    B, S = state.batch_size, state.num_streams
+    check(
+        isinstance(streams, (tuple, list)) and len(streams) == 2 and all(type(s) is int for s in streams),
+        lambda: (
+            f"multistream_sample: streams must be two whole numbers (first, last); got {streams}"
+            + (": partial is given, so the call must say which streams to sample" if streams is None else "")
+        ),
+    )
+    assert streams is not None
+    first, last = streams
+    check(
+        0 <= first < last <= S,
+        lambda: (
+            f"multistream_sample: streams must be (first, last) with 0 <= first < last <= {S}; got ({first}, {last})"
+        ),
+    )
+    if first == 0:
+        check(
+            partial is None,
+            lambda: (
+                f"multistream_sample: streams ({first}, {last}) begin a row, so partial must be None; to go on with a "
+                "row, give the streams that follow those of the call before"
+            ),
+        )
+        partial = SampledStep(*_empty(logits, B, S))
+    else:
+        check(
+            isinstance(partial, SampledStep),
+            lambda: (
+                f"multistream_sample: streams ({first}, {last}) go on with a row, so partial must be the SampledStep "
+                f"of the call that sampled the streams before {first}; got {describe(partial)}"
+            ),
+        )
+    assert partial is not None
+    return partial, first, last
 
 
 def _side_by_side(parts: Sequence[Tensor], state: DecodeState) -> Tensor:
@@ -118,16 +186,22 @@ def _side_by_side(parts: Sequence[Tensor], state: DecodeState) -> Tensor:
     return torch.cat(list(parts), dim=1)
 
 
-LIBRARY.define(
-    "multistream_sample(Tensor logits, Tensor column_ids, Tensor sampling, Tensor choice, Tensor limits, "
+_STATE = (
+    "Tensor logits, Tensor column_ids, Tensor sampling, Tensor choice, Tensor limits, "
     "Tensor request, Tensor guidance, Tensor(a!) progress, Tensor forced, Tensor(b!) history, "
     "Tensor(c!) history_logprob, Tensor? allowed, int[] bounds, int[] delays, int[] pad_ids, int eos_id, "
-    "int eos_column, int tail) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "int eos_column, int tail"
+)
+LIBRARY.define(f"multistream_sample({_STATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+# An op of its own, for it completes tensors that it is given; the whole row's op makes its results.
+LIBRARY.define(
+    f"multistream_sample_streams({_STATE}, Tensor(d!) tokens, Tensor(e!) logprob, Tensor(f!) is_content, "
+    "Tensor(g!) failed, Tensor(h!) done, int first, int last) -> ()"
 )
 
 
 _OP = torch.ops.speechlm_ext.multistream_sample.default
+_STREAMS_OP = torch.ops.speechlm_ext.multistream_sample_streams.default
 
 
 def _sample(logits: Tensor, *state: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -141,17 +215,39 @@ def _sample(logits: Tensor, *state: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
     return out
 
 
+def _sample_some(logits: Tensor, *rest: Any) -> None:
+    *tensors, first, last = rest  # the state, then the row
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    try:
+        native.multistream_sample(
+            logits, *tensors, torch.get_num_threads(), stream_handle(logits), first, last
+        )
+    except ValueError as error:
+        raise OpError(str(error)) from None
+
+
 LIBRARY.impl("multistream_sample", _sample, "CPU")
 LIBRARY.impl("multistream_sample", _sample, "CUDA")
+LIBRARY.impl("multistream_sample_streams", _sample_some, "CPU")
+LIBRARY.impl("multistream_sample_streams", _sample_some, "CUDA")
 
 
 @torch.library.register_fake("speechlm_ext::multistream_sample", lib=LIBRARY)
 def _sample_fake(logits, column_ids, sampling, choice, limits, request, guidance, progress, *rest):  # type: ignore[no-untyped-def]
-    shape = (progress.shape[0], choice.shape[2])
+    return _empty(logits, progress.shape[0], choice.shape[2])
+
+
+@torch.library.register_fake("speechlm_ext::multistream_sample_streams", lib=LIBRARY)
+def _sample_some_fake(logits, *rest):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _empty(logits: Tensor, B: int, S: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
-        logits.new_empty(shape, dtype=torch.int64),
-        logits.new_empty(shape, dtype=torch.float32),
-        logits.new_empty(shape, dtype=torch.bool),
-        logits.new_empty(shape[:1], dtype=torch.bool),
-        logits.new_empty(shape[:1], dtype=torch.bool),
+        logits.new_empty((B, S), dtype=torch.int64),
+        logits.new_empty((B, S), dtype=torch.float32),
+        logits.new_empty((B, S), dtype=torch.bool),
+        logits.new_empty((B,), dtype=torch.bool),
+        logits.new_empty((B,), dtype=torch.bool),
     )

@@ -10,6 +10,8 @@ one. Against an exact softmax a probability is off by 2e-7 of itself, and column
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -117,12 +119,18 @@ def choose(
     return torch.where(is_greedy, lowest_argmax(x), drawn)
 
 
-def multistream_sample(logits: Tensor, state: DecodeState) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def multistream_sample(
+    logits: Tensor,
+    state: DecodeState,
+    streams: tuple[int, int] | None = None,
+    partial: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sample the next row of every request and move ``state`` past it; see the op for what the results are.
 
     Args:
         logits: float ``[rows, C]``.
-        state: its ``progress``, ``history`` and ``history_logprob`` are written.
+        state: its ``progress``, ``history`` and ``history_logprob`` are written, with the last stream.
+        streams: ``(first, last)``, a part of the row. partial: what the call before gave; it stays as it is.
 
     Returns:
         ``(tokens int64 [B, S], logprob float32 [B, S], is_content bool [B, S], failed bool [B], done bool [B])``.
@@ -140,18 +148,27 @@ def multistream_sample(logits: Tensor, state: DecodeState) -> tuple[Tensor, Tens
     use_guide = (state.guide >= 0)[:, None] & (conditional != float("-inf"))
     logits = torch.where(use_guide, guided, conditional)
 
-    tokens = torch.empty(B, S, dtype=torch.int64, device=logits.device)
-    logprobs = torch.zeros(B, S, device=logits.device)
-    contents = torch.zeros(B, S, dtype=torch.bool, device=logits.device)
-    bad_any = torch.zeros(B, dtype=torch.bool, device=logits.device)
-    ended = finish  # what streams behind stream 0 go by: stream 0's end counts in its own row
-    says_next = torch.zeros_like(was_done)
-    for s in range(S):
+    def frame_of(s: int) -> tuple[Tensor, Tensor]:
         frame = step - state.delays[s]
         # A stream that runs ahead of stream 0 may be in the next segment already.
         ahead = (finish >= 0) & has_next & (frame >= following)
+        return torch.where(ahead, frame - following, frame), ahead
+
+    start, stop = (0, S) if streams is None else streams
+    if partial is None:
+        tokens = torch.tensor(state.pad_ids, device=logits.device).repeat(B, 1)
+        logprobs = torch.zeros(B, S, device=logits.device)
+        contents = torch.zeros(B, S, dtype=torch.bool, device=logits.device)
+        bad_any = torch.zeros(B, dtype=torch.bool, device=logits.device)
+    else:
+        tokens, logprobs, contents, bad_any = (x.clone() for x in partial[:4])
+    ended = finish  # what streams behind stream 0 go by: stream 0's end counts in its own row
+    if start > 0:
+        ended = torch.where(contents[:, 0] & (tokens[:, 0] == state.eos_id), frame_of(0)[0], finish)
+    says_next = torch.zeros_like(was_done)
+    for s in range(start, stop):
+        frame, ahead = frame_of(s)
         g = segment + ahead
-        frame = torch.where(ahead, frame - following, frame)
         origin = row - step + torch.where(ahead, following, 0)
         limit = torch.minimum(state.max_frames[request, g], state.row_limit[request, g] - origin)
         end = torch.where(ahead, -1, ended)
@@ -200,6 +217,8 @@ def multistream_sample(logits: Tensor, state: DecodeState) -> tuple[Tensor, Tens
         tokens[:, s], contents[:, s] = token, content
         if s == 0:
             ended = torch.where(content & (token == state.eos_id), frame, finish)
+    if stop < S:
+        return tokens, logprobs, contents, bad_any, was_done.clone()
     # A stream that fails after stream 0 was sampled ends its request in this row too.
     is_cut = bad_any & contents[:, 0]
     tokens[:, 0] = torch.where(is_cut, state.eos_id, tokens[:, 0])
