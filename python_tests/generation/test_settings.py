@@ -226,3 +226,30 @@ def test_waveforms_that_are_no_numbers(model, kind):
         ],
     )
     assert "samples must be floats in [-1, 1] or integer PCM" in results[0].error and results[1].error is None
+
+
+@pytest.mark.parametrize(
+    "large, huge",
+    [
+        ({"top_k": 1000}, {"top_k": 2**32 + 1}),
+        ({"repetition_window": 1000}, {"repetition_window": 2**32 + 1}),
+    ],
+)
+def test_counts_do_not_wrap(model, large, huge):
+    """In 32 bits both would be 1."""
+    base = {
+        "seed": 4,
+        "temperature": 1.5,
+        "repetition_penalty": 3.0,
+        "min_len": 9,
+        "max_len": 9,
+        "top_k": 200,
+    }
+    one, other, wrapped = serve(
+        model,
+        SamplingSettings(**base | large),
+        SamplingSettings(**base | huge),
+        SamplingSettings(**base | dict.fromkeys(huge, 1)),
+    )
+    np.testing.assert_array_equal(one.ids, other.ids)
+    assert (wrapped.ids != one.ids).any()
