@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py 
 CXX_FILES := $(shell find csrc python_tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev build demo test test-gpu bench bench-growth bench-exactness bench-features bench-report gpu-check fmt lint compile-gate sanitize doctor clean
+.PHONY: help venv dev build demo test test-gpu bench bench-decode bench-first-audio bench-growth bench-exactness bench-features bench-report gpu-check fmt lint compile-gate sanitize doctor clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -85,6 +85,12 @@ bench-exactness: dev  ## labels of K-Means that differ from float64's, ours and 
 bench-features: dev  ## K-Means on features of real speech against scikit-learn (FEATURES=folder of .npy and _phones.npy)
 	@$(BIN)/pip install -q scikit-learn
 	@$(BIN)/python benchmarks/kmeans_features.py --features $(FEATURES) $(ARGS)
+
+bench-decode: dev  ## decoding over batch sizes beside the reference toolkit's loop: frames/s, ms, share outside the body
+	@$(BIN)/python -m benchmarks.generation.decode $(ARGS)
+
+bench-first-audio: dev  ## time to the first samples of streamed speech over delay patterns, stage by stage
+	@$(BIN)/python -m benchmarks.generation.first_audio $(ARGS)
 
 bench-report: dev  ## history of committed results: benchmarks/out/report.html, and the newest table
 	@$(BIN)/python benchmarks/report.py

@@ -8,6 +8,7 @@ atomically. Everything wrong with a recording is one :class:`AudioError` that na
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,10 @@ def read_audio(
             rate while ``resample`` is False.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise AudioError(f"audio file {path} {what}; check the path in the manifest.")
+    # Not Path.is_file: names that no file can have (too long, a zero byte) make it raise.
+    if not os.path.isfile(path):
+        what = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
+        raise AudioError(f"audio file {path} {what}; check the path.")
     if path.stat().st_size == 0:
         raise AudioError(f"audio file {path} is empty (0 bytes); record or copy it again, or leave it out.")
     wave_TC, rate = _read_g722(path) if path.suffix.lower() == ".g722" else _read_soundfile(path)
@@ -80,7 +82,7 @@ def check_wave(wave: np.ndarray, name: str = "waveform") -> np.ndarray:
         name: what to call it in an error.
 
     Raises:
-        AudioError: not one-dimensional, empty, or with samples that are not finite or absurdly large.
+        AudioError: not one-dimensional, empty, or with samples that are no numbers, not finite or absurdly large.
     """
     wave = np.asarray(wave)
     if wave.ndim != 1:
@@ -91,6 +93,8 @@ def check_wave(wave: np.ndarray, name: str = "waveform") -> np.ndarray:
         raise AudioError(f"{name}: expected at least one sample, got none.")
     if np.issubdtype(wave.dtype, np.integer):
         wave = wave.astype(np.float32) / -float(np.iinfo(wave.dtype).min)
+    elif not np.issubdtype(wave.dtype, np.floating):
+        raise AudioError(f"{name}: samples must be floats in [-1, 1] or integer PCM, got {wave.dtype}.")
     wave = np.ascontiguousarray(wave, dtype=np.float32)
     finite = np.isfinite(wave)
     if not finite.all():

@@ -109,12 +109,25 @@ def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 def build_parser(name: str) -> Any:
     """The argument parser of one verb."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class Help(DefaultHelpFormatter):
+        """Leaves a module's ``EXAMPLES`` as they are."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text if text == examples else super()._fill_text(text, width, indent)
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     verb = VERBS[name]
-    config = getattr(importlib.import_module(verb.module), verb.config)
-    parser = ArgumentParser(allow_abbrev=False, prog=f"speechlm {name}", description=config.__doc__)
+    module = importlib.import_module(verb.module)
+    config, examples = getattr(module, verb.config), getattr(module, "EXAMPLES", None)
+    parser = ArgumentParser(
+        allow_abbrev=False,
+        prog=f"speechlm {name}",
+        description=config.__doc__,
+        epilog=examples,
+        formatter_class=Help,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(config, None, as_group=False)
     return parser

@@ -17,8 +17,13 @@ from speechlm_ext.model import SpeechLM
 
 
 @torch.inference_mode()
-def decode_one(model: SpeechLM, prompt: Prompt, top_k: int = 30, temperature: float = 0.8) -> Tensor:
-    """Delayed rows int64 ``[R, S]`` of one target; exactly ``max_new`` frames, as the prompt asks."""
+def decode_one(
+    model: SpeechLM, prompt: Prompt, top_k: int = 30, temperature: float = 0.8, greedy: bool = False
+) -> Tensor:
+    """Delayed rows int64 ``[R, S]`` of one target; exactly ``max_new`` frames, as the prompt asks.
+
+    ``greedy`` takes the most probable tokens and allows no pads among codes, for a comparison with the engine.
+    """
     layout, device = model.layout, model.device
     S, V = layout.num_streams, layout.vocab_size
     segment = prompt.segments[0]
@@ -26,7 +31,7 @@ def decode_one(model: SpeechLM, prompt: Prompt, top_k: int = 30, temperature: fl
     for s, ids in enumerate(layout.content_ranges(segment.modality)):
         assert ids is not None
         forbidden[s, slice(*ids)] = False
-        if s > 0:
+        if s > 0 and not greedy:
             forbidden[s, layout.pad_id] = False
     vectors = model.head.stream_vectors()
     cache = DynamicCache(config=model.backbone.config)
@@ -50,7 +55,7 @@ def decode_one(model: SpeechLM, prompt: Prompt, top_k: int = 30, temperature: fl
         mask_now = forbidden.clone()
         mask_now[0, layout.sos_eos_id] = step < segment.min_new
         logits = logits.masked_fill(mask_now, float("-inf"))
-        values, indices = logits.topk(top_k, dim=-1)
+        values, indices = logits.topk(1 if greedy else top_k, dim=-1)
         chosen = torch.multinomial((values / temperature).softmax(-1), 1)
         row = indices.gather(-1, chosen)[:, 0]
         if step < S:

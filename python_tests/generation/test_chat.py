@@ -100,7 +100,24 @@ def test_bad_turns_change_nothing(tokenizers):
             "takes no guidance",
         ),
         (lambda: chat.reply("text_bpe", SamplingSettings(min_len=99)), GenerationError, "context is 64"),
-        (lambda: chat.reply("g2p"), LayoutError, "g2p"),
+        (
+            lambda: chat.reply("text_bpe", SamplingSettings(beam_size=2)),
+            GenerationError,
+            "leave beam_size out",
+        ),
+        (lambda: chat.reply("text_bpe", SamplingSettings(n_best=2)), GenerationError, "leave n_best out"),
+        (
+            lambda: chat.reply("text_bpe", {"max_len": 3}),
+            GenerationError,
+            "must be SamplingSettings, got dict",
+        ),
+        (
+            lambda: chat.reply("g2p"),
+            GenerationError,
+            "one that the model has: text_bpe, codec_ssl, ssl; got 'g2p'",
+        ),
+        (lambda: chat.say("x", modality="song"), GenerationError, "got 'song'"),
+        (lambda: chat.say("\ud800"), GenerationError, "lone surrogate"),
         (lambda: Chat(model, "sing"), LayoutError, "sing"),
         (lambda: Chat(make_model(layout), "textlm"), GenerationError, "needs a model with tokenizers"),
     ]:

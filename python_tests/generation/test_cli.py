@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import soundfile
 
 from python_tests.generation.conftest import make_wave
 from speechlm_ext.audio import write_wav
+from speechlm_ext.cli import main
 from speechlm_ext.errors import ConfigError, GenerationError, StorageError
-from speechlm_ext.generation import records
-from speechlm_ext.generation.cli import GenerateConfig, read_requests, run_generate
+from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate, records
+from speechlm_ext.generation.cli import EXAMPLES, GenerateConfig, run_generate
 
 
 @pytest.fixture
@@ -121,27 +123,47 @@ def test_requests_resume_without_redoing(model_folder, model, recording, tmp_pat
     assert sorted(asked) == ["a", "bad"]
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "holds no requests"),
-        (b'{"id": "a", "task": "asr"\n', "line 1: not JSON"),
-        (b'{"id": "a", "task": "asr"}\n{"id": "a", "task": "asr"}\n', "line 2: id 'a' stands on line 1"),
-        (b'{"id": "a", "task": "asr", "tempo": 1}\n', r"unknown keys \['tempo'\]"),
-        (b'{"id": "a"}\n', "task missing"),
-        (b"[1]\n", "expected a JSON object"),
-        (b'{"id": "a", "task": "asr", "top_k": 0}\n', "line 1.*top_k"),
-        (b'{"id": "a", "task": "asr", "audio": 5}\n', "audio must be a path"),
-        (b'\xff{"id": "a"}\n', "not UTF-8"),
-    ],
-)
-def test_bad_request_files(content, message, tmp_path):
-    (tmp_path / "r.jsonl").write_bytes(content)
-    cfg = GenerateConfig(tmp_path, requests=tmp_path / "r.jsonl", output_dir=tmp_path)
-    with pytest.raises(GenerationError, match=message):
-        read_requests(cfg.requests, cfg)
-    with pytest.raises(GenerationError, match="cannot be read"):
-        read_requests(tmp_path / "none.jsonl", cfg)
+def test_the_help_shows_how(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert out.endswith(EXAMPLES + "\n")
+
+
+def test_a_setting_for_each_stream_and_several_results(model_folder, model, recording, tmp_path, capsys):
+    out = tmp_path / "a.wav"
+    common = ["generate", "--model", str(model_folder), "--max-len", "6", "--min-len", "6"]
+    tts = ["--task", "codec_ssl_plain_tts", "--text", "one", "-o", str(out)]
+    assert main([*common, *tts, "--temperature", "[0.9,0,0.5,2]", "--n-best", "2"]) == 0
+    settings = SamplingSettings(temperature=(0.9, 0, 0.5, 2), min_len=6, max_len=6)
+    for seed, path in ((0, out), (1, tmp_path / "a.2.wav")):
+        request = GenerationRequest(
+            "a", "codec_ssl_plain_tts", text="one", settings=replace(settings, seed=seed)
+        )
+        wave, _ = soundfile.read(path, dtype="float32")
+        np.testing.assert_allclose(wave, generate(model, [request])[0].wav, atol=1e-4)
+    assert main([*common, *tts, "--temperature", "[0.9,0]"]) == 2
+    assert "temperature has 2 values, but the model has 4 streams" in capsys.readouterr().err
+
+    asr = ["--task", "asr", "--audio", str(recording), "--beam-size", "3", "--n-best", "2"]
+    assert main([*common, *asr]) == 0
+    request = GenerationRequest(
+        "a",
+        "asr",
+        audio=recording,
+        settings=SamplingSettings(min_len=6, max_len=6, beam_size=3, n_best=2),
+    )
+    best = generate(model, [request])[0]
+    assert capsys.readouterr().out == f"{best.text}\n{best.alternatives[0].text}\n"
+
+
+def test_a_given_target_is_scored(model_folder, model, recording, capsys):
+    words = ["generate", "--model", str(model_folder), "--task", "asr", "--audio", str(recording)]
+    assert main([*words, "--target-text", "one two"]) == 0
+    request = GenerationRequest("a", "asr", audio=recording, target_text="one two")
+    scored = generate(model, [request])[0]
+    assert capsys.readouterr().out.startswith(f"log p {scored.logprob:.4f} over {scored.num_scored} tokens")
+    assert main([*words, "--target-text", "one two", "--stream"]) == 2
 
 
 @pytest.mark.parametrize(

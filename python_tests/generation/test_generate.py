@@ -192,6 +192,10 @@ def test_one_bad_request_stops_no_other(model, tmp_path):
             ),
             "can never end",
         ),
+        (
+            GenerationRequest("b12", "textlm", text="one", settings=SamplingSettings(guidance=2.0)),
+            "the task has none",
+        ),
     ]
     good = requests()[3]
     results = generate(model, [r for r, _ in bad] + [good], batch_size=4)

@@ -83,7 +83,10 @@ def test_bad_use(listening):
         ("textlm", {}, "does not turn one recording into text"),
         ("sing", {}, "not one that the model was trained for"),
         ("asr", {"chunk_seconds": 0.0}, "chunk_seconds must be above 0"),
+        ("asr", {"chunk_seconds": "1"}, "chunk_seconds must be a finite number"),
         ("asr", {"settings": SamplingSettings(beam_size=2)}, "takes no guidance"),
+        ("asr", {"settings": SamplingSettings(n_best=2)}, "leave n_best out"),
+        ("asr", {"settings": {"max_len": 2}}, "must be SamplingSettings, got dict"),
     ]:
         with pytest.raises(GenerationError, match=message):
             listening.listen(task, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
 import itertools
@@ -74,7 +75,15 @@ def requests(settings: SamplingSettings) -> list[GenerationRequest]:
         {"task": "codec_ssl_audiolm"},
         {"task": "ssl_audiolm", "audio": make_wave(0.1, 4)},
     ]
-    return [GenerationRequest(f["task"], settings=settings, **f) for f in fields]
+    # Guidance needs conditions to leave out.
+    plain, conditioned = (
+        dataclasses.replace(settings, guidance=1.0),
+        ("asr", "codec_ssl_tts", "codec_ssl_plain_tts"),
+    )
+    return [
+        GenerationRequest(f["task"], settings=settings if f["task"] in conditioned else plain, **f)
+        for f in fields
+    ]
 
 
 @pytest.mark.parametrize("delays", DELAYS, ids=str)

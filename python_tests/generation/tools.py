@@ -88,17 +88,21 @@ class ScriptedModel(torch.nn.Module):
         self.anchor = torch.nn.Parameter(torch.zeros(1))
 
     class Cache:
-        def __init__(self, num_slots: int) -> None:
-            self.hash = torch.zeros(num_slots, dtype=torch.int64)
-            self.length = torch.zeros(num_slots, dtype=torch.int64)
+        """The hash after each row of a slot, as a real cache has the keys of each."""
 
-        def copy(self, source: int, slots: Sequence[int]) -> None:
+        def __init__(self, num_slots: int) -> None:
+            self.trail: list[list[int]] = [[0] for _ in range(num_slots)]
+
+        def reserve(self, num_rows: int) -> None:
+            pass
+
+        def copy(self, source: int, slots: Sequence[int], length: int | None = None) -> None:
             for slot in slots:
-                self.hash[slot], self.length[slot] = self.hash[source], self.length[source]
+                self.trail[slot] = self.trail[source][: None if length is None else length + 1]
 
         def truncate(self, slot: int, length: int) -> None:
             assert length == 0, "a hash cannot forget a part"
-            self.hash[slot] = self.length[slot] = 0
+            self.trail[slot] = [0]
 
         def restore(self, slot: int, length: int) -> None:
             assert length == 0, "a hash cannot be had back"
@@ -107,9 +111,9 @@ class ScriptedModel(torch.nn.Module):
             self.truncate(slot, 0)
 
         def feed(self, slot: int, row: torch.Tensor) -> None:
-            value = int((row * torch.arange(1, len(row) + 1)).sum()) + int(self.length[slot]) * 7
-            self.hash[slot] = (self.hash[slot] * 31 + value) % 1000003
-            self.length[slot] += 1
+            trail = self.trail[slot]
+            value = int((row * torch.arange(1, len(row) + 1)).sum()) + (len(trail) - 1) * 7
+            trail.append((trail[-1] * 31 + value) % 1000003)
 
     def new_cache(self, num_slots: int, num_rows: int) -> ScriptedModel.Cache:
         return self.Cache(num_slots)
@@ -122,8 +126,8 @@ class ScriptedModel(torch.nn.Module):
     def step_hidden(self, ids_BS, cache, num_keys=None):
         for slot, row in enumerate(ids_BS):
             cache.feed(slot, row)
-        n = len(ids_BS)
-        return torch.stack([cache.hash[:n], cache.length[:n]], dim=1).double()
+        trails = cache.trail[: len(ids_BS)]
+        return torch.tensor([[trail[-1], len(trail) - 1] for trail in trails], dtype=torch.float64)
 
     def scope_head(self, ranges):
         return ScriptedHead(self, ranges)

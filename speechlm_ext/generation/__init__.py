@@ -5,8 +5,9 @@ results = generate(model, [GenerationRequest("a", "tts", text="one two")])
 
 from speechlm_ext.generation.chat import Chat
 from speechlm_ext.generation.listen import Listener, PartialText
-from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
+from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.run import generate
+from speechlm_ext.generation.settings import SamplingSettings
 from speechlm_ext.generation.stream import StreamChunk
 
 __all__ = [

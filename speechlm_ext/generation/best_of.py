@@ -27,14 +27,6 @@ _TEXT = Entry("text", "text_bpe")
 _EQUAL = LossWeights(text=1.0, ssl=1.0, codec=1.0, special=1.0)
 
 
-def variants(request: GenerationRequest) -> list[GenerationRequest]:
-    """The tries of a request: equal but for the seed, which counts up from the request's own."""
-    n, settings = request.settings.best_of, request.settings
-    if n == 1:
-        return [request]
-    return [replace(request, settings=replace(settings, seed=(settings.seed + i) % 2**63)) for i in range(n)]
-
-
 def recognition_of(template: TaskTemplate, tasks: Sequence[TaskTemplate], where: str) -> TaskTemplate:
     """The trained task that turns the speech which ``template`` produces back into its text.
 

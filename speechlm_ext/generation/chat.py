@@ -22,15 +22,18 @@ from speechlm_ext.generation.prompt import (
     plan_segments,
     special_frame,
 )
-from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
+from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.run import result_of
-from speechlm_ext.generation.session import Session
+from speechlm_ext.generation.session import Session, check_one_row
+from speechlm_ext.generation.settings import SamplingSettings
 from speechlm_ext.tasks import Entry, TaskTemplate
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
 
 ROLES = ("system", "user", "assistant")
+#: What a turn may be made of.
+MODALITIES = ("text_bpe", "codec_ssl", "codec", "ssl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +96,8 @@ class Chat:
             resample: allow recordings of another rate.
 
         Raises:
-            GenerationError: neither or both of text and audio, an unknown role, or content that gives no tokens.
+            GenerationError: neither or both of text and audio, an unknown role or modality, or content that gives no
+                tokens.
             AudioError, TokenizerError: content that cannot be used.
         """
         if (text is None) == (audio is None):
@@ -102,6 +106,7 @@ class Chat:
         if modality is None:
             speech = "codec_ssl" if self.layout.has("codec_ssl") else "codec"
             modality = "text_bpe" if text is not None else speech
+        self._check(role, modality)
         name = f"turn {len(self.turns)}"
         request = GenerationRequest(name, self.task, text=text, audio=audio, resample=resample)
         assert self.model.tokenizers is not None
@@ -120,17 +125,18 @@ class Chat:
 
         Args:
             modality: of the reply: text_bpe, codec, codec_ssl or ssl.
-            settings: lengths and sampling; guidance and best_of do not apply.
+            settings: lengths and sampling; no guidance, best_of, n_best or beam_size.
 
         Returns:
             The result, as of a request; one that failed adds no turn.
 
         Raises:
-            GenerationError: the context cannot hold the dialogue and a reply.
+            GenerationError: an unknown role or modality, settings that do not apply, or the context cannot hold the
+                dialogue and a reply.
         """
-        settings = settings or SamplingSettings()
-        if settings.guidance != 1.0 or settings.best_of != 1:
-            raise GenerationError("a chat's reply takes no guidance and no best_of; leave them out.")
+        settings = SamplingSettings() if settings is None else settings
+        check_one_row(settings, "a chat's reply")
+        self._check(role, modality)
         name = f"turn {len(self.turns)}"
         template = TaskTemplate(
             self.task,
@@ -168,9 +174,16 @@ class Chat:
         seconds = time.perf_counter() - begun
         return result_of(request, prompt, decoded, seconds, self.model), decoded.content_TS
 
-    def _open(self, role: str, modality: str) -> None:
+    def _check(self, role: str, modality: str) -> None:
         if role not in ROLES:
             raise GenerationError(f"role must be one of {', '.join(ROLES)}; got {role!r}.")
+        known = [name for name in MODALITIES if self.layout.has(name)]
+        if modality not in known:
+            raise GenerationError(
+                f"modality must be one that the model has: {', '.join(known)}; got {modality!r}."
+            )
+
+    def _open(self, role: str, modality: str) -> None:
         marker = self.layout.marker_id(modality)
         self._frames += [
             special_frame(self.layout.special_id(role), self.layout), special_frame(marker, self.layout)

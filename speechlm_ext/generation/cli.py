@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,35 @@ from speechlm_ext.errors import ConfigError, GenerationError
 from speechlm_ext.generation.cli_stream import STDOUT, run_stream
 from speechlm_ext.generation.prompt import find_task
 from speechlm_ext.generation.records import ResultsFolder
-from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
+from speechlm_ext.generation.request import GenerationRequest, GenerationResult
+from speechlm_ext.generation.request_file import Line, RefusedRequest, read_requests
 from speechlm_ext.generation.run import generate
+from speechlm_ext.generation.settings import SamplingSettings
 from speechlm_ext.utils.io import atomic_write_text, sha256_file
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
+
+
+#: Shown below the options by ``speechlm generate --help``.
+EXAMPLES = """\
+examples (M is a model folder; -o is --output; dashes and underscores in names are alike):
+
+  speechlm generate --model M --task tts --text "three seven one" -o out.wav
+  speechlm generate --model M --task asr --audio in.wav                     print the text
+  speechlm generate --model M --task asr --audio in.wav --beam-size 5 --n-best 3
+  speechlm generate --model M --task asr --audio in.wav --target-text "six"  score a text
+  speechlm generate --model M --task textlm --text "three sev" --temperature 0.9 --seed 1
+  speechlm generate --model M --task tts --text "six" --temperature "[0.9,0,0,0]" -o out.wav
+  speechlm generate --model M --task tts --text "six" --stream -o - | aplay -f S16_LE -r 16000
+  speechlm generate --model M --requests requests.jsonl --output-dir results
+
+Each line of a requests file is one request, with sampling settings of its own:
+
+  {"id": "u1", "task": "tts", "text": "three seven one", "seed": 3, "max_len_ratio": 20}
+  {"id": "u2", "task": "asr", "audio": "clips/u2.wav", "lang": "en", "n_best": 2}
+
+A run that was stopped, in whatever way, goes on with the same command. The exit code is 1 when some requests failed."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,10 @@ class GenerateConfig:
     """Recording of the voice to speak with, for tasks with a speaker condition."""
     lang: str | None = None
     """Language code, kept in the record."""
+    target_text: str | None = None
+    """Text that the task would end in: it is not generated but scored, token by token."""
+    target_audio: Path | None = None
+    """The same for a task that ends in speech: a recording."""
     output: Path | None = None
     """Where the result goes: a wav file for speech; text is printed and also written here if given. With ``stream``,
     ``-`` sends raw 16-bit samples to standard output."""
@@ -46,27 +72,28 @@ class GenerateConfig:
     chunk_frames: int = 1
     """With ``stream``: fewest frames that are written at a time."""
     requests: Path | None = None
-    """JSONL file of requests: id, task, text, audio, speaker_prompt, lang and any sampling setting.
-    Audio paths are relative to the file."""
+    """JSONL file of requests: id, task, text, audio, speaker_prompt, lang, target_text, target_audio, resample and any
+    of the sampling settings below. Audio paths are relative to the file."""
     output_dir: Path | None = None
     """Folder for ``results.jsonl`` and ``wav/`` of ``requests``; a stopped run goes on where it was."""
     batch_size: int = 16
     """Requests decoded at once."""
     greedy: bool | None = None
     """Take the most probable token. Default: true for text, false for speech."""
-    temperature: float | None = None
-    """Sampling temperature. Default for speech: 0.8."""
+    temperature: float | list[float] | None = None
+    """Sampling temperature. Default for speech: 0.8. This, top_k, top_p, min_p and those of repetition also take a list
+    with a value for each stream, as in ``"[0.8,0.5,0.5]"``; a temperature of 0 in it is the most probable token."""
     codec_temperature: float | None = None
     """Temperature of the streams behind the first; 0 takes their most probable code. Default: as ``temperature``."""
-    top_k: int | None = None
+    top_k: int | list[int] | None = None
     """Sample among the k most probable tokens. Default for speech: 30."""
-    top_p: float | None = None
+    top_p: float | list[float] | None = None
     """Sample among the fewest tokens whose probabilities reach p."""
-    min_p: float | None = None
+    min_p: float | list[float] | None = None
     """Leave out tokens that are less probable than this times the most probable one."""
-    repetition_penalty: float | None = None
+    repetition_penalty: float | list[float] | None = None
     """Makes ids that a stream had lately less probable; 1 is off, 1.1 is mild."""
-    repetition_window: int | None = None
+    repetition_window: int | list[int] | None = None
     """Rows that the repetition penalty looks back; default 50."""
     guidance: float | None = None
     """Classifier-free guidance; 1 is off, 1.5 to 3 follow the text or voice more closely. Made for models that were
@@ -77,10 +104,14 @@ class GenerateConfig:
     """Beam search compares log p / tokens^length_penalty; default 1, and 0 favours short targets."""
     seed: int | None = None
     """Seed of the draws; default 0."""
+    n_best: int | None = None
+    """Results of each request: with ``beam_size`` the best, else samples with seeds from ``seed`` on. Default 1."""
     best_of: int | None = None
     """Tries at speaking a text; the one that the model itself recognises best is kept. Default 1."""
     min_len: int | None = None
     """Fewest new frames (text tokens or speech frames) before the end; default 1."""
+    min_len_ratio: float | None = None
+    """Fewest new frames as a multiple of the prompt's content frames, instead of ``min_len``."""
     max_len: int | None = None
     """Most new frames; default: as many as the context holds, at most 2048."""
     max_len_ratio: float | None = None
@@ -107,7 +138,8 @@ class GenerateConfig:
             if self.output_dir is not None:
                 raise ConfigError("output_dir goes with requests; give output (-o) for one request.")
         else:
-            extra = [n for n in ("text", "audio", "speaker_prompt", "output") if getattr(self, n) is not None]
+            one = ("text", "audio", "speaker_prompt", "target_text", "target_audio", "output")
+            extra = [n for n in one if getattr(self, n) is not None]
             if extra:
                 raise ConfigError(
                     f"{', '.join(extra)} cannot be given together with requests; put it in the file."
@@ -120,6 +152,11 @@ class GenerateConfig:
         names = [f.name for f in dataclasses.fields(SamplingSettings)]
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
+    def defaults(self) -> dict[str, Any]:
+        """What a line of a requests file leaves out."""
+        more = {"task": self.task, "lang": self.lang, "resample": self.resample or None}
+        return self.sampling() | {name: value for name, value in more.items() if value is not None}
+
 
 def run_generate(cfg: GenerateConfig) -> int:
     """Serve what the config asks for.
@@ -130,9 +167,9 @@ def run_generate(cfg: GenerateConfig) -> int:
     Raises:
         SpeechLMError: the model or the requests cannot be read, or the one request failed.
     """
+    settings = SamplingSettings(**cfg.sampling())
     if cfg.requests is not None:
-        requests = read_requests(cfg.requests, cfg)
-        return _run_file(cfg, requests)
+        return _run_file(cfg, read_requests(cfg.requests, cfg.defaults()))
     request = GenerationRequest(
         id="request",
         task=cfg.task or "",
@@ -140,16 +177,28 @@ def run_generate(cfg: GenerateConfig) -> int:
         audio=cfg.audio,
         speaker_prompt=cfg.speaker_prompt,
         lang=cfg.lang,
-        settings=SamplingSettings(**cfg.sampling()),
+        settings=settings,
         resample=cfg.resample,
+        target_text=cfg.target_text,
+        target_audio=cfg.target_audio,
     )
     model = load_model(cfg)
     template = find_task(request, model.tasks)
-    if template.targets[-1].modality.startswith("codec") and cfg.output is None:
+    is_scored = cfg.target_text is not None or cfg.target_audio is not None
+    if is_scored and (cfg.output is not None or cfg.stream):
+        raise ConfigError("a given target is scored and makes no file; leave out output and stream.")
+    if template.targets[-1].modality.startswith("codec") and cfg.output is None and not is_scored:
         raise ConfigError(f"task {cfg.task!r} makes speech; say where to write it with -o out.wav.")
     if cfg.stream:
         return run_stream(model, request, cfg.output, cfg.chunk_frames)
-    _write_one(generate(model, [request])[0], cfg.output)
+    result = generate(model, [request])[0]
+    if is_scored and result.logprob is not None:
+        nats = -result.logprob / result.num_scored
+        print(
+            f"log p {result.logprob:.4f} over {result.num_scored} tokens with the end, {nats:.4f} nats a token"
+        )
+        return 0
+    _write_one(result, cfg.output)
     return 0
 
 
@@ -174,78 +223,50 @@ def load_model(cfg: GenerateConfig) -> SpeechLM:
     return model
 
 
-def read_requests(path: Path, cfg: GenerateConfig) -> list[GenerationRequest]:
-    """Read a JSONL file of requests; the config's task and sampling settings fill what a line leaves out.
-
-    Raises:
-        GenerationError: the file is missing, empty or not UTF-8, or a line is not a request or repeats an id.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise GenerationError(
-            f"requests file {path} is not UTF-8 (byte {error.start}); save it as UTF-8."
-        ) from None
-    except OSError as error:
-        raise GenerationError(f"requests file {path} cannot be read: {error.strerror or error}.") from None
-    requests: list[GenerationRequest] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            data = json.loads(line)
-        except ValueError as error:
-            raise GenerationError(f"{where}: not JSON ({error}).") from None
-        if isinstance(data, dict):
-            given = cfg.sampling()
-            mine = set(data) | set(data.get("settings") or {})
-            if mine & {"max_len", "max_len_ratio"}:
-                given = {k: v for k, v in given.items() if k not in ("max_len", "max_len_ratio")}
-            data = {k: v for k, v in given.items() if k not in mine} | data
-            if cfg.task is not None:
-                data.setdefault("task", cfg.task)
-            if cfg.resample:
-                data.setdefault("resample", True)
-        request = GenerationRequest.from_dict(data, where, path.parent)
-        if request.id in seen:
-            raise GenerationError(f"{where}: id {request.id!r} stands on line {seen[request.id]} already.")
-        seen[request.id] = number
-        requests.append(request)
-    if not requests:
-        raise GenerationError(f"requests file {path} holds no requests; write one JSON object per line.")
-    return requests
-
-
-def _run_file(cfg: GenerateConfig, requests: list[GenerationRequest]) -> int:
+def _run_file(cfg: GenerateConfig, lines: list[Line]) -> int:
     from speechlm_ext.model.speechlm import WEIGHTS_NAME
 
     assert cfg.output_dir is not None
     model = load_model(cfg)
-    folder = ResultsFolder(cfg.output_dir, cfg.model, sha256_file(Path(cfg.model) / WEIGHTS_NAME))
-    todo = [r for r in requests if not folder.is_done(r)]
-    if len(todo) < len(requests):
-        print(f"{len(requests) - len(todo)} of {len(requests)} requests are done already.", file=sys.stderr)
+    folder = ResultsFolder(
+        cfg.output_dir,
+        cfg.model,
+        sha256_file(Path(cfg.model) / WEIGHTS_NAME),
+        layout=model.layout.sha256,
+        dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
+    )
+    try:
+        requests = [line for line in lines if isinstance(line, GenerationRequest)]
+        for line in lines:
+            if isinstance(line, RefusedRequest):
+                folder.refuse(line)
+        todo = [r for r in requests if not folder.is_done(r)]
+        if len(todo) < len(requests):
+            print(f"{len(requests) - len(todo)} of {len(lines)} requests are done already.", file=sys.stderr)
 
-    def keep(index: int, result: GenerationResult) -> None:
-        folder.add(todo[index], result)
+        def keep(index: int, result: GenerationResult) -> None:
+            folder.add(todo[index], result)
 
-    generate(model, todo, cfg.batch_size, progress=True, on_result=keep)
-    path = folder.close(requests)
-    failed = [r for r in requests if folder.records[r.id]["finished"] == "failed"]
-    print(f"{len(requests) - len(failed)} of {len(requests)} requests served: {path}", file=sys.stderr)
-    for request in failed[:5]:
-        print(f"failed: {folder.records[request.id]['error']}", file=sys.stderr)
+        generate(model, todo, cfg.batch_size, progress=True, on_result=keep)
+        path = folder.close(lines)
+    finally:
+        folder.release()
+    failed = [line for line in lines if folder.records[line.id]["finished"] == "failed"]
+    print(f"{len(lines) - len(failed)} of {len(lines)} requests served: {path}", file=sys.stderr)
+    for line in failed[:5]:
+        print(f"failed: {folder.records[line.id]['error']}", file=sys.stderr)
+    if len(failed) > 5:
+        print(f"… and {len(failed) - 5} more; their errors stand in {path}.", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _write_one(result: GenerationResult, output: Path | None) -> None:
-    """Print text, write speech; say on stderr what became of it."""
-    if result.finished == "failed":
-        raise GenerationError(result.error or "the request failed.")
-    if result.finished == "max_len":
+    """Print text, write speech; say on stderr what became of it. Of several results each is printed or written."""
+    results = [result, *result.alternatives]
+    for one in results:
+        if one.finished == "failed":
+            raise GenerationError(one.error or "the request failed.")
+    if any(one.finished == "max_len" for one in results):
         print(
             "note: the model did not end by itself; the result was cut at the longest length.",
             file=sys.stderr,
@@ -253,14 +274,21 @@ def _write_one(result: GenerationResult, output: Path | None) -> None:
     if result.wav is not None and result.sample_rate:
         if output is None:
             raise ConfigError(f"task {result.task!r} makes speech; say where to write it with -o out.wav.")
-        write_wav(output, result.wav, result.sample_rate)
-        seconds = len(result.wav) / result.sample_rate
-        print(f"wrote {output}: {seconds:.2f} s of speech in {result.seconds:.2f} s.", file=sys.stderr)
+        for number, one in enumerate(results, 1):
+            assert one.wav is not None and one.sample_rate is not None
+            path = output if number == 1 else output.with_stem(f"{output.stem}.{number}")
+            write_wav(path, one.wav, one.sample_rate)
+            seconds = len(one.wav) / one.sample_rate
+            print(f"wrote {path}: {seconds:.2f} s of speech in {one.seconds:.2f} s.", file=sys.stderr)
         return
-    if result.text is not None:
-        text = result.text
-    else:
-        text = " ".join(str(i) for i in result.ids.ravel().tolist()) if result.ids is not None else ""
+    text = "\n".join(_said(one) for one in results)
     print(text)
     if output is not None:
         atomic_write_text(output, text + "\n")
+
+
+def _said(result: GenerationResult) -> str:
+    """The text, or ids where there is none."""
+    if result.text is not None:
+        return result.text
+    return " ".join(str(i) for i in result.ids.ravel().tolist()) if result.ids is not None else ""

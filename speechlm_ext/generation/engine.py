@@ -51,6 +51,8 @@ class _Slot:
     modalities: frozenset[str]
     leader: _Slot | None = None
     """Of an unconditional row: the request that it guides, whose tokens it follows."""
+    prefix: bytes = b""
+    """The rows that it was prefilled with, for others that begin alike."""
 
 
 class Engine:
@@ -98,7 +100,7 @@ class Engine:
     def admit(self, works: Sequence[Work], held: int = 0) -> None:
         """Take in requests: prefill them and let them join the next step.
 
-        Equal prompts, the tries at one request, are prefilled once.
+        Equal prompts, the tries at one request, are prefilled once as long as one of them is being decoded.
 
         Args:
             held: rows of the first one's prompt that the slot it gets still has from the request before, and that are
@@ -132,6 +134,8 @@ class Engine:
         self._link()
         for number in range(first, len(self.active)):
             self._cache.restore(number, held if number == first else 0)
+        if self.device.type == "cpu":  # memory that is never written costs nothing there
+            self._cache.reserve(max(map(len, frames)) + self.layout.max_delay + self._rows(new))
         rows = [prefix_rows(f, self.layout) for f in frames]
         self._prefill(first, rows, [held, *[0] * (len(rows) - 1)])
 
@@ -193,14 +197,17 @@ class Engine:
         """Fill the slots from ``first`` on with all but the last of their rows, less those that they hold."""
         pending: list[tuple[int, np.ndarray]] = []
         copies: dict[bytes, tuple[int, list[int]]] = {}
+        present = {slot.prefix: number for number, slot in enumerate(self.active[:first])}
         for number, rows_RS in enumerate(rows):
             slot = first + number
             self._row_BS[slot] = torch.from_numpy(rows_RS[-1])
+            key = self.active[slot].prefix = rows_RS.tobytes()
             rows_RS = rows_RS[held[number] :]
             if len(rows_RS) <= 1:
                 continue
-            key = rows_RS.tobytes()
-            if key in copies:
+            if held[number] == 0 and key in present:
+                self._cache.copy(present[key], [slot], len(rows_RS) - 1)
+            elif key in copies:
                 copies[key][1].append(slot)
             else:
                 copies[key] = slot, []
@@ -298,7 +305,9 @@ class Engine:
                     slot.work.prompt, slot.forced_RS, rows, scores, self.layout, bool(failed)
                 )
                 out.append((slot.work, decoded))
-        self._remove(done, [bool(progress[number][5]) for number in done])
+        # Rows that are given do not fail, whatever the model makes of them.
+        is_given = [self.active[number].work.teacher is not None for number in done]
+        self._remove(done, [bool(progress[n][5]) or given for n, given in zip(done, is_given, strict=True)])
         return out
 
     @torch.inference_mode()
@@ -306,12 +315,13 @@ class Engine:
         """Forget a request at once; its slot is free. Unknown keys are ignored."""
         numbers = [number for number, slot in enumerate(self.active) if slot.work.key == key]
         if numbers:
-            self._remove(numbers, [False] * len(numbers))
+            self._remove(numbers, [True] * len(numbers))
 
-    def _remove(self, numbers: Sequence[int], failed: Sequence[bool]) -> None:
+    def _remove(self, numbers: Sequence[int], suspect: Sequence[bool]) -> None:
+        """Free slots; ``suspect``: those whose keys and values may not be finite."""
         state = self._require_state()
-        for number, has_failed in sorted(zip(numbers, failed, strict=True), reverse=True):
-            if has_failed:
+        for number, is_suspect in sorted(zip(numbers, suspect, strict=True), reverse=True):
+            if is_suspect:
                 self._cache.clear(number)
             last = len(self.active) - 1
             if number != last:
@@ -321,6 +331,8 @@ class Engine:
                     getattr(state, name)[number] = getattr(state, name)[last]
                 self._row_BS[number] = self._row_BS[last]
                 self.active[number] = self.active[last]
+                if self.active[number].work.teacher is not None:  # see collect
+                    self._cache.clear(last)
             self._cache.truncate(last, 0)
             state.progress[last, 4] = 1
             self.active.pop()

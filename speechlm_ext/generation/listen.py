@@ -17,9 +17,10 @@ import numpy as np
 from speechlm_ext.audio import check_wave
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.prompt import build_prompt, find_task
-from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
+from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.run import result_of
-from speechlm_ext.generation.session import Session
+from speechlm_ext.generation.session import Session, check_one_row
+from speechlm_ext.generation.settings import SamplingSettings, number
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
@@ -64,11 +65,11 @@ class Listener:
             raise GenerationError(
                 "listening needs a model with tokenizers; load a model folder that contains tokenizers/."
             )
-        if not 0 < chunk_seconds < float("inf"):
+        number(chunk_seconds, "chunk_seconds", "listening")
+        if not chunk_seconds > 0:
             raise GenerationError(f"chunk_seconds must be above 0, got {chunk_seconds}.")
         self.settings = settings or SamplingSettings()
-        if self.settings.guidance != 1.0 or self.settings.best_of != 1 or self.settings.beam_size != 1:
-            raise GenerationError("listening takes no guidance, best_of or beam_size; leave them out.")
+        check_one_row(self.settings, "listening")
         self.model, self.tokenizers = model, model.tokenizers
         self.template = find_task(GenerationRequest("audio", task), model.tasks)
         (*conditions,), (*targets,) = self.template.conditions, self.template.targets

@@ -9,7 +9,6 @@ ramp-in after a marker, the lagging codes at the end of a given beginning, and a
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,8 @@ import numpy as np
 
 from speechlm_ext.audio import check_wave, read_audio, resample_audio
 from speechlm_ext.errors import AudioError, ConfigError, GenerationError, SpeechLMError
-from speechlm_ext.generation.request import DEFAULT_MAX_LEN, GenerationRequest, SamplingSettings, check_fields
+from speechlm_ext.generation.request import GenerationRequest, check_fields
+from speechlm_ext.generation.settings import MAX_COUNT, SamplingSettings
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tasks import TaskTemplate, resolve_task
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #: A speaker prompt is cut to this many frames, the length that training crops at most.
 SPEAKER_FRAMES = 500
 #: More frames than any sequence has.
-NO_LIMIT = 2**31 - 1
+NO_LIMIT = MAX_COUNT
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Prompt:
     """The targets, one after the other; the decoder says the markers between them."""
     unconditional_PS: np.ndarray | None = None
     """The same without the conditions, for classifier-free guidance; None without guidance."""
+    target_TS: np.ndarray | None = None
+    """int64 ``[T, S]``: the target's content, where the request gives it instead of asking for it."""
 
     @property
     def modality(self) -> str:
@@ -113,9 +115,16 @@ def live_columns(values_TS: np.ndarray, modality: str, layout: TokenLayout) -> n
 
 
 def encode_field(
-    request: GenerationRequest, entry_field: str, modality: str, tokenizers: TokenizerSet
+    request: GenerationRequest,
+    entry_field: str,
+    modality: str,
+    tokenizers: TokenizerSet,
+    name: str | None = None,
 ) -> np.ndarray:
     """Tokenize one field of a request as ``modality``: raw ids int32 ``[T, C]``.
+
+    Args:
+        name: what messages call the recording; default the field's own name.
 
     Raises:
         GenerationError: the model has no tokenizer for it. AudioError, TokenizerError: the content is bad.
@@ -131,7 +140,7 @@ def encode_field(
             f"{where}: the model folder has no tokenizer for {modality}; export it with tokenizers."
         )
     source = request.speaker_prompt if entry_field == "speaker" else request.audio
-    name = "speaker_prompt" if entry_field == "speaker" else "audio"
+    name = name or ("speaker_prompt" if entry_field == "speaker" else "audio")
     rate = getattr(tokenizers, needs[-1]).sample_rate
     wave = load_wave(source, rate, f"{where}, {name}", request.audio_rate, request.resample)
     if modality == "ssl":
@@ -194,6 +203,10 @@ def build_prompt(
     """
     check_fields(request, template)
     where = f"request {request.id!r} (task {template.name})"
+    if request.settings.guidance != 1.0 and not template.conditions:
+        raise GenerationError(
+            f"{where}: guidance compares with and without conditions, and the task has none."
+        )
     parts = [special_frame(layout.sos_eos_id, layout), special_frame(layout.task_id(template.name), layout)]
     tail = np.full((layout.max_delay, layout.num_streams), layout.pad_id, dtype=np.int64)
     num_content = 0
@@ -216,16 +229,52 @@ def build_prompt(
         parts.append(given_TS)
         num_given = num_content = len(given_TS)
     bare = [*parts[:2], *parts[num_condition_parts:]]
+    frames_PS, settings = np.concatenate(parts), request.settings
+    target_TS = _given_target(request, template, layout, tokenizers, where)
+    lengths = settings
+    if target_TS is not None:
+        # The end must be free to come or not in every frame, or its probability would be 0 or 1.
+        most = len(target_TS) + 1
+        lengths = replace(settings, min_len=most, max_len=most, min_len_ratio=None, max_len_ratio=None)
+    segments = plan_segments(lengths, template, len(frames_PS), num_content, layout, context, where)
+    if target_TS is not None:
+        segments = (replace(segments[0], settings=settings.resolved(segments[0].modality), min_new=0),)
     return Prompt(
         request.id,
         template,
-        np.concatenate(parts),
+        frames_PS,
         num_given,
-        plan_segments(
-            request.settings, template, len(np.concatenate(parts)), num_content, layout, context, where
-        ),
-        np.concatenate(bare) if request.settings.guidance != 1.0 and template.conditions else None,
+        segments,
+        np.concatenate(bare) if settings.guidance != 1.0 else None,
+        target_TS,
     )
+
+
+def _given_target(
+    request: GenerationRequest,
+    template: TaskTemplate,
+    layout: TokenLayout,
+    tokenizers: TokenizerSet,
+    where: str,
+) -> np.ndarray | None:
+    """The target's content int64 ``[T, S]`` if the request gives it. Raises as :func:`build_prompt`."""
+    given = [n for n in ("target_text", "target_audio") if getattr(request, n) is not None]
+    if not given:
+        return None
+    target = template.targets[-1]
+    name = "target_text" if target.field == "text" else "target_audio"
+    if len(template.targets) > 1:
+        raise GenerationError(f"{where}: {given[0]} is for tasks with one target; this one has several.")
+    if given != [name]:
+        raise GenerationError(f"{where}: the task ends in {target.modality}; give {name}, not {given[0]}.")
+    choices = [n for n in ("guidance", "beam_size", "n_best", "best_of") if getattr(request.settings, n) != 1]
+    if choices:
+        raise GenerationError(
+            f"{where}: {name} is given, so nothing is chosen; leave out {', '.join(choices)}."
+        )
+    alike = replace(request, text=request.target_text, audio=request.target_audio)
+    raw_TC = _encode(alike, target.field, target.modality, tokenizers, name)
+    return content_frames(raw_TC, target.modality, layout, where)
 
 
 def plan_segments(
@@ -248,8 +297,9 @@ def plan_segments(
     Raises:
         GenerationError: the context cannot hold the prompt and the shortest targets, or a target can never end.
     """
-    least = max(settings.min_len, 1)
-    wanted = _longest(settings, num_content, where)
+    settings.check_streams([stream.name for stream in layout.streams], where)
+    shortest, wanted = settings.lengths(num_content, where)
+    least = max(shortest, 1)
     segments: list[Segment] = []
     extra = 0  # rows that must still fit behind the last frame of a target
     for target in reversed(template.targets):
@@ -262,7 +312,7 @@ def plan_segments(
         extra = max(max(live) - 1, layout.delays[0], extra)
         limit = NO_LIMIT if context is None else context - extra
         segments.append(
-            Segment(target.modality, settings.resolved(target.modality), settings.min_len, wanted, limit)
+            Segment(target.modality, settings.resolved(target.modality), shortest, min(wanted, limit), limit)
         )
         extra += least + layout.max_delay + 2  # this one's content, and end, fill and marker before it
     segments.reverse()
@@ -276,37 +326,21 @@ def plan_segments(
     return (replace(segments[0], max_new=min(wanted, room)), *segments[1:])
 
 
-def _longest(settings: SamplingSettings, num_content: int, where: str) -> int:
-    """The most frames that the settings allow a target."""
-    if settings.max_len is not None:
-        wanted = settings.max_len
-    elif settings.max_len_ratio is not None:
-        wanted = max(math.ceil(settings.max_len_ratio * num_content), 1)
-        if num_content == 0:
-            raise GenerationError(
-                f"{where}: max_len_ratio needs a prompt with content; give max_len instead."
-            )
-    else:
-        wanted = max(DEFAULT_MAX_LEN, settings.min_len)
-    if wanted < settings.min_len:
-        raise GenerationError(
-            f"{where}: the target can never end: min_len {settings.min_len} is more than {wanted}, which is "
-            f"max_len_ratio {settings.max_len_ratio} times the prompt's {num_content} frames."
-        )
-    return wanted
-
-
 def _encode(
-    request: GenerationRequest, entry_field: str, modality: str, tokenizers: TokenizerSet
+    request: GenerationRequest,
+    entry_field: str,
+    modality: str,
+    tokenizers: TokenizerSet,
+    name: str | None = None,
 ) -> np.ndarray:
     try:
-        raw_TC = np.asarray(encode_field(request, entry_field, modality, tokenizers))
+        raw_TC = np.asarray(encode_field(request, entry_field, modality, tokenizers, name))
     except SpeechLMError as error:
         if f"request {request.id!r}" in str(error):
             raise
         raise type(error)(f"request {request.id!r}: {error}") from None
     if raw_TC.shape[0] == 0:
         raise GenerationError(
-            f"request {request.id!r}: {entry_field} gives no {modality} tokens; it is empty or too short."
+            f"request {request.id!r}: {name or entry_field} gives no {modality} tokens; it is empty or too short."
         )
     return raw_TC

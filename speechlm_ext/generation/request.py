@@ -1,14 +1,13 @@
-"""What is asked of a model and what it answers: requests, sampling settings, results.
+"""What is asked of a model and what it answers: requests and results.
 
-All three are frozen data. A request is checked in two steps: what can be seen without a model (numbers,
-types) when it is made, and what needs the model (task, fields, lengths) when its prompt is built. Lengths
-count content frames: text tokens for text, codec frames for speech; specials and delay rows are not counted.
+Both are frozen data, and so are the settings of a request (``settings.py``). A request is checked in two steps: what
+can be seen without a model (numbers, types) when it is made, and what needs the model (task, fields, lengths) when its
+prompt is built.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,133 +15,11 @@ from typing import Any
 import numpy as np
 
 from speechlm_ext.errors import GenerationError
+from speechlm_ext.generation.settings import SamplingSettings, integer
 from speechlm_ext.tasks import TaskTemplate
 
-#: Longest target when neither the request nor the model's context says less.
-DEFAULT_MAX_LEN = 2048
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How the next token is chosen and how long a target may be.
-
-    Fields left at None take the default of the target's modality (:meth:`resolved`): greedy for text;
-    temperature 0.8 and top-k 30 for speech, the usual choice for codec tokens.
-    """
-
-    greedy: bool | None = None
-    """Take the most probable token (the lowest id among equals) and ignore the other choices."""
-    temperature: float | None = None
-    """Divides the logits before sampling; > 0."""
-    codec_temperature: float | None = None
-    """Temperature of the streams behind the first one; 0 takes their most probable code. The first stream decides what
-    is said, the others how it sounds: sampling only the first varies the words' course and keeps the sound clean. None:
-    ``temperature`` for all streams."""
-    top_k: int | None = None
-    """Sample among the k most probable tokens only; >= 1."""
-    top_p: float | None = None
-    """Sample among the fewest tokens whose probabilities reach p; 0 < p <= 1."""
-    min_p: float | None = None
-    """Leave out tokens that are less probable than this times the most probable one; 0 <= p <= 1."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of ids that the stream had in the last ``repetition_window``
-    rows; > 0, 1 is off."""
-    repetition_window: int = 50
-    """Rows that the repetition penalty looks back; 50 is a second at 50 frames a second."""
-    guidance: float = 1.0
-    """Classifier-free guidance: logits ``u + guidance (c - u)``, c with the task's conditions and u without them. 1 is
-    off; more costs a second row of the batch. Made for models that were trained with conditions left out at times."""
-    beam_size: int = 1
-    """Beam search over so many beginnings, for text and units; 1 is off. Takes no other choice of tokens."""
-    length_penalty: float = 1.0
-    """Beam search compares ``log p / tokens^length_penalty``; 0 favours short targets."""
-    seed: int = 0
-    """Draws depend on (seed, row, stream) alone: equal requests give equal tokens in any batch."""
-    best_of: int = 1
-    """Tries at speaking a text, with seeds from ``seed`` on; the one in which the model itself recognises the text best
-    is kept. Needs a model that was trained on recognition too."""
-    min_len: int = 1
-    """Fewest content frames before the end may come; counted without a continuation's given part."""
-    max_len: int | None = None
-    """Most content frames; the end is forced there. None: as many as the context holds, at most 2048."""
-    max_len_ratio: float | None = None
-    """Most content frames as a multiple of the prompt's content frames; instead of ``max_len``."""
-
-    def __post_init__(self) -> None:
-        where = "sampling settings"
-        if self.temperature is not None:
-            _number(self.temperature, "temperature", where)
-            if not self.temperature > 0:
-                raise GenerationError(
-                    f"{where}: temperature must be greater than 0, got {self.temperature}; set greedy for "
-                    "the most probable token."
-                )
-        if self.codec_temperature is not None:
-            _number(self.codec_temperature, "codec_temperature", where)
-            if self.codec_temperature < 0:
-                raise GenerationError(
-                    f"{where}: codec_temperature must be 0 (the most probable code) or more, got "
-                    f"{self.codec_temperature}."
-                )
-        if self.top_k is not None:
-            _integer(self.top_k, "top_k", where, 1)
-        if self.top_p is not None:
-            _number(self.top_p, "top_p", where)
-            if not 0 < self.top_p <= 1:
-                raise GenerationError(
-                    f"{where}: top_p must be greater than 0 and at most 1, got {self.top_p}."
-                )
-        for name, least, most in (("min_p", 0, 1), ("repetition_penalty", 1e-3, 1e3), ("guidance", 0, 1e3)):
-            value = getattr(self, name)
-            if value is not None:
-                _number(value, name, where)
-                if not least <= value <= most:
-                    raise GenerationError(f"{where}: {name} must be from {least} to {most}, got {value}.")
-        _integer(self.repetition_window, "repetition_window", where, 1)
-        _integer(self.beam_size, "beam_size", where, 1)
-        _number(self.length_penalty, "length_penalty", where)
-        if self.beam_size > 1:
-            names = ("greedy", "temperature", "codec_temperature", "top_k", "top_p", "min_p")
-            given = [n for n in names if getattr(self, n) is not None]
-            given += [n for n in ("guidance", "repetition_penalty", "best_of") if getattr(self, n) != 1]
-            if given:
-                raise GenerationError(f"{where}: beam search takes no {', '.join(given)}; leave it out.")
-        _integer(self.seed, "seed", where, 0)
-        if self.seed >= 2**63:
-            raise GenerationError(f"{where}: seed must be below 2**63, got {self.seed}.")
-        _integer(self.best_of, "best_of", where, 1)
-        if self.best_of > 1 and self.greedy:
-            raise GenerationError(f"{where}: greedy gives one result; leave it out, or set best_of to 1.")
-        _integer(self.min_len, "min_len", where, 0)
-        if self.max_len is not None:
-            _integer(self.max_len, "max_len", where, 1)
-            if self.max_len_ratio is not None:
-                raise GenerationError(f"{where}: max_len and max_len_ratio are both given; give one of them.")
-            if self.max_len < self.min_len:
-                raise GenerationError(
-                    f"{where}: the target can never end: min_len {self.min_len} is more than max_len "
-                    f"{self.max_len}."
-                )
-        if self.max_len_ratio is not None:
-            _number(self.max_len_ratio, "max_len_ratio", where)
-            if not self.max_len_ratio > 0:
-                raise GenerationError(
-                    f"{where}: max_len_ratio must be greater than 0, got {self.max_len_ratio}."
-                )
-
-    def resolved(self, modality: str) -> SamplingSettings:
-        """Settings with every choice made, for a target of ``modality``."""
-        if self.beam_size > 1:  # the search makes the choices
-            return self
-        chosen = (self.greedy, self.temperature, self.top_k, self.top_p, self.min_p)
-        if modality in ("text_bpe", "g2p"):
-            # Asking for a temperature or a cut is asking to sample.
-            greedy = self.greedy if self.greedy is not None else all(c is None for c in chosen[1:])
-            return dataclasses.replace(self, greedy=greedy, temperature=self.temperature or 1.0)
-        top_k = 30 if self.top_k is None and self.top_p is None else self.top_k
-        return dataclasses.replace(
-            self, greedy=bool(self.greedy), temperature=self.temperature or 0.8, top_k=top_k, top_p=self.top_p
-        )
+#: Fields of a request that are a file or a waveform.
+RECORDINGS = ("audio", "speaker_prompt", "target_audio")
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +46,11 @@ class GenerationRequest:
     """Rate of waveforms given as arrays, in Hz; None: the tokenizers' own rate."""
     resample: bool = False
     """Convert audio of another sampling rate; otherwise it is an error."""
+    target_text: str | None = None
+    """The target's text, for tasks that end in one: it is not generated but given, and the result has the
+    log-probability of each of its tokens and of the end."""
+    target_audio: str | Path | np.ndarray | None = None
+    """The same for tasks that end in speech: a recording."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -176,16 +58,26 @@ class GenerationRequest:
         where = f"request {self.id!r}"
         if not isinstance(self.task, str) or not self.task:
             raise GenerationError(f"{where}: task must be a task's name, got {self.task!r}.")
-        for name in ("text", "lang"):
+        for name in ("text", "lang", "target_text"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise GenerationError(f"{where}: {name} must be a string, got {type(value).__name__}.")
-        for name in ("audio", "speaker_prompt"):
+        for name in ("id", "task", "text", "lang", "target_text"):
+            _check_unicode(getattr(self, name), name, where)
+        for name in RECORDINGS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, (str, Path, np.ndarray)):
                 raise GenerationError(
                     f"{where}: {name} must be a path or a numpy waveform, got {type(value).__name__}."
                 )
+            if isinstance(value, (str, Path)) and "\0" in str(value):
+                raise GenerationError(f"{where}: {name} has a zero byte in its path: {str(value)!r}.")
+            if isinstance(value, (str, Path)):
+                _check_unicode(str(value), name, where)
+        if not isinstance(self.resample, bool):
+            raise GenerationError(f"{where}: resample must be true or false, got {self.resample!r}.")
+        if self.audio_rate is not None:
+            integer(self.audio_rate, "audio_rate", where, 1)
         if not isinstance(self.settings, SamplingSettings):
             raise GenerationError(
                 f"{where}: settings must be SamplingSettings, got {type(self.settings).__name__}."
@@ -206,12 +98,12 @@ class GenerationRequest:
         if not isinstance(data, dict):
             raise GenerationError(f"{where}: expected a JSON object, got {type(data).__name__}.")
         names = {f.name for f in dataclasses.fields(SamplingSettings)}
-        nested = data.get("settings") or {}
+        nested = {} if data.get("settings") is None else data["settings"]
         if not isinstance(nested, dict):
             raise GenerationError(f"{where}: settings must be an object, got {type(nested).__name__}.")
         settings = {**nested, **{k: v for k, v in data.items() if k in names}}
         rest = {k: v for k, v in data.items() if k not in names and k != "settings"}
-        known = {"id", "task", "text", "audio", "speaker_prompt", "lang", "resample"}
+        known = {"id", "task", "text", "lang", "resample", "target_text", *RECORDINGS}
         unknown = sorted((set(rest) - known) | (set(settings) - names))
         if unknown:
             raise GenerationError(f"{where}: unknown keys {unknown}; known are {sorted(known | names)}.")
@@ -220,7 +112,7 @@ class GenerationRequest:
             raise GenerationError(
                 f"{where}: {' and '.join(missing)} missing; every request needs an id and a task."
             )
-        for key in ("audio", "speaker_prompt"):
+        for key in RECORDINGS:
             if folder is not None and isinstance(rest.get(key), str):
                 rest[key] = str(folder / rest[key])
         try:
@@ -252,15 +144,18 @@ class GenerationResult:
     chain: tuple[np.ndarray, ...] = ()
     """Raw ids of earlier targets, for tasks that produce several."""
     logprob: float | None = None
-    """Sum of log-probabilities (modality mask, temperature 1) of the tokens chosen, in all targets."""
+    """Sum of log-probabilities (modality mask, temperature 1) of the tokens chosen, in all targets; of a given target
+    that of all its tokens and its end."""
     num_scored: int = 0
     """Tokens that ``logprob`` sums over: generated codes and ends that were not forced."""
     logprobs: np.ndarray | None = None
     """Log-probability of each of ``ids``, float32 ``[T, columns]``; NaN for a given beginning."""
     end_logprob: float | None = None
-    """Of the last target's end: 0 where it was forced."""
+    """Of the last target's end: 0 where it was forced by the longest length."""
     seconds: float = 0.0
     """Time from joining the decoder to the end."""
+    alternatives: tuple[GenerationResult, ...] = ()
+    """With ``n_best``: the other results, in order."""
     settings: SamplingSettings | None = None
     """The settings used, with the defaults filled in; with ``best_of`` the seed of the try that was kept."""
     tries: tuple[float, ...] = ()
@@ -297,11 +192,12 @@ def check_fields(request: GenerationRequest, template: TaskTemplate) -> None:
             )
 
 
-def _integer(value: Any, name: str, where: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise GenerationError(f"{where}: {name} must be an integer of at least {least}, got {value!r}.")
-
-
-def _number(value: Any, name: str, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise GenerationError(f"{where}: {name} must be a finite number, got {value!r}.")
+def _check_unicode(text: str | None, name: str, where: str) -> None:
+    """JSON and file names can bring halves of characters, which can neither be tokenized nor written."""
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise GenerationError(
+            f"{where}: {name} has a lone surrogate ({half}) at character {error.start}, which is no character."
+        ) from None

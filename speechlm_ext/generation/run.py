@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from speechlm_ext.generation.engine import Engine, Work
 from speechlm_ext.generation.prompt import Prompt, build_prompt, find_task, live_columns, raw_content
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.rows import Decoded, failed
+from speechlm_ext.generation.settings import SamplingSettings, integer
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
@@ -53,58 +54,86 @@ def generate(
         One result per request, in order. Bad requests have ``finished == "failed"`` and ``error``.
 
     Raises:
-        GenerationError: the model has no tokenizers or no tasks, or ``batch_size`` is not positive.
+        GenerationError: the model has no tokenizers, ``batch_size`` is not positive, or an entry is no request.
     """
-    if batch_size < 1:
-        raise GenerationError(f"batch_size must be at least 1, got {batch_size}.")
+    integer(batch_size, "batch_size", "generate", 1)
     require_tokenizers(model)
+    for index, request in enumerate(requests):
+        if not isinstance(request, GenerationRequest):
+            raise GenerationError(
+                f"requests[{index}] must be a GenerationRequest, got {type(request).__name__}; "
+                "GenerationRequest.from_dict makes one from plain data."
+            )
     results: list[GenerationResult | None] = [None] * len(requests)
-    # A request with best_of is served as so many requests; the last of them to end picks the best.
-    tries = [(index, one) for index, request in enumerate(requests) for one in best_of.variants(request)]
-    ended: dict[int, list[tuple[int, GenerationResult]]] = {}
+    # A request with best_of or n_best is served as so many tries; the last of them to end makes its result.
+    ended: dict[int, dict[int, GenerationResult]] = {}
     bar = tqdm(total=len(requests), unit="request", desc="generate", disable=None if progress else True)
 
-    def finish(number: int, result: GenerationResult) -> None:
-        index, request = tries[number][0], requests[tries[number][0]]
-        if request.settings.best_of > 1:
-            mine = ended.setdefault(index, [])
-            mine.append((number, result))
-            if len(mine) < request.settings.best_of:
-                return
-            result = _best(request, [r for _, r in sorted(ended.pop(index), key=lambda e: e[0])], model)
+    def finish(index: int, result: GenerationResult) -> None:
         results[index] = result
         bar.update()
         if on_result is not None:
             on_result(index, result)
 
-    started: dict[int, float] = {}
+    def gather(key: _Try, result: GenerationResult) -> None:
+        request = requests[key.request]
+        count = num_tries(request.settings)
+        mine = ended.setdefault(key.request, {})
+        mine[key.number] = result
+        if len(mine) == count:
+            del ended[key.request]
+            tries = [mine[number] for number in range(count)]
+            if request.settings.best_of > 1:
+                result = _best(request, tries, model)
+            elif count > 1:
+                result = replace(tries[0], alternatives=tuple(tries[1:]))
+            finish(key.request, result)
+
+    started: dict[_Try, float] = {}
+
+    def begun(window: list[Work]) -> Iterator[Work]:
+        for work in sorted(window, key=lambda w: [s.modality for s in w.prompt.segments]):
+            started[work.key] = time.perf_counter()
+            if work.prompt.segments[0].settings.beam_size > 1:
+                searched(work)
+            else:
+                yield work
 
     def works() -> Iterator[Work]:
-        for first in range(0, len(tries), WINDOW * batch_size):
-            window = []
-            for number in range(first, min(first + WINDOW * batch_size, len(tries))):
-                prompt = prepare(tries[number][1], model)
-                if isinstance(prompt, Prompt):
-                    window.append(Work(number, prompt))
-                else:
-                    finish(number, prompt)
-            for work in sorted(window, key=lambda w: [s.modality for s in w.prompt.segments]):
-                started[work.key] = time.perf_counter()
-                if work.prompt.segments[0].settings.beam_size > 1:
-                    served(work, _searched(work.prompt, model))
-                else:
-                    yield work
+        window: list[Work] = []
+        for index, request in enumerate(requests):
+            prompt = prepare(request, model)
+            if isinstance(prompt, Prompt):
+                window += [
+                    Work(_Try(index, number), with_seed(prompt, number), prompt.target_TS)
+                    for number in range(num_tries(request.settings))
+                ]
+            else:
+                finish(index, prompt)
+            if len(window) >= WINDOW * batch_size:
+                yield from begun(window)
+                window = []
+        yield from begun(window)
 
     def served(work: Work, decoded: Decoded) -> None:
         seconds = time.perf_counter() - started.pop(work.key)
-        finish(work.key, result_of(tries[work.key][1], work.prompt, decoded, seconds, model))
+        gather(work.key, result_of(requests[work.key.request], work.prompt, decoded, seconds, model))
+
+    def searched(work: Work) -> None:
+        found = _searched(work.prompt, model)
+        seconds = time.perf_counter() - started.pop(work.key)
+        first, *others = (
+            result_of(requests[work.key.request], work.prompt, one, seconds, model) for one in found
+        )
+        gather(work.key, replace(first, alternatives=tuple(others)))
 
     was_training = model.training
     model.eval()
     try:
-        # A request with guidance takes two rows.
-        least = 2 if any(r.settings.guidance != 1.0 for r in requests) else 1
-        engine = Engine(model, max(batch_size, least))
+        # A request with guidance takes two rows. More rows than there is work for would only take memory.
+        rows = [2 if r.settings.guidance != 1.0 else 1 for r in requests]
+        useful = sum(n * num_tries(r.settings) for n, r in zip(rows, requests, strict=True))
+        engine = Engine(model, max(min(batch_size, useful), *rows, 1))
         for work, decoded in engine.run(works()):
             served(work, decoded)
     finally:
@@ -113,12 +142,35 @@ def generate(
     return [r for r in results if r is not None]
 
 
-def _searched(prompt: Prompt, model: SpeechLM) -> Decoded:
+class _Try(NamedTuple):
+    """Which request, and which of its tries."""
+
+    request: int
+    number: int
+
+
+def num_tries(settings: SamplingSettings) -> int:
+    """Samples that are drawn for a request; a beam search is one piece of work."""
+    return 1 if settings.beam_size > 1 else max(settings.best_of, settings.n_best)
+
+
+def with_seed(prompt: Prompt, number: int) -> Prompt:
+    """The prompt of try ``number``: equal but for the seed, which counts up from the request's own."""
+    if number == 0:
+        return prompt
+    segments = tuple(
+        replace(s, settings=replace(s.settings, seed=(s.settings.seed + number) % 2**63))
+        for s in prompt.segments
+    )
+    return replace(prompt, segments=segments)
+
+
+def _searched(prompt: Prompt, model: SpeechLM) -> list[Decoded]:
     settings = prompt.segments[0].settings
     try:
-        return beam_search(model, prompt, settings.beam_size, settings.length_penalty)[0]
+        return beam_search(model, prompt, settings.beam_size, settings.length_penalty, settings.n_best)
     except SpeechLMError as error:
-        return failed(prompt, str(error), model.layout)
+        return [failed(prompt, str(error), model.layout)]
 
 
 def require_tokenizers(model: SpeechLM) -> None:
@@ -134,7 +186,12 @@ def prepare(request: GenerationRequest, model: SpeechLM) -> Prompt | GenerationR
         template = find_task(request, model.tasks)
         if request.settings.best_of > 1:
             best_of.recognition_of(template, model.tasks, f"request {request.id!r}")
-        return build_prompt(request, template, model.layout, model.tokenizers, model.max_positions)
+        prompt = build_prompt(request, template, model.layout, model.tokenizers, model.max_positions)
+        if request.settings.n_best > 1 and prompt.segments[-1].settings.greedy:
+            raise GenerationError(
+                f"request {request.id!r}: greedy gives one result; leave n_best out, or sample, or set beam_size."
+            )
+        return prompt
     except SpeechLMError as error:
         return GenerationResult(request.id, request.task, "failed", error=str(error))
 
@@ -157,15 +214,26 @@ def result_of(
     modalities = [segment.modality for segment in prompt.segments]
     frames = (*decoded.chain, decoded.content_TS)
     *chain, ids = (raw_content(f, m, model.layout) for f, m in zip(frames, modalities, strict=True))
+    logprobs = live_columns(decoded.logprob_TS, prompt.modality, model.layout)
+    logprob, num_scored = decoded.logprob, decoded.num_scored
+    if prompt.target_TS is not None:  # nothing was chosen, and all of it is scored
+        new = logprobs[prompt.num_given :]
+        logprob, num_scored = float(new.sum(dtype=np.float64)) + decoded.end_logprob, new.size + 1
+        if not math.isfinite(logprob):
+            return replace(
+                result, finished="failed", error=f"request {result.id!r}: the model's logits are not finite."
+            )
     result = replace(
         result,
         ids=ids,
         chain=tuple(chain),
-        logprob=decoded.logprob,
-        num_scored=decoded.num_scored,
-        logprobs=live_columns(decoded.logprob_TS, prompt.modality, model.layout),
+        logprob=logprob,
+        num_scored=num_scored,
+        logprobs=logprobs,
         end_logprob=None if math.isnan(decoded.end_logprob) else decoded.end_logprob,
     )
+    if prompt.target_TS is not None:  # what was given needs no sound
+        return replace(result, text=request.target_text)
     try:
         return result if request.settings.best_of > 1 else _decode_content(result, model)
     except SpeechLMError as error:

@@ -6,12 +6,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine import Engine, Work
 from speechlm_ext.generation.prompt import Prompt
 from speechlm_ext.generation.rows import Decoded, prefix_rows
+from speechlm_ext.generation.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
+
+
+def check_one_row(settings: SamplingSettings, where: str) -> None:
+    """Raises :class:`GenerationError` for what is no settings, or takes more than the one row that a session has."""
+    if not isinstance(settings, SamplingSettings):
+        raise GenerationError(f"{where}: settings must be SamplingSettings, got {type(settings).__name__}.")
+    names = ("guidance", "best_of", "n_best", "beam_size")
+    given = [name for name in names if getattr(settings, name) != 1]
+    if given:
+        raise GenerationError(f"{where} takes no {', '.join(names)}; leave {', '.join(given)} out.")
 
 
 class Session:

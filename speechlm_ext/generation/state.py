@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speechlm_ext.generation.prompt import Prompt, Segment
-from speechlm_ext.generation.request import SamplingSettings
+from speechlm_ext.generation.settings import SamplingSettings
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops.decode_state import DecodeState
 
@@ -75,9 +75,11 @@ def new_state(
         rows = [[value(p, s) for s in _padded(p, G)] for p in prompts]  # type: ignore[operator]
         return torch.tensor(rows)
 
-    def per_stream(value: object) -> Tensor:
-        return per_segment(value)[..., None]
+    def per_stream(name: str, missing: float) -> Tensor:
+        return per_segment(lambda p, s: s.settings.per_stream(name, layout.num_streams, missing))
 
+    repetition_penalty = per_stream("repetition_penalty", 1.0)
+    is_off = repetition_penalty == 1
     rows_BRS = np.full((len(prompts), R, layout.num_streams), -1, dtype=np.int64)
     for b, rows in enumerate(forced):
         rows_BRS[b, : len(rows)] = rows
@@ -91,13 +93,11 @@ def new_state(
         num_segments=torch.tensor([len(p.segments) for p in prompts]),
         markers=per_segment(lambda p, s: layout.marker_id(s.modality)),
         temperature=per_segment(lambda p, s: _temperatures(s.settings, layout.num_streams)),
-        top_k=per_stream(lambda p, s: s.settings.top_k or 0),
-        top_p=per_stream(lambda p, s: 1.0 if s.settings.top_p is None else s.settings.top_p),
-        min_p=per_stream(lambda p, s: s.settings.min_p or 0.0),
-        repetition_penalty=per_stream(lambda p, s: float(s.settings.repetition_penalty)),
-        repetition_window=per_stream(
-            lambda p, s: 0 if s.settings.repetition_penalty == 1 else s.settings.repetition_window
-        ),
+        top_k=per_stream("top_k", 0),
+        top_p=per_stream("top_p", 1.0).clamp(min=1e-30),  # not 0 in float32
+        min_p=per_stream("min_p", 0.0),
+        repetition_penalty=repetition_penalty,
+        repetition_window=per_stream("repetition_window", 0).masked_fill(is_off, 0),
         seed=torch.tensor([p.segments[0].settings.seed for p in prompts]),
         min_frames=per_segment(lambda p, s: s.min_new + (p.num_given if s is p.segments[0] else 0)),
         max_frames=per_segment(lambda p, s: s.max_new + (p.num_given if s is p.segments[0] else 0)),
@@ -120,8 +120,11 @@ def _temperatures(settings: SamplingSettings, num_streams: int) -> list[float]:
     """Of each stream; 0 is greedy."""
     if settings.greedy or settings.temperature is None:
         return [0.0] * num_streams
-    rest = settings.temperature if settings.codec_temperature is None else settings.codec_temperature
-    return [settings.temperature] + [rest] * (num_streams - 1)
+    first, *rest = settings.per_stream("temperature", num_streams, 0.0)
+    return [
+        first,
+        *(rest if settings.codec_temperature is None else [settings.codec_temperature] * len(rest)),
+    ]
 
 
 def slots(state: DecodeState, count: int) -> DecodeState:

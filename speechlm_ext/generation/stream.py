@@ -18,9 +18,10 @@ import numpy as np
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine import Engine, Work
 from speechlm_ext.generation.prompt import Prompt, raw_content
-from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
+from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.rows import Decoded, FrameReader
 from speechlm_ext.generation.run import prepare, require_tokenizers
+from speechlm_ext.generation.settings import SamplingSettings
 from speechlm_ext.generation.voice import Voice, voice_of
 
 if TYPE_CHECKING:
@@ -91,11 +92,16 @@ def stream(model: SpeechLM, request: GenerationRequest, chunk_frames: int = 1) -
     if isinstance(chunk_frames, bool) or not isinstance(chunk_frames, (int, np.integer)) or chunk_frames < 1:
         raise GenerationError(f"chunk_frames must be an integer of at least 1, got {chunk_frames!r}.")
     require_tokenizers(model)
-    for name in ("best_of", "beam_size"):
+    for name in ("best_of", "n_best", "beam_size"):
         if getattr(request.settings, name) > 1:
+            does = "gives several results" if name == "n_best" else "chooses among whole results"
             raise GenerationError(
-                f"request {request.id!r}: {name} chooses among whole results and cannot be streamed; set it to 1."
+                f"request {request.id!r}: {name} {does} and cannot be streamed; set it to 1."
             )
+    if request.target_text is not None or request.target_audio is not None:
+        raise GenerationError(
+            f"request {request.id!r}: a given target is scored as a whole and cannot be streamed; use generate."
+        )
     prompt = prepare(request, model)
     if isinstance(prompt, GenerationResult):
         raise GenerationError(prompt.error or "the request cannot be served.")

@@ -87,9 +87,9 @@ class KVCache:
                 store[layer] = new
         self.num_rows = num_rows
 
-    def copy(self, source: int, slots: Sequence[int]) -> None:
-        """Give other slots the rows of ``source``."""
-        held = self.held[source]
+    def copy(self, source: int, slots: Sequence[int], length: int | None = None) -> None:
+        """Give other slots the rows of ``source``, all or the first ``length``."""
+        held = self.held[source] if length is None else length
         for slot in slots:
             for store in (*self.keys, *self.values):
                 store[slot, :held] = store[source, :held]
