@@ -185,6 +185,42 @@ def test_steps_of_fixed_sizes_give_the_same(num_slots):
         np.testing.assert_array_equal(found[number].rows_RS, decode(model, [prompt])[0].rows_RS)
 
 
+def test_steps_of_fixed_sizes_for_a_long_time():
+    """A slot that fills steps up counts rows for as long as none of its own requests comes, past what it has."""
+    layout, rng = make_layout(), np.random.default_rng(8)
+    model = make_model(layout, tasks=TASKS, positions=4096)
+
+    def work(number, length):
+        text = random_content(layout, "text_bpe", 3, rng)
+        settings = SamplingSettings(greedy=False, top_k=5, seed=number, min_len=length, max_len=length)
+        return Work(number, make_prompt(layout, TASKS[0], [text], settings=settings, name=f"r{number}"))
+
+    engine, number = Engine(model, 4, cuda_graphs=True), 0
+    while max(engine._cache.held) <= engine._cache.num_rows:
+        while len(engine.active) < 3:
+            engine.admit([work(number, 20 + number % 3)])
+            number += 1
+        engine.step()
+        engine.collect()
+    engine.cancel(engine.active[-1].work.key)
+    long = work(number, 2 * engine._cache.num_rows)
+    engine.admit([long])
+    (found,) = [decoded for done, decoded in engine.run([]) if done is long]
+    np.testing.assert_array_equal(found.rows_RS, decode(model, [long.prompt])[0].rows_RS)
+
+
+def test_logits_stay_where_captured_steps_write_them():
+    layout, rng = make_layout(), np.random.default_rng(9)
+    model, places = make_model(layout, tasks=TASKS), set()
+    engine = Engine(model, 4, cuda_graphs=True)
+    for number in range(4):
+        prompt = make_prompt(layout, TASKS[0], [random_content(layout, "text_bpe", 3, rng)])
+        engine.admit([Work(number, prompt)])
+        engine.step()
+        places.add(engine._head._logits.data_ptr())
+    assert len(places) == 1
+
+
 @pytest.mark.cuda
 def test_captured_steps_give_what_eager_ones_do():
     layout, rng = make_layout(), np.random.default_rng(7)

@@ -140,6 +140,9 @@ class ScriptedHead:
         self.model = model
         self.ids = [torch.cat([torch.arange(a, b) for a, b in parts]) for parts in ranges]
 
+    def reserve(self, num_rows):
+        pass
+
     def used_by(self, ranges):
         return None
 

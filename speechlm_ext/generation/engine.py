@@ -146,6 +146,7 @@ class Engine:
         if modalities != self._columns.modalities:
             self._columns = states.Columns(self.layout, modalities)
             self._head, self._calls_for = self.model.scope_head(self._columns.ranges), {}
+            self._head.reserve(self.num_slots)
             fresh = states.new_state(
                 [slot.work.prompt for slot in self.active],
                 self._columns,

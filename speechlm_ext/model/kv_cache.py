@@ -79,7 +79,8 @@ class KVCache:
         if num_rows <= self.num_rows:
             return
         num_rows = max(num_rows, 2 * self.num_rows)  # seldom, so that a row costs its share of few copies
-        most = max(self.held)
+        # A slot that only fills a step up counts rows as well, also past its end.
+        most = min(max(self.held), self.num_rows)
         for store in (self.keys, self.values):
             for layer, old in enumerate(store):
                 new = self._zeros(self.num_slots, num_rows)

@@ -62,6 +62,12 @@ class ScopeHead:
         self.bias_C = torch.cat([head.weight.new_zeros(0), *parts]).detach()
         self._logits: Tensor | None = None
 
+    def reserve(self, num_rows: int) -> None:
+        """Make the memory for logits of ``num_rows`` rows, so that no call up to that size moves it: a captured graph
+        goes on writing where it was."""
+        # Zeros: what nobody computes must still be memory without traps for what reads it by mistake.
+        self._logits = self.head.weight.new_zeros(num_rows, self.num_columns)
+
     def used_by(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> list[bool]:
         """Which of ``runs`` hold columns of these id ranges (per stream, each inside one that was given)."""
         columns = []
@@ -91,8 +97,8 @@ class ScopeHead:
         """
         B, weight = hidden_BD.shape[0], self.head.weight
         if self._logits is None or self._logits.shape[0] < B or self._logits.dtype != weight.dtype:
-            # Zeros: what nobody computes must still be memory without traps for what reads it by mistake.
-            self._logits = weight.new_zeros(B, self.num_columns)
+            self.reserve(B)
+            assert self._logits is not None
         out_BC, cap = self._logits[:B], self.head.settings.softcap
         for number, (column, row, count) in enumerate(self.runs):
             if used is not None and not used[number]:
