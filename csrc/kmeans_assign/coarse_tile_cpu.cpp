@@ -88,6 +88,8 @@ void in_plain_code(float* out, const int32_t* rows, const int32_t* panels, int64
 CoarseTile coarse_tile(Tiles tiles) {
 #ifdef SPEECHLM_HAVE_AMX
   if (tiles == Tiles::kAmx) return &by_unit;
+#else
+  (void)tiles;
 #endif
   return &in_plain_code;
 }
