@@ -28,7 +28,7 @@ from speechlm_ext.errors import (
     StorageError,
     TokenizerError,
 )
-from speechlm_ext.tokenizers import TokenizerSet
+from speechlm_ext.tokenizers import RVQKMeansCodec, TokenizerSet
 
 RATE = 16000
 WORDS = ["one", "two", "three", "four", "five", "six"]
@@ -185,6 +185,20 @@ def test_fitting_is_remembered_and_not_mixed(corpus: Path, tmp_path: Path) -> No
         run_tokenize(config(corpus, out, tokenizers=str(other / "tokenizers")))
     with pytest.raises(TokenizerError, match="no tokenizer in"):
         run_tokenize(config(corpus, tmp_path / "x", tokenizers=str(tmp_path)))
+
+
+def test_unequal_rates_are_told_before_the_codec_is_fitted(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And bad items that may be skipped do not hide it."""
+    monkeypatch.setattr(RVQKMeansCodec, "fit", lambda *_, **__: pytest.fail("fitted"))
+    with pytest.raises(
+        TokenizerError, match="^codec_ssl needs equal rates, got ssl 16000 Hz at 25 frames/s and"
+    ):
+        run_tokenize(
+            config(corpus, tmp_path / "o", ssl=SSLFit(num_clusters=8, frames_per_token=4), skip_bad=True)
+        )
+    assert not (tmp_path / "o").exists()
 
 
 def test_modalities_can_be_left_out(corpus: Path, make: Make, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from speechlm_ext.tokenizers import (
     SSLConfig,
     TextConfig,
     TokenizerSet,
+    require_equal_rates,
 )
 from speechlm_ext.tokenizers.encoders import SAMPLE_RATE, EncoderSpec
 from speechlm_ext.utils.io import atomic_write_json
@@ -216,6 +217,8 @@ def _fit(settings: FitSettings, utterances: Sequence[Utterance], skip_bad: bool)
             ssl = MFCCKMeans.fit(waves[rate], _plain(settings.ssl, SSLConfig), seed=settings.seed)
     if has_audio and settings.codec.kind != "none":
         rate = settings.codec.mel.sample_rate
+        if ssl is not None:  # before a fit of minutes, not at the first recording behind it
+            require_equal_rates((ssl.sample_rate, ssl.frame_rate), (rate, settings.codec.frame_rate))
         if rate not in waves:
             waves[rate] = list(_fit_waves(settings, utterances, rate, skip_bad))
         codec = RVQKMeansCodec.fit(waves[rate], _plain(settings.codec, RVQConfig), seed=settings.seed)

@@ -43,6 +43,22 @@ __all__ = [
 _MODALITIES = {"text": "text_bpe", "ssl": "ssl", "codec": "codec"}
 
 
+def require_equal_rates(ssl: tuple[int | None, float | None], codec: tuple[int | None, float | None]) -> None:
+    """Units and codes of one recording stand frame by frame beside each other.
+
+    Args:
+        ssl, codec: sampling rate in Hz and frames per second.
+
+    Raises:
+        TokenizerError: they differ.
+    """
+    if ssl != codec:
+        raise TokenizerError(
+            f"codec_ssl needs equal rates, got ssl {ssl[0]} Hz at {ssl[1]:g} frames/s and codec {codec[0]} Hz at "
+            f"{codec[1]:g}; fit both with the same sample_rate and frames_per_token."
+        )
+
+
 @dataclass
 class TokenizerSet:
     """The tokenizers of one family of models; each may be None."""
@@ -125,12 +141,7 @@ class TokenizerSet:
                 frame.
         """
         ssl, codec = self._require("ssl"), self._require("codec")
-        if (ssl.sample_rate, ssl.frame_rate) != (codec.sample_rate, codec.frame_rate):
-            raise TokenizerError(
-                f"codec_ssl needs equal rates, got ssl {ssl.sample_rate} Hz at {ssl.frame_rate:g} frames/s "
-                f"and codec {codec.sample_rate} Hz at {codec.frame_rate:g}; fit both with the same "
-                "sample_rate and frames_per_token."
-            )
+        require_equal_rates((ssl.sample_rate, ssl.frame_rate), (codec.sample_rate, codec.frame_rate))
         units, codes = ssl.encode(wave), codec.encode(wave)
         if abs(len(units) - len(codes)) > 1:
             raise TokenizerError(

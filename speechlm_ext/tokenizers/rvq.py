@@ -70,6 +70,11 @@ class RVQConfig:
                 f"got {self.griffin_lim_iterations} and {self.griffin_lim_momentum}."
             )
 
+    @property
+    def frame_rate(self) -> float:
+        """Token frames per second."""
+        return self.mel.sample_rate / (self.mel.hop * self.frames_per_token)
+
 
 class RVQKMeansCodec:
     """Residual vector quantiser with K-Means codebooks over stacked log-mel frames; see the module's text.
@@ -97,7 +102,7 @@ class RVQKMeansCodec:
         self.vocab_sizes: tuple[int, ...] = (config.codebook_size,) * config.num_codebooks
         self.sample_rate: int | None = config.mel.sample_rate
         self.frame_samples = config.mel.hop * config.frames_per_token
-        self.frame_rate: float | None = config.mel.sample_rate / self.frame_samples
+        self.frame_rate: float | None = config.frame_rate
         self._mel = MelSpectrogram(config.mel)
 
     @classmethod
