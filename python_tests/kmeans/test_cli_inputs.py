@@ -58,6 +58,15 @@ def test_a_checkpoint_over_shards_that_were_replaced_is_refused(features, tmp_pa
         KMeans(4, max_iter=2).fit(tmp_path / "a.npy", checkpoint=tmp_path / "c")
 
 
+def test_a_share_that_leaves_no_frame_is_told(tmp_path, capsys):
+    (tmp_path / "audio").mkdir()
+    write_wav(tmp_path / "audio" / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+    words = ["--audio", tmp_path / "audio", "--encoder", "mfcc", "--n_clusters", 1, "--share", 0.001]
+    assert kmeans("fit", *words, "--output", tmp_path / "u") == 2
+    message = capsys.readouterr().err
+    assert "no frame of 1 recording is left of a share of 0.001; give a larger --share" in message
+
+
 def test_recordings_that_were_replaced_are_noticed(tmp_path, capsys):
     """By another sound of the same length under the same name."""
     (tmp_path / "audio").mkdir()

@@ -248,6 +248,11 @@ def _from_audio(
         print(f"{counted(len(bad), 'bad recording')} left out, see {out / REJECTED}")
     if len(bad) == len(utterances):
         raise KMeansError(f"no good one in {counted(len(bad), 'recording')}, the first: {bad[0]['reason']}")
+    if not any(folder.glob("shard-*.npy")):
+        raise KMeansError(
+            f"no frame of {counted(len(utterances) - len(bad), 'recording')} is left of a share of {share:g}; give a "
+            "larger --share or --max_frames, and another output."
+        )
     return open_source(folder)
 
 
