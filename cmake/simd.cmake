@@ -10,6 +10,21 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCH
   target_compile_definitions(speechlm_core PUBLIC SPEECHLM_SIMD_X86)
 endif()
 
+# The tile unit. Compilers know it since GCC 11 and Clang 11, but a compiler's assembler may be older.
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  include(CheckCXXSourceCompiles)
+  check_cxx_source_compiles("
+    #include <immintrin.h>
+    __attribute__((target(\"amx-tile,amx-bf16\"))) void f(const void* config) {
+      _tile_loadconfig(config);
+      _tile_dpbf16ps(0, 1, 2);
+    }
+    int main() {}" SPEECHLM_AMX_COMPILES)
+  if(SPEECHLM_AMX_COMPILES)
+    target_compile_definitions(speechlm_core PRIVATE SPEECHLM_HAVE_AMX)
+  endif()
+endif()
+
 set(SIMD_SOURCES "")
 foreach(op IN LISTS SPEECHLM_OPS)
   file(GLOB OP_SIMD_SOURCES CONFIGURE_DEPENDS csrc/${op}/*_simd.cpp)

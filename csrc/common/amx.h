@@ -3,9 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
-#define SPEECHLM_HAVE_AMX
-#endif
+// SPEECHLM_HAVE_AMX comes from the build: cmake/simd.cmake asks compiler and assembler.
 
 namespace speechlm {
 namespace amx {
