@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,21 +16,14 @@ from python_tests.conftest import CUDA, CUDA_ON_CPU, on_device
 from speechlm_ext.ops._native import native
 from speechlm_ext.ops.reference.kmeans_assign import kmeans_assign as direct
 
+from .instruction_sets import simd
+
 #: The CPU's codes: integers of 16 bits alone, or bfloat16 tiles before them, in plain C++ where there is no tile unit.
 CODES = {
     "fine": [name for name in native.simd_available() if name != "amx"][-1],
     "coarse": "amx" if "amx" in native.simd_available() else "emulated-amx",
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@contextmanager
-def simd(name):
-    native.use_simd(name)
-    try:
-        yield
-    finally:
-        native.use_simd("")
 
 
 @pytest.fixture(params=[*CODES, CUDA_ON_CPU, CUDA])

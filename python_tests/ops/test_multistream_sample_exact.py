@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,19 +11,11 @@ from speechlm_ext.ops import DecodeState, multistream_sample
 from speechlm_ext.ops._native import native
 from speechlm_ext.ops.reference.multistream_sample import multistream_sample as reference
 
+from .instruction_sets import simd
 from .sample_cases import DTYPES, LOGITS, MUTABLE, assert_step, copy_of, move, random_case, roll
 
 WIDTHS = st.lists(st.sampled_from([1, 2, 3, 17, 63, 64, 100, 257, 300]), min_size=1, max_size=12)
 COMMON = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
-@contextmanager
-def simd(name):
-    native.use_simd(name)
-    try:
-        yield
-    finally:
-        native.use_simd("")
 
 
 @pytest.fixture

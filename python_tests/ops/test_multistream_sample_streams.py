@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from speechlm_ext.ops import multistream_sample
 from speechlm_ext.ops._native import native
 from speechlm_ext.ops.reference.multistream_sample import multistream_sample as reference
 
+from .instruction_sets import simd
 from .sample_cases import DTYPES, LOGITS, MUTABLE, NAMES, assert_close, copy_of, move, random_case
 from .test_multistream_sample import END, EOS, NAN, SAY, make_logits, make_state
 from .test_multistream_sample_exact import wide_case
@@ -28,15 +28,6 @@ NO_DELAY = (0, 0, 0)
 def few(request):
     """Where each element costs a microsecond."""
     return "cuda_on_cpu" in request.node.name
-
-
-@contextmanager
-def simd(name):
-    native.use_simd(name)
-    try:
-        yield
-    finally:
-        native.use_simd("")
 
 
 def bits(x):
