@@ -3,7 +3,7 @@
 The input of a position is the sum of its streams' embeddings (pads contribute exactly zero), the body is
 any causal LM of transformers, and one head serves all streams: side by side, or one after the other through a small
 transformer inside the frame (``frame.py``). Training reads packed rows; generation
-reads left-padded batches with a key/value cache.
+prefills packed rows and then takes one row a step, with a key/value cache.
 
 Axes: N packed positions, B batch, T frames, S streams, D hidden, V vocabulary, K keys.
 """
