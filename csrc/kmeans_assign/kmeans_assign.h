@@ -26,8 +26,8 @@ inline int64_t coarse_pairs(int64_t width) {
   return (width + 2 * kCoarsePairs - 1) / (2 * kCoarsePairs) * kCoarsePairs;
 }
 
-// What the tile unit's roundings can cost, in any order of additions: fewer than 1.3 (F + 64) of them, each at most 2^-24
-// of the sum of magnitudes.
+// What the tile unit's roundings can cost, in any order of additions: fewer than 1.3 (F + 64) of them, each at most
+// 2^-24 of the sum of magnitudes.
 inline double coarse_product_error(int64_t width) { return 0x1p-24 * 1.3 * static_cast<double>(width + 64); }
 
 // Multiples of 2^-24 that each bound gets for the roundings of its own arithmetic in float, counted in the docs.
