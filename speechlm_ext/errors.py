@@ -6,6 +6,9 @@ The command line prints it as one line and exits with 2; a traceback means a def
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class SpeechLMError(ValueError):
     """Base of all errors that bad input causes."""
@@ -57,3 +60,24 @@ class GenerationError(SpeechLMError):
 
 class StorageError(SpeechLMError):
     """A file could not be written: the disk is full or the folder is not writable."""
+
+
+@contextlib.contextmanager
+def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterator[None]:
+    """Turn what a library or damaged input raises in this block into one error of ours.
+
+    For blocks that read what a user gave: a file, a line, a text. Errors of ours pass as they are; what is not about the
+    input (no memory, interruption, a failing assertion) too.
+
+    Args:
+        error: the class of what is raised.
+        where: file, line, id: where the input came from.
+        hint: what to do about it; the message's last part.
+    """
+    try:
+        yield
+    except (SpeechLMError, MemoryError, AssertionError):
+        raise
+    except Exception as problem:
+        reason = next((line for line in str(problem).strip().split("\n") if line.strip()), "no message")
+        raise error(f"{where}: {reason[:300]} ({type(problem).__name__}). {hint}") from problem

@@ -1,0 +1,82 @@
+"""Reading JSON that somebody else wrote: the one reader of JSON files and of JSON lines.
+
+It is stricter than :mod:`json` where leniency loses data: a key that stands twice in an object is an error (the last
+value would win without a word), NaN and infinities are errors (they are not JSON, and few readers take them), and
+lines end at a line feed only: JSON strings may hold Unicode's line and paragraph separators as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from speechlm_ext.errors import SpeechLMError
+
+
+def parse_json(text: str | bytes, *, allow_nan: bool = False) -> Any:
+    """Parse one JSON text strictly.
+
+    Args:
+        text: a JSON text; bytes must be UTF-8.
+        allow_nan: take ``NaN``, ``Infinity`` and ``-Infinity``, as :func:`json.dumps` writes them.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested too deeply, a key that stands twice in an object, or a number that is
+            not finite. The message has no place in it; callers add file and line.
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: byte 0x{text[error.start]:02x} at offset {error.start}") from None
+    constant = None if allow_nan else _refuse_constant
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: str | Path, error: type[SpeechLMError], hint: str, *, allow_nan: bool = False) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        error: the class of what is raised.
+        hint: what to do about a damaged file; the message's last part.
+        allow_nan: as in :func:`parse_json`.
+
+    Raises:
+        FileNotFoundError: the file is missing, for callers that know what that means.
+        SpeechLMError: of class ``error``: the file cannot be read or is not strict JSON; the message names it.
+    """
+    try:
+        return parse_json(Path(path).read_bytes(), allow_nan=allow_nan)
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{path} cannot be read ({problem.strerror or problem}); {hint}") from None
+    except ValueError as problem:
+        raise error(f"{path} is damaged: {problem}; {hint}") from None
+
+
+def split_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """``(number, line)`` of each line that is not blank, numbered from 1 and split at line feeds only; a byte order
+    mark at the start is dropped."""
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} stands twice in one object; keep one of them")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
