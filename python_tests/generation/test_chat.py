@@ -63,7 +63,7 @@ def test_a_kept_cache_equals_a_fresh_prefill(tokenizers, delays):
     cache = model.new_cache(1, 8)
     with torch.no_grad():
         model.prefill(torch.from_numpy(kept._session.held_RS), cache, [0], [len(kept._session.held_RS)])
-    for held, whole in zip(kept._session.engine._cache.keys, cache.keys, strict=True):
+    for held, whole in zip(kept._session.engine._cache.stores(), cache.stores(), strict=True):
         torch.testing.assert_close(held[0, : len(rows_RS)], whole[0, : len(rows_RS)], rtol=1e-4, atol=1e-5)
 
 

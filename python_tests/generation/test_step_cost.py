@@ -63,12 +63,12 @@ def test_the_cache_is_given_once(monkeypatch):
     settings = SamplingSettings(min_len=300, max_len=300)
     prompt = make_prompt(layout, TTS, [text], settings=settings)
     engine.admit([Work(0, prompt)])
-    stores = [store.data_ptr() for store in (*engine._cache.keys, *engine._cache.values)]
+    stores = [store.data_ptr() for store in engine._cache.stores()]
     while engine.active:
         engine.step()
         ((_, decoded),) = engine.collect() or [(None, None)]
     assert len(decoded.content_TS) == 300
-    assert [store.data_ptr() for store in (*engine._cache.keys, *engine._cache.values)] == stores
+    assert [store.data_ptr() for store in engine._cache.stores()] == stores
 
 
 def test_the_benchmark_compares_equals(monkeypatch):

@@ -129,7 +129,7 @@ def test_what_is_not_a_number_stays_in_its_slot() -> None:
     with torch.no_grad():
         cache = model.new_cache(2, 8)
         model.prefill(ids, cache, [0], [5])
-        for store in (*cache.keys, *cache.values):
+        for store in cache.stores():
             store[0, :5] = torch.nan
         cache.clear(0)
         model.prefill(ids[:2], cache, [0], [2])

@@ -3,28 +3,35 @@
 Order of choice: flash-attn varlen, torch's ``varlen_attn``, SDPA. The first two read the packed row as
 it is; SDPA gathers the segments into padded groups of similar length, so that its cost follows the
 segments and not the square of the pack. All three are registered with transformers as one attention
-implementation, ``speechlm``, so any of its causal LMs can be the backbone.
+implementation, ``speechlm``. What a layer asks for beyond plain causal attention (``attention_scores.py``) and a kernel
+cannot do goes to SDPA, with a word in the log.
 
 Axes: N packed positions, H heads, G key/value heads, E head size, B segments of a group, T its longest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
+
+from speechlm_ext.errors import ConfigError
+from speechlm_ext.model.attention_scores import ScoreRule, causal_mask, dense_attention
 
 if TYPE_CHECKING:
     from speechlm_ext.model.kv_cache import KVCache
 
 NAME = "speechlm"
+logger = logging.getLogger("speechlm_ext")
 #: A padded group takes segments down to this share of its longest one, which bounds padding to 1/3.
 GROUP_RATIO = 0.75
 
@@ -64,8 +71,8 @@ class Packing:
 
     cu_seqlens: Tensor
     """int32 ``[n+1]``: segment i is rows ``cu_seqlens[i]`` to ``cu_seqlens[i+1]``."""
-    max_seqlen: int
-    """Rows of the longest segment."""
+    bounds: list[int]
+    """The same on the host."""
     groups: list[tuple[Tensor, int]] = field(default_factory=list)
     """For SDPA: ``(rows [B*T], T)`` per padded group; a padded slot repeats the segment's last row."""
     unpad: Tensor | None = None
@@ -74,12 +81,22 @@ class Packing:
     @classmethod
     def build(cls, cu_seqlens: Tensor, kernel: str) -> Packing:
         """Prepare for ``kernel`` (from :func:`choose_attention`); reads the lengths on the host once."""
-        bounds = cu_seqlens.tolist()
+        packing = cls(cu_seqlens, cu_seqlens.tolist())
+        if kernel == "sdpa":
+            packing.pad()
+        return packing
+
+    @property
+    def max_seqlen(self) -> int:
+        """Rows of the longest segment."""
+        return max((b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)), default=0)
+
+    def pad(self) -> Tensor:
+        """Lay out the padded groups, once; returns ``unpad``."""
+        if self.unpad is not None:
+            return self.unpad
+        bounds, device = self.bounds, self.cu_seqlens.device
         lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-        packing = cls(cu_seqlens, max(lengths, default=0))
-        if kernel != "sdpa":
-            return packing
-        device = cu_seqlens.device
         order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
         unpad = torch.empty(bounds[-1], dtype=torch.int64)
         base = first = 0
@@ -95,11 +112,11 @@ class Packing:
             rows = starts[:, None] + torch.minimum(slots[None], sizes[:, None] - 1)
             real = slots[None] < sizes[:, None]
             unpad[rows[real]] = base + torch.arange(rows.numel()).view_as(rows)[real]
-            packing.groups.append((rows.reshape(-1).to(device), longest))
+            self.groups.append((rows.reshape(-1).to(device), longest))
             base += rows.numel()
             first = last
-        packing.unpad = unpad.to(device)
-        return packing
+        self.unpad = unpad.to(device)
+        return self.unpad
 
 
 class _Gather(torch.autograd.Function):
@@ -135,56 +152,130 @@ class _Ungather(torch.autograd.Function):
         return padded, None
 
 
-def _grouped_sdpa(q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, packing: Packing, scale: float) -> Tensor:
-    """Causal SDPA inside each segment; returns ``[N, H, E]``."""
-    assert packing.unpad is not None
-    qkv = torch.cat((q_NHE, k_NGE, v_NGE), dim=1)
-    H, G = q_NHE.shape[1], k_NGE.shape[1]
-    padded = _Gather.apply(qkv, torch.cat([rows for rows, _ in packing.groups]), packing.unpad)
+def _grouped_sdpa(q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing, rule: ScoreRule) -> Tensor:
+    """Causal attention inside each segment; returns ``[N, H, F]``."""
+    unpad = packing.pad()
+    heads = (q_NHE.shape[1], k_NGE.shape[1], v_NGF.shape[1])
+    rows = torch.cat([rows for rows, _ in packing.groups])
+    if q_NHE.shape[-1] == v_NGF.shape[-1]:
+        padded = _Gather.apply(torch.cat((q_NHE, k_NGE, v_NGF), dim=1), rows, unpad).split(heads, dim=1)
+    else:
+        padded = tuple(_Gather.apply(x, rows, unpad) for x in (q_NHE, k_NGE, v_NGF))
     outputs, base = [], 0
-    for rows, T in packing.groups:
-        q, k, v = (
-            padded[base : base + rows.numel()].unflatten(0, (-1, T)).transpose(1, 2).split((H, G, G), dim=1)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != G)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-        base += rows.numel()
-    return _Ungather.apply(torch.cat(outputs), packing.unpad)
+    for group, T in packing.groups:
+        q, k, v = (x[base : base + group.numel()].unflatten(0, (-1, T)).transpose(1, 2) for x in padded)
+        mask = None
+        if rule.window is not None and rule.window < T:
+            mask = causal_mask(torch.arange(T, device=q.device), T, rule.window)
+        outputs.append(dense_attention(q, k, v, rule, mask).transpose(1, 2).flatten(0, 1))
+        base += group.numel()
+    return _Ungather.apply(torch.cat(outputs), unpad)
 
 
-def packed_attention(q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, packing: Packing, scale: float) -> Tensor:
+def packed_attention(
+    q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing, rule: ScoreRule | float
+) -> Tensor:
     """Causal attention inside each segment of a packed row.
 
     Args:
-        q_NHE, k_NGE, v_NGE: float ``[N, H, E]``, ``[N, G, E]``, ``[N, G, E]``; H a multiple of G.
-        packing: the segments, built for the kernel that :func:`choose_attention` names.
-        scale: factor on ``q·k``.
+        q_NHE, k_NGE, v_NGF: float ``[N, H, E]``, ``[N, G, E]``, ``[N, G, F]``; H a multiple of G.
+        packing: the segments.
+        rule: how scores are made; a number is the factor on ``q·k`` of plain attention.
 
     Returns:
-        float ``[N, H, E]``.
+        float ``[N, H, F]``.
     """
+    rule = rule if isinstance(rule, ScoreRule) else ScoreRule(rule)
     kernel, _ = choose_attention(q_NHE.device, q_NHE.dtype)
+    if kernel != "sdpa" and (lacking := _lacking(kernel, rule, q_NHE.shape[-1], v_NGF.shape[-1])):
+        _say_once(f"attention: {kernel} cannot do {lacking}; these layers run on SDPA over padded segments")
+        kernel = "sdpa"
     if kernel == "sdpa":
-        return _grouped_sdpa(q_NHE, k_NGE, v_NGE, packing, scale)
+        return _grouped_sdpa(q_NHE, k_NGE, v_NGF, packing, rule)
     cu, longest = packing.cu_seqlens, packing.max_seqlen
     if kernel == "flash-attn":
         from flash_attn import flash_attn_varlen_func
 
+        window = (-1, -1) if rule.window is None else (rule.window - 1, 0)
         return flash_attn_varlen_func(
-            q_NHE, k_NGE, v_NGE, cu, cu, longest, longest, softmax_scale=scale, causal=True
-        )
+            q_NHE, k_NGE, v_NGF, cu, cu, longest, longest, softmax_scale=rule.scale, causal=True,
+            window_size=window, softcap=rule.softcap or 0.0,
+        )  # fmt: skip
     from torch.nn.attention.varlen import varlen_attn
 
     repeat = q_NHE.shape[1] // k_NGE.shape[1]
     if repeat > 1:
-        k_NGE, v_NGE = k_NGE.repeat_interleave(repeat, 1), v_NGE.repeat_interleave(repeat, 1)
+        k_NGE, v_NGF = k_NGE.repeat_interleave(repeat, 1), v_NGF.repeat_interleave(repeat, 1)
     # The first releases of varlen_attn had is_causal; later ones say the same with window_size.
-    causal: dict[str, object] = {"window_size": (-1, 0)}
-    if "window_size" not in inspect.signature(varlen_attn).parameters:
-        q_NHE, causal = q_NHE * (scale * q_NHE.shape[-1] ** 0.5), {"is_causal": True}
+    causal: dict[str, object] = {"window_size": (-1 if rule.window is None else rule.window - 1, 0)}
+    if not _varlen_has_window():
+        q_NHE, causal = q_NHE * (rule.scale * q_NHE.shape[-1] ** 0.5), {"is_causal": True}
     else:
-        causal["scale"] = scale
-    return varlen_attn(q_NHE, k_NGE, v_NGE, cu, cu, longest, longest, **causal)
+        causal["scale"] = rule.scale
+    return varlen_attn(q_NHE, k_NGE, v_NGF, cu, cu, longest, longest, **causal)
+
+
+@functools.cache
+def _varlen_has_window() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def _lacking(kernel: str, rule: ScoreRule, key_size: int, value_size: int) -> str:
+    """What a variable-length kernel cannot do of ``rule``; empty if it can do all."""
+    lacking = []
+    if key_size != value_size:
+        lacking.append(f"heads of {key_size} for keys and {value_size} for values")
+    if rule.sinks_H is not None:
+        lacking.append("attention sinks")
+    if kernel == "varlen_attn":
+        if rule.softcap is not None:
+            lacking.append("capped scores")
+        if rule.window is not None and not _varlen_has_window():
+            lacking.append("a sliding window")
+    return " and ".join(lacking)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info("%s", message)
+
+
+# ---- the backbone's attention ---------------------------------------------------------------------------------------
+@dataclass
+class _Current:
+    packing: Packing | None = None
+    kv: KVCache | None = None
+    rules: set[str] | None = None
+
+
+_current = _Current()
+
+
+@contextlib.contextmanager
+def attending(packing: Packing | None = None, kv: KVCache | None = None) -> Iterator[None]:
+    """Inside, a backbone's attention works on this pack or cache, also in classes that do not pass keywords on.
+
+    The keywords of the forward call say the same once more for classes that do: they reach a layer that activation
+    checkpointing computes again in the backward pass, after this block has ended.
+    """
+    before = _current.packing, _current.kv
+    _current.packing, _current.kv = packing, kv
+    try:
+        yield
+    finally:
+        _current.packing, _current.kv = before
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[set[str]]:
+    """Collects what layers ask for beyond plain causal attention while the block runs."""
+    _current.rules = found = set()
+    try:
+        yield found
+    finally:
+        _current.rules = None
 
 
 def speechlm_attention(
@@ -197,34 +288,40 @@ def speechlm_attention(
     dropout: float = 0.0,
     packing: Packing | None = None,
     kv: KVCache | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """The ``speechlm`` implementation for transformers: packed when ``packing`` is given, through the decoder's cache
-    when ``kv`` is, else SDPA with a mask.
+    """The ``speechlm`` implementation for transformers: over a pack, or through the decoder's cache.
 
     Args:
-        query, key, value: ``[B, H, T, E]``, ``[B, G, K, E]``, ``[B, G, K, E]``; B is 1 for a packed row.
-        attention_mask: bool ``[B, 1, T, K]``, True where a query may look; None with ``packing``.
+        query, key, value: ``[B, H, T, E]``, ``[B, G, T, E]``, ``[B, G, T, F]``; B is 1 for a packed row, and T is 1 in a
+            step of the cache.
+        attention_mask: None; where rows may look is known from the pack or cache.
+        scaling, sliding_window, softcap, s_aux: as in :class:`ScoreRule`, under the names of transformers.
 
     Returns:
-        ``([B, T, H, E], None)``.
+        ``([B, T, H, F], None)``.
+
+    Raises:
+        ConfigError: neither a pack nor a cache is known: activation checkpointing of a class that does not pass the
+            forward's keywords to its attention.
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packing is None and kv is None:
+        packing, kv = _current.packing, _current.kv
+    rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    if _current.rules is not None:
+        _current.rules.add(rule.describe())
     if kv is not None:
-        return kv.attend(module.layer_idx, query, key, value, scale), None  # type: ignore[arg-type]
-    if packing is not None:
-        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        return packed_attention(q, k, v, packing, scale).unsqueeze(0), None
-    out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        is_causal=attention_mask is None and query.shape[2] > 1,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.transpose(1, 2), None
+        return kv.attend(module.layer_idx, query, key, value, rule), None  # type: ignore[arg-type]
+    if packing is None:
+        raise ConfigError(
+            f"{type(module).__name__} was called outside a SpeechLM's forward: its class does not hand the pack on. "
+            "With such a backbone leave activation_checkpointing out."
+        )
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return packed_attention(q, k, v, packing, rule).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, speechlm_attention)

@@ -12,6 +12,8 @@ from speechlm_ext.tasks import Entry, TaskTemplate
 
 CONFIG_NAME = "config.json"
 MODEL_TYPE = "speechlm"
+#: Releases before revision 2 left a backbone's sliding windows, attention sinks, soft caps, scales and biases out.
+REVISION = 2
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ class ModelConfig:
     frame_transformer: FrameTransformerConfig | None = None
     """None: a frame's streams are predicted side by side (layouts ``delay`` and ``parallel``). Settings: one after the
     other, by a small transformer (layout ``multi-scale``), which needs delays of 0."""
+    verify_backbone: bool = True
+    """Whether the backbone must compute what the pretrained model's own code does. False was asked for explicitly: its
+    numbers may be other ones."""
+    revision: int = REVISION
+    """What the weights were made for; see :data:`REVISION`."""
 
     def __post_init__(self) -> None:
         if self.heads not in ("shared", "separate"):
@@ -142,6 +149,8 @@ class ModelConfig:
                 data["tie_head"],
                 data["heads"],
                 None if frame is None else FrameTransformerConfig(**frame),
+                data.get("verify_backbone", True),
+                data.get("revision", 1),
             )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):

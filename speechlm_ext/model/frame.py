@@ -21,10 +21,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AttentionInterface, AutoConfig, AutoModel
 
-from speechlm_ext.model.attention import NAME as ATTENTION
 from speechlm_ext.model.config import FrameTransformerConfig
+
+NAME = "speechlm_frame"
 
 
 class Frames(NamedTuple):
@@ -66,7 +67,7 @@ class FrameTransformer(nn.Module):
             eos_token_id=None,
             use_cache=False,
         )
-        self.body = AutoModel.from_config(settings, attn_implementation=ATTENTION)
+        self.body = AutoModel.from_config(settings, attn_implementation=NAME)
         self.body.set_input_embeddings(nn.Identity())
         self.token_norm = nn.RMSNorm(width, eps=1e-5)
         self.from_token = nn.Linear(width, config.hidden_size, bias=False)
@@ -167,3 +168,33 @@ class FrameCache:
         seen = slice(0, e + 1)
         out = F.scaled_dot_product_attention(query, keys[:, :, seen], values[:, :, seen], scale=scale)
         return out.transpose(1, 2)
+
+
+def frame_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    kv: FrameCache | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The body's attention for transformers: causal over whole frames, or through the cache of the frame being decoded.
+
+    Args:
+        query, key, value: ``[R, H, E, P]``, or ``[B, H, 1, P]`` with ``kv``.
+
+    Returns:
+        ``([R, E, H, P], None)``.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if kv is not None:
+        return kv.attend(module.layer_idx, query, key, value, scale), None  # type: ignore[arg-type]
+    causal = query.shape[2] > 1
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, frame_attention)

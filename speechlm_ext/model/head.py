@@ -17,7 +17,7 @@ from speechlm_ext.ops._multistream_loss_args import Heads, head_rows
 
 
 class MultiStreamHead(nn.Module):
-    """``logits_s = (h + e_s) Wᵀ`` over each stream's scope.
+    """``logits_s = (h + e_s) Wᵀ + b`` over each stream's scope.
 
     The module owns the weight and is called inside the model's forward, so that engines which partition
     parameters gather it at the right time. ``e_0`` is a constant zero: stream 0 sees ``h`` itself.
@@ -31,6 +31,7 @@ class MultiStreamHead(nn.Module):
         heads: ``shared``, or ``separate`` for rows of every stream's own: ``[rows, D]`` in the order that
             :func:`speechlm_ext.ops.multistream_loss` defines, and no stream vectors.
         contents: id ranges ``(start, end)`` of stream 0 that tell which kind a row is of; see :meth:`row_scope`.
+        has_bias: add a bias to the logits, one value for each row of the weight; zero at first.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class MultiStreamHead(nn.Module):
         weight: nn.Parameter | None = None,
         heads: Heads = "shared",
         contents: Sequence[tuple[int, int]] | None = None,
+        has_bias: bool = False,
     ) -> None:
         super().__init__()
         self.scopes, self.contents, self.heads, self.settings = scopes, contents, heads, settings
@@ -50,6 +52,7 @@ class MultiStreamHead(nn.Module):
         if separate:
             vocab_size = separate_head_rows(scopes)
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size)) if weight is None else weight
+        self.bias = nn.Parameter(torch.zeros(self.weight.shape[0])) if has_bias else None
         self.stream_embed = (
             nn.Parameter(torch.empty(num_streams - 1, hidden_size))
             if num_streams > 1 and not separate
@@ -103,6 +106,7 @@ class MultiStreamHead(nn.Module):
             "softcap": settings.softcap,
             "reduction": reduction,
             "recompute": settings.recompute,
+            "bias": self.bias,
         }
         if frames is None:
             return multistream_loss(
@@ -142,6 +146,7 @@ class MultiStreamHead(nn.Module):
                 row_scope=self.row_scope(targets_NS, mask_NS),
                 heads=self.heads,
                 stream_embed=self.stream_vectors(),
+                bias=self.bias,
                 softcap=self.settings.softcap,
             )
         rows = frame_rows(self, hidden_ND, targets_NS, mask_NS, frames)
@@ -152,6 +157,7 @@ class MultiStreamHead(nn.Module):
             rows.weight_MS,
             scopes=rows.scopes,
             row_scope=rows.kind_M,
+            bias=self.bias,
             softcap=self.settings.softcap,
         )
         return rows.unroll(logprobs_MS), rows.unroll(entropy_MS)

@@ -1,6 +1,6 @@
 """The head as decoding needs it: logits of the ids that may be sampled, for all streams at once.
 
-``logits_s = h Wᵀ + e_s Wᵀ``: the second part is the same for every row and is computed once, the first is one product
+``logits_s = h Wᵀ + (e_s Wᵀ + b)``: the second part is the same for every row and is computed once, the first is one product
 for all streams, because ids that follow one another in the vocabulary are rows that follow one another in the weight.
 No weight is copied.
 
@@ -52,10 +52,10 @@ class ScopeHead:
         for s, stream in enumerate(ranges):
             for start, end in stream:
                 rows = head.rows_of(s, start, end)
+                bias = head.weight.new_zeros(end - start) if head.bias is None else head.bias[rows]
                 if s > 0 and head.stream_embed is not None:
-                    parts.append(head.weight[rows] @ head.stream_embed[s - 1])
-                else:
-                    parts.append(head.weight.new_zeros(end - start))
+                    bias = bias + head.weight[rows] @ head.stream_embed[s - 1]
+                parts.append(bias)
                 self._add(s, column, rows.start, end - start, joins=join and start == stream[0][0])
                 column += end - start
         self.num_columns = column

@@ -10,21 +10,23 @@ Axes: N packed positions, B batch, T frames, S streams, D hidden, V vocabulary, 
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.model.attention import NAME as ATTENTION
-from speechlm_ext.model.attention import Packing, choose_attention
-from speechlm_ext.model.config import CONFIG_NAME, ModelConfig
+from speechlm_ext.model import backbone as bb
+from speechlm_ext.model.backbone import BackboneError, TextEnds, backbone_settings
+from speechlm_ext.model.backbone_proof import examine, first_difference
+from speechlm_ext.model.config import CONFIG_NAME, LossSettings, ModelConfig
 from speechlm_ext.model.embedding import MultiStreamEmbedding, load_rows, whole
 from speechlm_ext.model.frame import FrameCache, Frames, FrameTransformer
 from speechlm_ext.model.head import MultiStreamHead
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from speechlm_ext.tasks import TaskTemplate
     from speechlm_ext.tokenizers import TokenizerSet
 
+__all__ = ["SpeechLM", "backbone_settings"]
+logger = logging.getLogger("speechlm_ext")
 WEIGHTS_NAME = "model.safetensors"
 TOKENIZERS_NAME = "tokenizers"
 
@@ -54,7 +58,8 @@ class SpeechLM(nn.Module):
 
     Raises:
         ConfigError: the backbone's configuration is not a causal LM's; a frame transformer with delayed streams, or
-            with one stream.
+            with one stream; another softcap than the backbone's.
+        BackboneError: (a ConfigError) a SpeechLM would not compute what this kind of backbone does.
     """
 
     def __init__(
@@ -64,20 +69,14 @@ class SpeechLM(nn.Module):
         if config.frame_transformer is not None:
             _check_layout(layout)
         self.config, self.layout, self.tokenizers = config, layout, tokenizers
-        settings = {k: v for k, v in config.backbone.items() if k != "model_type"}
-        try:
-            backbone_config = AutoConfig.for_model(config.backbone["model_type"], **settings)
-            backbone_config.vocab_size = layout.vocab_size
-            backbone_config.pad_token_id = None
-            backbone_config.use_cache = False
-            self.backbone = AutoModel.from_config(backbone_config, attn_implementation=ATTENTION)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"the backbone's configuration does not make a transformers causal LM "
-                f"({type(error).__name__}: {error}). Give model_type and its settings, e.g. model_type: llama."
-            ) from None
-        # The table is ours: the backbone is always given summed embeddings.
-        self.backbone.set_input_embeddings(nn.Identity())
+        backbone_config = bb.make_config(config.backbone)
+        facts = examine(config.backbone, verify=config.verify_backbone)
+        self.ends: TextEnds = facts.ends
+        """What the backbone's own model does to embeddings and logits besides its tables."""
+        self.attention_rules = facts.rules
+        """What the backbone asks of attention beyond plain causal softmax, in words."""
+        self.backbone = bb.build_body(backbone_config, layout.vocab_size)
+        settings = _loss_settings(config, self.ends)
         D = backbone_config.hidden_size
         std = float(getattr(backbone_config, "initializer_range", 0.02))
         self.embedding = MultiStreamEmbedding(layout.vocab_size, D, pad_id=layout.pad_id, std=std)
@@ -86,11 +85,14 @@ class SpeechLM(nn.Module):
             D,
             layout.num_streams,
             layout.scopes(config.loss.scope),
-            config.loss,
+            settings,
             weight=self.embedding.weight if config.tie_head else None,
             heads=config.heads,
             contents=layout.stream0_contents() if config.loss.scope == "modality" else None,
+            has_bias=self.ends.has_bias,
         )
+        # Kept in float32 and cast to the table's dtype, as transformers does it.
+        self.register_buffer("_embed_scale", torch.tensor(self.ends.embed_scale), persistent=False)
         self._init_head(std)
         self.frame: FrameTransformer | None = None
         """The transformer inside a frame of a multi-scale model."""
@@ -111,7 +113,7 @@ class SpeechLM(nn.Module):
     @property
     def max_positions(self) -> int:
         """Longest sequence, in frames, that the backbone was configured for."""
-        return int(self.backbone.config.max_position_embeddings)
+        return bb.max_positions(self.backbone.config)
 
     def num_parameters(self) -> int:
         """Number of trainable values, shared ones counted once."""
@@ -130,7 +132,7 @@ class SpeechLM(nn.Module):
 
     # ---- forward ------------------------------------------------------------------------------------------------
     def hidden(self, ids_NS: Tensor, position_N: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Last hidden states of a packed row.
+        """Last hidden states of a packed row, as the head takes them.
 
         Args:
             ids_NS: int ``[N, S]`` delayed ids.
@@ -140,13 +142,18 @@ class SpeechLM(nn.Module):
         Returns:
             float ``[N, D]``.
         """
-        embedded = self.embedding(ids_NS)[None]
-        kernel, _ = choose_attention(embedded.device, embedded.dtype)
-        packing = Packing.build(cu_seqlens, kernel)
-        out = self.backbone(
-            inputs_embeds=embedded, position_ids=position_N[None].long(), use_cache=False, packing=packing
-        )
-        return out.last_hidden_state[0]
+        return self._scaled(bb.run_packed(self.backbone, self._embed(ids_NS), position_N, cu_seqlens))
+
+    def _embed(self, ids_NS: Tensor) -> Tensor:
+        """The backbone's input ``[N, D]``."""
+        embedded_ND = self.embedding(ids_NS)
+        if self.ends.embed_scale == 1:
+            return embedded_ND
+        return embedded_ND * self._embed_scale.to(embedded_ND.dtype)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the head takes them: a factor on the logits is one on them."""
+        return hidden if self.ends.logit_scale == 1 else hidden * self.ends.logit_scale
 
     def forward(
         self,
@@ -204,12 +211,7 @@ class SpeechLM(nn.Module):
     # ---- generation ---------------------------------------------------------------------------------------------
     def new_cache(self, num_slots: int, num_rows: int) -> KVCache:
         """An empty key/value cache for :meth:`prefill` and :meth:`step_hidden`: ``num_rows`` rows for each request."""
-        config = self.backbone.config
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        dtype = self.embedding.weight.dtype
-        return KVCache(config.num_hidden_layers, groups, size, num_slots, num_rows, dtype, self.device)
+        return KVCache(num_slots, num_rows, self.embedding.weight.dtype, self.device)
 
     def prefill(self, ids_NS: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Put the rows of several requests behind what their slots hold, all in one packed forward.
@@ -222,13 +224,7 @@ class SpeechLM(nn.Module):
         Returns:
             float ``[N, D]`` hidden states.
         """
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        embedded = self.embedding(ids_NS)[None]
-        kernel, _ = choose_attention(embedded.device, embedded.dtype)
-        position_N = cache.begin_prefill(slots, lengths, Packing.build(bounds.to(ids_NS.device), kernel))
-        out = self.backbone(inputs_embeds=embedded, position_ids=position_N[None], use_cache=False, kv=cache)
-        cache.end_prefill()
-        return out.last_hidden_state[0]
+        return self._scaled(bb.run_prefill(self.backbone, self._embed(ids_NS), cache, slots, lengths))
 
     def step_hidden(self, ids_BS: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
         """Hidden states ``[B, D]`` of one more row for each of the first B slots.
@@ -238,13 +234,7 @@ class SpeechLM(nn.Module):
             cache: updated in place.
             num_keys: keys that attention looks at; default as many as the longest slot has then.
         """
-        position_B = cache.begin_step(len(ids_BS), num_keys)
-        embedded = self.embedding(ids_BS)[:, None]
-        out = self.backbone(
-            inputs_embeds=embedded, position_ids=position_B[:, None], use_cache=False, kv=cache
-        )
-        cache.end_step()
-        return out.last_hidden_state[:, 0]
+        return self._scaled(bb.run_step(self.backbone, self._embed(ids_BS), cache, num_keys))
 
     def new_frame_cache(self, num_slots: int) -> FrameCache:
         """Memory for :meth:`stream_hidden`, of a model with a frame transformer."""
@@ -346,6 +336,7 @@ class SpeechLM(nn.Module):
                         f"{str(fingerprints.get(modality))[:16]}. The folder was put together from two models."
                     )
         model = cls(config, layout, tokenizers)
+        model.check_revision(folder)
         weights = folder / WEIGHTS_NAME
         try:
             state = load_file(weights)
@@ -363,30 +354,47 @@ class SpeechLM(nn.Module):
             raise CheckpointError(f"{weights} does not fit {folder / CONFIG_NAME}: {error}") from None
         return model.to(device).eval()
 
+    def check_revision(self, folder: str | Path) -> None:
+        """Refuse weights that were trained on another computation than this release's.
+
+        Raises:
+            CheckpointError: the folder is of before revision 2, and the backbone has what was left out then.
+        """
+        if self.config.revision >= 2 or (self.ends.is_plain and not self.attention_rules):
+            return
+        found = ", ".join([*self.attention_rules, *([] if self.ends.is_plain else [str(self.ends)])])
+        raise CheckpointError(
+            f"{folder} was trained by a release that left out what backbone {self.config.backbone['model_type']!r} has "
+            f"({found}), so its weights belong to another model. Start again from the pretrained backbone."
+        )
+
     @torch.no_grad()
     def load_backbone(self, folder: str | Path) -> None:
         """Start from a pretrained causal LM: copy its body, and its text rows into the table and the head.
 
         New rows (special, ssl, codec ids) are drawn at the pretrained tables' own scale; see
-        :meth:`MultiStreamEmbedding.load_text_rows`. A tied head takes its rows from the input table.
+        :meth:`MultiStreamEmbedding.load_text_rows`. A tied head takes its rows from the input table. The text logits
+        are then compared with the pretrained model's own (``backbone_proof.py``), and the text tokenizer with the one in
+        its folder; ``config.verify_backbone`` False leaves both out.
 
         Args:
             folder: a transformers causal-LM folder whose tokenizer is this model's text tokenizer.
 
         Raises:
             CheckpointError: the folder cannot be loaded, or its sizes are not this model's.
+            BackboneError: the text logits are not the pretrained model's, or the text tokenizer is not.
         """
+        if self.config.verify_backbone:
+            self._check_tokenizer(folder)
         try:
             pretrained = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
-            )
-        except (OSError, ValueError) as error:
+                folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
+            ).eval()
+        except Exception as error:  # as many kinds as transformers has classes
             raise CheckpointError(f"backbone {folder} cannot be loaded as a causal LM: {error}") from None
-        body = pretrained.get_decoder()
         table = pretrained.get_input_embeddings().weight
         out = pretrained.get_output_embeddings()
         head = table if out is None else out.weight
-        body.set_input_embeddings(nn.Identity())
         start, end = self.layout.interval("text_bpe")
         if table.shape[1] != self.embedding.embedding_dim or end - start > table.shape[0]:
             raise CheckpointError(
@@ -394,17 +402,96 @@ class SpeechLM(nn.Module):
                 f"the model a width of {self.embedding.embedding_dim}. Use the backbone's own tokenizer and "
                 "configuration."
             )
+        ours = self.backbone.state_dict()
+        state = {k: v for k, v in pretrained.base_model.state_dict().items() if k in ours}
         try:
-            self.backbone.load_state_dict(body.state_dict(), strict=True)
+            self.backbone.load_state_dict(state, strict=True)
         except RuntimeError as error:
             raise CheckpointError(
                 f"backbone {folder} does not fit the model's configuration: {error}"
             ) from None
         self.embedding.load_text_rows(table, start, end)
-        if not self.config.tie_head:
-            with whole(self.head.weight):
-                rows = self.head.rows_of(0, start, end)
+        with whole(*self.head.parameters(recurse=False)):
+            rows = self.head.rows_of(0, start, end)
+            if not self.config.tie_head:
                 load_rows(self.head.weight, head, rows.start, rows.stop)
+            if self.head.bias is not None:
+                # Every logit is scaled through its hidden state, which does not reach the bias.
+                self.head.bias.zero_()
+                self.head.bias[rows] = out.bias[: end - start].to(self.head.bias) * self.ends.logit_scale
+        if self.config.verify_backbone:
+            self._compare(pretrained, folder)
+
+    def _check_tokenizer(self, folder: str | Path) -> None:
+        """Refuse a text tokenizer that is not the backbone's."""
+        found = dict(self.layout.tokenizers).get("text_bpe")
+        if found is None:
+            logger.warning(
+                "backbone %s: the token layout names no text tokenizer, so whether its text ids are the backbone's "
+                "cannot be checked",
+                folder,
+            )
+            return
+        from speechlm_ext.errors import TokenizerError
+        from speechlm_ext.tokenizers.text import HuggingFaceText
+
+        way_out = (
+            f"Tokenize with the backbone's own: --text.kind huggingface --text.path {folder}; or, to train its rows "
+            "for other texts knowingly, set model.verify_backbone to false."
+        )
+        try:
+            own = HuggingFaceText.from_folder(folder).fingerprint
+        except TokenizerError as error:
+            raise BackboneError(
+                f"backbone {folder}: its own tokenizer cannot be read, so whether the text ids of the data are its ids "
+                f"cannot be checked ({error}). Put its tokenizer.json there. {way_out}"
+            ) from None
+        if own != found:
+            raise BackboneError(
+                f"backbone {folder}: the data's text tokenizer (fingerprint {found[:12]}) is not the backbone's "
+                f"({own[:12]}), so text ids would name other words than the pretrained rows. {way_out}"
+            )
+
+    def _compare(self, pretrained: Any, folder: str | Path) -> None:
+        """Refuse a backbone whose text logits are not its own code's."""
+        start, end = self.layout.interval("text_bpe")
+
+        def embed(ids_N: Tensor) -> Tensor:
+            ids_NS = ids_N.new_full((len(ids_N), self.layout.num_streams), self.layout.pad_id)
+            ids_NS[:, 0] = ids_N + start
+            return self._embed(ids_NS)
+
+        head = self.scope_head([[(start, end)], *[[] for _ in range(self.layout.num_streams - 1)]])
+        training = self.training
+        self.eval()
+        with whole(*self.parameters()):
+            different = first_difference(
+                pretrained,
+                self.backbone,
+                embed,
+                lambda hidden: head(self._scaled(hidden)).clone(),
+                end - start,
+            )
+        self.train(training)
+        if different is None:
+            return
+        tied = " Its own head is not tied: leave model.tie_head out." if self.config.tie_head else ""
+        raise BackboneError(
+            f"backbone {folder}, model type {self.config.backbone['model_type']!r}: {different}.{tied} "
+            "model.verify_backbone: false goes on without the check."
+        )
+
+
+def _loss_settings(config: ModelConfig, ends: TextEnds) -> LossSettings:
+    """The loss with the backbone's own soft cap on the logits."""
+    asked = config.loss.softcap
+    if ends.softcap is None or asked == ends.softcap:
+        return config.loss
+    if asked is not None:
+        raise ConfigError(
+            f"loss.softcap is {asked}, but the backbone caps its logits at {ends.softcap}; leave loss.softcap out."
+        )
+    return replace(config.loss, softcap=ends.softcap)
 
 
 def _check_layout(layout: TokenLayout) -> None:
@@ -419,16 +506,3 @@ def _check_layout(layout: TokenLayout) -> None:
             f"model.frame_transformer predicts all streams of a frame in its own row, but layout {layout} delays them "
             f"by {list(layout.delays)}. Set data.delays to {[0] * layout.num_streams}, or leave frame_transformer out."
         )
-
-
-def backbone_settings(folder: str | Path) -> dict[str, Any]:
-    """The transformers configuration of a local backbone folder as plain data.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        return AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    raise CheckpointError(
-        f"backbone {folder}: no transformers configuration there; expected a folder with config.json."
-    )

@@ -18,6 +18,9 @@ class ModelSettings:
     backbone: str | None = None
     """Folder of a pretrained transformers causal LM to start from; its text rows are copied, and the sizes below
     are then taken from it. The text tokenizer of the token folder must be that of the backbone."""
+    verify_backbone: bool = True
+    """Compare the backbone's text logits with those of the pretrained model's own code, and the text tokenizer with the
+    backbone's. False goes on without, and stands in the checkpoint's config.json."""
     hidden_size: int = 256
     """Width D."""
     num_layers: int = 6

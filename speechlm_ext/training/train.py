@@ -48,6 +48,7 @@ def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLM:
             settings.tie_head,
             settings.heads,
             settings.frame_transformer,
+            settings.verify_backbone,
         ),
         loader.layout,
         loader.tokenizers,
