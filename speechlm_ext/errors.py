@@ -66,8 +66,8 @@ class StorageError(SpeechLMError):
 def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterator[None]:
     """Turn what a library or damaged input raises in this block into one error of ours.
 
-    For blocks that read what a user gave: a file, a line, a text. Errors of ours pass as they are; what is not about the
-    input (no memory, interruption, a failing assertion) too.
+    For blocks that read what a user gave: a file, a line, a text. Errors of ours pass as they are, and so does what is
+    not about the input: no memory, interruption, a failing assertion.
 
     Args:
         error: the class of what is raised.

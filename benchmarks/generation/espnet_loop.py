@@ -16,7 +16,6 @@ from speechlm_ext.generation.rows import prefix_rows
 from speechlm_ext.model import SpeechLM
 
 
-@torch.inference_mode()
 def decode_one(
     model: SpeechLM, prompt: Prompt, top_k: int = 30, temperature: float = 0.8, greedy: bool = False
 ) -> Tensor:
@@ -24,6 +23,16 @@ def decode_one(
 
     ``greedy`` takes the most probable tokens and allows no pads among codes, for a comparison with the engine.
     """
+    ours = model.backbone.config._attn_implementation
+    model.backbone.set_attn_implementation("sdpa")
+    try:
+        return _decode_one(model, prompt, top_k, temperature, greedy)
+    finally:
+        model.backbone.set_attn_implementation(ours)
+
+
+@torch.inference_mode()
+def _decode_one(model: SpeechLM, prompt: Prompt, top_k: int, temperature: float, greedy: bool) -> Tensor:
     layout, device = model.layout, model.device
     S, V = layout.num_streams, layout.vocab_size
     segment = prompt.segments[0]

@@ -191,6 +191,11 @@ def packed_attention(
         _say_once(f"attention: {kernel} cannot do {lacking}; these layers run on SDPA over padded segments")
         kernel = "sdpa"
     if kernel == "sdpa":
+        if not rule.is_plain:
+            _say_once(
+                f"attention: SDPA cannot do {rule.describe()}; these layers compute scores by their definition, with "
+                "those of a group of segments in memory"
+            )
         return _grouped_sdpa(q_NHE, k_NGE, v_NGF, packing, rule)
     cu, longest = packing.cu_seqlens, packing.max_seqlen
     if kernel == "flash-attn":
@@ -237,9 +242,13 @@ def _lacking(kernel: str, rule: ScoreRule, key_size: int, value_size: int) -> st
     return " and ".join(lacking)
 
 
-@functools.cache
 def _say_once(message: str) -> None:
-    logger.info("%s", message)
+    if _current.rules is None and message not in _said:  # not for a small model that is only tried
+        _said.add(message)
+        logger.info("%s", message)
+
+
+_said: set[str] = set()
 
 
 # ---- the backbone's attention ---------------------------------------------------------------------------------------
@@ -271,7 +280,8 @@ def attending(packing: Packing | None = None, kv: KVCache | None = None) -> Iter
 @contextlib.contextmanager
 def watching() -> Iterator[set[str]]:
     """Collects what layers ask for beyond plain causal attention while the block runs."""
-    _current.rules = found = set()
+    found: set[str] = set()
+    _current.rules = found
     try:
         yield found
     finally:
@@ -296,8 +306,8 @@ def speechlm_attention(
     """The ``speechlm`` implementation for transformers: over a pack, or through the decoder's cache.
 
     Args:
-        query, key, value: ``[B, H, T, E]``, ``[B, G, T, E]``, ``[B, G, T, F]``; B is 1 for a packed row, and T is 1 in a
-            step of the cache.
+        query, key, value: ``[B, H, T, E]``, ``[B, G, T, E]``, ``[B, G, T, F]``; B is 1 for a packed row, and T is 1
+            in a step of the cache.
         attention_mask: None; where rows may look is known from the pack or cache.
         scaling, sliding_window, softcap, s_aux: as in :class:`ScoreRule`, under the names of transformers.
 

@@ -4,8 +4,8 @@
 * softcap c: a score becomes ``c · tanh(score / c)`` before the mask (Gemma 2; Gemma Team 2024, section 2).
 * sinks: each head has a learnt score that takes part in the softmax and has no value (gpt-oss; Xiao et al. 2023).
 
-SDPA knows the first through a mask. The other two are computed here from their definition, in float32, with the scores
-of the whole block in memory.
+SDPA knows the first through a mask. The other two are computed here from their definition, in float32 or float64, with
+the scores of the whole block in memory.
 
 Axes: B blocks, H heads, G key/value heads, T queries, K keys, E head size of q and k, F head size of v.
 """
@@ -90,14 +90,15 @@ def dense_attention(
         mask = causal_mask(torch.arange(T, device=q_BHTE.device), K, None)
     # Query heads that share keys are rows of one product: no copies of keys and values.
     q_BGQE = q_BHTE.reshape(B, G, H // G * T, q_BHTE.shape[-1])
-    scores = (q_BGQE @ k_BGKE.transpose(-1, -2)).float().view(B, H, T, K) * rule.scale
+    wide = torch.float64 if q_BHTE.dtype == torch.float64 else torch.float32
+    scores = (q_BGQE @ k_BGKE.transpose(-1, -2)).to(wide).view(B, H, T, K) * rule.scale
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     scores = scores.masked_fill(~mask, float("-inf"))
     if rule.sinks_H is None:
         weights = scores.softmax(-1)
     else:
-        sinks = rule.sinks_H.float().view(1, H, 1, 1).expand(B, H, T, 1)
+        sinks = rule.sinks_H.to(wide).view(1, H, 1, 1).expand(B, H, T, 1)
         weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
     out_BGQF = weights.to(v_BGKF.dtype).reshape(B, G, H // G * T, K) @ v_BGKF
     return out_BGQF.reshape(B, H, T, v_BGKF.shape[-1])

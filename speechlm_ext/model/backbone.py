@@ -82,7 +82,8 @@ def make_config(settings: dict[str, Any]) -> PretrainedConfig:
     try:
         kind = settings["model_type"]
         config = AutoConfig.for_model(kind, **{k: v for k, v in settings.items() if k != "model_type"})
-        config.pad_token_id = None
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            _forget(config, name)
     except Exception as error:  # each class of transformers checks in its own way
         raise ConfigError(
             f"the backbone's configuration does not make a transformers causal LM "
@@ -95,6 +96,19 @@ def make_config(settings: dict[str, Any]) -> PretrainedConfig:
         if noise and isinstance(value, float) and value > 0:
             setattr(config, name, 0.0)
     return config
+
+
+def _forget(config: PretrainedConfig, name: str) -> None:
+    """Take a special id out of a configuration: the vocabulary will be another one."""
+    try:
+        setattr(config, name, None)
+    except Exception:  # a class that insists on a number checks it with an error of its own
+        setattr(config, name, 0)
+
+
+def text_body(model: Any) -> Any:
+    """The body of a causal LM: what is below its output layer."""
+    return model.get_decoder() if model.base_model is model else model.base_model
 
 
 def build_body(config: PretrainedConfig, vocab_size: int) -> nn.Module:
@@ -190,7 +204,7 @@ def measure_ends(model: Any, ids_T: Tensor) -> TextEnds:
     Raises:
         BackboneError: it does something that :class:`TextEnds` cannot say.
     """
-    body, kind = model.base_model, model.config.model_type
+    body, kind = text_body(model), model.config.model_type
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(getattr(table, "weight", None), Tensor):
         raise BackboneError(f"model type {kind!r} has no input table of text ids.")

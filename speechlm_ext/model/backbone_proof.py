@@ -1,9 +1,9 @@
 """Proof that a backbone computes what the pretrained model's own code does, or a sentence that says where it does not.
 
 The reference is the causal LM of transformers with its plain (``eager``) attention, in float32. Compared are the text
-logits of two short segments, each alone, both in one pack, with another last token, and decoded step by step through the
-cache. A backbone is also tried as a small model of its own configuration with random weights, before any weights are
-there: fewer layers, windows of a few rows, so that every window is met within the segments.
+logits of two short segments, each alone, both in one pack, with another last token, and decoded step by step through
+the cache. A backbone is also tried as a small model of its own configuration with random weights, before any weights
+are there: few layers, and windows of a few rows, so that every window is met within the segments.
 
 Axes: T rows of a segment, N packed rows, D hidden, V text ids.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from speechlm_ext.model.attention import watching
 from speechlm_ext.model.backbone import (
@@ -33,6 +33,7 @@ from speechlm_ext.model.backbone import (
     run_packed,
     run_prefill,
     run_step,
+    text_body,
 )
 from speechlm_ext.model.kv_cache import KVCache
 
@@ -41,6 +42,7 @@ TOLERANCE = 1e-4
 #: Rows of the two segments. The first is longer than the windows of a small model.
 LENGTHS = (12, 9)
 _LOUD = 8.0
+_MOST_VALUES = 2_000_000_000
 _SMALL_WINDOW, _SMALL_WIDTH, _SMALL_EXPERTS, _SMALL_VOCAB, _SMALL_CAP = 5, 64, 8, 64, 1.0
 
 
@@ -210,7 +212,7 @@ def small_ends(
 
 
 def _copy_weights(pretrained: Any, body: nn.Module) -> None:
-    source = pretrained.base_model
+    source = text_body(pretrained)
     if type(source) is not type(body):
         raise BackboneError(
             f"model type {pretrained.config.model_type!r}: its causal LM has a body of class {type(source).__name__}, "
@@ -222,10 +224,27 @@ def _copy_weights(pretrained: Any, body: nn.Module) -> None:
 
 def _small_model(config: PretrainedConfig) -> tuple[PretrainedConfig, Any]:
     """A causal LM of the same kind, with few layers and weights that make every part of it matter."""
+    others = [
+        name for name in getattr(config, "sub_configs", {}) if re.search(r"vision|audio|image|encoder", name)
+    ]
+    if others:
+        raise BackboneError(
+            f"model type {config.model_type!r} holds other models beside its text decoder ({', '.join(others)}); where "
+            "there is one, take the model type of its text part."
+        )
+    if type(config) not in MODEL_MAPPING:
+        raise BackboneError(
+            f"model type {config.model_type!r} has no body that transformers could make alone."
+        )
     problem: Exception | None = None
     for shrink_all in (True, False):
         small = _shrunk(config, shrink_all)
         try:
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(copy.deepcopy(small), attn_implementation="eager")
+            size = sum(p.numel() for p in empty.parameters())
+            if size > _MOST_VALUES:
+                raise MemoryError(f"two layers of it have {size / 1e9:.1f} billion values")
             # A copy: the attention that a class is to use is written into its configuration.
             own = copy.deepcopy(small)
             model = AutoModelForCausalLM.from_config(own, attn_implementation="eager").float().eval()
@@ -246,9 +265,6 @@ def _small_model(config: PretrainedConfig) -> tuple[PretrainedConfig, Any]:
 def _shrunk(config: PretrainedConfig, all_sizes: bool) -> PretrainedConfig:
     small = copy.deepcopy(config)
     small.vocab_size = min(_SMALL_VOCAB, int(getattr(config, "vocab_size", _SMALL_VOCAB)))
-    for name in ("bos_token_id", "eos_token_id"):
-        if hasattr(small, name):
-            setattr(small, name, None)
     num_layers = getattr(config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers > 2:
         kinds = getattr(config, "layer_types", None) or ["any"] * num_layers

@@ -93,7 +93,7 @@ class KVCache:
             self.values[layer] = self._zeros(value.shape[1], value.shape[-1], self.num_rows)
         return self.keys[layer], self.values[layer]
 
-    def _stores(self) -> list[Tensor]:
+    def stores(self) -> list[Tensor]:
         return [*self.keys.values(), *self.values.values()]
 
     # ---- slots --------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class KVCache:
         most = min(max(self.held), self.num_rows)
         for store in (self.keys, self.values):
             for layer, old in store.items():
-                new = self._zeros(*old.shape[2:], num_rows)
+                new = self._zeros(old.shape[2], old.shape[3], num_rows)
                 new[:, :most] = old[:, :most]
                 store[layer] = new
         self.num_rows = num_rows

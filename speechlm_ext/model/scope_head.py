@@ -1,8 +1,8 @@
 """The head as decoding needs it: logits of the ids that may be sampled, for all streams at once.
 
-``logits_s = h Wᵀ + (e_s Wᵀ + b)``: the second part is the same for every row and is computed once, the first is one product
-for all streams, because ids that follow one another in the vocabulary are rows that follow one another in the weight.
-No weight is copied.
+``logits_s = h Wᵀ + (e_s Wᵀ + b)``: the second part is the same for every row and is computed once, the first is one
+product for all streams, because ids that follow one another in the vocabulary are rows that follow one another in the
+weight. No weight is copied.
 
 Axes: B rows, D hidden, S streams, C columns of all streams side by side.
 """

@@ -354,6 +354,18 @@ class SpeechLM(nn.Module):
             raise CheckpointError(f"{weights} does not fit {folder / CONFIG_NAME}: {error}") from None
         return model.to(device).eval()
 
+    def describe_backbone(self) -> str:
+        """One line on the backbone for a log: whether it was compared, and what it asks of attention."""
+        compared = self.config.verify_backbone
+        parts = [
+            str(self.config.backbone["model_type"]),
+            "text logits equal to its own code's" if compared else "NOT compared with its own code",
+        ]
+        if self.attention_rules:
+            kernel, _ = bb.choose_attention(self.device, self.embedding.weight.dtype)
+            parts.append(f"attention with {'; '.join(self.attention_rules)} on {kernel}")
+        return ", ".join(parts)
+
     def check_revision(self, folder: str | Path) -> None:
         """Refuse weights that were trained on another computation than this release's.
 
@@ -374,8 +386,8 @@ class SpeechLM(nn.Module):
 
         New rows (special, ssl, codec ids) are drawn at the pretrained tables' own scale; see
         :meth:`MultiStreamEmbedding.load_text_rows`. A tied head takes its rows from the input table. The text logits
-        are then compared with the pretrained model's own (``backbone_proof.py``), and the text tokenizer with the one in
-        its folder; ``config.verify_backbone`` False leaves both out.
+        are then compared with the pretrained model's own (``backbone_proof.py``), and the text tokenizer with the one
+        in its folder; ``config.verify_backbone`` False leaves both out.
 
         Args:
             folder: a transformers causal-LM folder whose tokenizer is this model's text tokenizer.
@@ -403,7 +415,7 @@ class SpeechLM(nn.Module):
                 "configuration."
             )
         ours = self.backbone.state_dict()
-        state = {k: v for k, v in pretrained.base_model.state_dict().items() if k in ours}
+        state = {k: v for k, v in bb.text_body(pretrained).state_dict().items() if k in ours}
         try:
             self.backbone.load_state_dict(state, strict=True)
         except RuntimeError as error:

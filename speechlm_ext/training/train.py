@@ -55,6 +55,7 @@ def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLM:
     )
     if settings.backbone is not None:
         model.load_backbone(settings.backbone)
+        logger.info("backbone %s: %s", settings.backbone, model.describe_backbone())
     if config.activation_checkpointing:
         model.backbone.gradient_checkpointing_enable()
         if model.frame is not None:

@@ -1,0 +1,16 @@
+"""Every causal LM class of transformers, tried as a backbone: docs/training.md says what came of it."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from python_tests.model import backbones
+
+
+def test_the_table_is_true() -> None:
+    written = backbones.written().splitlines()
+    if f"transformers {transformers.__version__}:" not in written[1]:
+        pytest.skip(f"the table in docs/training.md is of another release: {written[1]}")
+    backbones.quiet()
+    assert written == backbones.table().splitlines(), "write it anew: python -m python_tests.model.backbones"
