@@ -1,4 +1,4 @@
-"""The speech language model: any causal LM as backbone, summed stream embeddings, one shared head."""
+"""The speech language model: a causal LM of transformers as backbone, summed stream embeddings, one shared head."""
 
 from speechlm_ext.model.config import FrameTransformerConfig, LossSettings, ModelConfig
 from speechlm_ext.model.embedding import MultiStreamEmbedding

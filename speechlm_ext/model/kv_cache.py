@@ -3,7 +3,7 @@
 Each request has a slot; its rows lie at the front of it. Requests come and go at any time: a slot is filled by a packed
 prefill, grows by one row a step, and is moved to keep the slots in use side by side, so that a step always works on
 slots ``0`` to ``n - 1``. Attention gets the cache through transformers' attention interface (``attention.py``), so it
-serves any backbone.
+serves every backbone that it accepts.
 
 Axes: B slots, K rows of a slot, N packed rows, G key/value heads, H heads, E head size of keys, F of values.
 """

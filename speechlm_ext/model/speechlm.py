@@ -1,9 +1,9 @@
 """SpeechLM: a causal LM over several parallel token streams.
 
-The input of a position is the sum of its streams' embeddings (pads contribute exactly zero), the body is
-any causal LM of transformers, and one head serves all streams: side by side, or one after the other through a small
-transformer inside the frame (``frame.py``). Training reads packed rows; generation
-prefills packed rows and then takes one row a step, with a key/value cache.
+The input of a position is the sum of its streams' embeddings (pads contribute exactly zero), the body is that of a
+causal LM of transformers, carried exactly (``backbone.py``), and one head serves all streams: side by side, or one after
+the other through a small transformer inside the frame (``frame.py``). Training reads packed rows; generation prefills
+packed rows and then takes one row a step, with a key/value cache.
 
 Axes: N packed positions, B batch, T frames, S streams, D hidden, V vocabulary, K keys.
 """
