@@ -1,16 +1,15 @@
 """SpeechLM: a causal LM over several parallel token streams.
 
 The input of a position is the sum of its streams' embeddings (pads contribute exactly zero), the body is that of a
-causal LM of transformers, carried exactly (``backbone.py``), and one head serves all streams: side by side, or one after
-the other through a small transformer inside the frame (``frame.py``). Training reads packed rows; generation prefills
-packed rows and then takes one row a step, with a key/value cache.
+causal LM of transformers, carried exactly (``backbone.py``), and one head serves all streams: side by side, or one
+after the other through a small transformer inside the frame (``frame.py``). Training reads packed rows; generation
+prefills packed rows and then takes one row a step, with a key/value cache.
 
 Axes: N packed positions, B batch, T frames, S streams, D hidden, V vocabulary, K keys.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +18,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model import backbone as bb
-from speechlm_ext.model.backbone import BackboneError, TextEnds, backbone_settings
-from speechlm_ext.model.backbone_proof import examine, first_difference
+from speechlm_ext.model.backbone import TextEnds, backbone_settings
+from speechlm_ext.model.backbone_proof import examine
 from speechlm_ext.model.config import CONFIG_NAME, LossSettings, ModelConfig
-from speechlm_ext.model.embedding import MultiStreamEmbedding, load_rows, whole
+from speechlm_ext.model.embedding import MultiStreamEmbedding
 from speechlm_ext.model.frame import FrameCache, Frames, FrameTransformer
 from speechlm_ext.model.head import MultiStreamHead
 from speechlm_ext.model.kv_cache import KVCache
+from speechlm_ext.model.pretrained import load_backbone
 from speechlm_ext.model.scope_head import ScopeHead
 from speechlm_ext.ops import MultiStreamLoss
 from speechlm_ext.utils.io import atomic_path, atomic_write_json
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from speechlm_ext.tokenizers import TokenizerSet
 
 __all__ = ["SpeechLM", "backbone_settings"]
-logger = logging.getLogger("speechlm_ext")
 WEIGHTS_NAME = "model.safetensors"
 TOKENIZERS_NAME = "tokenizers"
 
@@ -142,16 +140,16 @@ class SpeechLM(nn.Module):
         Returns:
             float ``[N, D]``.
         """
-        return self._scaled(bb.run_packed(self.backbone, self._embed(ids_NS), position_N, cu_seqlens))
+        return self.for_head(bb.run_packed(self.backbone, self.embed(ids_NS), position_N, cu_seqlens))
 
-    def _embed(self, ids_NS: Tensor) -> Tensor:
+    def embed(self, ids_NS: Tensor) -> Tensor:
         """The backbone's input ``[N, D]``."""
         embedded_ND = self.embedding(ids_NS)
         if self.ends.embed_scale == 1:
             return embedded_ND
         return embedded_ND * self._embed_scale.to(embedded_ND.dtype)
 
-    def _scaled(self, hidden: Tensor) -> Tensor:
+    def for_head(self, hidden: Tensor) -> Tensor:
         """Hidden states as the head takes them: a factor on the logits is one on them."""
         return hidden if self.ends.logit_scale == 1 else hidden * self.ends.logit_scale
 
@@ -224,7 +222,7 @@ class SpeechLM(nn.Module):
         Returns:
             float ``[N, D]`` hidden states.
         """
-        return self._scaled(bb.run_prefill(self.backbone, self._embed(ids_NS), cache, slots, lengths))
+        return self.for_head(bb.run_prefill(self.backbone, self.embed(ids_NS), cache, slots, lengths))
 
     def step_hidden(self, ids_BS: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
         """Hidden states ``[B, D]`` of one more row for each of the first B slots.
@@ -234,7 +232,7 @@ class SpeechLM(nn.Module):
             cache: updated in place.
             num_keys: keys that attention looks at; default as many as the longest slot has then.
         """
-        return self._scaled(bb.run_step(self.backbone, self._embed(ids_BS), cache, num_keys))
+        return self.for_head(bb.run_step(self.backbone, self.embed(ids_BS), cache, num_keys))
 
     def new_frame_cache(self, num_slots: int) -> FrameCache:
         """Memory for :meth:`stream_hidden`, of a model with a frame transformer."""
@@ -380,118 +378,10 @@ class SpeechLM(nn.Module):
             f"({found}), so its weights belong to another model. Start again from the pretrained backbone."
         )
 
-    @torch.no_grad()
     def load_backbone(self, folder: str | Path) -> None:
-        """Start from a pretrained causal LM: copy its body, and its text rows into the table and the head.
-
-        New rows (special, ssl, codec ids) are drawn at the pretrained tables' own scale; see
-        :meth:`MultiStreamEmbedding.load_text_rows`. A tied head takes its rows from the input table. The text logits
-        are then compared with the pretrained model's own (``backbone_proof.py``), and the text tokenizer with the one
-        in its folder; ``config.verify_backbone`` False leaves both out.
-
-        Args:
-            folder: a transformers causal-LM folder whose tokenizer is this model's text tokenizer.
-
-        Raises:
-            CheckpointError: the folder cannot be loaded, or its sizes are not this model's.
-            BackboneError: the text logits are not the pretrained model's, or the text tokenizer is not.
-        """
-        if self.config.verify_backbone:
-            self._check_tokenizer(folder)
-        try:
-            pretrained = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
-            ).eval()
-        except Exception as error:  # as many kinds as transformers has classes
-            raise CheckpointError(f"backbone {folder} cannot be loaded as a causal LM: {error}") from None
-        table = pretrained.get_input_embeddings().weight
-        out = pretrained.get_output_embeddings()
-        head = table if out is None else out.weight
-        start, end = self.layout.interval("text_bpe")
-        if table.shape[1] != self.embedding.embedding_dim or end - start > table.shape[0]:
-            raise CheckpointError(
-                f"backbone {folder} has a table of {tuple(table.shape)}, but the layout has {end - start} text ids and "
-                f"the model a width of {self.embedding.embedding_dim}. Use the backbone's own tokenizer and "
-                "configuration."
-            )
-        ours = self.backbone.state_dict()
-        state = {k: v for k, v in bb.text_body(pretrained).state_dict().items() if k in ours}
-        try:
-            self.backbone.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"backbone {folder} does not fit the model's configuration: {error}"
-            ) from None
-        self.embedding.load_text_rows(table, start, end)
-        with whole(*self.head.parameters(recurse=False)):
-            rows = self.head.rows_of(0, start, end)
-            if not self.config.tie_head:
-                load_rows(self.head.weight, head, rows.start, rows.stop)
-            if self.head.bias is not None:
-                # Every logit is scaled through its hidden state, which does not reach the bias.
-                self.head.bias.zero_()
-                self.head.bias[rows] = out.bias[: end - start].to(self.head.bias) * self.ends.logit_scale
-        if self.config.verify_backbone:
-            self._compare(pretrained, folder)
-
-    def _check_tokenizer(self, folder: str | Path) -> None:
-        """Refuse a text tokenizer that is not the backbone's."""
-        found = dict(self.layout.tokenizers).get("text_bpe")
-        if found is None:
-            logger.warning(
-                "backbone %s: the token layout names no text tokenizer, so whether its text ids are the backbone's "
-                "cannot be checked",
-                folder,
-            )
-            return
-        from speechlm_ext.errors import TokenizerError
-        from speechlm_ext.tokenizers.text import HuggingFaceText
-
-        way_out = (
-            f"Tokenize with the backbone's own: --text.kind huggingface --text.path {folder}; or, to train its rows "
-            "for other texts knowingly, set model.verify_backbone to false."
-        )
-        try:
-            own = HuggingFaceText.from_folder(folder).fingerprint
-        except TokenizerError as error:
-            raise BackboneError(
-                f"backbone {folder}: its own tokenizer cannot be read, so whether the text ids of the data are its ids "
-                f"cannot be checked ({error}). Put its tokenizer.json there. {way_out}"
-            ) from None
-        if own != found:
-            raise BackboneError(
-                f"backbone {folder}: the data's text tokenizer (fingerprint {found[:12]}) is not the backbone's "
-                f"({own[:12]}), so text ids would name other words than the pretrained rows. {way_out}"
-            )
-
-    def _compare(self, pretrained: Any, folder: str | Path) -> None:
-        """Refuse a backbone whose text logits are not its own code's."""
-        start, end = self.layout.interval("text_bpe")
-
-        def embed(ids_N: Tensor) -> Tensor:
-            ids_NS = ids_N.new_full((len(ids_N), self.layout.num_streams), self.layout.pad_id)
-            ids_NS[:, 0] = ids_N + start
-            return self._embed(ids_NS)
-
-        head = self.scope_head([[(start, end)], *[[] for _ in range(self.layout.num_streams - 1)]])
-        training = self.training
-        self.eval()
-        with whole(*self.parameters()):
-            different = first_difference(
-                pretrained,
-                self.backbone,
-                embed,
-                lambda hidden: head(self._scaled(hidden)).clone(),
-                end - start,
-            )
-        self.train(training)
-        if different is None:
-            return
-        tied = " Its own head is not tied: leave model.tie_head out." if self.config.tie_head else ""
-        raise BackboneError(
-            f"backbone {folder}, model type {self.config.backbone['model_type']!r}: {different}.{tied} "
-            "model.verify_backbone: false goes on without the check."
-        )
+        """Start from a pretrained causal LM, proven to compute the same text logits; see
+        :func:`speechlm_ext.model.pretrained.load_backbone`."""
+        load_backbone(self, folder)
 
 
 def _loss_settings(config: ModelConfig, ends: TextEnds) -> LossSettings:
