@@ -17,7 +17,7 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,8 +105,8 @@ def packed_attention(
     if kernel == "sdpa":
         if not rule.is_plain:
             _say_once(
-                f"attention: SDPA cannot do {rule.describe()}; these layers compute scores by their definition, with "
-                "those of a group of segments in memory"
+                f"attention: SDPA cannot do {replace(rule, window=None).describe()}; these layers compute their scores "
+                "by definition, with those of a group of segments in memory"
             )
         return _grouped_sdpa(q_NHE, k_NGE, v_NGF, packing, rule)
     cu, longest = packing.cu_seqlens, packing.max_seqlen
