@@ -76,26 +76,45 @@ def resample_audio(wave: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 def check_wave(wave: np.ndarray, name: str = "waveform") -> np.ndarray:
     """Return ``wave`` as contiguous float32 ``[T]`` after checking that it can be used.
 
-    Integers are taken as PCM and scaled by their type's range.
+    Integers of 8, 16 and 32 bits are taken as PCM and scaled to [-1, 1) by their type's range, unsigned ones around its
+    middle (128 of uint8 is silence). 64 bits are no PCM: such arrays come from lists of integers, and nothing tells
+    which range these have.
 
     Args:
+        wave: floats in [-1, 1] or integer PCM, of any byte order.
         name: what to call it in an error.
 
     Raises:
-        AudioError: not one-dimensional, empty, or with samples that are no numbers, not finite or absurdly large.
+        AudioError: not one-dimensional, empty, or with samples that are no numbers, masked, not finite or absurdly
+            large.
     """
-    wave = np.asarray(wave)
+    try:
+        masked = np.ma.isMaskedArray(wave) and bool(np.ma.getmaskarray(wave).any())
+        wave = np.asarray(wave)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AudioError(f"{name}: cannot be made an array ({error}); give numbers [T] in memory.") from None
+    if masked:
+        raise AudioError(f"{name}: some samples are masked; fill or cut them first.")
     if wave.ndim != 1:
         raise AudioError(
             f"{name}: expected one channel [T], got shape {list(wave.shape)}; average the channels first."
         )
     if wave.size == 0:
         raise AudioError(f"{name}: expected at least one sample, got none.")
-    if np.issubdtype(wave.dtype, np.integer):
-        wave = wave.astype(np.float32) / -float(np.iinfo(wave.dtype).min)
-    elif not np.issubdtype(wave.dtype, np.floating):
+    if wave.dtype.kind in "iu":
+        bits = 8 * wave.dtype.itemsize
+        if bits > 32:
+            raise AudioError(
+                f"{name}: {wave.dtype} is no PCM format, its range is not known; convert to the type that the samples "
+                "had, e.g. astype(np.int16), or to floats in [-1, 1]."
+            )
+        half = float(1 << (bits - 1))
+        # In float64: float32 does not hold every 32-bit integer.
+        wave = (wave.astype(np.float64) - (half if wave.dtype.kind == "u" else 0.0)) / half
+    elif wave.dtype.kind != "f":
         raise AudioError(f"{name}: samples must be floats in [-1, 1] or integer PCM, got {wave.dtype}.")
-    wave = np.ascontiguousarray(wave, dtype=np.float32)
+    with np.errstate(over="ignore"):  # infinity, which is an error below
+        wave = np.ascontiguousarray(wave, dtype=np.float32)
     finite = np.isfinite(wave)
     if not finite.all():
         first = int(np.argmin(finite))

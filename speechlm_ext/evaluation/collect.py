@@ -15,8 +15,8 @@ from speechlm_ext.audio import read_audio, write_wav
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.evaluation.judge import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
-from speechlm_ext.generation.records import file_stem
 from speechlm_ext.tasks import builtin_tasks
+from speechlm_ext.utils.names import file_name
 
 if TYPE_CHECKING:
     from speechlm_ext.evaluation.judge import Judge
@@ -127,7 +127,7 @@ def _original(utterance: Utterance, out: Path, lang: str) -> Record:
     path = utterance.audio
     assert path is not None
     if utterance.start is not None:
-        path = out / "recordings" / f"{file_stem(utterance.id)}.wav"
+        path = out / "recordings" / file_name(utterance.id, ".wav")
         write_wav(path, read_utterance(utterance, SAMPLE_RATE), SAMPLE_RATE)
     return Record(
         utterance.id,
@@ -151,7 +151,7 @@ def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: 
         return []
     records = []
     for utterance in tqdm(utterances, desc="codec resynthesis", unit="utt", disable=None):
-        path = out / "resynthesis" / f"{file_stem(utterance.id)}.wav"
+        path = out / "resynthesis" / file_name(utterance.id, ".wav")
         wave = codec.decode(codec.encode(read_utterance(utterance, codec.sample_rate)))
         write_wav(path, wave, codec.sample_rate)
         records.append(replace(_original(utterance, out, lang), kind="codec", audio=_relative(path, out)))
