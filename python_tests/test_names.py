@@ -56,6 +56,8 @@ def test_long_names_are_cut_and_still_differ(letter: str) -> None:
     assert len(cut) >= 10 and all(id_of(name, ".wav") is None for name in cut)
 
 
-@pytest.mark.parametrize("name", ["a%2f2.wav", "LJ001.wav", "a@1.wav", "a@x.wav", "a b.wav", ".wav", "%FF.wav"])
+@pytest.mark.parametrize(
+    "name", ["a%2f2.wav", "LJ001.wav", "a@1.wav", "a@x.wav", "a b.wav", ".wav", "%FF.wav"]
+)
 def test_names_of_others_are_not_turned_back(name: str) -> None:
     assert id_of(name, ".wav") is None

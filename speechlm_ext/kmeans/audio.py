@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from speechlm_ext.audio import audio_seconds
 from speechlm_ext.data.fit import read_wave
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, TokenizerError
@@ -83,23 +84,16 @@ def estimated_frames(utterances: Sequence[Utterance], frame_rate: float) -> int:
     Raises:
         AudioError: a recording that cannot be read.
     """
-    import soundfile
-
     total = 0
     for u in utterances:
         assert u.audio is not None
         if u.start is not None and u.duration is not None:
             seconds = u.duration
-        elif u.audio.suffix.lower() == ".g722":
-            seconds = u.audio.stat().st_size * 2 / SAMPLE_RATE  # four bits a sample
         else:
             try:
-                info = soundfile.info(u.audio)
-            except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
-                raise AudioError(
-                    f"{u.where}: audio file {u.audio} cannot be read ({str(error).strip()})."
-                ) from None
-            seconds = info.frames / info.samplerate - (u.start or 0.0)
+                seconds = audio_seconds(u.audio) - (u.start or 0.0)
+            except AudioError as error:
+                raise AudioError(f"{u.where}: {error}") from None
         total += int(max(seconds, 0.0) * frame_rate) + 1
     return total
 
