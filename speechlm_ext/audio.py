@@ -12,7 +12,6 @@ import contextlib
 import io
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -261,8 +260,8 @@ def _check_length(path: Path, file: soundfile.SoundFile, num_read: int) -> None:
         if size is not None and size.declared is not None and size.declared > size.held:
             if num_read == 0:
                 raise AudioError(
-                    f"audio file {path} counts {size.declared} bytes of samples in its header but ends before them, so it "
-                    "was cut; copy or record it again, or leave it out."
+                    f"audio file {path} counts {size.declared} bytes of samples in its header but ends before them, so "
+                    "it was cut; copy or record it again, or leave it out."
                 )
             promised = max(num_read + 1, round(num_read * size.declared / size.held))
             why = f"its header counts {size.declared} bytes of samples and {size.held} follow"

@@ -159,7 +159,7 @@ def _nist_size(head: bytes, size: int) -> DataSize | None:
 
 # ---- Ogg ------------------------------------------------------------------------------------------------------------
 def ogg_end(path: Path) -> str:
-    """How an Ogg file ends: ``whole``, ``open`` (its last page is not marked as the end), or ``cut`` (inside a page)."""
+    """How an Ogg file ends: ``whole``, ``open`` (its last page is not marked as the end) or ``cut`` (in a page)."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - _MAX_PAGE))

@@ -63,7 +63,8 @@ class WavStream:
         """Append samples ``[n]``: floats in [-1, 1] or integer PCM.
 
         Raises:
-            AudioError: samples that cannot be used, or more than a wav file can hold. StorageError: they cannot be written.
+            AudioError: samples that cannot be used, or more than a wav file can hold.
+            StorageError: they cannot be written.
         """
         total = 2 * (self.num_samples + len(wave))
         if total > _MOST:

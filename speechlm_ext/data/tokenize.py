@@ -189,7 +189,8 @@ def _finish(
     if made or not (out / INDEX).is_file() or cfg.stage == "merge":
         # Shards of a former, longer manifest would only confuse whoever looks into the folder.
         for path in out.glob("shard-*.parquet"):
-            if int(path.stem.removeprefix("shard-")) >= len(hashes):
+            number = path.stem.removeprefix("shard-")
+            if number.isdecimal() and int(number) >= len(hashes):
                 path.unlink()
         write_index(out, layout, len(hashes), {"num_rejected": len(bad)})
     total = sum(head.rows for head in heads if head is not None)

@@ -6,6 +6,7 @@ folder without its ending is the id. Results come in the order of the recordings
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,12 @@ from speechlm_ext.data.fit import read_wave
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, TokenizerError
 from speechlm_ext.kmeans.shards import content_key
+from speechlm_ext.kmeans.words import counted
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.encoders import SAMPLE_RATE, EncoderSpec, build_encoder
+from speechlm_ext.utils.folders import find_files
 
+logger = logging.getLogger("speechlm_ext")
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".g722")
 _CHUNK = 4
 #: Below this many recordings starting processes takes longer than the work.
@@ -35,17 +39,25 @@ _WORTH_PROCESSES = 32
 def find_audio(path: str | Path) -> list[Utterance]:
     """The recordings of a manifest or of a folder, in the manifest's or the names' order.
 
+    Of a folder all sub-folders are read, linked ones too, each file once; hidden files (such as macOS's ``._NAME``) and
+    other files are left out and counted in the log.
+
     Raises:
         ManifestError: a manifest that is not good.
-        AudioError: a folder without recordings.
+        AudioError: a folder without recordings, one that cannot be read, or two recordings of one id.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        listing = find_files(path, SUFFIXES, AudioError)
+        files = listing.files
+        others = f"; left out: {listing}" if listing.left_out else ""
         if not files:
             raise AudioError(
-                f"folder {path} has no recordings ({', '.join(SUFFIXES)}); give another folder or a manifest.jsonl."
+                f"folder {path} has no recordings ({', '.join(SUFFIXES)}){others}. Give another folder or a "
+                "manifest.jsonl."
             )
+        if others:
+            logger.info("%s: %s%s", path, counted(len(files), "recording"), others)
         found = [
             Utterance(str(p.relative_to(path).with_suffix("")), audio=p.absolute(), manifest=str(path))
             for p in files

@@ -106,7 +106,8 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
         )
     paths = [shard.path for shard in source.shards]
     targets = {path: out / f"{path.stem}.npy" for path in paths}
-    if len(set(targets.values())) < len(targets) or any(
+    # Without case, which some file systems do not count.
+    if len({str(t).lower() for t in targets.values()}) < len(targets) or any(
         p.resolve() == t.resolve() for p, t in targets.items()
     ):
         raise ConfigError(
