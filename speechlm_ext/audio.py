@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,8 @@ _BLOCK = 1 << 22
 _MP3_SILENCE = 4608
 #: What libsndfile says of a length that it does not know is near the largest 64-bit number.
 _UNKNOWN_FRAMES = 1 << 62
+#: Conversions since the last time that they were said, by (rate, new rate) in Hz.
+_converted: Counter[tuple[int, int]] = Counter()
 #: Notes about files, each said once in a process.
 _said: set[str] = set()
 
@@ -99,6 +102,8 @@ def _existing(path: str | Path) -> Path:
 def resample_audio(wave: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """Convert float32 ``wave [T]`` from ``rate`` to ``new_rate`` Hz with soxr at its highest quality.
 
+    Each conversion is counted for :func:`says_conversions`.
+
     Raises:
         AudioError: a rate that is not positive.
     """
@@ -106,7 +111,36 @@ def resample_audio(wave: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
         raise AudioError(f"sampling rates must be positive, got {rate} Hz to {new_rate} Hz.")
     if rate == new_rate:
         return wave
+    _converted[rate, new_rate] += 1
     return soxr.resample(wave, rate, new_rate, quality="VHQ").astype(np.float32, copy=False)
+
+
+def take_conversions() -> Counter[tuple[int, int]]:
+    """How many recordings were converted since the last call, by (rate, new rate) in Hz; worker processes return it."""
+    taken = _converted.copy()
+    _converted.clear()
+    return taken
+
+
+def add_conversions(counts: Counter[tuple[int, int]]) -> None:
+    """Count the conversions of another process as this one's."""
+    _converted.update(counts)
+
+
+@contextlib.contextmanager
+def says_conversions() -> Iterator[None]:
+    """Log at the end of the block, or of the decorated function, which sampling rates were converted in it, one line
+    for each pair of rates. A recording of a lower rate than a model's lacks the upper band: a warning."""
+    try:
+        yield
+    finally:
+        for (rate, new_rate), count in sorted(take_conversions().items()):
+            recordings = f"{count} recording{'' if count == 1 else 's'}"
+            text = f"{recordings} converted from {rate} Hz to {new_rate} Hz"
+            if rate < new_rate:
+                logger.warning("%s; above %g Hz there is nothing in them, unlike in others", text, rate / 2)
+            else:
+                logger.info("%s", text)
 
 
 def check_wave(wave: np.ndarray, name: str = "waveform") -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,18 +251,21 @@ def bad_items(folder: Path) -> dict[str, tuple[dict[str, Any], type[Exception], 
     soundfile.write(folder / "none.wav", np.zeros(0, np.float32), RATE)
     soundfile.write(folder / "nan.wav", np.full(4000, np.nan, np.float32), RATE, subtype="FLOAT")
     soundfile.write(folder / "rate.wav", sound(1), 8000)
+    soundfile.write(folder / "whole.wav", sound(1), RATE)
+    (folder / "cut.wav").write_bytes((folder / "whole.wav").read_bytes()[: 44 + 4800])
     return {
         "empty": ({"audio": "empty.wav"}, AudioError, "empty.wav is empty"),
         "unreadable": ({"audio": "noise.wav"}, AudioError, "noise.wav cannot be read"),
         "no-samples": ({"audio": "none.wav"}, AudioError, "none.wav holds no samples"),
         "not-finite": ({"audio": "nan.wav"}, AudioError, "nan.wav: sample 0"),
         "wrong-rate": ({"audio": "rate.wav"}, AudioError, "rate.wav has sampling rate 8000 Hz but 16000 Hz"),
+        "cut": ({"audio": "cut.wav"}, AudioError, "cut.wav promises 4800 samples but holds 2400"),
         "missing": ({"audio": "gone.wav"}, ManifestError, "gone.wav does not exist"),
     }
 
 
 @pytest.mark.parametrize(
-    "which", ["empty", "unreadable", "no-samples", "not-finite", "wrong-rate", "missing"]
+    "which", ["empty", "unreadable", "no-samples", "not-finite", "wrong-rate", "cut", "missing"]
 )
 def test_bad_audio_is_named_or_skipped(
     make: Make, tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]
@@ -283,10 +287,21 @@ def test_bad_audio_is_named_or_skipped(
         run_tokenize(make(rows, resample=False))
 
 
-def test_wrong_rate_is_resampled_when_allowed(make: Make, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "rate.wav", sound(1)[::2], 8000)
-    result = run_tokenize(make([{"id": "a", "audio": "rate.wav"}]))
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_another_rate_is_converted_and_said_once(
+    make: Make, tmp_path: Path, num_workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    soundfile.write(tmp_path / "8000.wav", sound(1)[::2], 8000)
+    soundfile.write(tmp_path / "32000.wav", np.repeat(sound(1), 2), 32000)
+    rows = [{"id": f"u{i}", "audio": f"{(8000, 32000)[i % 2]}.wav"} for i in range(5)]
+    with caplog.at_level(logging.INFO, "speechlm_ext"):
+        result = run_tokenize(make(rows, num_workers=num_workers))
     assert TokenFolder.open(result.out).utterance(0)["duration"] == pytest.approx(0.3, abs=0.01)
+    said = [r.message for r in caplog.records if "converted" in r.message]
+    assert said == [
+        "3 recordings converted from 8000 Hz to 16000 Hz; above 4000 Hz there is nothing in them, unlike in others",
+        "2 recordings converted from 32000 Hz to 16000 Hz",
+    ]
 
 
 def test_bad_audio_in_a_worker_process_is_named(make: Make, tmp_path: Path) -> None:

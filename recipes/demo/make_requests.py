@@ -77,7 +77,6 @@ def make_requests(manifest: Path, path: Path, frame_rate: float, own: bool, limi
                 "audio": audio,
                 "lang": u.lang,
                 "max_len": 300,
-                "resample": True,
             }
         )
     for u in chosen["tts"][:limit]:
@@ -137,7 +136,7 @@ def _audio_beginnings(utterances: list[Utterance], folder: Path, frame_rate: flo
         name = Path("beginnings") / file_name(u.id, ".wav")
         write_wav(folder / name, wave, SAMPLE_RATE)
         rows.append(
-            {"id": f"audiolm.{u.id}", "task": "audiolm", "audio": str(name), "lang": u.lang, "resample": True}
+            {"id": f"audiolm.{u.id}", "task": "audiolm", "audio": str(name), "lang": u.lang}
             | {"max_len": round(4 * frame_rate)}
             | CONTINUATION_SETTINGS
         )

@@ -18,6 +18,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from speechlm_ext.audio import says_conversions, take_conversions
 from speechlm_ext.data.encode import EncoderPool
 from speechlm_ext.data.fit import FOLDER, CodecFit, FitSettings, SSLFit, TextFit, get_tokenizers
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest, scan_manifest
@@ -59,7 +60,7 @@ class TokenizeConfig:
     skip_bad: bool = False
     """Go on past bad items; they are listed in ``rejected.jsonl`` and counted."""
     resample: bool = True
-    """Convert recordings of another sampling rate; otherwise they are bad items."""
+    """Convert recordings of another sampling rate, which is said once; ``false`` makes them bad items."""
     num_workers: int | None = None
     """Processes; default one per core."""
     rows_per_shard: int = 1000
@@ -87,6 +88,7 @@ class TokenizeResult:
     """Shards that a former run had made."""
 
 
+@says_conversions()
 def run_tokenize(cfg: TokenizeConfig) -> TokenizeResult:
     """Tokenize as ``cfg`` says; see :class:`TokenizeConfig`.
 
@@ -103,6 +105,8 @@ def run_tokenize(cfg: TokenizeConfig) -> TokenizeResult:
     tokenizers = get_tokenizers(
         out, cfg.tokenizers, settings, utterances, skip_bad=cfg.skip_bad, may_fit=may_fit
     )
+    if cfg.stage != "fit":
+        take_conversions()  # the same recordings are read again and counted then
     layout = _with_tasks(tokenizers.make_layout(delays=cfg.delays), cfg.task_file)
     if (out / FILE_NAME).is_file():
         difference = layout.first_difference(TokenLayout.load(out))

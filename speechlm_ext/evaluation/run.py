@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from speechlm_ext.audio import says_conversions
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.evaluation.collect import collect
 from speechlm_ext.evaluation.records import FILE_NAME, Record, read_records, write_records
@@ -77,6 +78,7 @@ class EvaluateConfig:
             raise ConfigError("tokens are for perplexity, which needs a model; give its folder.")
 
 
+@says_conversions()
 def run_evaluate(cfg: EvaluateConfig) -> int:
     """Do what ``cfg`` asks for, print the scores and write them.
 

@@ -116,8 +116,8 @@ class GenerateConfig:
     """Most new frames; default: as many as the context holds, at most 2048."""
     max_len_ratio: float | None = None
     """Most new frames as a multiple of the prompt's content frames, instead of ``max_len``."""
-    resample: bool = False
-    """Convert recordings of another sampling rate; otherwise they are an error."""
+    resample: bool = True
+    """Convert recordings of another sampling rate, which is said once; ``false`` makes them an error."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA where there is a device."""
     dtype: str = "auto"
@@ -154,7 +154,7 @@ class GenerateConfig:
 
     def defaults(self) -> dict[str, Any]:
         """What a line of a requests file leaves out."""
-        more = {"task": self.task, "lang": self.lang, "resample": self.resample or None}
+        more = {"task": self.task, "lang": self.lang, "resample": self.resample}
         return self.sampling() | {name: value for name, value in more.items() if value is not None}
 
 

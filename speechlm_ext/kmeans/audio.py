@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from speechlm_ext.audio import audio_seconds
+from speechlm_ext.audio import add_conversions, audio_seconds, take_conversions
 from speechlm_ext.data.fit import read_wave
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, TokenizerError
@@ -195,7 +196,8 @@ class AudioPool:
             return
         chunks = [utterances[i : i + _CHUNK] for i in range(0, len(utterances), _CHUNK)]
         try:
-            for results in self._pool.map(_work, chunks):
+            for results, conversions in self._pool.map(_work, chunks):
+                add_conversions(conversions)
                 yield from results
         except BrokenProcessPool:
             raise TokenizerError(
@@ -213,6 +215,6 @@ def _start(job: AudioJob) -> None:
     _worker = _Worker(job)
 
 
-def _work(utterances: Sequence[Utterance]) -> list[np.ndarray | Rejected]:
+def _work(utterances: Sequence[Utterance]) -> tuple[list[np.ndarray | Rejected], Counter[tuple[int, int]]]:
     assert _worker is not None
-    return [_worker(u) for u in utterances]
+    return [_worker(u) for u in utterances], take_conversions()

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from speechlm_ext.audio import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
@@ -66,7 +67,7 @@ class AssignConfig:
     column: str = "features"
     """Column of Parquet shards."""
     resample: bool = True
-    """Convert recordings of another sampling rate; otherwise they are bad items."""
+    """Convert recordings of another sampling rate, which is said once; ``false`` makes them bad items."""
     skip_bad: bool = False
     """Go on past bad recordings; they are listed in rejected.jsonl and counted."""
     device: str = "auto"
@@ -76,6 +77,7 @@ class AssignConfig:
 
 
 @speaks_options
+@says_conversions()
 def run_assign(cfg: AssignConfig) -> int:
     """Assign as ``cfg`` says; see :class:`AssignConfig`.
 

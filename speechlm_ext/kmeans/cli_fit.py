@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from speechlm_ext.audio import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
@@ -85,7 +86,7 @@ class FitConfig:
     nonfinite: Literal["error", "drop"] = "error"
     """What to do with rows that hold a NaN or an infinity."""
     resample: bool = True
-    """Convert recordings of another sampling rate; otherwise they are bad items."""
+    """Convert recordings of another sampling rate, which is said once; ``false`` makes them bad items."""
     skip_bad: bool = False
     """Go on past bad recordings; they are listed in rejected.jsonl and counted."""
     device: str = "auto"
@@ -97,6 +98,7 @@ class FitConfig:
 
 
 @speaks_options
+@says_conversions()
 def run_fit(cfg: FitConfig) -> int:
     """Fit as ``cfg`` says; see :class:`FitConfig`.
 
