@@ -40,7 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens(work: Path) -> Path:
     out = work / "tokens"
     speechlm(
-        *("tokenize", "--manifest", MANIFEST, "--out", out, "--text.vocab-size", 300),
+        *("tokenize", "--manifest", MANIFEST, "--output_dir", out, "--text.vocab-size", 300),
         *("--ssl.num-clusters", 16, "--codec.num-codebooks", 3, "--codec.codebook-size", 16),
         *("--codec.griffin-lim-iterations", 4),
     )
@@ -140,7 +140,7 @@ def test_requests_and_scores(checkpoint: Path, work: Path, tokens: Path) -> None
             "--tokens",
             json.dumps([str(tokens)]),
         ),
-        *("--out", scores, "--judge", "none"),
+        *("--output_dir", scores, "--judge", "none"),
     )
     records = [json.loads(line) for line in (scores / "records.jsonl").read_text().splitlines()]
     assert [r["reference"] for r in records if r.get("kind", "asr") == "asr"][:3] == [r["text"] for r in rows]
@@ -155,7 +155,7 @@ def test_a_stranger_checkpoint_is_refused(checkpoint: Path, recipe: Path, tmp_pa
             "tokenize",
             "--manifest",
             MANIFEST,
-            "--out",
+            "--output_dir",
             other,
             "--text.vocab-size",
             300,

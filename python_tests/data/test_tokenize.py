@@ -59,7 +59,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(corpus: Path, out: Path | str, **more: Any) -> TokenizeConfig:
     settings: dict[str, Any] = {
         "manifest": [str(corpus / "train.jsonl")],
-        "out": str(out),
+        "output_dir": str(out),
         "text": TextFit(vocab_size=300),
         "ssl": SSLFit(num_clusters=8),
         "codec": CodecFit(num_codebooks=2, codebook_size=8),
@@ -79,7 +79,7 @@ def make(corpus: Path, tmp_path: Path) -> Make:
             raw = rows if isinstance(rows, bytes) else "".join(json.dumps(r) + "\n" for r in rows).encode()
             path.write_bytes(raw)
             more["manifest"] = [str(path)]
-        fixed = {"out": str(tmp_path / "out"), "tokenizers": str(corpus / "fitted" / "tokenizers")}
+        fixed = {"output_dir": str(tmp_path / "out"), "tokenizers": str(corpus / "fitted" / "tokenizers")}
         return config(corpus, **{**fixed, **more})
 
     return build
@@ -108,17 +108,17 @@ def test_folder_holds_what_the_tokenizers_say(corpus: Path, tmp_path: Path) -> N
 
 def test_processes_and_parts_make_the_same_shards(corpus: Path, make: Make, tmp_path: Path) -> None:
     alone, many, parts = tmp_path / "alone", tmp_path / "many", tmp_path / "parts"
-    run_tokenize(make(out=str(alone)))
-    run_tokenize(make(out=str(many), num_workers=2))
-    first = run_tokenize(make(out=str(parts), shard="1/2"))
+    run_tokenize(make(output_dir=str(alone)))
+    run_tokenize(make(output_dir=str(many), num_workers=2))
+    first = run_tokenize(make(output_dir=str(parts), shard="1/2"))
     assert not first.complete and first.shards_made == 2 and not (parts / INDEX).exists()
     with pytest.raises(ShardError, match="was not finished"):
         TokenFolder.open(parts)
     with pytest.raises(ShardError, match="2 of 4 shards are not there yet.*shard-00000.parquet"):
-        run_tokenize(make(out=str(parts), stage="merge"))
-    assert run_tokenize(make(out=str(parts), shard="0/2")).complete
+        run_tokenize(make(output_dir=str(parts), stage="merge"))
+    assert run_tokenize(make(output_dir=str(parts), shard="0/2")).complete
     (parts / INDEX).unlink()
-    assert run_tokenize(make(out=str(parts), stage="merge")).complete
+    assert run_tokenize(make(output_dir=str(parts), stage="merge")).complete
     expected = json.loads((alone / INDEX).read_text())
     for other in (many, parts):
         assert json.loads((other / INDEX).read_text())["shards"] == expected["shards"]

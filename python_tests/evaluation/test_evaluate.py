@@ -66,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
 
 def config(folder: Path, **changes) -> EvaluateConfig:
     values = {
-        "out": folder / "eval",
+        "output_dir": folder / "eval",
         "results": [folder / "results.jsonl"],
         "manifest": [folder / "test.jsonl"],
     }
@@ -144,7 +144,7 @@ def test_records_are_scored_again_alone(folder: Path, capsys: pytest.CaptureFixt
     lines = path.read_text("utf-8").splitlines()
     changed = json.loads(lines[0]) | {"hypothesis": "one two three"}
     path.write_text("\n".join([json.dumps(changed), *lines[1:]]), "utf-8")
-    run_evaluate(EvaluateConfig(records=folder / "eval", out=folder / "again"))
+    run_evaluate(EvaluateConfig(records=folder / "eval", output_dir=folder / "again"))
     after = json.loads((folder / "again" / "scores.json").read_text("utf-8"))["errors"]
     assert rate(before, "asr") == pytest.approx(3 / 7) and rate(after, "asr") == pytest.approx(2 / 7)
     assert "WER" in capsys.readouterr().out
@@ -179,7 +179,7 @@ def test_asr_result_without_reference_is_refused(folder: Path):
 
 
 def test_settings_that_make_no_sense():
-    for values in ({}, {"results": [Path("a")]}, {"tokens": ["t"], "out": Path("o")}):
+    for values in ({}, {"results": [Path("a")]}, {"tokens": ["t"], "output_dir": Path("o")}):
         with pytest.raises(ConfigError):
             EvaluateConfig(**values)
     with pytest.raises(ConfigError):

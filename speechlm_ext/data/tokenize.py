@@ -27,6 +27,7 @@ from speechlm_ext.errors import ConfigError, LayoutMismatchError, ManifestError,
 from speechlm_ext.layout import FILE_NAME, TokenLayout
 from speechlm_ext.tasks import load_tasks
 from speechlm_ext.utils.io import atomic_write_text
+from speechlm_ext.utils.options import as_list, take_old_name
 
 REJECTED = "rejected.jsonl"
 
@@ -35,14 +36,14 @@ REJECTED = "rejected.jsonl"
 class TokenizeConfig:
     """Turn manifests into a token folder: fit tokenizers, encode, write shards and an index.
 
-    ``speechlm tokenize --manifest data/train.jsonl --out tokens/train``; then the same tokenizers for another split:
-    ``speechlm tokenize --manifest data/test.jsonl --out tokens/test --tokenizers tokens/train/tokenizers``.
+    ``speechlm tokenize --manifest data/train.jsonl --output_dir tokens/train``; then the same tokenizers for another split:
+    ``speechlm tokenize --manifest data/test.jsonl --output_dir tokens/test --tokenizers tokens/train/tokenizers``.
     """
 
     manifest: list[str] | str
     """A manifest (JSON lines) or a list of them; each is a data set named after its file, unless its lines name one."""
-    out: str
-    """The token folder to write."""
+    output_dir: str = ""
+    """The token folder to write; needed."""
     tokenizers: str | None = None
     """Folder with existing tokenizers; without it they are fitted on the manifests."""
     text: TextFit = field(default_factory=TextFit)
@@ -53,7 +54,7 @@ class TokenizeConfig:
     """Codec to fit."""
     fit_minutes: float = 30.0
     """Minutes of recordings, drawn at random, that SSL units and codec are fitted on."""
-    delays: list[int] | None = None
+    delays: list[int] | int | None = None
     """Frames by which each stream is delayed; default 0, 1, 2, … Training can choose others (``data.delays``)."""
     task_file: str | None = None
     """YAML file with task templates of your own; their ids become part of the layout."""
@@ -71,6 +72,13 @@ class TokenizeConfig:
     """``fit`` only fits the tokenizers, ``merge`` only writes the index over the shards of all parts."""
     seed: int = 0
     """Seed of the fits."""
+    out: str | None = None
+    """Old name of ``output_dir``."""
+
+    def __post_init__(self) -> None:
+        take_old_name(self, "out", "output_dir")
+        if not self.output_dir:
+            raise ConfigError("output_dir is needed: the token folder to write.")
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def run_tokenize(cfg: TokenizeConfig) -> TokenizeResult:
     part, parts = _parse_shard(cfg.shard)
     if cfg.rows_per_shard < 1:
         raise ConfigError(f"rows_per_shard must be >= 1, got {cfg.rows_per_shard}.")
-    out = Path(cfg.out)
+    out = Path(cfg.output_dir)
     utterances, rejected = _read_manifests(cfg)
     settings = FitSettings(cfg.text, cfg.ssl, cfg.codec, cfg.fit_minutes, cfg.resample, cfg.seed)
     may_fit = parts == 1 and cfg.stage != "merge"
@@ -107,12 +115,14 @@ def run_tokenize(cfg: TokenizeConfig) -> TokenizeResult:
     )
     if cfg.stage != "fit":
         take_conversions()  # the same recordings are read again and counted then
-    layout = _with_tasks(tokenizers.make_layout(delays=cfg.delays), cfg.task_file)
+    layout = _with_tasks(
+        tokenizers.make_layout(delays=None if cfg.delays is None else as_list(cfg.delays)), cfg.task_file
+    )
     if (out / FILE_NAME).is_file():
         difference = layout.first_difference(TokenLayout.load(out))
         if difference is not None:
             raise LayoutMismatchError(
-                f"{out} already holds tokens of another layout ({difference}). Choose another out folder."
+                f"{out} already holds tokens of another layout ({difference}). Choose another output_dir."
             )
     layout.save(out)
     if cfg.stage == "fit":
@@ -202,7 +212,7 @@ def _finish(
 
 
 def _read_manifests(cfg: TokenizeConfig) -> tuple[list[Utterance], list[Rejected]]:
-    manifests = [cfg.manifest] if isinstance(cfg.manifest, str) else cfg.manifest
+    manifests = as_list(cfg.manifest)
     if not manifests:
         raise ConfigError("no manifest was given; name at least one with --manifest.")
     utterances: list[Utterance] = []

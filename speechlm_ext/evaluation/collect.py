@@ -19,6 +19,7 @@ from speechlm_ext.evaluation.judge import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
 from speechlm_ext.tasks import builtin_tasks
 from speechlm_ext.utils.names import file_name
+from speechlm_ext.utils.options import as_list
 
 if TYPE_CHECKING:
     from speechlm_ext.evaluation.judge import Judge
@@ -44,13 +45,13 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
         RecordError: a results file is malformed, or an ``asr`` result has no reference in the manifests.
         ManifestError: a manifest that cannot be used.
     """
-    assert cfg.out is not None
-    out = Path(cfg.out)
+    assert cfg.output_dir is not None
+    out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    utterances = _read_manifests(cfg.manifest)
+    utterances = _read_manifests(as_list(cfg.manifest))
     records: list[Record] = []
     speech: list[Record] = []
-    for path in cfg.results:
+    for path in as_list(cfg.results):
         for where, row in read_jsonl(Path(path), "results file"):
             record = _from_result(where, row, Path(path), out, utterances, cfg.lang)
             if record is not None:

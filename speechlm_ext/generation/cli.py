@@ -17,6 +17,7 @@ from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.request_file import Line, RefusedRequest, read_requests
 from speechlm_ext.generation.run import generate
 from speechlm_ext.generation.settings import SamplingSettings
+from speechlm_ext.model.folder import find_model_folder
 from speechlm_ext.utils.io import atomic_write_text, sha256_file
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 #: Shown below the options by ``speechlm generate --help``.
 EXAMPLES = """\
-examples (M is a model folder; -o is --output; dashes and underscores in names are alike):
+examples (M is a model folder or a run folder; -o is --output; dashes and underscores in names are alike):
 
   speechlm generate --model M --task tts --text "three seven one" -o out.wav
   speechlm generate --model M --task asr --audio in.wav                     print the text
@@ -49,7 +50,8 @@ class GenerateConfig:
     """Generate text or speech with a trained model."""
 
     model: Path
-    """Model folder: a checkpoint, an export, or a folder downloaded from the Hub."""
+    """Model folder: a checkpoint, an export, or a folder downloaded from the Hub; of a run folder its newest
+    checkpoint is taken."""
     task: str | None = None
     """Task name or kind: tts, asr, textlm, audiolm, … With ``requests``: for lines that name none."""
     text: str | None = None
@@ -168,6 +170,7 @@ def run_generate(cfg: GenerateConfig) -> int:
         SpeechLMError: the model or the requests cannot be read, or the one request failed.
     """
     settings = SamplingSettings(**cfg.sampling())
+    cfg = dataclasses.replace(cfg, model=find_model_folder(cfg.model))
     if cfg.requests is not None:
         return _run_file(cfg, read_requests(cfg.requests, cfg.defaults()))
     request = GenerationRequest(

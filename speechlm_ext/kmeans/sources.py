@@ -54,8 +54,8 @@ def open_source(x: Any, *, column: str = "features") -> FeatureSource:
 
     Args:
         x: float ``[N, F]`` tensor or numpy array (float16, bfloat16, float32, float64; CPU or CUDA), a path, a list of
-            paths, a folder (its own .npy and .parquet files by name, hidden ones left out), or a :class:`FeatureSource`, which is
-            returned as it is.
+            paths, a folder (its own .npy and .parquet files by name, hidden ones left out), or a
+            :class:`FeatureSource`, which is returned as it is.
         column: the column of features in Parquet files.
 
     Raises:

@@ -52,7 +52,7 @@ def find_files(
     real: dict[str, Path] = {}
     top = os.path.realpath(folder)
     seen = {top}
-    todo, links = [(folder, top)], []
+    todo, links = [(folder, top)], list[tuple[Path, str]]()
     while todo or links:
         # Folders by their own names first, so that a link back to one of them is what is left out.
         todo.sort(reverse=True)
