@@ -93,9 +93,9 @@ VERBS = {
 GROUPS = {
     "kmeans": "Discrete units of speech by K-Means: fit them to recordings, label recordings with them, look at them.\n"
     "\n"
-    "  speechlm kmeans fit     --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output_dir units/\n"
-    "  speechlm kmeans assign  --kmeans units/ --audio data/manifest.jsonl --output_dir labels/train\n"
-    "  speechlm kmeans inspect --kmeans units/",
+    "  speechlm kmeans fit     --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output_dir u/\n"
+    "  speechlm kmeans assign  --kmeans u/ --audio data/manifest.jsonl --output_dir labels/train\n"
+    "  speechlm kmeans inspect --kmeans u/",
 }
 
 

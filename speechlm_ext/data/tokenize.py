@@ -36,8 +36,9 @@ REJECTED = "rejected.jsonl"
 class TokenizeConfig:
     """Turn manifests into a token folder: fit tokenizers, encode, write shards and an index.
 
-    ``speechlm tokenize --manifest data/train.jsonl --output_dir tokens/train``; then the same tokenizers for another split:
-    ``speechlm tokenize --manifest data/test.jsonl --output_dir tokens/test --tokenizers tokens/train/tokenizers``.
+    ``speechlm tokenize --manifest data/train.jsonl --output_dir tokens/train``; then the same tokenizers for another
+    split: ``speechlm tokenize --manifest data/test.jsonl --output_dir tokens/test --tokenizers
+    tokens/train/tokenizers``.
     """
 
     manifest: list[str] | str

@@ -40,7 +40,8 @@ class EvaluateConfig:
     records: Path | None = None
     """Records to score again; nothing else is computed."""
     results: list[Path] | Path = field(default_factory=list)
-    """A ``results.jsonl`` file of ``speechlm generate``, or a list of them. A request's id is an utterance's id, or ``name.ID``."""
+    """A ``results.jsonl`` file of ``speechlm generate``, or a list of them. A request's id is an utterance's id, or
+    ``name.ID``."""
     manifest: list[Path] | Path = field(default_factory=list)
     """A manifest with reference texts and recordings, or a list of them."""
     model: Path | None = None

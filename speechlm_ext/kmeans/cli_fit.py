@@ -42,8 +42,9 @@ _RECORDINGS_PER_SHARD = 200
 class FitConfig:
     """Fit K-Means units to recordings or to feature shards; stopped, the same command goes on where it was.
 
-    ``speechlm kmeans fit --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output_dir units/``, or
-    with features that lie on disk already ``speechlm kmeans fit --features dump/ --n_clusters 500 --output_dir units/``.
+    ``speechlm kmeans fit --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output_dir units/``,
+    or with features that lie on disk already ``speechlm kmeans fit --features dump/ --n_clusters 500 --output_dir
+    units/``.
     """
 
     output_dir: str = ""
