@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from python_tests.data_fixtures import recordings
-from speechlm_ext.audio import write_wav
-from speechlm_ext.errors import ConfigError, ManifestError, SpeechLMError
+from speechlm_ext.audio import read_audio, write_wav
+from speechlm_ext.data.manifest import Utterance
+from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError
 from speechlm_ext.evaluation import judge as judge_module
+from speechlm_ext.evaluation.collect import read_utterance
 from speechlm_ext.evaluation.judge import JudgeUnavailable, load_judge
 from speechlm_ext.evaluation.records import RecordError, read_records
 from speechlm_ext.evaluation.run import EvaluateConfig, run_evaluate
@@ -98,29 +101,16 @@ class FakeJudge:
         return ["One, two, three." for _ in waves]
 
 
-def test_one_bad_recording_costs_no_evaluation(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A cut one, and a part beyond the end of another: both are noted, the rest is heard."""
-    monkeypatch.setattr(judge_module, "load_judge", lambda *a, **k: FakeJudge())
-    write_wav(tmp_path / "cut.wav", np.zeros(8000), 16000)
-    (tmp_path / "cut.wav").write_bytes((tmp_path / "cut.wav").read_bytes()[:8000])
-    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().split("\n") if line]
-    rows[0]["audio"] = "cut.wav"
-    rows[1] |= {"start": 1.0, "duration": 999.0}
-    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
-    assert run_evaluate(config(folder)) == 0
-    records = {(r.kind, r.id): r for r in read_records(folder / "eval")}
-    assert records["tts", "a"].hypothesis == "One, two, three."
-    assert "promises 8000 samples but holds 3978" in str(records["recording", "a"].skipped)
-    assert "reaches past the end" in str(records["recording", "b"].skipped)
-
-
-def test_one_id_for_two_utterances_is_refused(folder: Path):
-    other = folder / "other.jsonl"
-    other.write_text((folder / "test.jsonl").read_text("utf-8"), "utf-8")
-    assert run_evaluate(config(folder, judge="none", manifest=[folder / "test.jsonl", other])) == 0
-    other.write_text(other.read_text("utf-8").replace("four five", "four six"), "utf-8")
-    with pytest.raises(ManifestError, match=r"other.jsonl:2: utterance 'b' is another one at .*test.jsonl:2"):
-        run_evaluate(config(folder, judge="none", manifest=[folder / "test.jsonl", other]))
+def test_a_part_beyond_the_end_of_its_recording_is_refused(folder: Path):
+    """It would be judged as silence, or as less than its text says."""
+    source = recordings()[0].path
+    utterance = Utterance(
+        "b", audio=source, text="four five", start=0.5, duration=999.0, manifest="m.jsonl", line=2
+    )
+    with pytest.raises(AudioError, match=r"m.jsonl:2: utterance 'b': .* reaches past the end"):
+        read_utterance(utterance, 16000)
+    part = read_utterance(replace(utterance, duration=0.25), 16000)
+    np.testing.assert_array_equal(part, read_audio(source, 16000)[0][8000:12000])
 
 
 def test_judge_hears_speech_and_recordings(folder: Path, monkeypatch: pytest.MonkeyPatch):

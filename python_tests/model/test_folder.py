@@ -48,7 +48,9 @@ def test_a_broken_or_written_latest_is_found_too(run: Path) -> None:
     latest.symlink_to("step-00000001")
     assert find_model_folder(latest) == run / "checkpoints" / "step-1000"
     latest.unlink()
-    latest.write_text("step-1000")
+    latest.write_text("step-900\n")
+    assert find_model_folder(latest) == run / "checkpoints" / "step-900"
+    latest.write_bytes(b"\xff")
     assert find_model_folder(latest) == run / "checkpoints" / "step-1000"
     latest.unlink()
     latest.symlink_to("step-900")

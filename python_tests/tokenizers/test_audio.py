@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import soundfile
 from python_tests.data_fixtures import recordings, waves
 from speechlm_ext.audio import check_wave, read_audio, resample_audio, write_wav
 from speechlm_ext.errors import AudioError, StorageError
+from speechlm_ext.evaluation.media import flac_bytes
 from speechlm_ext.wav_stream import pcm16
 
 
@@ -171,6 +173,15 @@ def test_a_stream_of_integers_is_scaled_not_clipped():
     assert pcm16(np.zeros(0, np.int16)) == b""
     with pytest.raises(AudioError, match="sample 1 of 2 is nan"):
         pcm16(np.array([0.0, np.nan], np.float32))
+
+
+def test_integers_are_scaled_before_conversion_and_in_players():
+    samples = np.round(tone(16000) * 32768).astype(np.int16)
+    for wave in (samples, (samples.astype(np.int32) + 32768).astype(np.uint16)):
+        converted = resample_audio(wave, 16000, 8000)
+        np.testing.assert_allclose(converted[400:3600], tone(8000)[400:3600], atol=2e-3)
+    read, _ = soundfile.read(io.BytesIO(flac_bytes(samples, 16000)))
+    np.testing.assert_allclose(read, samples / 32768, atol=1 / 32768)
 
 
 def test_write_clips_and_is_atomic(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from speechlm_ext.audio import read_audio, write_wav
 from speechlm_ext.data.fit import read_wave
 from speechlm_ext.data.manifest import Utterance, read_manifest
-from speechlm_ext.errors import AudioError, ManifestError
+from speechlm_ext.errors import AudioError
 from speechlm_ext.evaluation.judge import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
 from speechlm_ext.tasks import builtin_tasks
@@ -48,7 +48,7 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
     assert cfg.output_dir is not None
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    utterances = _read_manifests(as_list(cfg.manifest))
+    utterances = {u.id: u for path in as_list(cfg.manifest) for u in read_manifest(path)}
     records: list[Record] = []
     speech: list[Record] = []
     for path in as_list(cfg.results):
@@ -66,21 +66,6 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
         if cfg.model is not None:
             speech += _resynthesis(list(heard.values()), Path(cfg.model), out, cfg.lang)
     return records + _listen(speech, judge, why_not, out)
-
-
-def _read_manifests(paths: Sequence[Path]) -> dict[str, Utterance]:
-    """Utterances by id; one id with two texts or recordings would give a result another's reference."""
-    utterances: dict[str, Utterance] = {}
-    for path in paths:
-        for u in read_manifest(path):
-            first = utterances.setdefault(u.id, u)
-            names = ("text", "audio", "start", "duration", "lang")
-            if any(getattr(first, name) != getattr(u, name) for name in names):
-                raise ManifestError(
-                    f"{u.where} is another one at {first.manifest}:{first.line}; results name utterances by id. "
-                    "Evaluate the manifests one at a time, or rename one."
-                )
-    return utterances
 
 
 def utterance_id(request_id: str, utterances: dict[str, Utterance]) -> str:
@@ -142,14 +127,11 @@ def _kind(task: str, modality: str | None, has_text: bool, has_audio: bool) -> s
 
 def _original(utterance: Utterance, out: Path, lang: str) -> Record:
     """The recording itself as a record that waits for the judge; a part of a longer file is cut out first."""
-    path, reason = utterance.audio, WAITING
+    path = utterance.audio
     assert path is not None
     if utterance.start is not None:
         path = out / "recordings" / file_name(utterance.id, ".wav")
-        try:
-            write_wav(path, read_utterance(utterance, SAMPLE_RATE), SAMPLE_RATE)
-        except AudioError as error:
-            reason = str(error)
+        write_wav(path, read_utterance(utterance, SAMPLE_RATE), SAMPLE_RATE)
     return Record(
         utterance.id,
         "recording",
@@ -157,8 +139,8 @@ def _original(utterance: Utterance, out: Path, lang: str) -> Record:
         None,
         lang=utterance.lang or lang,
         dataset=utterance.dataset,
-        audio=_relative(path, out) if reason == WAITING else None,
-        skipped=reason,
+        audio=_relative(path, out),
+        skipped=WAITING,
     )
 
 
@@ -173,14 +155,9 @@ def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: 
     records = []
     for utterance in tqdm(utterances, desc="codec resynthesis", unit="utt", disable=None):
         path = out / "resynthesis" / file_name(utterance.id, ".wav")
-        record = replace(_original(utterance, out, lang), kind="codec")
-        try:
-            wave = codec.decode(codec.encode(read_utterance(utterance, codec.sample_rate)))
-        except AudioError as error:  # one bad recording must not cost the evaluation
-            records.append(replace(record, audio=None, skipped=str(error)))
-            continue
+        wave = codec.decode(codec.encode(read_utterance(utterance, codec.sample_rate)))
         write_wav(path, wave, codec.sample_rate)
-        records.append(replace(record, audio=_relative(path, out)))
+        records.append(replace(_original(utterance, out, lang), kind="codec", audio=_relative(path, out)))
     return records
 
 
@@ -199,24 +176,20 @@ def read_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
 def _listen(records: list[Record], judge: Judge | None, why_not: str | None, out: Path) -> list[Record]:
     """Let the judge hear every record that waits for it."""
     if judge is None:
-        return [replace(r, skipped=why_not) if r.skipped == WAITING else r for r in records]
+        return [r if r.hypothesis is not None else replace(r, skipped=why_not) for r in records]
     done = list(records)
-    todo = [i for i, r in enumerate(records) if r.skipped == WAITING]
+    todo = [i for i, r in enumerate(records) if r.hypothesis is None]
     todo.sort(key=lambda i: records[i].lang)
     about = judge.describe()
     with tqdm(total=len(todo), desc="judge", unit="clip", disable=None) as bar:
         for first in range(0, len(todo), JUDGE_BATCH):
-            waves: dict[int, np.ndarray] = {}
-            for i in todo[first : first + JUDGE_BATCH]:
-                try:
-                    waves[i] = read_audio(out / str(records[i].audio), SAMPLE_RATE)[0]
-                except AudioError as error:  # noted and counted; the others are heard
-                    done[i] = replace(records[i], skipped=str(error))
-            texts = judge.transcribe(list(waves.values()), [records[i].lang for i in waves], SAMPLE_RATE)
-            for (i, wave), text in zip(waves.items(), texts, strict=True):
+            batch = todo[first : first + JUDGE_BATCH]
+            waves = [read_audio(out / str(records[i].audio), SAMPLE_RATE)[0] for i in batch]
+            texts = judge.transcribe(waves, [records[i].lang for i in batch], SAMPLE_RATE)
+            for i, wave, text in zip(batch, waves, texts, strict=True):
                 seconds = round(len(wave) / SAMPLE_RATE, 3)
                 done[i] = replace(records[i], hypothesis=text, skipped=None, judge=about, seconds=seconds)
-            bar.update(len(todo[first : first + JUDGE_BATCH]))
+            bar.update(len(batch))
     return done
 
 

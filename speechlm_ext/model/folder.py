@@ -19,9 +19,10 @@ _NEEDED = (CONFIG_NAME, FILE_NAME, "model.safetensors")
 def find_model_folder(path: str | Path) -> Path:
     """The model folder that ``path`` means.
 
-    A model folder (checkpoint, export) is itself. A run folder (``runs/NAME``), its ``checkpoints/`` and
-    ``checkpoints/latest``, also where that link is broken or could not be made, mean the run's newest complete
-    checkpoint, which is said in the log. Any other path is given back as it is, for the reader's own errors.
+    A model folder (checkpoint, export) is itself. A run folder (``runs/NAME``) and its ``checkpoints/`` mean the run's
+    newest complete checkpoint, which is said in the log; so does ``checkpoints/latest`` where that link is broken.
+    Where it is a text file, for want of links, it means the folder that it names. Any other path is given back as it
+    is, for the reader's own errors.
 
     Raises:
         CheckpointError: a run without a complete checkpoint.
@@ -31,6 +32,9 @@ def find_model_folder(path: str | Path) -> Path:
         return path
     if path.name == _LATEST and not path.is_dir():
         root = path.parent
+        named = root / _text_of(path)
+        if (named / CONFIG_NAME).is_file():
+            return named
     elif (path / CHECKPOINTS).is_dir():
         root = path / CHECKPOINTS
     else:
@@ -53,3 +57,10 @@ def find_model_folder(path: str | Path) -> Path:
             return folder
         logger.warning("%s is incomplete (no %s) and passed over", folder, ", ".join(missing))
     raise CheckpointError(f"{path}: none of the run's {len(steps)} checkpoints is complete; train it again.")
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
