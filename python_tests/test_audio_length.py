@@ -153,6 +153,20 @@ def test_ogg_without_an_end_is_said(tmp_path, caplog):
     assert "may have been cut" in caplog.text
 
 
+def test_an_mp3_header_that_counts_more_frames_is_said(tmp_path, caplog):
+    data = encoded("mp3", bitrate_mode="VARIABLE")
+    at = data.index(b"Xing") + 8
+    count = struct.unpack(">I", data[at : at + 4])[0]
+    for more, name in ((1, "a.mp3"), (2, "b.mp3")):
+        path = put(tmp_path, data[:at] + struct.pack(">I", count + more) + data[at + 4 :], name)
+        if more == 1:
+            assert len(read_audio(path)[0]) >= LENGTH
+            assert "a.mp3: its header counts one mp3 frame more" in caplog.text
+        else:
+            with pytest.raises(AudioError, match=f"counts {count + 2} mp3 frames and {count} are whole"):
+                read_audio(path)
+
+
 @pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
 def test_mp3_frames_are_counted(tmp_path, mode):
     """Without the header that counts frames libsndfile guesses the length from the first ones."""

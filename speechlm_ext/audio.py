@@ -276,9 +276,13 @@ def _check_length(path: Path, file: soundfile.SoundFile, num_read: int) -> None:
         if frames is None:
             return
         held = frames.num_frames * frames.num_samples
-        if frames.promised is not None and frames.promised > frames.num_frames:
-            promised = max(num_read + 1, frames.promised * frames.num_samples)
-        elif frames.is_cut:
+        lost = 0 if frames.promised is None else frames.promised - frames.num_frames
+        if lost == 1 and not frames.is_cut:  # some encoders count the header's own frame
+            _note(f"audio file {path}: its header counts one mp3 frame more than it holds; it is read to its end.")
+        elif lost > 0:
+            promised = num_read + lost * frames.num_samples
+            why = f"its header counts {frames.promised} mp3 frames and {frames.num_frames} are whole"
+        elif frames.is_cut and frames.promised is None:
             raise AudioError(f"audio file {path} ends in the middle of an mp3 frame, so it was cut; {again}.")
         elif num_read < held - _MP3_SILENCE:
             raise AudioError(
