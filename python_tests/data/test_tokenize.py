@@ -56,10 +56,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(corpus: Path, out: Path | str, **more: Any) -> TokenizeConfig:
+def config(corpus: Path, output_dir: Path | str, **more: Any) -> TokenizeConfig:
     settings: dict[str, Any] = {
         "manifest": [str(corpus / "train.jsonl")],
-        "output_dir": str(out),
+        "output_dir": str(output_dir),
         "text": TextFit(vocab_size=300),
         "ssl": SSLFit(num_clusters=8),
         "codec": CodecFit(num_codebooks=2, codebook_size=8),
