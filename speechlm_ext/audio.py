@@ -278,7 +278,9 @@ def _check_length(path: Path, file: soundfile.SoundFile, num_read: int) -> None:
         held = frames.num_frames * frames.num_samples
         lost = 0 if frames.promised is None else frames.promised - frames.num_frames
         if lost == 1 and not frames.is_cut:  # some encoders count the header's own frame
-            _note(f"audio file {path}: its header counts one mp3 frame more than it holds; it is read to its end.")
+            _note(
+                f"audio file {path}: its header counts one mp3 frame more than it holds; it is read to its end."
+            )
         elif lost > 0:
             promised = num_read + lost * frames.num_samples
             why = f"its header counts {frames.promised} mp3 frames and {frames.num_frames} are whole"

@@ -167,9 +167,11 @@ def test_restart_makes_only_what_is_missing(make: Make, monkeypatch: pytest.Monk
     result = run_tokenize(make(rows))
     assert (result.shards_made, result.shards_kept) == (1, 3)
     assert TokenFolder.open(out).utterance(9)["text"] == "six"
-    # A shorter manifest leaves no shard of the longer one behind.
+    # A shorter manifest leaves no shard of the longer one behind; what is none of ours stays.
+    (out / "shard-copy.parquet").write_bytes(b"")
     assert run_tokenize(make(rows[:4])).num_utterances == 4
-    assert sorted(p.name for p in out.glob("shard-*")) == ["shard-00000.parquet", "shard-00001.parquet"]
+    kept = ["shard-00000.parquet", "shard-00001.parquet", "shard-copy.parquet"]
+    assert sorted(p.name for p in out.glob("shard-*")) == kept
 
 
 def test_fitting_is_remembered_and_not_mixed(corpus: Path, tmp_path: Path) -> None:
