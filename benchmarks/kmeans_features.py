@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    pairs = [p for p in sorted(args.features.glob("*.npy")) if not p.stem.endswith("_phones")]
+    pairs = [
+        p for p in sorted(args.features.glob("*.npy")) if not p.stem.endswith("_phones") and p.name[0] != "."
+    ]
     pairs = [p for p in pairs if p.with_name(f"{p.stem}_phones.npy").is_file()]
     if args.only:
         pairs = [p for p in pairs if p.stem in args.only]

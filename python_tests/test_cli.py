@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
 
 from speechlm_ext.cli import VERBS, build_parser, main
+from speechlm_ext.data.samples import TaskUse
+from speechlm_ext.data.tokenize import TokenizeConfig
+from speechlm_ext.evaluation.run import EvaluateConfig
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.utils.options import as_list
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,3 +91,87 @@ def test_a_verb_alone_says_what_it_needs(name: str, capsys: pytest.CaptureFixtur
         assert code == 0 and "torch" in printed.out
     else:
         assert code == 2 and "error" in printed.err.lower() and "Traceback" not in printed.err
+
+
+# ---- words that all verbs share -------------------------------------------------------------------------------------
+def test_every_verb_calls_its_folder_output_dir_and_takes_the_old_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--output_dir", "--output-dir", "--out", "--output", "-o")
+    for name, more, given in [
+        ("tokenize", ["--manifest", "m"], words),
+        ("evaluate", ["--results", "r"], words),
+        ("kmeans fit", ["--audio", "a"], words),
+        ("kmeans assign", ["--kmeans", "k"], words),
+        ("generate", ["--model", "m", "--requests", "r"], words[:3]),
+    ]:
+        for word in given:
+            assert str(settings(name, *more, word, "folder").output_dir) == "folder", (name, word)
+    for word in words:
+        assert settings("train", word, "folder", "--data.tokens", "t").run_dir == "folder"
+    assert settings("generate", "--model", "m", "--task", "tts", "-o", "x.wav").output == Path("x.wav")
+    for name, old in [
+        ("tokenize", "out"),
+        ("evaluate", "out"),
+        ("kmeans fit", "output"),
+        ("kmeans assign", "output"),
+    ]:
+        with pytest.raises(SystemExit):
+            main([*name.split(), "--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"--{old} {old.upper()} Old name of ``output_dir``" in printed, name
+
+
+def test_an_old_word_beside_the_new_one_is_refused_unless_equal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert settings("tokenize", "--manifest", "m", "--out", "a", "--output_dir", "a").output_dir == "a"
+    assert main(["tokenize", "--manifest", "m", "--out", "a", "--output_dir", "b"]) == 2
+    assert "output_dir is 'b' but out, its old name, 'a'" in capsys.readouterr().err
+    assert main(["tokenize", "--manifest", "m"]) == 2
+    assert "output_dir is needed" in capsys.readouterr().err
+
+
+def test_old_words_are_taken_in_files_and_in_python(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("manifest: m.jsonl\nout: tokens\n")
+    assert settings("tokenize", "--config", tmp_path / "t.yaml").output_dir == "tokens"
+    changed = dataclasses.replace(TokenizeConfig("m.jsonl", out="old"), seed=3)
+    assert (changed.output_dir, changed.out, changed.seed) == ("old", None, 3)
+    assert EvaluateConfig(results=Path("r"), out=Path("e")).output_dir == Path("e")
+
+
+def test_lists_take_one_plain_value(tmp_path: Path) -> None:
+    for value, right in [("a b.jsonl", ["a b.jsonl"]), ("[a.jsonl,b.jsonl]", ["a.jsonl", "b.jsonl"])]:
+        tokenize = settings("tokenize", "--manifest", value, "--output_dir", "o", "--delays", "0")
+        assert as_list(tokenize.manifest) == right and as_list(tokenize.delays) == [0]
+        evaluate = settings(
+            "evaluate", "--results", value, f"--manifest={value}", "--tokens", value, "--tasks", value,
+            *("--model", "m", "--output_dir", "o"),
+        )  # fmt: skip
+        assert [as_list(evaluate.results), as_list(evaluate.manifest)] == [[Path(r) for r in right]] * 2
+        assert [as_list(evaluate.tokens), as_list(evaluate.tasks)] == [right] * 2
+        train = settings("train", "--run_dir", "r", "--data.tokens", value)
+        assert as_list(train.data.tokens) == right
+        fit = settings("kmeans fit", "--features", value, "--output_dir", "o")
+        assert as_list(fit.features) == right
+    for words in (
+        ["--data.tasks", "textlm", "--data.delays", "2"],
+        ["--data.tasks=textlm", "--data.delays=[2]"],
+    ):
+        train = settings("train", "--run_dir", "r", *words)
+        assert (train.data.tasks, train.data.delays) == ([TaskUse("textlm")], [2])
+    train = settings("train", "--run_dir", "r", "--data.tasks", '{"task": "textlm", "factor": 2}')
+    assert train.data.tasks == [TaskUse("textlm", 2.0)]
+    train = settings("train", "--run_dir", "r", "--data.tasks", '[{"task": "a"}, {"task": "b"}]')
+    assert train.data.tasks == [TaskUse("a"), TaskUse("b")]
+    (tmp_path / "e.yaml").write_text("results: r.jsonl\noutput_dir: o\n")
+    assert as_list(settings("evaluate", "--config", tmp_path / "e.yaml").results) == [Path("r.jsonl")]
+
+
+def settings(name: str, *words: object):
+    """What a verb's function would get."""
+    seen = []
+    verb = VERBS[name]
+    module = importlib.import_module(verb.module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, verb.function, lambda cfg: seen.append(cfg))
+        assert main([*name.split(), *map(str, words)]) == 0
+    return seen[0]

@@ -56,7 +56,15 @@ def run(disk: Path, steps: list[tuple[int, list[str]]]) -> list[dict[str, Any]]:
 def test_every_command_says_that_the_disk_is_full_and_goes_on_when_it_is_not(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     tokens, model = disk / "tokens", disk / "run"
-    tokenize = ["tokenize", "--manifest", str(MANIFEST), "--out", str(tokens), "--text.vocab-size", "300"]
+    tokenize = [
+        "tokenize",
+        "--manifest",
+        str(MANIFEST),
+        "--output_dir",
+        str(tokens),
+        "--text.vocab-size",
+        "300",
+    ]
     tokenize += ["--ssl.num-clusters", "16", "--codec.num-codebooks", "3", "--codec.codebook-size", "16"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

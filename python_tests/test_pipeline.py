@@ -40,7 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens(work: Path) -> Path:
     out = work / "tokens"
     speechlm(
-        *("tokenize", "--manifest", MANIFEST, "--out", out, "--text.vocab-size", 300),
+        *("tokenize", "--manifest", MANIFEST, "--output_dir", out, "--text.vocab-size", 300),
         *("--ssl.num-clusters", 16, "--codec.num-codebooks", 3, "--codec.codebook-size", 16),
         *("--codec.griffin-lim-iterations", 4),
     )
@@ -128,23 +128,19 @@ def test_requests_and_scores(checkpoint: Path, work: Path, tokens: Path) -> None
         "utf-8",
     )
     generated = work / "generated"
-    speechlm("generate", "--model", checkpoint, "--requests", requests, "--output-dir", generated)
+    run = checkpoint.parents[1]  # a run's folder means its newest checkpoint
+    speechlm("generate", "--model", run, "--requests", requests, "--output-dir", generated)
     scores = work / "scores"
     speechlm(
-        *("evaluate", "--results", json.dumps([str(generated / "results.jsonl")])),
-        *(
-            "--manifest",
-            json.dumps([str(MANIFEST)]),
-            "--model",
-            checkpoint,
-            "--tokens",
-            json.dumps([str(tokens)]),
-        ),
-        *("--out", scores, "--judge", "none"),
+        *("evaluate", "--results", generated / "results.jsonl", "--manifest", MANIFEST),
+        *("--model", checkpoint.parent, "--tokens", json.dumps([str(tokens)])),
+        *("--output_dir", scores, "--judge", "none"),
     )
     records = [json.loads(line) for line in (scores / "records.jsonl").read_text().splitlines()]
     assert [r["reference"] for r in records if r.get("kind", "asr") == "asr"][:3] == [r["text"] for r in rows]
-    assert json.loads((scores / "scores.json").read_text())
+    assert json.loads((scores / "scores.json").read_text())["perplexity"]
+    made = [json.loads(line) for line in (generated / "results.jsonl").read_text().splitlines()]
+    assert {Path(r["model"]["path"]) for r in made} == {checkpoint.parent / "step-00000025"}
 
 
 def test_a_stranger_checkpoint_is_refused(checkpoint: Path, recipe: Path, tmp_path: Path) -> None:
@@ -155,7 +151,7 @@ def test_a_stranger_checkpoint_is_refused(checkpoint: Path, recipe: Path, tmp_pa
             "tokenize",
             "--manifest",
             MANIFEST,
-            "--out",
+            "--output_dir",
             other,
             "--text.vocab-size",
             300,
@@ -165,8 +161,8 @@ def test_a_stranger_checkpoint_is_refused(checkpoint: Path, recipe: Path, tmp_pa
         *("--codec.num-codebooks", 3, "--codec.codebook-size", 16, "--seed", 1),
     )
     message = speechlm(
-        *("train", "--config", recipe, "--run-dir", tmp_path / "run", "--resume", checkpoint),
-        *("--data.tokens", json.dumps([str(other)])),
+        *("train", "--config", recipe, "--run-dir", tmp_path / "run", "--resume", checkpoint.parents[1]),
+        *("--data.tokens", other),
         code=2,
     )
     assert "differ" in message

@@ -8,13 +8,19 @@ belongs to a group, whose help lists its verbs.
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from speechlm_ext.errors import SpeechLMError
+
+#: How the help of a setting's old name begins.
+OLD_NAME = "Old name of"
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,9 @@ VERBS = {
 GROUPS = {
     "kmeans": "Discrete units of speech by K-Means: fit them to recordings, label recordings with them, look at them.\n"
     "\n"
-    "  speechlm kmeans fit     --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output units/\n"
-    "  speechlm kmeans assign  --kmeans units/ --audio data/manifest.jsonl --output labels/train\n"
-    "  speechlm kmeans inspect --kmeans units/",
+    "  speechlm kmeans fit     --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output_dir u/\n"
+    "  speechlm kmeans assign  --kmeans u/ --audio data/manifest.jsonl --output_dir labels/train\n"
+    "  speechlm kmeans inspect --kmeans u/",
 }
 
 
@@ -133,21 +139,72 @@ def build_parser(name: str) -> Any:
     return parser
 
 
-def _options(argv: Sequence[str], flags: Collection[str] = ()) -> list[str]:
-    """Options as the parser knows them: ``--top-k`` is ``--top_k``, ``-o`` is ``--output``.
+@dataclass(frozen=True)
+class _Names:
+    """What a verb's settings are called, and how their values stand on the line."""
 
-    Args:
-        flags: names of the settings that are true or false; alone on the line they mean true.
-    """
-    options = []
+    known: frozenset[str]
+    flags: frozenset[str]
+    """Those that are true or false; alone on the line they mean true."""
+    lists: Mapping[str, Any]
+    """Those that take lists only, with the type of their items; one plain value is a list of one."""
+    output: str
+    """What ``-o`` means: a file where the verb writes one, else its folder."""
+
+    @classmethod
+    def of(cls, parser: Any) -> _Names:
+        """Read them from a verb's parser."""
+        actions = {a.dest: a for a in parser._actions}
+        hints = {name: getattr(a, "_typehint", None) for name, a in actions.items()}
+        lists = {name: _item_type(hint) for name, hint in hints.items() if not name.endswith(".help")}
+        lists = {name: item for name, item in lists.items() if item is not None}
+        is_file = "output" in actions and not (actions["output"].help or "").startswith(OLD_NAME)
+        flags = frozenset(name for name, hint in hints.items() if hint is bool)
+        return cls(frozenset(actions), flags, lists, "output" if is_file else "output_dir")
+
+    def standard(self, name: str) -> str:
+        """The verb's own word for an output folder; other names as they are."""
+        if name in ("output_dir", "out", "output") and name not in self.known:
+            return next((own for own in ("output_dir", "run_dir") if own in self.known), name)
+        return name
+
+
+def _item_type(hint: Any) -> Any:
+    """Of ``list[X]`` or ``list[X] | None`` the X; None for other types."""
+    parts = [
+        p
+        for p in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint])
+        if p is not type(None)
+    ]
+    return get_args(parts[0])[0] if len(parts) == 1 and get_origin(parts[0]) is list else None
+
+
+def _as_list(value: str, item: Any) -> str:
+    """The text of a list: as it is, or with one plain value in it; of settings the first one, such as a task's name."""
+    if value.lstrip().startswith("[") or value in ("null", "None"):
+        return value
+    if is_dataclass(item) and not value.lstrip().startswith("{"):
+        return json.dumps([{fields(item)[0].name: value}])
+    return json.dumps([value]) if item in (str, Path) else f"[{value}]"
+
+
+def _options(argv: Sequence[str], names: _Names) -> list[str]:
+    """Options as the parser knows them: ``--top-k`` is ``--top_k``, ``-o`` is the output, ``--tokens A`` a list."""
+    options: list[str] = []
+    awaited = None
     for word, following in zip(argv, [*argv, "--"][1:], strict=True):
         name, equals, value = word.partition("=")
-        if word == "-o":
-            word = "--output"
+        if awaited is not None and not word.startswith("--"):
+            word, awaited = _as_list(word, awaited), None
+        elif word == "-o":
+            word = f"--{names.standard(names.output)}"
         elif name.startswith("--"):
-            name = name[2:].replace("-", "_")
+            name = names.standard(name[2:].replace("-", "_"))
+            if name in names.lists:
+                value = _as_list(value, names.lists[name]) if equals else value
+                awaited = None if equals else names.lists[name]
             word = f"--{name}{equals}{value}"
-            if name in flags and not equals and following.startswith("-"):
+            if name in names.flags and not equals and following.startswith("-"):
                 word += "=true"
         options.append(word)
     return options
@@ -180,8 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = VERBS[name]
     try:
         parser = build_parser(name)
-        flags = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
-        values = parser.parse_args(_options(rest, flags))
+        values = parser.parse_args(_options(rest, _Names.of(parser)))
         values.pop("config", None)
         config = getattr(importlib.import_module(verb.module), verb.config)
         settings = parser.instantiate(values)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from speechlm_ext.layout import TokenLayout
+from speechlm_ext.layout import FILE_NAME, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class LayoutConfig:
 
 def run_layout(cfg: LayoutConfig) -> int:
     """Print a layout or the first difference; returns the exit code."""
-    layout = TokenLayout.load(cfg.path)
+    layout = _load(cfg.path)
     if cfg.other is not None:
-        difference = layout.first_difference(TokenLayout.load(cfg.other))
+        difference = layout.first_difference(_load(cfg.other))
         print("same ids" if difference is None else f"different: {difference}")
         return 0 if difference is None else 1
     if cfg.json:
@@ -42,3 +43,12 @@ def run_layout(cfg: LayoutConfig) -> int:
     for modality, fingerprint in layout.tokenizers:
         print(f"  tokenizer {modality:<10} {fingerprint}")
     return 0
+
+
+def _load(path: str) -> TokenLayout:
+    """The layout of a folder, or of a run's newest checkpoint where the folder has none of its own."""
+    if Path(path).is_file() or (Path(path) / FILE_NAME).is_file():
+        return TokenLayout.load(path)
+    from speechlm_ext.model.folder import find_model_folder
+
+    return TokenLayout.load(find_model_folder(path))

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from speechlm_ext.audio import check_wave
 from speechlm_ext.errors import AudioError, StorageError
 from speechlm_ext.utils.io import storage_error
 
@@ -20,7 +21,15 @@ _MOST = 2**32 - 1 - _HEADER
 
 
 def pcm16(wave: np.ndarray) -> bytes:
-    """float32 ``[n]`` in [-1, 1] as little-endian 16-bit samples; values outside are clipped."""
+    """Samples ``[n]``, n >= 0, as little-endian 16-bit samples; values outside [-1, 1] are clipped.
+
+    Args:
+        wave: floats in [-1, 1] or integer PCM, as :func:`speechlm_ext.audio.check_wave` takes them.
+
+    Raises:
+        AudioError: samples that cannot be used.
+    """
+    wave = check_wave(wave, "samples to be written") if np.size(wave) else np.zeros(0, np.float32)
     # As libsndfile: to 32 bits, of which the upper half is kept.
     wide = np.rint(np.clip(wave, -1.0, 1.0).astype(np.float64) * 2.0**31).astype(np.int64) >> 16
     return np.minimum(wide, 2**15 - 1).astype("<i2").tobytes()
@@ -51,10 +60,11 @@ class WavStream:
         self.write(np.zeros(0, np.float32))
 
     def write(self, wave: np.ndarray) -> None:
-        """Append float samples ``[n]`` in [-1, 1].
+        """Append samples ``[n]``: floats in [-1, 1] or integer PCM.
 
         Raises:
-            AudioError: more than a wav file can hold. StorageError: they cannot be written.
+            AudioError: samples that cannot be used, or more than a wav file can hold.
+            StorageError: they cannot be written.
         """
         total = 2 * (self.num_samples + len(wave))
         if total > _MOST:
@@ -102,9 +112,10 @@ class RawStream:
         self.num_samples = 0
 
     def write(self, wave: np.ndarray) -> None:
-        """Send float samples ``[n]`` in [-1, 1].
+        """Send samples ``[n]``: floats in [-1, 1] or integer PCM.
 
         Raises:
+            AudioError: samples that cannot be used.
             StorageError: they cannot be written. BrokenPipeError: nobody listens any more.
         """
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(corpus: Path, out: Path | str, **more: Any) -> TokenizeConfig:
+def config(corpus: Path, output_dir: Path | str, **more: Any) -> TokenizeConfig:
     settings: dict[str, Any] = {
         "manifest": [str(corpus / "train.jsonl")],
-        "out": str(out),
+        "output_dir": str(output_dir),
         "text": TextFit(vocab_size=300),
         "ssl": SSLFit(num_clusters=8),
         "codec": CodecFit(num_codebooks=2, codebook_size=8),
@@ -78,7 +79,7 @@ def make(corpus: Path, tmp_path: Path) -> Make:
             raw = rows if isinstance(rows, bytes) else "".join(json.dumps(r) + "\n" for r in rows).encode()
             path.write_bytes(raw)
             more["manifest"] = [str(path)]
-        fixed = {"out": str(tmp_path / "out"), "tokenizers": str(corpus / "fitted" / "tokenizers")}
+        fixed = {"output_dir": str(tmp_path / "out"), "tokenizers": str(corpus / "fitted" / "tokenizers")}
         return config(corpus, **{**fixed, **more})
 
     return build
@@ -107,17 +108,17 @@ def test_folder_holds_what_the_tokenizers_say(corpus: Path, tmp_path: Path) -> N
 
 def test_processes_and_parts_make_the_same_shards(corpus: Path, make: Make, tmp_path: Path) -> None:
     alone, many, parts = tmp_path / "alone", tmp_path / "many", tmp_path / "parts"
-    run_tokenize(make(out=str(alone)))
-    run_tokenize(make(out=str(many), num_workers=2))
-    first = run_tokenize(make(out=str(parts), shard="1/2"))
+    run_tokenize(make(output_dir=str(alone)))
+    run_tokenize(make(output_dir=str(many), num_workers=2))
+    first = run_tokenize(make(output_dir=str(parts), shard="1/2"))
     assert not first.complete and first.shards_made == 2 and not (parts / INDEX).exists()
     with pytest.raises(ShardError, match="was not finished"):
         TokenFolder.open(parts)
     with pytest.raises(ShardError, match="2 of 4 shards are not there yet.*shard-00000.parquet"):
-        run_tokenize(make(out=str(parts), stage="merge"))
-    assert run_tokenize(make(out=str(parts), shard="0/2")).complete
+        run_tokenize(make(output_dir=str(parts), stage="merge"))
+    assert run_tokenize(make(output_dir=str(parts), shard="0/2")).complete
     (parts / INDEX).unlink()
-    assert run_tokenize(make(out=str(parts), stage="merge")).complete
+    assert run_tokenize(make(output_dir=str(parts), stage="merge")).complete
     expected = json.loads((alone / INDEX).read_text())
     for other in (many, parts):
         assert json.loads((other / INDEX).read_text())["shards"] == expected["shards"]
@@ -166,9 +167,11 @@ def test_restart_makes_only_what_is_missing(make: Make, monkeypatch: pytest.Monk
     result = run_tokenize(make(rows))
     assert (result.shards_made, result.shards_kept) == (1, 3)
     assert TokenFolder.open(out).utterance(9)["text"] == "six"
-    # A shorter manifest leaves no shard of the longer one behind.
+    # A shorter manifest leaves no shard of the longer one behind; what is none of ours stays.
+    (out / "shard-copy.parquet").write_bytes(b"")
     assert run_tokenize(make(rows[:4])).num_utterances == 4
-    assert sorted(p.name for p in out.glob("shard-*")) == ["shard-00000.parquet", "shard-00001.parquet"]
+    kept = ["shard-00000.parquet", "shard-00001.parquet", "shard-copy.parquet"]
+    assert sorted(p.name for p in out.glob("shard-*")) == kept
 
 
 def test_fitting_is_remembered_and_not_mixed(corpus: Path, tmp_path: Path) -> None:
@@ -250,18 +253,21 @@ def bad_items(folder: Path) -> dict[str, tuple[dict[str, Any], type[Exception], 
     soundfile.write(folder / "none.wav", np.zeros(0, np.float32), RATE)
     soundfile.write(folder / "nan.wav", np.full(4000, np.nan, np.float32), RATE, subtype="FLOAT")
     soundfile.write(folder / "rate.wav", sound(1), 8000)
+    soundfile.write(folder / "whole.wav", sound(1), RATE)
+    (folder / "cut.wav").write_bytes((folder / "whole.wav").read_bytes()[: 44 + 4800])
     return {
         "empty": ({"audio": "empty.wav"}, AudioError, "empty.wav is empty"),
         "unreadable": ({"audio": "noise.wav"}, AudioError, "noise.wav cannot be read"),
         "no-samples": ({"audio": "none.wav"}, AudioError, "none.wav holds no samples"),
         "not-finite": ({"audio": "nan.wav"}, AudioError, "nan.wav: sample 0"),
         "wrong-rate": ({"audio": "rate.wav"}, AudioError, "rate.wav has sampling rate 8000 Hz but 16000 Hz"),
+        "cut": ({"audio": "cut.wav"}, AudioError, "cut.wav promises 4800 samples but holds 2400"),
         "missing": ({"audio": "gone.wav"}, ManifestError, "gone.wav does not exist"),
     }
 
 
 @pytest.mark.parametrize(
-    "which", ["empty", "unreadable", "no-samples", "not-finite", "wrong-rate", "missing"]
+    "which", ["empty", "unreadable", "no-samples", "not-finite", "wrong-rate", "cut", "missing"]
 )
 def test_bad_audio_is_named_or_skipped(
     make: Make, tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]
@@ -283,10 +289,21 @@ def test_bad_audio_is_named_or_skipped(
         run_tokenize(make(rows, resample=False))
 
 
-def test_wrong_rate_is_resampled_when_allowed(make: Make, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "rate.wav", sound(1)[::2], 8000)
-    result = run_tokenize(make([{"id": "a", "audio": "rate.wav"}]))
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_another_rate_is_converted_and_said_once(
+    make: Make, tmp_path: Path, num_workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    soundfile.write(tmp_path / "8000.wav", sound(1)[::2], 8000)
+    soundfile.write(tmp_path / "32000.wav", np.repeat(sound(1), 2), 32000)
+    rows = [{"id": f"u{i}", "audio": f"{(8000, 32000)[i % 2]}.wav"} for i in range(5)]
+    with caplog.at_level(logging.INFO, "speechlm_ext"):
+        result = run_tokenize(make(rows, num_workers=num_workers))
     assert TokenFolder.open(result.out).utterance(0)["duration"] == pytest.approx(0.3, abs=0.01)
+    said = [r.message for r in caplog.records if "converted" in r.message]
+    assert said == [
+        "3 recordings converted from 8000 Hz to 16000 Hz; above 4000 Hz there is nothing in them, unlike in others",
+        "2 recordings converted from 32000 Hz to 16000 Hz",
+    ]
 
 
 def test_bad_audio_in_a_worker_process_is_named(make: Make, tmp_path: Path) -> None:

@@ -109,5 +109,5 @@ def test_requests_ask_for_every_task_and_name_their_utterance(tmp_path: Path):
 
 
 def test_errors_end_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert run.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
+    assert run.main(["--output_dir", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
     assert "manifest.jsonl" in capsys.readouterr().err

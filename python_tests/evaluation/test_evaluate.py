@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from python_tests.data_fixtures import recordings
-from speechlm_ext.audio import write_wav
-from speechlm_ext.errors import ConfigError, SpeechLMError
+from speechlm_ext.audio import read_audio, write_wav
+from speechlm_ext.data.manifest import Utterance
+from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError
 from speechlm_ext.evaluation import judge as judge_module
+from speechlm_ext.evaluation.collect import read_utterance
 from speechlm_ext.evaluation.judge import JudgeUnavailable, load_judge
 from speechlm_ext.evaluation.records import RecordError, read_records
 from speechlm_ext.evaluation.run import EvaluateConfig, run_evaluate
@@ -66,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
 
 def config(folder: Path, **changes) -> EvaluateConfig:
     values = {
-        "out": folder / "eval",
+        "output_dir": folder / "eval",
         "results": [folder / "results.jsonl"],
         "manifest": [folder / "test.jsonl"],
     }
@@ -98,6 +101,18 @@ class FakeJudge:
         return ["One, two, three." for _ in waves]
 
 
+def test_a_part_beyond_the_end_of_its_recording_is_refused(folder: Path):
+    """It would be judged as silence, or as less than its text says."""
+    source = recordings()[0].path
+    utterance = Utterance(
+        "b", audio=source, text="four five", start=0.5, duration=999.0, manifest="m.jsonl", line=2
+    )
+    with pytest.raises(AudioError, match=r"m.jsonl:2: utterance 'b': .* reaches past the end"):
+        read_utterance(utterance, 16000)
+    part = read_utterance(replace(utterance, duration=0.25), 16000)
+    np.testing.assert_array_equal(part, read_audio(source, 16000)[0][8000:12000])
+
+
 def test_judge_hears_speech_and_recordings(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(judge_module, "load_judge", lambda *a, **k: FakeJudge())
     run_evaluate(config(folder))
@@ -119,7 +134,7 @@ def test_records_are_scored_again_alone(folder: Path, capsys: pytest.CaptureFixt
     lines = path.read_text("utf-8").splitlines()
     changed = json.loads(lines[0]) | {"hypothesis": "one two three"}
     path.write_text("\n".join([json.dumps(changed), *lines[1:]]), "utf-8")
-    run_evaluate(EvaluateConfig(records=folder / "eval", out=folder / "again"))
+    run_evaluate(EvaluateConfig(records=folder / "eval", output_dir=folder / "again"))
     after = json.loads((folder / "again" / "scores.json").read_text("utf-8"))["errors"]
     assert rate(before, "asr") == pytest.approx(3 / 7) and rate(after, "asr") == pytest.approx(2 / 7)
     assert "WER" in capsys.readouterr().out
@@ -154,7 +169,7 @@ def test_asr_result_without_reference_is_refused(folder: Path):
 
 
 def test_settings_that_make_no_sense():
-    for values in ({}, {"results": [Path("a")]}, {"tokens": ["t"], "out": Path("o")}):
+    for values in ({}, {"results": [Path("a")]}, {"tokens": ["t"], "output_dir": Path("o")}):
         with pytest.raises(ConfigError):
             EvaluateConfig(**values)
     with pytest.raises(ConfigError):

@@ -176,7 +176,7 @@ def test_one_bad_request_stops_no_other(model, tmp_path):
         (GenerationRequest("b1", "codec_ssl_plain_tts"), "text is missing"),
         (GenerationRequest("b2", "codec_ssl_plain_tts", text="  "), "text is empty"),
         (GenerationRequest("b3", "asr", audio=tmp_path / "none.wav"), "does not exist"),
-        (GenerationRequest("b4", "asr", audio=make_wave(), audio_rate=8000), "8000 Hz"),
+        (GenerationRequest("b4", "asr", audio=make_wave(), audio_rate=8000, resample=False), "8000 Hz"),
         (GenerationRequest("b5", "asr", audio=make_wave(9.0)), "context is 256"),
         (GenerationRequest("b6", "asr", audio=make_wave(), text="x"), "takes only audio"),
         (GenerationRequest("b7", "codec_ssl_tts", text="x"), "speaker_prompt is missing"),
@@ -237,17 +237,25 @@ def test_rejects_bad_settings(settings, message):
         SamplingSettings(**settings)
 
 
-def test_other_rate_is_converted_when_allowed(model, tmp_path):
+def test_another_rate_is_converted_and_said_unless_refused(model, tmp_path, caplog):
     write_wav(tmp_path / "a.wav", make_wave()[::2], 8000)
     refused, served = generate(
         model,
         [
-            GenerationRequest("no", "asr", audio=tmp_path / "a.wav", settings=SHORT),
-            GenerationRequest("yes", "asr", audio=tmp_path / "a.wav", settings=SHORT, resample=True),
+            GenerationRequest("no", "asr", audio=tmp_path / "a.wav", settings=SHORT, resample=False),
+            GenerationRequest("yes", "asr", audio=tmp_path / "a.wav", settings=SHORT),
         ],
     )
-    assert "8000 Hz" in refused.error and "resample" in refused.error
+    assert "8000 Hz" in refused.error and "resample is false" in refused.error
     assert served.finished != "failed"
+    said = "1 recording converted from 8000 Hz to 16000 Hz; above 4000 Hz there is nothing in them, unlike in others"
+    assert [r.message for r in caplog.records] == [said]
+    caplog.clear()
+    chat = model.chat("codec_ssl_asr")
+    chat.say(audio=tmp_path / "a.wav")
+    assert [r.message for r in caplog.records] == [said]
+    with pytest.raises(GenerationError, match="resample is false"):
+        chat.say(audio=tmp_path / "a.wav", resample=False)
 
 
 def test_longest_length_is_what_the_context_holds(tokenizers):

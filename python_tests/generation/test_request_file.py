@@ -91,7 +91,7 @@ def test_the_rest_of_a_file_is_served(model_folder, tmp_path, capsys):
     write_wav(tmp_path / "slow.wav", make_wave(0.3, 2), 8000)
     lines = [
         '{"id": "a", "task": "asr", "audio": "in.wav", "max_len": 3}',
-        '{"id": "rate", "task": "asr", "audio": "slow.wav"}',
+        '{"id": "rate", "task": "asr", "audio": "slow.wav", "resample": false}',
         '{"id": "k", "task": "asr", "audio": "in.wav", "top_k": 0}',
         '{"id": "a", "task": "asr", "audio": "in.wav"}',
         json.dumps({"id": "name", "task": "asr", "audio": "x" * 5000}),

@@ -168,7 +168,7 @@ def test_keywords_and_requests(model):
         {"task": "translate", "text": "x"},
         {"task": "codec_ssl_plain_tts"},
         {"task": "asr", "audio": "none.wav"},
-        {"task": "asr", "audio": make_wave(), "audio_rate": 8000},
+        {"task": "asr", "audio": make_wave(), "audio_rate": 8000, "resample": False},
         {"task": "asr", "audio": make_wave(9.0)},
         {"task": "codec_ssl_tts", "text": "x"},
     ],

@@ -28,7 +28,7 @@ def units(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("units")
     code = kmeans(
         "fit", "--audio", MANIFEST, "--encoder", "mfcc", "--frames_per_token", 2, "--n_clusters", 20,
-        "--output", folder, "--device", "cpu",
+        "--output_dir", folder, "--device", "cpu",
     )  # fmt: skip
     assert code == 0
     return folder
@@ -37,7 +37,8 @@ def units(tmp_path_factory) -> Path:
 # ---- fit ---------------------------------------------------------------------------------------------------
 def test_fit_on_shards_is_the_estimators_fit(features, tmp_path, capsys):
     assert (
-        kmeans("fit", "--features", features, "--n_clusters", 8, "--output", tmp_path / "u", "--seed", 3) == 0
+        kmeans("fit", "--features", features, "--n_clusters", 8, "--output_dir", tmp_path / "u", "--seed", 3)
+        == 0
     )
     expected = KMeans(8, random_state=3, max_iter=100, progress=False).fit(features)
     loaded = KMeans.load(tmp_path / "u")
@@ -50,18 +51,30 @@ def test_fit_on_shards_is_the_estimators_fit(features, tmp_path, capsys):
     # The same command again finds it done; another is told which setting differs.
     before = (tmp_path / "u" / "kmeans.safetensors").stat().st_mtime_ns
     assert (
-        kmeans("fit", "--features", features, "--n_clusters", 8, "--output", tmp_path / "u", "--seed", 3) == 0
+        kmeans("fit", "--features", features, "--n_clusters", 8, "--output_dir", tmp_path / "u", "--seed", 3)
+        == 0
     )
     assert "fitted already" in capsys.readouterr().out
     assert (tmp_path / "u" / "kmeans.safetensors").stat().st_mtime_ns == before
     assert (
-        kmeans("fit", "--features", features, "--n_clusters", 9, "--output", tmp_path / "u", "--seed", 3) == 2
+        kmeans("fit", "--features", features, "--n_clusters", 9, "--output_dir", tmp_path / "u", "--seed", 3)
+        == 2
     )
     assert "a fit with n_clusters 8, not 9" in capsys.readouterr().err
 
 
 def test_trials_of_the_start(features, tmp_path, capsys):
-    words = ["fit", "--features", features, "--n_clusters", 8, "--output", tmp_path / "u", "--max_iter", 1]
+    words = [
+        "fit",
+        "--features",
+        features,
+        "--n_clusters",
+        8,
+        "--output_dir",
+        tmp_path / "u",
+        "--max_iter",
+        1,
+    ]
     assert kmeans(*words, "--n_local_trials", 1) == 0
     expected = KMeans(8, n_local_trials=1, max_iter=1).fit(features)
     assert torch.equal(KMeans.load(tmp_path / "u").cluster_centers_, expected.cluster_centers_)
@@ -71,7 +84,7 @@ def test_trials_of_the_start(features, tmp_path, capsys):
 
 def test_fit_on_a_sample_of_shards(features, tmp_path):
     words = ["--features", features, "--n_clusters", 8, "--share", 0.5, "--max_frames", 300]
-    assert kmeans("fit", *words, "--output", tmp_path / "u", "--keep-features") == 0
+    assert kmeans("fit", *words, "--output_dir", tmp_path / "u", "--keep-features") == 0
     sample, x = np.load(tmp_path / "u" / "features" / "sample.npy"), rows_of(features)
     assert sample.shape == (300, 6) and KMeans.load(tmp_path / "u").counts_.sum() == 300
     places = [int(np.flatnonzero((x == row).all(1))[0]) for row in sample]
@@ -96,7 +109,7 @@ def test_fit_on_a_share_of_recordings(tmp_path):
     """A folder instead of a manifest; the kept frames add up to the share to within a frame."""
     code = kmeans(
         "fit", "--audio", SPEECH, "--encoder", "log-mel", "--n_clusters", 4, "--share", 0.1, "--keep-features",
-        "--output", tmp_path / "u", "--device", "cpu",
+        "--output_dir", tmp_path / "u", "--device", "cpu",
     )  # fmt: skip
     total = sum(-(-len(wave) // 160) for wave in waves())
     kept = rows_of(tmp_path / "u" / "features")
@@ -107,7 +120,7 @@ def test_fit_on_a_share_of_recordings(tmp_path):
 
 def test_max_frames_of_recordings(tmp_path):
     code = kmeans(
-        "fit", "--audio", MANIFEST, "--encoder", "mfcc", "--n_clusters", 4, "--max_frames", 500, "--output",
+        "fit", "--audio", MANIFEST, "--encoder", "mfcc", "--n_clusters", 4, "--max_frames", 500, "--output_dir",
         tmp_path / "u", "--device", "cpu",
     )  # fmt: skip
     assert code == 0 and 495 <= int(KMeans.load(tmp_path / "u").counts_.sum()) <= 500
@@ -129,7 +142,7 @@ def test_fit_goes_on_after_an_interruption(tmp_path, monkeypatch, stage, capsys)
         0,
     ]
     monkeypatch.setattr(cli_fit, "_RECORDINGS_PER_SHARD", 5)
-    assert kmeans(*words, "--output", tmp_path / "whole") == 0
+    assert kmeans(*words, "--output_dir", tmp_path / "whole") == 0
     calls = {"left": 1}
 
     def stop(*args, **kwargs):
@@ -144,12 +157,12 @@ def test_fit_goes_on_after_an_interruption(tmp_path, monkeypatch, stage, capsys)
         calls["left"] = 0
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stop)
-        assert kmeans(*words, "--output", tmp_path / "cut") == 1
+        assert kmeans(*words, "--output_dir", tmp_path / "cut") == 1
     assert "the same command goes on" in capsys.readouterr().err
     assert (tmp_path / "cut" / "features" / "shard-00000.npy").is_file()
     assert (tmp_path / "cut" / "features" / "shard-00002.npy").is_file() == (stage == "iterations")
     first = (tmp_path / "cut" / "features" / "shard-00000.npy").stat().st_mtime_ns
-    assert kmeans(*words, "--output", tmp_path / "cut", "--keep-features") == 0
+    assert kmeans(*words, "--output_dir", tmp_path / "cut", "--keep-features") == 0
     assert (tmp_path / "cut" / "features" / "shard-00000.npy").stat().st_mtime_ns == first
     whole, cut = KMeans.load(tmp_path / "whole"), KMeans.load(tmp_path / "cut")
     assert whole.fingerprint == cut.fingerprint and whole.inertia_history_ == cut.inertia_history_
@@ -161,23 +174,23 @@ def test_bad_recordings(tmp_path, capsys):
         (tmp_path / "audio" / recording.path.name).write_bytes(recording.path.read_bytes())
     (tmp_path / "audio" / "broken.wav").write_bytes(b"no sound")
     words = ["fit", "--audio", tmp_path / "audio", "--encoder", "mfcc", "--n_clusters", 4, "--device", "cpu"]
-    assert kmeans(*words, "--output", tmp_path / "a") == 2
+    assert kmeans(*words, "--output_dir", tmp_path / "a") == 2
     message = capsys.readouterr().err
     assert "'broken'" in message and "cannot be read" in message
     # The same folder goes on where bad recordings are allowed.
-    assert kmeans(*words, "--output", tmp_path / "a", "--skip-bad", "--keep-features") == 0
+    assert kmeans(*words, "--output_dir", tmp_path / "a", "--skip-bad", "--keep-features") == 0
     rejected = [json.loads(line) for line in (tmp_path / "a" / "rejected.jsonl").read_text().splitlines()]
     assert [r["id"] for r in rejected] == [
         "broken"
     ] and "1 bad recording left out, see" in capsys.readouterr().out
     (tmp_path / "a" / "kmeans.json").unlink()
-    assert kmeans(*words, "--output", tmp_path / "a") == 2
+    assert kmeans(*words, "--output_dir", tmp_path / "a") == 2
     assert "left out under --skip_bad before, the first:" in capsys.readouterr().err
 
 
 def test_settings_are_free_until_the_first_iteration(features, tmp_path, capsys):
     """Too many clusters, or a slip: the next try may use the same folder."""
-    out = ["--output", tmp_path / "u"]
+    out = ["--output_dir", tmp_path / "u"]
     assert kmeans("fit", "--features", features, "--n_clusters", 5000, *out, "--max_frames", 400) == 2
     assert "at most 400 clusters" in capsys.readouterr().err
     assert kmeans("fit", "--features", features, "--n_clusters", 5000, *out, "--max_frames", 300) == 2
@@ -190,7 +203,7 @@ def test_settings_are_free_until_the_first_iteration(features, tmp_path, capsys)
 
 def test_fit_refusals(features, tmp_path, capsys, monkeypatch):
     def says(*words: object) -> str:
-        assert kmeans("fit", *words, "--output", tmp_path / "x") == 2
+        assert kmeans("fit", *words, "--output_dir", tmp_path / "x") == 2
         message = capsys.readouterr().err.strip()
         assert message.startswith("speechlm: error: ") and "\n" not in message
         return message
@@ -217,14 +230,22 @@ def nearest(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 
 def test_assign_shards(features, tmp_path, capsys):
-    assert kmeans("fit", "--features", features, "--n_clusters", 8, "--output", tmp_path / "u") == 0
+    assert kmeans("fit", "--features", features, "--n_clusters", 8, "--output_dir", tmp_path / "u") == 0
     (tmp_path / "f").mkdir()
     for path in features.iterdir():
         x = np.load(path)
         if path.stem == "b":
             x[7, 2], x[9, 0] = np.nan, np.inf
         np.save(tmp_path / "f" / path.name, x)
-    words = ["assign", "--kmeans", tmp_path / "u", "--features", tmp_path / "f", "--output", tmp_path / "l"]
+    words = [
+        "assign",
+        "--kmeans",
+        tmp_path / "u",
+        "--features",
+        tmp_path / "f",
+        "--output_dir",
+        tmp_path / "l",
+    ]
     assert kmeans(*words) == 0
     assert "1000 rows of 3 shards (0 kept); 2 rows not finite" in capsys.readouterr().out
     centroids = KMeans.load(tmp_path / "u").cluster_centers_.numpy()
@@ -242,7 +263,7 @@ def test_assign_shards(features, tmp_path, capsys):
 
 
 def test_labels_of_shards_that_have_changed_are_refused(features, tmp_path, capsys):
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output", tmp_path / "u") == 0
+    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
     x = np.load(features / "a.npy")
     np.save(tmp_path / "a.npy", x)
     words = [
@@ -251,7 +272,7 @@ def test_labels_of_shards_that_have_changed_are_refused(features, tmp_path, caps
         tmp_path / "u",
         "--features",
         tmp_path / "a.npy",
-        "--output",
+        "--output_dir",
         tmp_path / "l",
     ]
     assert kmeans(*words) == 0
@@ -260,7 +281,7 @@ def test_labels_of_shards_that_have_changed_are_refused(features, tmp_path, caps
 
 
 def test_fairseqs_lengths_give_its_labels(features, tmp_path, capsys):
-    assert kmeans("fit", "--features", features, "--n_clusters", 8, "--output", tmp_path / "u") == 0
+    assert kmeans("fit", "--features", features, "--n_clusters", 8, "--output_dir", tmp_path / "u") == 0
     np.save(tmp_path / "x.npy", np.load(features / "a.npy"))
     (tmp_path / "x.len").write_text("200\n0\n300\n")
     words = [
@@ -269,7 +290,7 @@ def test_fairseqs_lengths_give_its_labels(features, tmp_path, capsys):
         tmp_path / "u",
         "--features",
         tmp_path / "x.npy",
-        "--output",
+        "--output_dir",
         tmp_path / "l",
     ]
     assert kmeans(*words) == 0
@@ -285,7 +306,7 @@ def test_fairseqs_lengths_give_its_labels(features, tmp_path, capsys):
 @pytest.mark.parametrize("form", ["text", "km", "jsonl", "parquet"])
 def test_assign_recordings(units, tmp_path, form):
     words = ["assign", "--kmeans", units, "--audio", MANIFEST, "--device", "cpu", "--format", form]
-    assert kmeans(*words, "--output", tmp_path) == 0
+    assert kmeans(*words, "--output_dir", tmp_path) == 0
     encoder, centroids = (
         build_encoder("mfcc", frames_per_token=2),
         KMeans.load(units).cluster_centers_.numpy(),
@@ -309,8 +330,8 @@ def test_assign_recordings(units, tmp_path, form):
 
 def test_assign_in_processes_gives_the_same(units, tmp_path):
     words = ["assign", "--kmeans", units, "--audio", MANIFEST, "--device", "cpu", "--deduplicate"]
-    assert kmeans(*words, "--output", tmp_path / "one", "--num_workers", 1) == 0
-    assert kmeans(*words, "--output", tmp_path / "two", "--num_workers", 2) == 0
+    assert kmeans(*words, "--output_dir", tmp_path / "one", "--num_workers", 1) == 0
+    assert kmeans(*words, "--output_dir", tmp_path / "two", "--num_workers", 2) == 0
     one = (tmp_path / "one" / "units.txt").read_text()
     assert one == (tmp_path / "two" / "units.txt").read_text()
     assert all(
@@ -323,19 +344,25 @@ def test_assign_refusals(units, features, tmp_path, capsys):
         assert kmeans("assign", *words) == 2
         return capsys.readouterr().err
 
-    out = ["--output", tmp_path / "x"]
+    out = ["--output_dir", tmp_path / "x"]
     assert "either --audio" in says("--kmeans", units, *out)
     assert "no kmeans.json in" in says("--kmeans", tmp_path, "--features", features, *out)
     message = says("--kmeans", units, "--features", features, *out)
     assert "6 features a row but the units" in message and "have 39" in message
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output", tmp_path / "u") == 0
+    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
     assert "does not say which encoder" in says("--kmeans", tmp_path / "u", "--audio", MANIFEST, *out)
     wrong = says("--kmeans", tmp_path / "u", "--audio", MANIFEST, "--encoder", "mfcc", *out)
     assert "expected centroids [K, 39] for mfcc, got [4, 6]" in wrong
     other = says("--kmeans", units, "--audio", MANIFEST, "--encoder", "log-mel", *out)
     assert "encoder of the encoder log-mel is 'log-mel', but the centroids were fitted on 'mfcc'" in other
-    same = says("--kmeans", tmp_path / "u", "--features", features, "--output", features)
+    same = says("--kmeans", tmp_path / "u", "--features", features, "--output_dir", features)
     assert "is the folder of the features" in same
+    for name in ("a.npy", "A.npy"):
+        (tmp_path / "case").mkdir(exist_ok=True)
+        (tmp_path / "case" / name).write_bytes((features / "a.npy").read_bytes())
+    if len(list((tmp_path / "case").iterdir())) == 2:  # their labels would be one file where case does not count
+        message = says("--kmeans", tmp_path / "u", "--features", tmp_path / "case", *out)
+        assert "two shards have one name" in message
     assert kmeans("assign", "--kmeans", tmp_path / "u", "--features", features, *out) == 0
     one = says("--kmeans", tmp_path / "u", "--features", features / "a.npy", *out)
     assert "its inputs differs" in one
@@ -355,15 +382,15 @@ def test_units_files(tmp_path):
 def test_fit_leaves_alone_what_is_not_its_own(features, tmp_path, name, capsys):
     (tmp_path / name).mkdir()
     np.save(tmp_path / name / "a.npy", np.load(features / "a.npy"))
-    words = ["fit", "--features", tmp_path / name, "--n_clusters", 4, "--output", tmp_path]
+    words = ["fit", "--features", tmp_path / name, "--n_clusters", 4, "--output_dir", tmp_path]
     assert kmeans(*words) == 2 and f"holds a {name} that another command wrote" in capsys.readouterr().err
     assert (tmp_path / name / "a.npy").is_file() and not (tmp_path / "fit.json").exists()
 
 
 @pytest.mark.parametrize("option", [("--format", "km"), ("--deduplicate",), ("--skip_bad",)])
 def test_assign_says_which_options_shards_do_not_have(features, tmp_path, capsys, option):
-    assert kmeans("fit", "--features", features, "--n_clusters", 5, "--output", tmp_path / "u") == 0
-    words = ["--kmeans", tmp_path / "u", "--features", features, "--output", tmp_path / "l", *option]
+    assert kmeans("fit", "--features", features, "--n_clusters", 5, "--output_dir", tmp_path / "u") == 0
+    words = ["--kmeans", tmp_path / "u", "--features", features, "--output_dir", tmp_path / "l", *option]
     assert kmeans("assign", *words) == 2
     assert f"{option[0]} is for recordings" in capsys.readouterr().err
 
@@ -372,16 +399,16 @@ def test_assign_leaves_alone_what_is_not_its_own(units, features, tmp_path, caps
     def is_refused(path: Path, *words: object) -> bool:
         return kmeans("assign", *words) == 2 and f"{path} is there already" in capsys.readouterr().err
 
-    words = ["--kmeans", units, "--audio", MANIFEST, "--output", tmp_path]
+    words = ["--kmeans", units, "--audio", MANIFEST, "--output_dir", tmp_path]
     (tmp_path / "units.txt").write_text("mine")
     assert is_refused(tmp_path / "units.txt", *words)
     assert (tmp_path / "units.txt").read_text() == "mine"
     (tmp_path / "units.txt").unlink()
     (tmp_path / "parts").mkdir()
     assert is_refused(tmp_path / "parts", *words)
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output", tmp_path / "u") == 0
+    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
     np.save(tmp_path / "b.npy", np.zeros((3, 2)))
-    words = ["--kmeans", tmp_path / "u", "--features", features, "--output", tmp_path]
+    words = ["--kmeans", tmp_path / "u", "--features", features, "--output_dir", tmp_path]
     assert is_refused(tmp_path / "b.npy", *words)
 
 
@@ -434,12 +461,14 @@ def test_units_of_a_model_from_fit_to_tokenizer(tmp_path):
     hf_models.make("hubert", tmp_path / "model")
     encoder = f"hf:{tmp_path / 'model'}:2"
     words = ["--audio", MANIFEST, "--encoder", encoder, "--n_clusters", 10, "--device", "cpu"]
-    assert kmeans("fit", *words, "--output", tmp_path / "u") == 0
-    assert kmeans("assign", "--kmeans", tmp_path / "u", "--audio", MANIFEST, "--output", tmp_path / "l") == 0
+    assert kmeans("fit", *words, "--output_dir", tmp_path / "u") == 0
+    assert (
+        kmeans("assign", "--kmeans", tmp_path / "u", "--audio", MANIFEST, "--output_dir", tmp_path / "l") == 0
+    )
     # A model that has moved is named again; units that do not say their encoder are told it.
     (tmp_path / "model").rename(tmp_path / "moved")
     moved = f"hf:{tmp_path / 'moved'}:2"
-    assigned = ["assign", "--kmeans", tmp_path / "u", "--audio", MANIFEST, "--encoder", moved, "--output"]
+    assigned = ["assign", "--kmeans", tmp_path / "u", "--audio", MANIFEST, "--encoder", moved, "--output_dir"]
     assert kmeans(*assigned, tmp_path / "l2") == 0
     KMeans.load(tmp_path / "u").save(tmp_path / "plain", features={"encoder": "hubert"})
     assert kmeans(*assigned, tmp_path / "l3", "--kmeans", tmp_path / "plain") == 0

@@ -26,7 +26,7 @@ def test_shards_that_were_replaced_are_noticed(features, tmp_path, capsys, monke
     x = rows_of(features)
     np.save(tmp_path / "f" / "a.npy", x[:500])
     np.save(tmp_path / "f" / "b.npy", x[500:])
-    words = ["fit", "--features", tmp_path / "f", "--n_clusters", 4, "--output", tmp_path / "u"]
+    words = ["fit", "--features", tmp_path / "f", "--n_clusters", 4, "--output_dir", tmp_path / "u"]
     words += ["--share", 0.5] if stage == "sampled" else []
     with monkeypatch.context() as patch:
         if stage != "finished":
@@ -62,7 +62,7 @@ def test_a_share_that_leaves_no_frame_is_told(tmp_path, capsys):
     (tmp_path / "audio").mkdir()
     write_wav(tmp_path / "audio" / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
     words = ["--audio", tmp_path / "audio", "--encoder", "mfcc", "--n_clusters", 1, "--share", 0.001]
-    assert kmeans("fit", *words, "--output", tmp_path / "u") == 2
+    assert kmeans("fit", *words, "--output_dir", tmp_path / "u") == 2
     message = capsys.readouterr().err
     assert "no frame of 1 recording is left of a share of 0.001; give a larger --share" in message
 
@@ -73,7 +73,7 @@ def test_recordings_that_were_replaced_are_noticed(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in "ab":
         write_wav(tmp_path / "audio" / f"{name}.wav", 0.1 * rng.standard_normal(16000), 16000)
-    words = ["--audio", tmp_path / "audio", "--device", "cpu", "--output"]
+    words = ["--audio", tmp_path / "audio", "--device", "cpu", "--output_dir"]
     fitting = ["fit", "--encoder", "mfcc", "--n_clusters", 4, *words, tmp_path / "u"]
     assigning = ["assign", "--kmeans", tmp_path / "u", *words, tmp_path / "l"]
     assert kmeans(*fitting) == 0 and kmeans(*assigning) == 0
@@ -90,7 +90,7 @@ def test_recordings_that_were_replaced_are_noticed(tmp_path, capsys):
 def test_spellings_of_a_path_are_one_setting(features, tmp_path, capsys, monkeypatch, stage):
     (tmp_path / "feats").symlink_to(features)
     monkeypatch.chdir(tmp_path)
-    words = ["fit", "--n_clusters", 4, "--output", "u"]
+    words = ["fit", "--n_clusters", 4, "--output_dir", "u"]
     with monkeypatch.context() as patch:
         if stage == "begun":
             patch.setattr(KMeans, "save", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -100,7 +100,7 @@ def test_spellings_of_a_path_are_one_setting(features, tmp_path, capsys, monkeyp
     assert kmeans(*words, "--features", features) == 2
     assert "a fit with features 'feats', not " in capsys.readouterr().err
     for spelling in ("feats/a.npy", "./feats/a.npy", '["feats//a.npy"]'):
-        assert kmeans(*words, "--output", "v", "--features", spelling) == 0
+        assert kmeans(*words, "--output_dir", "v", "--features", spelling) == 0
 
 
 # ---- options and files that cannot be used -----------------------------------------------------------------
@@ -138,11 +138,21 @@ def says(capsys):
     ],
 )
 def test_fit_on_shards_names_the_option(features, tmp_path, says, option, message):
-    assert message in says("fit", "--features", features, "--output", tmp_path / "u", *option)
+    assert message in says("fit", "--features", features, "--output_dir", tmp_path / "u", *option)
 
 
 def test_fit_on_recordings_has_no_column(tmp_path, says):
-    words = ["fit", "--audio", MANIFEST, "--encoder", "mfcc", "--output", tmp_path / "u", "--device", "cpu"]
+    words = [
+        "fit",
+        "--audio",
+        MANIFEST,
+        "--encoder",
+        "mfcc",
+        "--output_dir",
+        tmp_path / "u",
+        "--device",
+        "cpu",
+    ]
     assert "--column is for feature shards; leave it out, or give --features." in says(
         *words, "--column", "x"
     )
@@ -150,8 +160,8 @@ def test_fit_on_recordings_has_no_column(tmp_path, says):
 
 
 def test_assign_has_only_options_with_an_effect(features, tmp_path, says):
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output", tmp_path / "u") == 0
-    words = ["assign", "--kmeans", tmp_path / "u", "--output", tmp_path / "l"]
+    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
+    words = ["assign", "--kmeans", tmp_path / "u", "--output_dir", tmp_path / "l"]
     assert "--resample is for recordings" in says(*words, "--features", features, "--resample", "false")
     message = says(*words, "--audio", MANIFEST, "--encoder", "mfcc", "--column", "x")
     assert "--column is for feature shards" in message
@@ -163,7 +173,7 @@ def test_shards_that_cannot_be_used_name_the_option(features, tmp_path, says):
     np.save(tmp_path / "nan.npy", rows)
     pq.write_table(pa.table({"hidden": [[1.0], [2.0]]}), tmp_path / "x.parquet")
     (tmp_path / "folder").mkdir()
-    words = ["fit", "--n_clusters", 4, "--output", tmp_path / "u", "--features"]
+    words = ["fit", "--n_clusters", 4, "--output_dir", tmp_path / "u", "--features"]
     assert "row 3 has a value that is not a finite number" in (message := says(*words, tmp_path / "nan.npy"))
     assert message.endswith("or leave such rows out with --nonfinite drop.")
     assert kmeans(*words, tmp_path / "nan.npy", "--nonfinite", "drop") == 0
@@ -180,7 +190,7 @@ def test_names_of_files_are_not_taken_for_options():
 
 @pytest.mark.parametrize("name", ["x.pdf", "x", "x.svg.gz"])
 def test_inspect_looks_at_the_picture_first(features, tmp_path, says, name):
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output", tmp_path / "u") == 0
+    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
     message = says("inspect", "--kmeans", tmp_path / "u", "--plot", tmp_path / name)
     assert f"--plot should end in .svg or .png, got {tmp_path / name}" in message
     assert "--pairs must be >= 0" in says("inspect", "--kmeans", tmp_path / "u", "--pairs", -1)
@@ -191,7 +201,7 @@ def test_one_and_many(tmp_path, capsys, says):
     assert [counted(n, "shard") for n in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
     rows = np.array([[0.0], [0.1], [np.nan], [5.0]])
     np.save(tmp_path / "a.npy", rows[[0, 1, 3]])
-    out = ["--output", tmp_path / "u"]
+    out = ["--output_dir", tmp_path / "u"]
     assert kmeans("fit", "--features", tmp_path / "a.npy", "--n_clusters", 1, "--max_iter", 1, *out) == 0
     printed = capsys.readouterr().out
     assert "1 of 1 feature\n" in printed and "3 frames, 1 iteration, inertia" in printed
@@ -202,11 +212,11 @@ def test_one_and_many(tmp_path, capsys, says):
         tmp_path / "u",
         "--features",
         tmp_path / "a.npy",
-        "--output",
+        "--output_dir",
         tmp_path / "l",
     ]
     assert kmeans(*words) == 0
     assert "4 rows of 1 shard (0 kept); 1 row not finite, labelled -1" in capsys.readouterr().out
     np.save(tmp_path / "b.npy", np.zeros((3, 2)))
-    message = says(*words[:3], "--features", tmp_path / "b.npy", "--output", tmp_path / "m")
+    message = says(*words[:3], "--features", tmp_path / "b.npy", "--output_dir", tmp_path / "m")
     assert "--features has 2 features a row but the units" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import soundfile
 from python_tests.data_fixtures import recordings, waves
 from speechlm_ext.audio import check_wave, read_audio, resample_audio, write_wav
 from speechlm_ext.errors import AudioError, StorageError
+from speechlm_ext.evaluation.media import flac_bytes
+from speechlm_ext.wav_stream import pcm16
 
 
 def tone(rate: int, seconds: float = 0.5, hz: float = 440.0) -> np.ndarray:
@@ -117,11 +120,68 @@ def test_check_wave():
         check_wave(np.zeros(0))
     with pytest.raises(AudioError, match="sample 1 of 2 is inf"):
         check_wave(np.array([0.0, np.inf]))
-    np.testing.assert_array_equal(check_wave(np.array([-32768, 16384], np.int16)), [-1.0, 0.5])
     with pytest.raises(AudioError, match="largest sample is 20000 .* divide 16-bit PCM by 32768"):
         check_wave(np.array([0.0, -20000.0]))
     with pytest.raises(AudioError, match="positive"):
         resample_audio(np.zeros(4, np.float32), 16000, 0)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("dtype", "samples", "right"),
+    [
+        ("u1", [0, 64, 128, 255], [-1.0, -0.5, 0.0, 127 / 128]),
+        ("i1", [-128, -64, 0, 127], [-1.0, -0.5, 0.0, 127 / 128]),
+        ("u2", [0, 16384, 32768, 65535], [-1.0, -0.5, 0.0, 32767 / 32768]),
+        ("i2", [-32768, -16384, 0, 32767], [-1.0, -0.5, 0.0, 32767 / 32768]),
+        ("u4", [0, 2**30, 2**31, 2**31 + 2**29], [-1.0, -0.5, 0.0, 0.25]),
+        ("i4", [-(2**31), -(2**30), 0, 2**29], [-1.0, -0.5, 0.0, 0.25]),
+        ("f2", [-1.0, -0.5, 0.0, 0.25], [-1.0, -0.5, 0.0, 0.25]),
+        ("f4", [-1.0, -0.5, 0.0, 0.25], [-1.0, -0.5, 0.0, 0.25]),
+        ("f8", [-1.0, -0.5, 0.0, 0.25], [-1.0, -0.5, 0.0, 0.25]),
+    ],
+)
+def test_every_pcm_format_is_scaled_by_its_range(dtype, samples, right, order):
+    wave = check_wave(np.array(samples, dtype=order + dtype))
+    assert wave.dtype == np.float32 and wave.dtype.isnative
+    np.testing.assert_array_equal(wave, np.array(right, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("wave", "words"),
+    [
+        (np.array([0, 16384, -32768]), "int64 is no PCM format"),
+        (np.array([0, 1], np.uint64), "uint64 is no PCM format"),
+        (np.array([True, False]), "got bool"),
+        (np.array([0.5, 0.5j]), "got complex128"),
+        (np.array([0.5, None]), "got object"),
+        (np.array(["0.5"]), "got <U3"),
+        (np.array([1, 2], "m8[s]"), "got timedelta64"),
+        (np.ma.array([0.5, 0.25], mask=[False, True]), "masked"),
+        ([[0.5], [0.5, 0.25]], "cannot be made an array"),
+        (np.array([0.0, 1e300]), "sample 1 of 2 is inf"),
+    ],
+)
+def test_what_is_no_pcm_is_refused_by_name(wave, words):
+    with pytest.raises(AudioError, match=words):
+        check_wave(wave)
+
+
+def test_a_stream_of_integers_is_scaled_not_clipped():
+    samples = np.array([-32768, -16384, 0, 16384], np.int16)
+    assert pcm16(samples) == samples.astype("<i2").tobytes() == pcm16(samples.astype(">i2"))
+    assert pcm16(np.zeros(0, np.int16)) == b""
+    with pytest.raises(AudioError, match="sample 1 of 2 is nan"):
+        pcm16(np.array([0.0, np.nan], np.float32))
+
+
+def test_integers_are_scaled_before_conversion_and_in_players():
+    samples = np.round(tone(16000) * 32768).astype(np.int16)
+    for wave in (samples, (samples.astype(np.int32) + 32768).astype(np.uint16)):
+        converted = resample_audio(wave, 16000, 8000)
+        np.testing.assert_allclose(converted[400:3600], tone(8000)[400:3600], atol=2e-3)
+    read, _ = soundfile.read(io.BytesIO(flac_bytes(samples, 16000)))
+    np.testing.assert_allclose(read, samples / 32768, atol=1 / 32768)
 
 
 def test_write_clips_and_is_atomic(tmp_path, monkeypatch):

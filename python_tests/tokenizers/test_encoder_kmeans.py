@@ -136,7 +136,7 @@ def test_refusals(units, model):
 def tokenize(out, **ssl) -> TokenizeConfig:
     return TokenizeConfig(
         manifest=str(MANIFEST),
-        out=str(out),
+        output_dir=str(out),
         text=TextFit(kind="none"),
         ssl=SSLFit(kind="encoder-kmeans", **ssl),
         codec=CodecFit(codebook_size=8, num_codebooks=2, max_fit_frames=2000),

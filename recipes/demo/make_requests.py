@@ -14,6 +14,7 @@ from speechlm_ext.audio import write_wav
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.evaluation.collect import read_utterance
 from speechlm_ext.utils.io import atomic_write_text
+from speechlm_ext.utils.names import file_name
 
 #: Held-out items per data set and language: (transcribed, spoken). The headline is English spoken numbers.
 HEADLINE = (40, 40)
@@ -76,7 +77,6 @@ def make_requests(manifest: Path, path: Path, frame_rate: float, own: bool, limi
                 "audio": audio,
                 "lang": u.lang,
                 "max_len": 300,
-                "resample": True,
             }
         )
     for u in chosen["tts"][:limit]:
@@ -104,7 +104,7 @@ def _whole(utterance: Utterance, folder: Path) -> Path:
     assert utterance.audio is not None
     if utterance.start is None:
         return utterance.audio
-    path = folder / "parts" / f"{utterance.id.replace('/', '_')}.wav"
+    path = folder / "parts" / file_name(utterance.id, ".wav")
     write_wav(path, read_utterance(utterance, SAMPLE_RATE), SAMPLE_RATE)
     return path
 
@@ -133,10 +133,10 @@ def _audio_beginnings(utterances: list[Utterance], folder: Path, frame_rate: flo
     for u in utterances[:4]:
         wave = read_utterance(u, SAMPLE_RATE)
         wave = wave[: max(SAMPLE_RATE // 2, min(len(wave) * 2 // 5, 3 * SAMPLE_RATE))]
-        name = Path("beginnings") / f"{u.id.replace('/', '_')}.wav"
+        name = Path("beginnings") / file_name(u.id, ".wav")
         write_wav(folder / name, wave, SAMPLE_RATE)
         rows.append(
-            {"id": f"audiolm.{u.id}", "task": "audiolm", "audio": str(name), "lang": u.lang, "resample": True}
+            {"id": f"audiolm.{u.id}", "task": "audiolm", "audio": str(name), "lang": u.lang}
             | {"max_len": round(4 * frame_rate)}
             | CONTINUATION_SETTINGS
         )

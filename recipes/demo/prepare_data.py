@@ -34,6 +34,7 @@ from tqdm import tqdm
 from speechlm_ext.audio import read_audio
 from speechlm_ext.errors import ConfigError, ManifestError
 from speechlm_ext.utils.io import atomic_write_json, atomic_write_text
+from speechlm_ext.utils.names import file_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from number_words import RECORDED_WORDS, normalise  # noqa: E402
@@ -373,9 +374,10 @@ def _write(
 ) -> dict:
     # Plain writes: thousands of small files, and the manifest that names them appears only when all are
     # there.
-    soundfile.write(out_dir / "wav" / f"{name}.wav", wave, SAMPLE_RATE, subtype="PCM_16")
+    audio = f"wav/{file_name(name, '.wav')}"
+    soundfile.write(out_dir / audio, wave, SAMPLE_RATE, subtype="PCM_16")
     duration = round(len(wave) / SAMPLE_RATE, 3)
-    row = {"id": name, "audio": f"wav/{name}.wav", "text": text, "speaker": speaker, "lang": lang}
+    row = {"id": name, "audio": audio, "text": text, "speaker": speaker, "lang": lang}
     return {**row, "duration": duration, "dataset": dataset}
 
 

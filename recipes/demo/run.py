@@ -1,6 +1,6 @@
 """The demo: from recordings to a judged SpeechLM, stage by stage.
 
-    python recipes/demo/run.py [--out runs/demo] [--data FOLDER] [--quick] [--stage NAME | --from NAME]
+    python recipes/demo/run.py [--output_dir runs/demo] [--data FOLDER] [--quick] [--stage NAME | --from NAME]
 
 Every stage prints the public command that it runs, so that each can be repeated by hand. A stage is skipped when
 it has finished before with the same inputs; ``--stage`` runs one again, ``--from`` that one and all after it. A
@@ -35,6 +35,7 @@ from make_requests import make_requests  # noqa: E402
 from speechlm_ext.data.memory import ModelShape  # noqa: E402
 from speechlm_ext.errors import ConfigError, SpeechLMError  # noqa: E402
 from speechlm_ext.evaluation.machine import commit_of  # noqa: E402
+from speechlm_ext.model.folder import find_model_folder  # noqa: E402
 from speechlm_ext.tokenizers import TokenizerSet  # noqa: E402
 from speechlm_ext.utils.io import atomic_write_json, atomic_write_text, sha256_file  # noqa: E402
 
@@ -74,11 +75,11 @@ class Options:
         return self.data is not None
 
     def checkpoint(self) -> Path:
-        """The newest checkpoint. Raises :class:`ConfigError` if there is none."""
-        found = sorted((self.out / "model" / "checkpoints").glob("step-*"))
-        if not found:
-            raise ConfigError(f"no checkpoint in {self.out / 'model'}; run the train stage first.")
-        return found[-1]
+        """The newest checkpoint. Raises :class:`SpeechLMError` if there is none."""
+        found = find_model_folder(self.out / "model")
+        if found == self.out / "model":
+            raise ConfigError(f"no checkpoint in {found}; run the train stage first.")
+        return found
 
 
 # ---- the stages -----------------------------------------------------------------------------------------------------
@@ -99,8 +100,8 @@ def stage_data(o: Options) -> None:
 def stage_tokenize(o: Options) -> None:
     """Manifests to token folders; the test split takes the train split's tokenizers."""
     for split in ("train", "test"):
-        manifest = json.dumps([str(o.out / "data" / f"{split}.jsonl")])
-        arguments = ["--manifest", manifest, "--out", str(o.out / "tokens" / split)]
+        manifest = str(o.out / "data" / f"{split}.jsonl")
+        arguments = ["--manifest", manifest, "--output_dir", str(o.out / "tokens" / split)]
         if split == "test":
             arguments += ["--tokenizers", str(o.out / "tokens" / "train" / "tokenizers")]
         config = OWN_TOKENIZE_RECIPE if o.own else TOKENIZE_RECIPE
@@ -129,7 +130,7 @@ def stage_train(o: Options) -> None:
 
 def _train_arguments(o: Options) -> list[str]:
     arguments = ["--config", str(o.recipe), "--run_dir", str(o.out / "model")]
-    arguments += ["--data.tokens", json.dumps([str(o.out / "tokens" / "train")])]
+    arguments += ["--data.tokens", str(o.out / "tokens" / "train")]
     if o.own:
         arguments += ["--data.overlong", "drop"]
     if torch.cuda.is_available() or os.cpu_count() == 1:
@@ -154,10 +155,10 @@ def stage_generate(o: Options) -> None:
 def stage_evaluate(o: Options) -> None:
     """Score the results and the model."""
     speechlm(
-        *("evaluate", "--results", json.dumps([str(o.out / "generated" / "results.jsonl")])),
-        *("--manifest", json.dumps([str(o.out / "data" / "test.jsonl")])),
-        *("--model", str(o.checkpoint()), "--tokens", json.dumps([str(o.out / "tokens" / "test")])),
-        *("--out", str(o.out / "eval"), "--cache_dir", str(o.out.parent / "cache")),
+        *("evaluate", "--results", str(o.out / "generated" / "results.jsonl")),
+        *("--manifest", str(o.out / "data" / "test.jsonl")),
+        *("--model", str(o.checkpoint()), "--tokens", str(o.out / "tokens" / "test")),
+        *("--output_dir", str(o.out / "eval"), "--cache_dir", str(o.out.parent / "cache")),
         *("--judge_window_s", str(JUDGE_WINDOW_S)),
     )
 
@@ -274,7 +275,11 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder for everything that is written"
+        *("--output_dir", "--output-dir", "--out"),
+        dest="out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder for everything that is written; --out is its old name",
     )
     parser.add_argument(
         "--data",

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from speechlm_ext.audio import add_conversions, take_conversions
 from speechlm_ext.data.fit import read_wave
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, TokenizerError
@@ -135,7 +137,8 @@ class EncoderPool:
             return
         chunks = [utterances[i : i + _CHUNK] for i in range(0, len(utterances), _CHUNK)]
         try:
-            for rows in self._pool.map(_work, chunks, [self._skip_bad] * len(chunks)):
+            for rows, conversions in self._pool.map(_work, chunks, [self._skip_bad] * len(chunks)):
+                add_conversions(conversions)
                 yield from rows
         except BrokenProcessPool:
             raise TokenizerError(
@@ -155,6 +158,8 @@ def _start_worker(folder: Path, resample: bool) -> None:
     _worker = Encoder(TokenizerSet.load(folder), resample)
 
 
-def _work(utterances: Sequence[Utterance], skip_bad: bool) -> list[Row | Rejected]:
+def _work(
+    utterances: Sequence[Utterance], skip_bad: bool
+) -> tuple[list[Row | Rejected], Counter[tuple[int, int]]]:
     assert _worker is not None
-    return [_worker.encode_or_reject(u, skip_bad) for u in utterances]
+    return [_worker.encode_or_reject(u, skip_bad) for u in utterances], take_conversions()

@@ -126,7 +126,7 @@ def get_tokenizers(
             if folder.is_dir() and TokenizerSet.load(folder).fingerprints() != tokenizers.fingerprints():
                 raise LayoutMismatchError(
                     f"{out} was tokenized with other tokenizers than {given}; their ids mean different things. "
-                    "Choose another out folder."
+                    "Choose another output_dir."
                 )
             tokenizers.save(folder)
         return tokenizers
@@ -136,11 +136,11 @@ def get_tokenizers(
         try:
             found = json.loads(record.read_text("utf-8"))["inputs_sha256"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{record} is damaged; choose another out folder, or delete {out}.") from None
+            raise ConfigError(f"{record} is damaged; choose another output_dir, or delete {out}.") from None
         if found != key:
             raise ConfigError(
                 f"the tokenizers in {folder} were fitted on another manifest or with other settings. Choose another "
-                f"out folder, or keep these tokenizers with --tokenizers {folder}."
+                f"output_dir, or keep these tokenizers with --tokenizers {folder}."
             )
         return TokenizerSet.load(folder)
     if not may_fit:

@@ -33,7 +33,7 @@ class PlanConfig:
     """What is trained on, and how it is packed."""
 
     tokens: list[str] | str = field(default_factory=list)
-    """A token folder or a list of them (the ``out`` of ``speechlm tokenize``), all of one layout."""
+    """A token folder or a list of them (the ``output_dir`` of ``speechlm tokenize``), all of one layout."""
     tasks: list[TaskUse] = field(default_factory=list)
     """Tasks with their factors and filters."""
     dataset_factors: dict[str, float] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from speechlm_ext.audio import says_conversions, take_conversions
 from speechlm_ext.data.encode import EncoderPool
 from speechlm_ext.data.fit import FOLDER, CodecFit, FitSettings, SSLFit, TextFit, get_tokenizers
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest, scan_manifest
@@ -26,6 +27,7 @@ from speechlm_ext.errors import ConfigError, LayoutMismatchError, ManifestError,
 from speechlm_ext.layout import FILE_NAME, TokenLayout
 from speechlm_ext.tasks import load_tasks
 from speechlm_ext.utils.io import atomic_write_text
+from speechlm_ext.utils.options import as_list, take_old_name
 
 REJECTED = "rejected.jsonl"
 
@@ -34,14 +36,15 @@ REJECTED = "rejected.jsonl"
 class TokenizeConfig:
     """Turn manifests into a token folder: fit tokenizers, encode, write shards and an index.
 
-    ``speechlm tokenize --manifest data/train.jsonl --out tokens/train``; then the same tokenizers for another split:
-    ``speechlm tokenize --manifest data/test.jsonl --out tokens/test --tokenizers tokens/train/tokenizers``.
+    ``speechlm tokenize --manifest data/train.jsonl --output_dir tokens/train``; then the same tokenizers for another
+    split: ``speechlm tokenize --manifest data/test.jsonl --output_dir tokens/test --tokenizers
+    tokens/train/tokenizers``.
     """
 
     manifest: list[str] | str
     """A manifest (JSON lines) or a list of them; each is a data set named after its file, unless its lines name one."""
-    out: str
-    """The token folder to write."""
+    output_dir: str = ""
+    """The token folder to write; needed."""
     tokenizers: str | None = None
     """Folder with existing tokenizers; without it they are fitted on the manifests."""
     text: TextFit = field(default_factory=TextFit)
@@ -52,14 +55,14 @@ class TokenizeConfig:
     """Codec to fit."""
     fit_minutes: float = 30.0
     """Minutes of recordings, drawn at random, that SSL units and codec are fitted on."""
-    delays: list[int] | None = None
+    delays: list[int] | int | None = None
     """Frames by which each stream is delayed; default 0, 1, 2, … Training can choose others (``data.delays``)."""
     task_file: str | None = None
     """YAML file with task templates of your own; their ids become part of the layout."""
     skip_bad: bool = False
     """Go on past bad items; they are listed in ``rejected.jsonl`` and counted."""
     resample: bool = True
-    """Convert recordings of another sampling rate; otherwise they are bad items."""
+    """Convert recordings of another sampling rate, which is said once; ``false`` makes them bad items."""
     num_workers: int | None = None
     """Processes; default one per core."""
     rows_per_shard: int = 1000
@@ -70,6 +73,13 @@ class TokenizeConfig:
     """``fit`` only fits the tokenizers, ``merge`` only writes the index over the shards of all parts."""
     seed: int = 0
     """Seed of the fits."""
+    out: str | None = None
+    """Old name of ``output_dir``."""
+
+    def __post_init__(self) -> None:
+        take_old_name(self, "out", "output_dir")
+        if not self.output_dir:
+            raise ConfigError("output_dir is needed: the token folder to write.")
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,7 @@ class TokenizeResult:
     """Shards that a former run had made."""
 
 
+@says_conversions()
 def run_tokenize(cfg: TokenizeConfig) -> TokenizeResult:
     """Tokenize as ``cfg`` says; see :class:`TokenizeConfig`.
 
@@ -96,19 +107,23 @@ def run_tokenize(cfg: TokenizeConfig) -> TokenizeResult:
     part, parts = _parse_shard(cfg.shard)
     if cfg.rows_per_shard < 1:
         raise ConfigError(f"rows_per_shard must be >= 1, got {cfg.rows_per_shard}.")
-    out = Path(cfg.out)
+    out = Path(cfg.output_dir)
     utterances, rejected = _read_manifests(cfg)
     settings = FitSettings(cfg.text, cfg.ssl, cfg.codec, cfg.fit_minutes, cfg.resample, cfg.seed)
     may_fit = parts == 1 and cfg.stage != "merge"
     tokenizers = get_tokenizers(
         out, cfg.tokenizers, settings, utterances, skip_bad=cfg.skip_bad, may_fit=may_fit
     )
-    layout = _with_tasks(tokenizers.make_layout(delays=cfg.delays), cfg.task_file)
+    if cfg.stage != "fit":
+        take_conversions()  # the same recordings are read again and counted then
+    layout = _with_tasks(
+        tokenizers.make_layout(delays=None if cfg.delays is None else as_list(cfg.delays)), cfg.task_file
+    )
     if (out / FILE_NAME).is_file():
         difference = layout.first_difference(TokenLayout.load(out))
         if difference is not None:
             raise LayoutMismatchError(
-                f"{out} already holds tokens of another layout ({difference}). Choose another out folder."
+                f"{out} already holds tokens of another layout ({difference}). Choose another output_dir."
             )
     layout.save(out)
     if cfg.stage == "fit":
@@ -189,7 +204,8 @@ def _finish(
     if made or not (out / INDEX).is_file() or cfg.stage == "merge":
         # Shards of a former, longer manifest would only confuse whoever looks into the folder.
         for path in out.glob("shard-*.parquet"):
-            if int(path.stem.removeprefix("shard-")) >= len(hashes):
+            number = path.stem.removeprefix("shard-")
+            if number.isdecimal() and int(number) >= len(hashes):
                 path.unlink()
         write_index(out, layout, len(hashes), {"num_rejected": len(bad)})
     total = sum(head.rows for head in heads if head is not None)
@@ -197,7 +213,7 @@ def _finish(
 
 
 def _read_manifests(cfg: TokenizeConfig) -> tuple[list[Utterance], list[Rejected]]:
-    manifests = [cfg.manifest] if isinstance(cfg.manifest, str) else cfg.manifest
+    manifests = as_list(cfg.manifest)
     if not manifests:
         raise ConfigError("no manifest was given; name at least one with --manifest.")
     utterances: list[Utterance] = []

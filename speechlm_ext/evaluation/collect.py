@@ -12,11 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from speechlm_ext.audio import read_audio, write_wav
+from speechlm_ext.data.fit import read_wave
 from speechlm_ext.data.manifest import Utterance, read_manifest
+from speechlm_ext.errors import AudioError
 from speechlm_ext.evaluation.judge import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
-from speechlm_ext.generation.records import file_stem
 from speechlm_ext.tasks import builtin_tasks
+from speechlm_ext.utils.names import file_name
+from speechlm_ext.utils.options import as_list
 
 if TYPE_CHECKING:
     from speechlm_ext.evaluation.judge import Judge
@@ -42,13 +45,13 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
         RecordError: a results file is malformed, or an ``asr`` result has no reference in the manifests.
         ManifestError: a manifest that cannot be used.
     """
-    assert cfg.out is not None
-    out = Path(cfg.out)
+    assert cfg.output_dir is not None
+    out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    utterances = {u.id: u for path in cfg.manifest for u in read_manifest(path)}
+    utterances = {u.id: u for path in as_list(cfg.manifest) for u in read_manifest(path)}
     records: list[Record] = []
     speech: list[Record] = []
-    for path in cfg.results:
+    for path in as_list(cfg.results):
         for where, row in read_jsonl(Path(path), "results file"):
             record = _from_result(where, row, Path(path), out, utterances, cfg.lang)
             if record is not None:
@@ -127,7 +130,7 @@ def _original(utterance: Utterance, out: Path, lang: str) -> Record:
     path = utterance.audio
     assert path is not None
     if utterance.start is not None:
-        path = out / "recordings" / f"{file_stem(utterance.id)}.wav"
+        path = out / "recordings" / file_name(utterance.id, ".wav")
         write_wav(path, read_utterance(utterance, SAMPLE_RATE), SAMPLE_RATE)
     return Record(
         utterance.id,
@@ -151,7 +154,7 @@ def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: 
         return []
     records = []
     for utterance in tqdm(utterances, desc="codec resynthesis", unit="utt", disable=None):
-        path = out / "resynthesis" / f"{file_stem(utterance.id)}.wav"
+        path = out / "resynthesis" / file_name(utterance.id, ".wav")
         wave = codec.decode(codec.encode(read_utterance(utterance, codec.sample_rate)))
         write_wav(path, wave, codec.sample_rate)
         records.append(replace(_original(utterance, out, lang), kind="codec", audio=_relative(path, out)))
@@ -159,14 +162,15 @@ def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: 
 
 
 def read_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
-    """The recording of an utterance, cut to its ``start`` and ``duration``: float32 ``[T]``."""
-    assert utterance.audio is not None
-    wave, rate = read_audio(utterance.audio, sample_rate)
-    if utterance.start is None:
-        return wave
-    first = round(utterance.start * rate)
-    last = len(wave) if utterance.duration is None else first + round(utterance.duration * rate)
-    return wave[first:last]
+    """The recording of an utterance, cut to its ``start`` and ``duration``: float32 ``[T]``.
+
+    Raises:
+        AudioError: it cannot be used, or is shorter than the manifest says.
+    """
+    try:
+        return read_wave(utterance, sample_rate, resample=True)[0]
+    except AudioError as error:
+        raise AudioError(f"{utterance.where}: {error}") from None
 
 
 def _listen(records: list[Record], judge: Judge | None, why_not: str | None, out: Path) -> list[Record]:

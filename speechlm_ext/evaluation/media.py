@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 from markupsafe import Markup
 
-from speechlm_ext.audio import read_audio
+from speechlm_ext.audio import check_wave, read_audio
 from speechlm_ext.evaluation.report import data_uri
 
 #: Grey that can be read on a light and on a dark page.
@@ -20,7 +20,12 @@ RANGE_DB = 70.0
 
 
 def flac_bytes(wave: np.ndarray, sample_rate: int) -> bytes:
-    """A waveform ``[T]`` as 16-bit FLAC, half the size of a wav and played by every browser."""
+    """A waveform ``[T]`` as 16-bit FLAC, half the size of a wav and played by every browser.
+
+    Raises:
+        AudioError: samples that cannot be used.
+    """
+    wave = check_wave(wave)
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(wave, -1.0, 1.0), sample_rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()

@@ -9,15 +9,17 @@ perplexity. ``records``: scoring alone, on any machine.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from speechlm_ext.audio import says_conversions
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.evaluation.collect import collect
 from speechlm_ext.evaluation.records import FILE_NAME, Record, read_records, write_records
 from speechlm_ext.evaluation.scores import score_records
 from speechlm_ext.utils.io import atomic_write_json
+from speechlm_ext.utils.options import as_list, take_old_name
 
 if TYPE_CHECKING:
     from speechlm_ext.evaluation.judge import Judge
@@ -29,24 +31,25 @@ SCORES = "scores.json"
 class EvaluateConfig:
     """Score generated text and speech, and a model's perplexity.
 
-    ``speechlm evaluate --results gen/results.jsonl --manifest data/test.jsonl --model runs/a/checkpoints/step-… \\
-    --tokens tokens/test --out runs/a/eval``; later, by themselves: ``speechlm evaluate --records runs/a/eval``.
+    ``speechlm evaluate --results gen/results.jsonl --manifest data/test.jsonl --model runs/a \\
+    --tokens tokens/test --output_dir runs/a/eval``; later, by themselves: ``speechlm evaluate --records runs/a/eval``.
     """
 
-    out: Path | None = None
+    output_dir: Path | None = None
     """Folder for ``records.jsonl``, ``scores.json`` and resynthesised audio; with ``records`` it may be left out."""
     records: Path | None = None
     """Records to score again; nothing else is computed."""
-    results: list[Path] = field(default_factory=list)
-    """``results.jsonl`` files of ``speechlm generate``. A request's id is an utterance's id, or ``name.ID``."""
-    manifest: list[Path] = field(default_factory=list)
-    """Manifests with reference texts and recordings."""
+    results: list[Path] | Path = field(default_factory=list)
+    """A ``results.jsonl`` file of ``speechlm generate``, or a list of them. A request's id is an utterance's id, or
+    ``name.ID``."""
+    manifest: list[Path] | Path = field(default_factory=list)
+    """A manifest with reference texts and recordings, or a list of them."""
     model: Path | None = None
-    """Model folder: for perplexity, and its codec for resynthesis."""
-    tokens: list[str] = field(default_factory=list)
-    """Held-out token folders for perplexity."""
-    tasks: list[str] = field(default_factory=list)
-    """Tasks for perplexity; default all that the model was trained for."""
+    """Model folder, for perplexity, and its codec for resynthesis; of a run folder its newest checkpoint is taken."""
+    tokens: list[str] | str = field(default_factory=list)
+    """A held-out token folder for perplexity, or a list of them."""
+    tasks: list[str] | str = field(default_factory=list)
+    """A task for perplexity, or a list of them; default all that the model was trained for."""
     limit: int | None = None
     """Only so many samples per task for perplexity."""
     originals: bool = True
@@ -63,20 +66,24 @@ class EvaluateConfig:
     """Language of items that name none."""
     threads: int = 2
     """CPU threads of the judge."""
+    out: Path | None = None
+    """Old name of ``output_dir``."""
 
     def __post_init__(self) -> None:
+        take_old_name(self, "out", "output_dir")
         if self.records is not None:
             if self.results or self.tokens:
                 raise ConfigError("records is scored by itself; leave results and tokens out.")
             return
         if not self.results and not self.tokens:
             raise ConfigError("nothing to evaluate: give results, or model and tokens, or records.")
-        if self.out is None:
-            raise ConfigError("out is needed: the folder for records and scores.")
+        if self.output_dir is None:
+            raise ConfigError("output_dir is needed: the folder for records and scores.")
         if self.tokens and self.model is None:
             raise ConfigError("tokens are for perplexity, which needs a model; give its folder.")
 
 
+@says_conversions()
 def run_evaluate(cfg: EvaluateConfig) -> int:
     """Do what ``cfg`` asks for, print the scores and write them.
 
@@ -86,22 +93,26 @@ def run_evaluate(cfg: EvaluateConfig) -> int:
     Raises:
         SpeechLMError: an input that cannot be used.
     """
+    if cfg.model is not None:
+        from speechlm_ext.model.folder import find_model_folder
+
+        cfg = replace(cfg, model=find_model_folder(cfg.model))
     if cfg.records is not None:
         scores: dict[str, Any] = {"errors": score_records(read_records(cfg.records))}
-        if cfg.out is not None:
-            _write(cfg.out, scores)
+        if cfg.output_dir is not None:
+            _write(cfg.output_dir, scores)
         print(format_scores(scores))
         return 0
-    assert cfg.out is not None
+    assert cfg.output_dir is not None
     scores = {"errors": {}, "perplexity": {}, "judge": None}
     if cfg.results:
         records, judge = _make_records(cfg)
-        write_records(cfg.out / FILE_NAME, records)
+        write_records(cfg.output_dir / FILE_NAME, records)
         scores["errors"] = score_records(records)
         scores["judge"] = judge
     if cfg.tokens:
         scores["perplexity"] = _perplexity(cfg)
-    _write(cfg.out, scores)
+    _write(cfg.output_dir, scores)
     print(format_scores(scores))
     return 0
 
@@ -136,7 +147,7 @@ def _perplexity(cfg: EvaluateConfig) -> dict[str, Any]:
 
     assert cfg.model is not None
     model = SpeechLM.from_pretrained(cfg.model)
-    return perplexity(model, cfg.tokens, cfg.tasks or None, limit=cfg.limit)
+    return perplexity(model, cfg.tokens, as_list(cfg.tasks) or None, limit=cfg.limit)
 
 
 def _write(out: Path, scores: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from speechlm_ext.audio import says_conversions
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.prompt import (
     Prompt,
@@ -85,7 +86,7 @@ class Chat:
         audio: str | Path | np.ndarray | None = None,
         role: str = "user",
         modality: str | None = None,
-        resample: bool = False,
+        resample: bool = True,
     ) -> None:
         """Add a turn of text or of speech.
 
@@ -93,7 +94,7 @@ class Chat:
             audio: a recording, or a float waveform at the tokenizers' rate.
             role: ``system``, ``user`` or ``assistant``.
             modality: default text_bpe for text, and for speech codec_ssl where the layout has it, else codec.
-            resample: allow recordings of another rate.
+            resample: convert recordings of another rate, said in the log; False makes them an error.
 
         Raises:
             GenerationError: neither or both of text and audio, an unknown role or modality, or content that gives no
@@ -110,7 +111,8 @@ class Chat:
         name = f"turn {len(self.turns)}"
         request = GenerationRequest(name, self.task, text=text, audio=audio, resample=resample)
         assert self.model.tokenizers is not None
-        raw_TC = encode_field(request, field, modality, self.model.tokenizers)
+        with says_conversions():
+            raw_TC = encode_field(request, field, modality, self.model.tokenizers)
         if len(raw_TC) == 0:
             raise GenerationError(f"{name}: {field} gives no {modality} tokens; it is empty or too short.")
         frames_TS = content_frames(raw_TC, modality, self.layout, name)

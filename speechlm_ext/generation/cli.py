@@ -17,6 +17,7 @@ from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.request_file import Line, RefusedRequest, read_requests
 from speechlm_ext.generation.run import generate
 from speechlm_ext.generation.settings import SamplingSettings
+from speechlm_ext.model.folder import find_model_folder
 from speechlm_ext.utils.io import atomic_write_text, sha256_file
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 #: Shown below the options by ``speechlm generate --help``.
 EXAMPLES = """\
-examples (M is a model folder; -o is --output; dashes and underscores in names are alike):
+examples (M is a model folder or a run folder; -o is --output; dashes and underscores in names are alike):
 
   speechlm generate --model M --task tts --text "three seven one" -o out.wav
   speechlm generate --model M --task asr --audio in.wav                     print the text
@@ -49,7 +50,8 @@ class GenerateConfig:
     """Generate text or speech with a trained model."""
 
     model: Path
-    """Model folder: a checkpoint, an export, or a folder downloaded from the Hub."""
+    """Model folder: a checkpoint, an export, or a folder downloaded from the Hub; of a run folder its newest
+    checkpoint is taken."""
     task: str | None = None
     """Task name or kind: tts, asr, textlm, audiolm, … With ``requests``: for lines that name none."""
     text: str | None = None
@@ -116,8 +118,8 @@ class GenerateConfig:
     """Most new frames; default: as many as the context holds, at most 2048."""
     max_len_ratio: float | None = None
     """Most new frames as a multiple of the prompt's content frames, instead of ``max_len``."""
-    resample: bool = False
-    """Convert recordings of another sampling rate; otherwise they are an error."""
+    resample: bool = True
+    """Convert recordings of another sampling rate, which is said once; ``false`` makes them an error."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA where there is a device."""
     dtype: str = "auto"
@@ -154,7 +156,7 @@ class GenerateConfig:
 
     def defaults(self) -> dict[str, Any]:
         """What a line of a requests file leaves out."""
-        more = {"task": self.task, "lang": self.lang, "resample": self.resample or None}
+        more = {"task": self.task, "lang": self.lang, "resample": self.resample}
         return self.sampling() | {name: value for name, value in more.items() if value is not None}
 
 
@@ -168,6 +170,7 @@ def run_generate(cfg: GenerateConfig) -> int:
         SpeechLMError: the model or the requests cannot be read, or the one request failed.
     """
     settings = SamplingSettings(**cfg.sampling())
+    cfg = dataclasses.replace(cfg, model=find_model_folder(cfg.model))
     if cfg.requests is not None:
         return _run_file(cfg, read_requests(cfg.requests, cfg.defaults()))
     request = GenerationRequest(

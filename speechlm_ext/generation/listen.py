@@ -89,13 +89,12 @@ class Listener:
         """Take in audio; returns a partial result for each chunk that became whole.
 
         Args:
-            samples: float ``[n]`` in [-1, 1] at ``sample_rate``, any number of them.
+            samples: ``[n]`` at ``sample_rate``, any number of them: floats in [-1, 1] or integer PCM.
 
         Raises:
             AudioError: not such samples. GenerationError: the context cannot hold more audio.
         """
-        samples = np.asarray(samples)
-        if samples.size == 0:
+        if np.size(samples) == 0:
             return []
         self._wave = np.concatenate([self._wave, check_wave(samples, "samples pushed to a listener")])
         out = []

@@ -171,8 +171,8 @@ def load_wave(
         return wave
     if not resample:
         raise GenerationError(
-            f"{where}: the recording has {found} Hz but the model's tokenizers take {rate} Hz; convert it, "
-            "or allow it with resample (--resample true)."
+            f"{where}: the recording has {found} Hz but the model's tokenizers take {rate} Hz, and resample is false; "
+            "convert it, or leave resample out."
         )
     return resample_audio(wave, found, rate)
 

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.request import RECORDINGS, GenerationRequest, GenerationResult
 from speechlm_ext.generation.request_file import RefusedRequest
 from speechlm_ext.utils.io import atomic_write_text, sha256_file, storage_error
+from speechlm_ext.utils.names import file_name
 
 RESULTS = "results.jsonl"
 PARTIAL = "results.partial.jsonl"
@@ -38,7 +38,10 @@ def request_dict(request: GenerationRequest) -> dict[str, Any]:
 
     def source(value: str | Path | np.ndarray | None) -> str | None:
         if isinstance(value, np.ndarray):
-            return "array:" + hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+            # With the type: the same bytes are other samples in another one.
+            digest = hashlib.sha256(f"{value.dtype.str} {value.shape} ".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+            return "array:" + digest.hexdigest()
         return None if value is None else str(value)
 
     return {
@@ -58,19 +61,13 @@ def fingerprint(request: GenerationRequest, model: dict[str, str]) -> str:
     data: dict[str, Any] = {"request": request_dict(request), "model": model}
     for name in RECORDINGS:
         value = getattr(request, name)
+        if isinstance(value, np.ndarray) and request.audio_rate is not None:
+            data["audio_rate"] = request.audio_rate
         if isinstance(value, (str, Path)) and os.path.isfile(value):
             # By content: recordings of one length have one size.
             with contextlib.suppress(OSError):
                 data[name] = sha256_file(value)
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def file_stem(request_id: str) -> str:
-    """A file name for an id: the id itself where it can be one, else a readable part and a hash."""
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", request_id).lstrip(".")[:100]
-    if stem == request_id:
-        return stem
-    return f"{stem}-{hashlib.sha256(request_id.encode()).hexdigest()[:8]}"
 
 
 class ResultsFolder:
@@ -121,7 +118,11 @@ class ResultsFolder:
         record = self.records.get(request.id)
         if record is None or record.get("finished") == "failed":
             return False
-        if record.get("fingerprint") != self._fingerprint(request):
+        marks = [self._fingerprint(request)]
+        if record.get("fingerprint") not in marks and request.resample:
+            # What was served without conversion, the default once, needed none.
+            marks.append(fingerprint(dataclasses.replace(request, resample=False), self._identity))
+        if record.get("fingerprint") not in marks:
             return False
         paths = [one.get("audio") for one in (record, *record.get("alternatives", []))]
         return all(path is None or (self.folder / path).is_file() for path in paths)
@@ -139,7 +140,7 @@ class ResultsFolder:
             StorageError: the disk is full; what was written before is intact and the run can be resumed.
         """
         alternatives = [
-            self._outcome(one, f"{result.id}/{number}") for number, one in enumerate(result.alternatives, 2)
+            self._outcome(one, result.id, number) for number, one in enumerate(result.alternatives, 2)
         ]
         record = {
             "version": VERSION,
@@ -163,11 +164,11 @@ class ResultsFolder:
         self.records[result.id] = record
         return record
 
-    def _outcome(self, result: GenerationResult, name: str) -> dict[str, Any]:
-        """What came of a request, or of one of several results; its audio is written under ``name``."""
+    def _outcome(self, result: GenerationResult, request_id: str, number: int = 1) -> dict[str, Any]:
+        """What came of a request, or the ``number``-th of several results; its audio is written to ``wav/``."""
         audio = None
         if result.wav is not None and result.wav.size and result.sample_rate:
-            audio = f"wav/{file_stem(name)}.wav"
+            audio = f"wav/{file_name(request_id, '.wav', number=number)}"
             write_wav(self.folder / audio, result.wav, result.sample_rate)
         return {
             "finished": result.finished,

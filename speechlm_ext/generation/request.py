@@ -36,7 +36,7 @@ class GenerationRequest:
     """A trained task's name (``codec_ssl_plain_tts``) or its kind (``tts``)."""
     text: str | None = None
     audio: str | Path | np.ndarray | None = None
-    """A file, or a float waveform ``[T]`` in [-1, 1]."""
+    """A file, or a waveform ``[T]``: floats in [-1, 1] or integer PCM."""
     speaker_prompt: str | Path | np.ndarray | None = None
     """A recording of the voice to speak with, for tasks with a speaker condition."""
     lang: str | None = None
@@ -44,8 +44,8 @@ class GenerationRequest:
     settings: SamplingSettings = field(default_factory=SamplingSettings)
     audio_rate: int | None = None
     """Rate of waveforms given as arrays, in Hz; None: the tokenizers' own rate."""
-    resample: bool = False
-    """Convert audio of another sampling rate; otherwise it is an error."""
+    resample: bool = True
+    """Convert audio of another sampling rate, which is said in the log; False makes it an error."""
     target_text: str | None = None
     """The target's text, for tasks that end in one: it is not generated but given, and the result has the
     log-probability of each of its tokens and of the end."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from speechlm_ext.audio import says_conversions
 from speechlm_ext.errors import GenerationError, SpeechLMError
 from speechlm_ext.generation import best_of
 from speechlm_ext.generation.beam import beam_search
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 WINDOW = 8
 
 
+@says_conversions()
 def generate(
     model: SpeechLM,
     requests: Sequence[GenerationRequest],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from speechlm_ext.audio import says_conversions
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine import Engine, Work
 from speechlm_ext.generation.prompt import Prompt, raw_content
@@ -102,7 +103,8 @@ def stream(model: SpeechLM, request: GenerationRequest, chunk_frames: int = 1) -
         raise GenerationError(
             f"request {request.id!r}: a given target is scored as a whole and cannot be streamed; use generate."
         )
-    prompt = prepare(request, model)
+    with says_conversions():
+        prompt = prepare(request, model)
     if isinstance(prompt, GenerationResult):
         raise GenerationError(prompt.error or "the request cannot be served.")
     assert model.tokenizers is not None

@@ -6,8 +6,10 @@ folder without its ending is the id. Results come in the order of the recordings
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,13 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from speechlm_ext.audio import add_conversions, audio_seconds, take_conversions
 from speechlm_ext.data.fit import read_wave
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, TokenizerError
 from speechlm_ext.kmeans.shards import content_key
+from speechlm_ext.kmeans.words import counted
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.encoders import SAMPLE_RATE, EncoderSpec, build_encoder
+from speechlm_ext.utils.folders import find_files
 
+logger = logging.getLogger("speechlm_ext")
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".g722")
 _CHUNK = 4
 #: Below this many recordings starting processes takes longer than the work.
@@ -34,17 +40,25 @@ _WORTH_PROCESSES = 32
 def find_audio(path: str | Path) -> list[Utterance]:
     """The recordings of a manifest or of a folder, in the manifest's or the names' order.
 
+    Of a folder all sub-folders are read, linked ones too, each file once; hidden files (such as macOS's ``._NAME``) and
+    other files are left out and counted in the log.
+
     Raises:
         ManifestError: a manifest that is not good.
-        AudioError: a folder without recordings.
+        AudioError: a folder without recordings, one that cannot be read, or two recordings of one id.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        listing = find_files(path, SUFFIXES, AudioError)
+        files = listing.files
+        others = f"; left out: {listing}" if listing.left_out else ""
         if not files:
             raise AudioError(
-                f"folder {path} has no recordings ({', '.join(SUFFIXES)}); give another folder or a manifest.jsonl."
+                f"folder {path} has no recordings ({', '.join(SUFFIXES)}){others}. Give another folder or a "
+                "manifest.jsonl."
             )
+        if others:
+            logger.info("%s: %s%s", path, counted(len(files), "recording"), others)
         found = [
             Utterance(str(p.relative_to(path).with_suffix("")), audio=p.absolute(), manifest=str(path))
             for p in files
@@ -83,23 +97,16 @@ def estimated_frames(utterances: Sequence[Utterance], frame_rate: float) -> int:
     Raises:
         AudioError: a recording that cannot be read.
     """
-    import soundfile
-
     total = 0
     for u in utterances:
         assert u.audio is not None
         if u.start is not None and u.duration is not None:
             seconds = u.duration
-        elif u.audio.suffix.lower() == ".g722":
-            seconds = u.audio.stat().st_size * 2 / SAMPLE_RATE  # four bits a sample
         else:
             try:
-                info = soundfile.info(u.audio)
-            except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
-                raise AudioError(
-                    f"{u.where}: audio file {u.audio} cannot be read ({str(error).strip()})."
-                ) from None
-            seconds = info.frames / info.samplerate - (u.start or 0.0)
+                seconds = audio_seconds(u.audio) - (u.start or 0.0)
+            except AudioError as error:
+                raise AudioError(f"{u.where}: {error}") from None
         total += int(max(seconds, 0.0) * frame_rate) + 1
     return total
 
@@ -189,7 +196,8 @@ class AudioPool:
             return
         chunks = [utterances[i : i + _CHUNK] for i in range(0, len(utterances), _CHUNK)]
         try:
-            for results in self._pool.map(_work, chunks):
+            for results, conversions in self._pool.map(_work, chunks):
+                add_conversions(conversions)
                 yield from results
         except BrokenProcessPool:
             raise TokenizerError(
@@ -207,6 +215,6 @@ def _start(job: AudioJob) -> None:
     _worker = _Worker(job)
 
 
-def _work(utterances: Sequence[Utterance]) -> list[np.ndarray | Rejected]:
+def _work(utterances: Sequence[Utterance]) -> tuple[list[np.ndarray | Rejected], Counter[tuple[int, int]]]:
     assert _worker is not None
-    return [_worker(u) for u in utterances]
+    return [_worker(u) for u in utterances], take_conversions()

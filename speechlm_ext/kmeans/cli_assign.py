@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from speechlm_ext.audio import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
@@ -32,6 +33,7 @@ from speechlm_ext.kmeans.words import counted, speaks_options
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.encoder_kmeans import EncoderKMeans
 from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text, sha256_file
+from speechlm_ext.utils.options import take_old_name
 
 PARTS = "parts"
 RECORD = "assign.json"
@@ -42,14 +44,14 @@ _RECORDINGS_PER_PART = 500
 class AssignConfig:
     """Label every frame with its unit, the exact nearest centroid; stopped, the same command goes on where it was.
 
-    ``speechlm kmeans assign --kmeans units/ --audio data/manifest.jsonl --output labels/train`` writes
+    ``speechlm kmeans assign --kmeans units/ --audio data/manifest.jsonl --output_dir labels/train`` writes
     ``labels/train/units.txt``, a line ``id unit unit …`` for each recording.
     """
 
     kmeans: str
     """Folder that `speechlm kmeans fit` has written."""
-    output: str
-    """Folder to write."""
+    output_dir: str = ""
+    """Folder to write; needed."""
     audio: str | None = None
     """Recordings: a folder (wav, flac, ogg, mp3, g722) or a manifest.jsonl."""
     encoder: str | None = None
@@ -66,16 +68,24 @@ class AssignConfig:
     column: str = "features"
     """Column of Parquet shards."""
     resample: bool = True
-    """Convert recordings of another sampling rate; otherwise they are bad items."""
+    """Convert recordings of another sampling rate, which is said once; ``false`` makes them bad items."""
     skip_bad: bool = False
     """Go on past bad recordings; they are listed in rejected.jsonl and counted."""
     device: str = "auto"
     """Where encoder and assignment run: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
     num_workers: int | None = None
     """Processes that encode recordings on the CPU; default one per core."""
+    output: str | None = None
+    """Old name of ``output_dir``."""
+
+    def __post_init__(self) -> None:
+        take_old_name(self, "output", "output_dir")
+        if not self.output_dir:
+            raise ConfigError("--output_dir is needed: the folder to write.")
 
 
 @speaks_options
+@says_conversions()
 def run_assign(cfg: AssignConfig) -> int:
     """Assign as ``cfg`` says; see :class:`AssignConfig`.
 
@@ -85,7 +95,7 @@ def run_assign(cfg: AssignConfig) -> int:
     if (cfg.audio is None) == (cfg.features is None):
         raise ConfigError("give either --audio (recordings) or --features (shards), and not both.")
     device = resolve_device(cfg.device)
-    out = Path(cfg.output)
+    out = Path(cfg.output_dir)
     if cfg.features is not None:
         return _assign_shards(cfg, out, device)
     return _assign_audio(cfg, out, device)
@@ -106,12 +116,13 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
         )
     paths = [shard.path for shard in source.shards]
     targets = {path: out / f"{path.stem}.npy" for path in paths}
-    if len(set(targets.values())) < len(targets) or any(
+    # Without case, which some file systems do not count.
+    if len({str(t).lower() for t in targets.values()}) < len(targets) or any(
         p.resolve() == t.resolve() for p, t in targets.items()
     ):
         raise ConfigError(
             f"two shards have one name, or {out} is the folder of the features; labels would overwrite something. "
-            "Choose another output, or one folder of shards at a time."
+            "Choose another output_dir, or one folder of shards at a time."
         )
     lines = [t.with_suffix(".km") for path, t in targets.items() if path.with_suffix(".len").is_file()]
     _claim(cfg, out, [[path.name, *content_key(path)] for path in paths], [*targets.values(), *lines])
@@ -247,7 +258,7 @@ def _join(cfg: AssignConfig, out: Path, target: Path, parts: Sequence[Path]) -> 
         if rejected and not cfg.skip_bad:
             raise KMeansError(
                 f"{counted(len(rejected), 'recording')} left out under --skip_bad before, the first: "
-                f"{json.loads(rejected[0])['reason']} Give --skip_bad again, or choose another output."
+                f"{json.loads(rejected[0])['reason']} Give --skip_bad again, or choose another output_dir."
             )
     if rejected:
         atomic_write_text(out / REJECTED, "\n".join(rejected) + "\n")
@@ -280,16 +291,16 @@ def _claim(cfg: AssignConfig, out: Path, inputs: list[Any], written: Sequence[Pa
             found = json.loads(path.read_text("utf-8"))
             different = [name for name in record if found[name] != record[name]]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is damaged; choose another output, or delete {out}.") from None
+            raise ConfigError(f"{path} is damaged; choose another output_dir, or delete {out}.") from None
         if different:
             raise ConfigError(
-                f"{out} holds labels of another command: its {different[0]} differs. Choose another output, or "
+                f"{out} holds labels of another command: its {different[0]} differs. Choose another output_dir, or "
                 "give the same settings to go on with it."
             )
         return
     foreign = next((p for p in written if p.exists()), None)
     if foreign is not None:
         raise ConfigError(
-            f"{foreign} is there already and no labels of `speechlm kmeans assign`; choose another output."
+            f"{foreign} is there already and no labels of `speechlm kmeans assign`; choose another output_dir."
         )
     atomic_write_json(path, record)

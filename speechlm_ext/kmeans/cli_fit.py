@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from speechlm_ext.audio import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
@@ -30,6 +31,7 @@ from speechlm_ext.kmeans.sources import FeatureSource, open_source
 from speechlm_ext.kmeans.words import counted, speaks_options
 from speechlm_ext.tokenizers.encoders import EncoderSpec, FeatureEncoder, build_encoder
 from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text
+from speechlm_ext.utils.options import take_old_name
 
 REJECTED = "rejected.jsonl"
 PLOT = "usage.svg"
@@ -40,12 +42,13 @@ _RECORDINGS_PER_SHARD = 200
 class FitConfig:
     """Fit K-Means units to recordings or to feature shards; stopped, the same command goes on where it was.
 
-    ``speechlm kmeans fit --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output units/``, or
-    with features that lie on disk already ``speechlm kmeans fit --features dump/ --n_clusters 500 --output units/``.
+    ``speechlm kmeans fit --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output_dir units/``,
+    or with features that lie on disk already ``speechlm kmeans fit --features dump/ --n_clusters 500 --output_dir
+    units/``.
     """
 
-    output: str
-    """Folder to write: kmeans.safetensors, kmeans.json, usage.svg."""
+    output_dir: str = ""
+    """Folder to write: kmeans.safetensors, kmeans.json, usage.svg; needed."""
     audio: str | None = None
     """Recordings: a folder (wav, flac, ogg, mp3, g722) or a manifest.jsonl."""
     features: list[str] | str | None = None
@@ -85,7 +88,7 @@ class FitConfig:
     nonfinite: Literal["error", "drop"] = "error"
     """What to do with rows that hold a NaN or an infinity."""
     resample: bool = True
-    """Convert recordings of another sampling rate; otherwise they are bad items."""
+    """Convert recordings of another sampling rate, which is said once; ``false`` makes them bad items."""
     skip_bad: bool = False
     """Go on past bad recordings; they are listed in rejected.jsonl and counted."""
     device: str = "auto"
@@ -94,9 +97,17 @@ class FitConfig:
     """Processes that encode recordings on the CPU; default one per core."""
     keep_features: bool = False
     """Keep the features computed from recordings, in the folder features/."""
+    output: str | None = None
+    """Old name of ``output_dir``."""
+
+    def __post_init__(self) -> None:
+        take_old_name(self, "output", "output_dir")
+        if not self.output_dir:
+            raise ConfigError("--output_dir is needed: the folder to write.")
 
 
 @speaks_options
+@says_conversions()
 def run_fit(cfg: FitConfig) -> int:
     """Fit as ``cfg`` says; see :class:`FitConfig`.
 
@@ -117,7 +128,7 @@ def run_fit(cfg: FitConfig) -> int:
         refuse_options(cfg, of_recordings, "for recordings; leave it out, or give --audio")
     sample_size(1, cfg.share, cfg.max_frames)
     device = resolve_device(cfg.device)
-    out = Path(cfg.output)
+    out = Path(cfg.output_dir)
     spec = None if cfg.encoder is None else EncoderSpec.parse(cfg.encoder, cfg.frames_per_token)
     utterances = find_audio(cfg.audio) if cfg.audio is not None else []
     shards = None if cfg.features is None else open_source(cfg.features, column=cfg.column)
@@ -241,7 +252,7 @@ def _from_audio(
     if bad and not cfg.skip_bad:
         raise KMeansError(
             f"{counted(len(bad), 'recording')} left out under --skip_bad before, the first: {bad[0]['reason']} Give "
-            "--skip_bad again, or choose another output."
+            "--skip_bad again, or choose another output_dir."
         )
     if bad:
         atomic_write_text(out / REJECTED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
@@ -251,7 +262,7 @@ def _from_audio(
     if not any(folder.glob("shard-*.npy")):
         raise KMeansError(
             f"no frame of {counted(len(utterances) - len(bad), 'recording')} is left of a share of {share:g}; give a "
-            "larger --share or --max_frames, and another output."
+            "larger --share or --max_frames, and another output_dir."
         )
     return open_source(folder)
 

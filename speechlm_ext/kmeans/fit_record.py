@@ -37,7 +37,7 @@ def record_of(cfg: FitConfig, inputs: Sequence[Utterance] | FeatureSource) -> di
         inputs: the recordings or shards that the settings name; what tells their contents apart is recorded.
     """
     settings = asdict(cfg)
-    for name in ("output", "device", "num_workers", "keep_features", "skip_bad"):
+    for name in ("output_dir", "output", "device", "num_workers", "keep_features", "skip_bad"):
         del settings[name]
     if isinstance(inputs, ShardSource):
         settings["shards"] = _digest([[s.path.name, *content_key(s.path)] for s in inputs.shards])
@@ -54,7 +54,7 @@ def claim(out: Path, record: dict[str, Any]) -> None:
             found = _plain_paths(json.loads(path.read_text("utf-8"))["settings"])
             names = sorted(set(found) | set(record))
         except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is damaged; choose another output, or delete {out}.") from None
+            raise ConfigError(f"{path} is damaged; choose another output_dir, or delete {out}.") from None
         is_begun = (out / CHECKPOINT).exists() or (out / "kmeans.json").is_file()
         has_features = (out / FEATURES).exists()
         for name in names:
@@ -64,11 +64,11 @@ def claim(out: Path, record: dict[str, Any]) -> None:
             if name in _CONTENTS:  # the settings that name the files come before it and are equal
                 raise ConfigError(
                     f"{out} holds a fit on other {name}: files of {_CONTENTS[name]} have come, gone or changed since. "
-                    f"Choose another output or delete {out} to fit what is there now, or put the files back."
+                    f"Choose another output_dir or delete {out} to fit what is there now, or put the files back."
                 )
             raise ConfigError(
                 f"{out} holds a fit with {name} {found.get(name)!r}, not {record.get(name)!r}. Choose another "
-                "output, or give the same settings to go on with it."
+                "output_dir, or give the same settings to go on with it."
             )
     else:
         # These are written into and removed at the end: they must not be someone else's.
@@ -76,7 +76,7 @@ def claim(out: Path, record: dict[str, Any]) -> None:
             if (out / name).exists():
                 raise ConfigError(
                     f"{out} holds a {name} that another command wrote and this fit would write to; choose another "
-                    "output."
+                    "output_dir."
                 )
     atomic_write_json(path, {"settings": record})
 

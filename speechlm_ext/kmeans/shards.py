@@ -91,11 +91,11 @@ def open_shard(path: Path, column: str) -> Shard:
         raise KMeansError(
             f"feature shard {path} does not exist; give .npy or .parquet files, or their folder."
         )
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise KMeansError(
             f"feature shard {path}: expected a .npy or .parquet file; write features as float [n, F] with numpy.save."
         )
-    shard: Shard = NpyShard(path) if path.suffix == ".npy" else ParquetShard(path, column)
+    shard: Shard = NpyShard(path) if path.suffix.lower() == ".npy" else ParquetShard(path, column)
     if shard.num_rows == 0:
         raise KMeansError(f"feature shard {path} has no rows; leave it out, or make it again.")
     return shard

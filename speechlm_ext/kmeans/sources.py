@@ -6,6 +6,7 @@ that, so a fit sees the same rows with the same numbers whatever holds them.
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -19,7 +20,9 @@ from torch import Tensor
 from speechlm_ext.errors import KMeansError
 from speechlm_ext.kmeans.shards import SUFFIXES, Shard, how_to_reshape, open_shard
 from speechlm_ext.kmeans.words import counted
+from speechlm_ext.utils.folders import find_files
 
+logger = logging.getLogger("speechlm_ext")
 _EXPECTED = (
     "expected a float array or tensor [N, F], a .npy or .parquet file, a list of such files, their folder, or a "
     "FeatureSource"
@@ -51,8 +54,8 @@ def open_source(x: Any, *, column: str = "features") -> FeatureSource:
 
     Args:
         x: float ``[N, F]`` tensor or numpy array (float16, bfloat16, float32, float64; CPU or CUDA), a path, a list of
-            paths, a folder (all its .npy and .parquet files by name), or a :class:`FeatureSource`, which is
-            returned as it is.
+            paths, a folder (its own .npy and .parquet files by name, hidden ones left out), or a
+            :class:`FeatureSource`, which is returned as it is.
         column: the column of features in Parquet files.
 
     Raises:
@@ -64,11 +67,15 @@ def open_source(x: Any, *, column: str = "features") -> FeatureSource:
         path = Path(x)
         if not path.is_dir():
             return ShardSource([path], column)
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
+        listing = find_files(path, SUFFIXES, KMeansError, recursive=False)
+        files = listing.files
+        others = f"; left out: {listing}" if listing.left_out else ""
         if not files:
             raise KMeansError(
-                f"features: folder {path} has no .npy and no .parquet files; give the folder of shards."
+                f"features: folder {path} has no .npy and no .parquet files{others}; give the folder of shards."
             )
+        if others:
+            logger.info("%s: %s%s", path, counted(len(files), "feature shard"), others)
         return ShardSource(files, column)
     if (
         isinstance(x, Sequence)

@@ -26,6 +26,7 @@ from speechlm_ext.model.backbone import TextEnds, backbone_settings
 from speechlm_ext.model.backbone_proof import examine
 from speechlm_ext.model.config import CONFIG_NAME, LossSettings, ModelConfig
 from speechlm_ext.model.embedding import MultiStreamEmbedding
+from speechlm_ext.model.folder import find_model_folder
 from speechlm_ext.model.frame import FrameCache, Frames, FrameTransformer
 from speechlm_ext.model.head import MultiStreamHead
 from speechlm_ext.model.kv_cache import KVCache
@@ -309,13 +310,14 @@ class SpeechLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> SpeechLM:
-        """Load a model folder; strict: every weight must be there and nothing else.
+        """Load a model folder, or the newest checkpoint of a run folder; strict: every weight must be there and nothing
+        else.
 
         Raises:
             CheckpointError: not a model folder, or its weights are missing, truncated or of another shape.
             LayoutError, LayoutMismatchError: its layout is damaged or is not the one of its tokenizers.
         """
-        folder = Path(folder)
+        folder = find_model_folder(folder)
         if not folder.is_dir():
             raise CheckpointError(
                 f"model folder {folder} does not exist. Give a checkpoint (runs/NAME/checkpoints/step-…) or an export."

@@ -132,7 +132,7 @@ class TrainConfig:
     """Steps between log lines."""
     resume: str = "auto"
     """``auto``: go on from the run folder's newest checkpoint if there is one; ``none``: the run folder must be new;
-    or the path of a checkpoint, which must be loadable."""
+    or the path of a checkpoint, which must be loadable; of another run's folder its newest one is taken."""
     seed: int = 0
     """Seed of the initial weights."""
     processes: int = 1

@@ -24,6 +24,7 @@ from torch import Tensor
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.model import ModelConfig, SpeechLM
+from speechlm_ext.model.folder import find_model_folder
 from speechlm_ext.model.speechlm import backbone_settings
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig
@@ -84,7 +85,7 @@ def find_resume(config: TrainConfig, root: Path) -> Path | None:
                 f"run_dir, delete it, or go on with --resume auto."
             )
         return None
-    return Path(config.resume)
+    return find_model_folder(config.resume)
 
 
 class _Meter:

@@ -1,0 +1,66 @@
+"""Which model folder a path means: the folder itself, or the newest checkpoint of a run."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from speechlm_ext.errors import CheckpointError
+from speechlm_ext.layout import FILE_NAME
+from speechlm_ext.model.config import CONFIG_NAME
+
+logger = logging.getLogger("speechlm_ext")
+CHECKPOINTS = "checkpoints"
+_LATEST = "latest"
+_NEEDED = (CONFIG_NAME, FILE_NAME, "model.safetensors")
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """The model folder that ``path`` means.
+
+    A model folder (checkpoint, export) is itself. A run folder (``runs/NAME``) and its ``checkpoints/`` mean the run's
+    newest complete checkpoint, which is said in the log; so does ``checkpoints/latest`` where that link is broken.
+    Where it is a text file, for want of links, it means the folder that it names. Any other path is given back as it
+    is, for the reader's own errors.
+
+    Raises:
+        CheckpointError: a run without a complete checkpoint.
+    """
+    path = Path(path)
+    if (path / CONFIG_NAME).is_file():
+        return path
+    if path.name == _LATEST and not path.is_dir():
+        root = path.parent
+        named = root / _text_of(path)
+        if (named / CONFIG_NAME).is_file():
+            return named
+    elif (path / CHECKPOINTS).is_dir():
+        root = path / CHECKPOINTS
+    else:
+        root = path
+    steps = sorted(
+        (int(match[1]), folder)
+        for folder in (root.iterdir() if root.is_dir() else ())
+        if (match := re.fullmatch(r"step-(\d+)", folder.name)) is not None and folder.is_dir()
+    )
+    if not steps:
+        if root.name != CHECKPOINTS or not root.is_dir():
+            return path
+        raise CheckpointError(
+            f"{path}: the run has no checkpoint yet; train it first, or name a model folder."
+        )
+    for _, folder in reversed(steps):
+        missing = [name for name in _NEEDED if not (folder / name).is_file()]
+        if not missing:
+            logger.info("%s: taking the newest checkpoint, %s", path, folder)
+            return folder
+        logger.warning("%s is incomplete (no %s) and passed over", folder, ", ".join(missing))
+    raise CheckpointError(f"{path}: none of the run's {len(steps)} checkpoints is complete; train it again.")
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""

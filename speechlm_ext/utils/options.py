@@ -1,0 +1,32 @@
+"""What the settings of all verbs have in common: old names that are still taken, one value where a list may stand."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from speechlm_ext.errors import ConfigError
+
+Value = TypeVar("Value")
+
+
+def take_old_name(settings: Any, old: str, new: str) -> None:
+    """Move what was given under a field's old name to its new one; for ``__post_init__`` of frozen settings.
+
+    Raises:
+        ConfigError: both were given and differ.
+    """
+    value = getattr(settings, old)
+    if value is None:
+        return
+    other = getattr(settings, new)
+    if other and other != value:
+        raise ConfigError(
+            f"{new} is {str(other)!r} but {old}, its old name, {str(value)!r}; give only {new}."
+        )
+    object.__setattr__(settings, new, value)
+    object.__setattr__(settings, old, None)
+
+
+def as_list(value: list[Value] | Value) -> list[Value]:
+    """One value or a list of them as a list."""
+    return value if isinstance(value, list) else [value]
