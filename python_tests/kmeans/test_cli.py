@@ -360,7 +360,9 @@ def test_assign_refusals(units, features, tmp_path, capsys):
     for name in ("a.npy", "A.npy"):
         (tmp_path / "case").mkdir(exist_ok=True)
         (tmp_path / "case" / name).write_bytes((features / "a.npy").read_bytes())
-    if len(list((tmp_path / "case").iterdir())) == 2:  # their labels would be one file where case does not count
+    if (
+        len(list((tmp_path / "case").iterdir())) == 2
+    ):  # their labels would be one file where case does not count
         message = says("--kmeans", tmp_path / "u", "--features", tmp_path / "case", *out)
         assert "two shards have one name" in message
     assert kmeans("assign", "--kmeans", tmp_path / "u", "--features", features, *out) == 0
