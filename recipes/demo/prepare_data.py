@@ -15,6 +15,7 @@ installed. The same seed gives the same files.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import re
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from speechlm_ext.audio import read_audio
 from speechlm_ext.errors import ConfigError, ManifestError
 from speechlm_ext.utils.io import atomic_write_json, atomic_write_text
+from speechlm_ext.utils.json_text import json_line, parse_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from number_words import RECORDED_WORDS, normalise  # noqa: E402
@@ -122,8 +124,9 @@ def prepare(
     manifests = Manifests(out_dir / "train.jsonl", out_dir / "test.jsonl")
     about_path = out_dir / "about.json"
     if about_path.is_file() and all(m.is_file() for m in manifests):
-        if json.loads(about_path.read_text("utf-8")).get("settings") == settings:
-            return manifests
+        with contextlib.suppress(ValueError, AttributeError):  # damaged: prepared again
+            if parse_json(about_path.read_bytes()).get("settings") == settings:
+                return manifests
     about_path.unlink(missing_ok=True)
     cache = Path(debs_dir) if debs_dir is not None else out_dir.parent / "cache"
     if debs_dir is None:
@@ -141,7 +144,7 @@ def prepare(
         _add_numbers(rows, prompts, speaker, lang, out_dir, config, rng)
     shutil.rmtree(out_dir / "unpacked", ignore_errors=True)
     for split, path in zip(("train", "test"), manifests, strict=True):
-        atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split]))
+        atomic_write_text(path, "".join(map(json_line, rows[split])))
     atomic_write_json(about_path, _about(rows, notes, settings))
     return manifests
 

@@ -37,6 +37,7 @@ from speechlm_ext.errors import ConfigError, SpeechLMError  # noqa: E402
 from speechlm_ext.evaluation.machine import commit_of  # noqa: E402
 from speechlm_ext.tokenizers import TokenizerSet  # noqa: E402
 from speechlm_ext.utils.io import atomic_write_json, atomic_write_text, sha256_file  # noqa: E402
+from speechlm_ext.utils.json_text import parse_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "demo.yaml"
@@ -190,7 +191,7 @@ def speechlm(*arguments: str, accept: tuple[int, ...] = (0,)) -> None:
 def read_state(out: Path) -> dict[str, Any]:
     """What each stage did: its key, seconds and commit."""
     try:
-        return json.loads((out / STATE).read_text("utf-8"))
+        return parse_json((out / STATE).read_bytes())
     except (OSError, ValueError):
         return {}
 

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import threading
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from speechlm_ext.errors import SpeechLMError
@@ -75,7 +75,7 @@ def number_words(digits: str, lang: str = "en", form: str = "cardinal") -> tuple
     return tuple(tokens(text, lang)) or (digits,)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _longest(code: str) -> int:
     """Digits of the longest numbers that a language has words for."""
     for length in range(1, LONGEST_NUMBER + 1):
@@ -117,6 +117,8 @@ def _bounded(number: int, code: str, form: str) -> str:
         worker.join(DEADLINE_S)
         if worker.is_alive():
             _stuck.add(code)
-            log.warning("num2words does not return for %d in %r; numbers of this language stay digits.", number, code)
+            log.warning(
+                "num2words does not return for %d in %r; numbers of this language stay digits.", number, code
+            )
             return ""
     return said[0] if said and isinstance(said[0], str) else ""

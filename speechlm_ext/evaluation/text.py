@@ -269,8 +269,14 @@ def _count(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str], 
 
 def sum_counts(counts: Sequence[ErrorCounts]) -> ErrorCounts:
     """The counts of several sets of one unit as those of one set; at least one."""
-    numbers = ("substitutions", "deletions", "insertions", "total", "utterances")
-    return ErrorCounts(*(sum(getattr(c, name) for c in counts) for name in numbers), counts[0].unit)
+    return ErrorCounts(
+        substitutions=sum(c.substitutions for c in counts),
+        deletions=sum(c.deletions for c in counts),
+        insertions=sum(c.insertions for c in counts),
+        total=sum(c.total for c in counts),
+        utterances=sum(c.utterances for c in counts),
+        unit=counts[0].unit,
+    )
 
 
 def wer(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str] = "en") -> ErrorCounts:

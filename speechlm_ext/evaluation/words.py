@@ -39,9 +39,10 @@ _INITIALS = regex.compile(r"(?<![\p{L}\p{M}])(?:\p{L}\p{M}*\.){2,}")
 _SMALL_DIGITS = regex.compile(r"[⁰¹²³⁴-⁹]+|[₀-₉]+|\p{No}")
 #: A space that groups digits by three; NFKC would make it a plain one.
 _GROUPING_SPACE = regex.compile(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))")
-#: Kana's voicing marks as signs of their own; the combining ones belong to the letter before. Accents typed as
-#: apostrophes.
-_LOOKALIKES = str.maketrans("゛゜´`", "\u3099\u309a''")
+#: Kana's voicing marks as signs of their own; the combining ones belong to the letter before.
+_KANA_MARK = regex.compile(r"(?<=[\p{Hiragana}\p{Katakana}])[゛゜]")
+#: Accents that are typed as apostrophes.
+_ACCENT_APOSTROPHES = str.maketrans("´`", "''")
 #: Spacing accents, which NFKC would turn into a space with a mark on it.
 _SPACING_ACCENTS = regex.compile(r"[\p{Sk}™℠]")
 #: Invisible: default ignorables but the zero-width space, which Unicode defines as a boundary; enclosing marks; the
@@ -60,7 +61,8 @@ def fold(text: str, lang: str = "en") -> str:
     """Text with everything equal that sounds and means the same in writing, by the rules of the module's text; its
     words are still apart as they were."""
     language = base_language(lang)
-    text = unicodedata.normalize("NFC", text.translate(_LOOKALIKES))
+    text = unicodedata.normalize("NFC", text).translate(_ACCENT_APOSTROPHES)
+    text = _KANA_MARK.sub(lambda match: "\u3099" if match.group() == "゛" else "\u309a", text)
     text = _GROUPING_SPACE.sub(",", text)
     text = _SMALL_DIGITS.sub(_apart, _SPACING_ACCENTS.sub(" ", text))
     # Ordinal signs at a number stay: as letters "1º" would be "1 o", which English reads as "one oh".

@@ -27,6 +27,7 @@ from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.request import RECORDINGS, GenerationRequest, GenerationResult
 from speechlm_ext.generation.request_file import RefusedRequest
 from speechlm_ext.utils.io import atomic_write_text, sha256_file, storage_error
+from speechlm_ext.utils.json_text import json_line, parse_json, split_lines
 
 RESULTS = "results.jsonl"
 PARTIAL = "results.partial.jsonl"
@@ -221,7 +222,7 @@ class ResultsFolder:
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(map(json_line, records))
 
 
 def _rounded(logprobs_TC: np.ndarray) -> list[list[float | None]]:
@@ -250,11 +251,9 @@ def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:
     if partial and not data.endswith(b"\n"):
         data = data[: data.rfind(b"\n") + 1]
         os.truncate(path, len(data))
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in split_lines(data):
         try:
-            record = json.loads(line)
+            record = parse_json(line, allow_nan=True)
             records[record["id"]] = record
         except (ValueError, KeyError, TypeError):
             raise GenerationError(

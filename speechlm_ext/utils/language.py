@@ -45,8 +45,8 @@ def match_language(tag: str, supported: Iterable[str]) -> str | None:
     """The code among ``supported`` that means the language of ``tag``.
 
     The region decides where ``supported`` has it (``fr-CH`` before ``fr``); else it is dropped. A language is matched
-    with its macrolanguage (``cmn`` with ``zh``) and with what CLDR takes for the same (``nb`` with ``no``), never with a
-    neighbour (``yue`` is not ``zh``).
+    with its macrolanguage (``cmn`` with ``zh``) and with what CLDR takes for the same (``nb`` with ``no``), never with
+    a neighbour (``yue`` is not ``zh``).
 
     Returns:
         The code as ``supported`` writes it, or None.
@@ -69,7 +69,9 @@ def _match(tag: str, supported: tuple[str, ...]) -> str | None:
             return codes[name]
     import langcodes
 
-    best = min((langcodes.tag_distance(language.language, name), name) for name in codes) if codes else (9, "")
+    best = (
+        min((langcodes.tag_distance(language.language, name), name) for name in codes) if codes else (9, "")
+    )
     return codes[best[1]] if best[0] <= _SAME else None
 
 
@@ -89,4 +91,8 @@ def _parse(tag: str) -> Any:
         language = langcodes.get(_LOCALE_ENDING.sub("", tag.strip()))
     except (ValueError, AttributeError):
         return None
-    return language if language.language not in (None, "und", "mul", "zxx", "mis") and language.is_valid() else None
+    return (
+        language
+        if language.language not in (None, "und", "mul", "zxx", "mis") and language.is_valid()
+        else None
+    )
