@@ -7,14 +7,18 @@ belongs to a group, whose help lists its verbs.
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import locale
 import logging
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from speechlm_ext.errors import SpeechLMError
+from speechlm_ext.utils.console import make_output_safe
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,16 @@ def build_parser(name: str) -> Any:
     """The argument parser of one verb."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+    _use_strict_yaml()
+
+    class Parser(ArgumentParser):
+        """Reads configuration files as UTF-8 in every locale."""
+
+        def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+            if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
+                return super().parse_path(path, *args, **kwargs)
+            return self.parse_string(Path(path).read_text("utf-8"), str(path), *args, **kwargs)
+
     class Help(DefaultHelpFormatter):
         """Leaves a module's ``EXAMPLES`` as they are."""
 
@@ -121,7 +135,7 @@ def build_parser(name: str) -> Any:
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     config, examples = getattr(module, verb.config), getattr(module, "EXAMPLES", None)
-    parser = ArgumentParser(
+    parser = Parser(
         allow_abbrev=False,
         prog=f"speechlm {name}",
         description=config.__doc__,
@@ -131,6 +145,25 @@ def build_parser(name: str) -> Any:
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(config, None, as_group=False)
     return parser
+
+
+def _use_strict_yaml() -> None:
+    """Configuration files, and options with YAML or JSON in them, in which a key stands twice are refused."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    from speechlm_ext.utils.yaml_text import check_unique_keys
+
+    load = get_loader("yaml")
+    if getattr(load, "is_strict", False):
+        return
+
+    def strict(text: str) -> Any:
+        check_unique_keys(text)
+        return load(text)
+
+    strict.is_strict = True  # type: ignore[attr-defined]
+    set_loader("yaml", strict, exceptions=(yaml.YAMLError,))
 
 
 def _options(argv: Sequence[str], flags: Collection[str] = ()) -> list[str]:
@@ -155,6 +188,7 @@ def _options(argv: Sequence[str], flags: Collection[str] = ()) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0 done, 1 interrupted, 2 a mistake that the message explains."""
+    make_output_safe()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{usage()}\n\n'speechlm VERB --help' explains a verb's settings.")

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from speechlm_ext.audio import read_audio
 from speechlm_ext.errors import ConfigError, ManifestError
+from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.io import atomic_write_json, atomic_write_text
 from speechlm_ext.utils.json_text import json_line, parse_json
 
@@ -187,7 +188,7 @@ def fetch_packages(cache: Path) -> None:
     last = ""
     for commands in attempts:
         for command in commands:
-            done = subprocess.run(command, cwd=cache, capture_output=True, text=True, errors="replace")
+            done = subprocess.run(command, cwd=cache, capture_output=True, encoding="utf-8", errors="replace")
             last = done.stderr.strip() or last
         missing = [p for p in PACKAGES if not list(cache.glob(f"{p}_*.deb"))]
         if not missing:
@@ -210,7 +211,12 @@ def unpack_packages(cache: Path, folder: Path) -> Path:
             raise ConfigError(
                 f"no {package}_*.deb in {cache}; give the folder of all {len(PACKAGES)} packages."
             )
-        done = subprocess.run(["dpkg-deb", "-x", str(debs[-1]), str(folder)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["dpkg-deb", "-x", str(debs[-1]), str(folder)],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         if done.returncode != 0:
             reason = done.stderr.strip()
             raise ConfigError(
@@ -405,6 +411,7 @@ def _about(rows: dict[str, list[dict]], notes: list[str], settings: dict) -> dic
 
 
 if __name__ == "__main__":
+    make_output_safe()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

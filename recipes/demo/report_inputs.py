@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.evaluation.records import Record, read_records
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.training.log import read_log
 from speechlm_ext.utils.json_text import parse_json, split_lines
+from speechlm_ext.utils.yaml_text import parse_yaml
 
 LANGUAGES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "ru": "Russian"}
 
@@ -35,7 +34,7 @@ class Inputs:
         layout = out / "tokens" / "train"
         self.layout = TokenLayout.load(layout) if (layout / "token_layout.json").is_file() else None
         config = out / "model" / "config.yaml"
-        self.config = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
+        self.config = parse_yaml(config.read_text("utf-8")) if config.is_file() else {}
 
     def kind(self, kind: str) -> list[Record]:
         """Records of one kind."""

@@ -149,7 +149,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
             f"not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); save the manifest as UTF-8."
         ) from None
     try:
-        row = parse_json(text)
+        row = parse_json(text, allow_nan=True)  # numbers are checked by key
     except ValueError as error:
         raise ManifestError(f"{json_problem(error)}; expected one object per line.") from None
     if not isinstance(row, dict):

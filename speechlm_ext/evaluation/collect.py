@@ -38,8 +38,9 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
     and its request had text; others (continuations) are not scored. With ``cfg.originals`` every ``tts`` item
     whose utterance has a recording adds a ``recording`` record, and with ``cfg.model`` a ``codec`` record.
 
-    Inputs are checked before anything is heard. What then goes wrong with one item (an unreadable recording, a language
-    that the judge does not know, an error of the recogniser) is the reason in that item's ``skipped``; the others go on.
+    Inputs are checked before anything is heard. What then goes wrong with one item (an unreadable recording, a
+    language that the judge does not know, an error of the recogniser) is the reason in that item's ``skipped``; the
+    others go on.
 
     Args:
         judge: hears speech; None skips it.

@@ -115,8 +115,8 @@ class Judge:
         if code is None:
             shown = f"{len(known)} languages" if len(known) > 5 else ", ".join(known)
             raise ConfigError(
-                f"language {tag!r}: expected the tag of a language that the judge {self.settings.model} knows ({shown}), "
-                "such as 'en', 'pt-BR' or 'deu'. Correct 'lang' in the manifest, or score without a judge."
+                f"language {tag!r}: expected the tag of a language that the judge {self.settings.model} knows "
+                f"({shown}), such as 'en', 'pt-BR' or 'deu'. Correct 'lang' in the manifest, or score without a judge."
             )
         return code
 

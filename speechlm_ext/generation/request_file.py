@@ -76,7 +76,7 @@ def _read_line(
 ) -> tuple[dict[str, Any], Line]:
     """The line's data, and the request or what is wrong with it; id ``""`` if it has none of its own."""
     try:
-        data = parse_json(line)
+        data = parse_json(line, allow_nan=True)  # settings are checked by name
     except ValueError as error:
         return {}, RefusedRequest("", f"{where}: {json_problem(error)}.")
     if not isinstance(data, dict):
