@@ -15,6 +15,7 @@ from tqdm import tqdm
 from speechlm_ext.audio import read_audio, write_wav
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.errors import ManifestError, SpeechLMError, StorageError
+from speechlm_ext.evaluation.heard import HeardClips
 from speechlm_ext.evaluation.judge import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
 from speechlm_ext.generation.records import file_stem
@@ -218,7 +219,10 @@ def read_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
 
 
 def _listen(records: list[Record], judge: Judge | None, why_not: str | None, out: Path) -> list[Record]:
-    """Let the judge hear every record that waits for it; what cannot be heard is skipped with the reason."""
+    """Let the judge hear every record that waits for it; what cannot be heard is skipped with the reason.
+
+    What was heard is kept at once, so that an interrupted evaluation goes on from there.
+    """
     if judge is None:
         return [replace(r, skipped=why_not) if r.skipped == WAITING else r for r in records]
     done = list(records)
@@ -234,6 +238,7 @@ def _listen(records: list[Record], judge: Judge | None, why_not: str | None, out
             done[i] = _skip(record, error)
     todo.sort(key=lambda i: records[i].lang)
     about = judge.describe()
+    kept = HeardClips(out, about)
     with tqdm(total=len(todo), desc="judge", unit="clip", disable=None) as bar:
         for first in range(0, len(todo), JUDGE_BATCH):
             batch = todo[first : first + JUDGE_BATCH]
@@ -243,10 +248,15 @@ def _listen(records: list[Record], judge: Judge | None, why_not: str | None, out
                     waves[i] = read_audio(out / str(records[i].audio), SAMPLE_RATE)[0]
                 except Exception as error:
                     done[i] = _skip(records[i], error)
-            for i, text in _hear(judge, waves, records).items():
+            keys = {i: kept.key(wave, records[i].lang) for i, wave in waves.items()}
+            before = {i: old for i, key in keys.items() if (old := kept.get(key)) is not None}
+            heard = _hear(judge, {i: wave for i, wave in waves.items() if i not in before}, records)
+            for i, text in (heard | before).items():
                 if isinstance(text, Exception):
                     done[i] = _skip(records[i], text)
                     continue
+                if i not in before:
+                    kept.add(keys[i], text)
                 seconds = round(len(waves[i]) / SAMPLE_RATE, 3)
                 done[i] = replace(records[i], hypothesis=text, skipped=None, judge=about, seconds=seconds)
             bar.update(len(batch))

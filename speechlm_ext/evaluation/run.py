@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.evaluation.collect import collect
+from speechlm_ext.evaluation.heard import forget
 from speechlm_ext.evaluation.records import FILE_NAME, Record, read_records, write_records
 from speechlm_ext.evaluation.scores import score_records
 from speechlm_ext.utils.io import atomic_write_json
@@ -100,6 +101,7 @@ def run_evaluate(cfg: EvaluateConfig) -> int:
     if cfg.results:
         records, judge = _make_records(cfg)
         write_records(cfg.out / FILE_NAME, records)
+        forget(cfg.out)
         scores["errors"] = score_records(records)
         scores["judge"] = judge
         # Hours of hearing are not lost by what may go wrong with the model.
