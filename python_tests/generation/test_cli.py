@@ -208,3 +208,18 @@ def test_file_names_are_safe_and_different():
     names = [records.file_stem(i) for i in ("a-1", "a/1", "a_1", "../x", "ü", "x" * 300)]
     assert names[0] == "a-1" and names[2] == "a_1" and len(set(names)) == 6
     assert all("/" not in n and not n.startswith(".") and len(n) < 120 for n in names)
+
+
+def test_records_keep_separators_and_refuse_a_key_twice(tmp_path):
+    from speechlm_ext.generation import records
+
+    text = "one\u2028two\x85three"
+    path = tmp_path / "results.jsonl"
+    path.write_text(records._lines([{"id": "a", "text": text}, {"id": "b", "text": "x"}]), "utf-8")
+    assert {name: row["text"] for name, row in records._read(path, partial=False).items()} == {
+        "a": text,
+        "b": "x",
+    }
+    path.write_text('{"id": "a", "text": "x", "text": "y"}\n')
+    with pytest.raises(GenerationError, match="line 1: not a generation record .key 'text' stands twice"):
+        records._read(path, partial=False)

@@ -242,7 +242,7 @@ def read_prompts(root: Path, lang: str) -> tuple[list[Prompt], str, list[str]]:
     data = documents[0].read_bytes()
     text = (gzip.decompress(data) if documents[0].suffix == ".gz" else data).decode("utf-8-sig")
     entries: dict[str, list[str]] = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
         match = re.fullmatch(r"([\w./-]+)\s*:\s*(\S.*?)\s*", line)
         if match and not line.startswith(";"):
             entries.setdefault(match.group(1), []).append(match.group(2))

@@ -27,7 +27,7 @@ from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.request import RECORDINGS, GenerationRequest, GenerationResult
 from speechlm_ext.generation.request_file import RefusedRequest
 from speechlm_ext.utils.io import atomic_write_text, sha256_file, storage_error
-from speechlm_ext.utils.json_text import json_line, parse_json, split_lines
+from speechlm_ext.utils.json_text import json_line, json_problem, parse_json, split_lines
 
 RESULTS = "results.jsonl"
 PARTIAL = "results.partial.jsonl"
@@ -255,8 +255,9 @@ def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:
         try:
             record = parse_json(line, allow_nan=True)
             records[record["id"]] = record
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f" ({json_problem(error)})" if isinstance(error, ValueError) else ""
             raise GenerationError(
-                f"{path}, line {number}: not a generation record; choose another folder or remove the file."
+                f"{path}, line {number}: not a generation record{reason}; choose another folder or remove the file."
             ) from None
     return records
