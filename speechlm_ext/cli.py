@@ -159,6 +159,8 @@ def _use_strict_yaml() -> None:
         return
 
     def strict(text: str) -> Any:
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            return text  # a file's name, or text in a locale that is not UTF-8; no YAML
         check_unique_keys(text)
         return load(text)
 

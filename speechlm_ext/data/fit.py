@@ -136,8 +136,10 @@ def get_tokenizers(
     if record.is_file():
         try:
             found = parse_json(record.read_bytes())["inputs_sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{record} is damaged; choose another out folder, or delete {out}.") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{record} is damaged ({error}); choose another out folder, or delete {out}."
+            ) from None
         if found != key:
             raise ConfigError(
                 f"the tokenizers in {folder} were fitted on another manifest or with other settings. Choose another "

@@ -63,7 +63,7 @@ def read_json(path: str | Path, error: type[SpeechLMError], hint: str, *, allow_
 
 def json_problem(error: ValueError) -> str:
     """What :func:`parse_json` found, for a message that says where."""
-    return f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
+    return str(error) if isinstance(error, _DuplicateKey) else f"not JSON ({error})"
 
 
 def json_line(value: Any) -> str:
@@ -97,11 +97,15 @@ def split_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
+class _DuplicateKey(ValueError):
+    pass
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"key {key!r} stands twice in one object; keep one of them")
+            raise _DuplicateKey(f"key {key!r} stands twice in one object; keep one of them")
         result[key] = value
     return result
 
