@@ -84,10 +84,10 @@ def _read_line(
     nested = data.get("settings")
     twice = sorted(set(data) & set(nested)) if isinstance(nested, dict) else []
     if twice:
-        error = (
+        reason = (
             f"{where}: {twice[0]!r} is given beside the other keys and under 'settings'; keep one of them."
         )
-        return data, RefusedRequest(data["id"] if isinstance(data.get("id"), str) else "", error, data=data)
+        return data, RefusedRequest(data["id"] if isinstance(data.get("id"), str) else "", reason, data=data)
     mine = set(data) | (set(nested) if isinstance(nested, dict) else set())
     # A length of the line's own takes the place of the default's, absolute or relative.
     for pair in ({"max_len", "max_len_ratio"}, {"min_len", "min_len_ratio"}):
