@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.rows import ResultsError, Row, read  # noqa: E402
+from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 
 
 def judge(old: Row, new: Row, band: float) -> tuple[str, str]:
@@ -65,4 +66,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     sys.exit(main())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import speechlm_ext as sx  # noqa: E402
+from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 
 
 def cases(num_rows: int, width: int, num_clusters: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -104,4 +105,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     sys.exit(main())

@@ -32,6 +32,7 @@ import speechlm_ext as sx  # noqa: E402
 from speechlm_ext.kmeans import KMeans  # noqa: E402
 from speechlm_ext.kmeans.quality import unit_quality  # noqa: E402
 from speechlm_ext.ops.kmeans_assign import CentroidIndex  # noqa: E402
+from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.io import atomic_write_json  # noqa: E402
 
 COLUMNS = (
@@ -185,4 +186,5 @@ def row(f: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     sys.exit(main())

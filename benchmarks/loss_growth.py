@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import speechlm_ext as sx  # noqa: E402
 from benchmarks.harness import peak_bytes, seconds_of  # noqa: E402
 from benchmarks.ops.bench_multistream_loss import Shape, eager, make_inputs, one_by_one  # noqa: E402
+from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs/ops/multistream_loss_growth.svg"
 ROWS, VOCABULARIES, STREAMS = (512, 2048, 4096), (13_192, 62_670, 113_870), (1, 2, 3, 5, 9, 17)
@@ -103,4 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     main()

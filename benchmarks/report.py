@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.rows import Results, ResultsError, Row, read  # noqa: E402
 from speechlm_ext.evaluation import report  # noqa: E402
 from speechlm_ext.evaluation.report import Cell, Section  # noqa: E402
+from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.io import atomic_write_text  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -115,4 +116,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     sys.exit(main())

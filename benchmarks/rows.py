@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from speechlm_ext.utils.json_text import parse_json
 
 
 class ResultsError(Exception):
@@ -51,7 +52,7 @@ def read(path: str | Path) -> Results:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = parse_json(path.read_bytes(), allow_nan=True)
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path}: not a JSON file of benchmark results ({error}).") from None
     if isinstance(data, dict) and "benchmarks" in data:

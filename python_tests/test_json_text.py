@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from speechlm_ext.errors import ConfigError, ManifestError, foreign_errors
-from speechlm_ext.utils.json_text import parse_json, read_json, split_lines
+from speechlm_ext.utils.io import atomic_write_json
+from speechlm_ext.utils.json_text import json_line, parse_json, read_json, split_lines
 
 
 def test_values_are_those_of_json():
@@ -65,3 +66,12 @@ def test_foreign_errors_become_ours():
         raise ConfigError("as it is")
     with pytest.raises(MemoryError), foreign_errors(ManifestError, "w", "h"):
         raise MemoryError
+
+
+def test_lines_are_written_as_they_are_and_names_that_are_no_utf8_with_escapes(tmp_path):
+    assert json_line({"text": "три\u2028one"}) == '{"text": "три\u2028one"}\n'
+    value = {"audio": b"wav/\xff.wav".decode("utf-8", "surrogateescape"), "text": "три"}
+    line = json_line(value)
+    assert line.isascii() and parse_json(line) == value
+    atomic_write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json", ConfigError, "") == value

@@ -7,8 +7,10 @@ belongs to a group, whose help lists its verbs.
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import json
+import locale
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from speechlm_ext.errors import SpeechLMError
+from speechlm_ext.utils.console import make_output_safe
 
 #: How the help of a setting's old name begins.
 OLD_NAME = "Old name of"
@@ -117,6 +120,16 @@ def build_parser(name: str) -> Any:
     """The argument parser of one verb."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+    _use_strict_yaml()
+
+    class Parser(ArgumentParser):
+        """Reads configuration files as UTF-8 in every locale."""
+
+        def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+            if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
+                return super().parse_path(path, *args, **kwargs)
+            return self.parse_string(Path(path).read_text("utf-8"), str(path), *args, **kwargs)
+
     class Help(DefaultHelpFormatter):
         """Leaves a module's ``EXAMPLES`` as they are."""
 
@@ -127,7 +140,7 @@ def build_parser(name: str) -> Any:
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     config, examples = getattr(module, verb.config), getattr(module, "EXAMPLES", None)
-    parser = ArgumentParser(
+    parser = Parser(
         allow_abbrev=False,
         prog=f"speechlm {name}",
         description=config.__doc__,
@@ -137,6 +150,27 @@ def build_parser(name: str) -> Any:
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(config, None, as_group=False)
     return parser
+
+
+def _use_strict_yaml() -> None:
+    """Configuration files, and options with YAML or JSON in them, in which a key stands twice are refused."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    from speechlm_ext.utils.yaml_text import check_unique_keys
+
+    load = get_loader("yaml")
+    if getattr(load, "is_strict", False):
+        return
+
+    def strict(text: str) -> Any:
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            return text  # a file's name, or text in a locale that is not UTF-8; no YAML
+        check_unique_keys(text)
+        return load(text)
+
+    strict.is_strict = True  # type: ignore[attr-defined]
+    set_loader("yaml", strict, exceptions=(yaml.YAMLError,))
 
 
 @dataclass(frozen=True)
@@ -212,6 +246,7 @@ def _options(argv: Sequence[str], names: _Names) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0 done, 1 interrupted, 2 a mistake that the message explains."""
+    make_output_safe()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{usage()}\n\n'speechlm VERB --help' explains a verb's settings.")

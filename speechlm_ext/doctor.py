@@ -24,6 +24,8 @@ EXTRAS: dict[str, dict[str, str]] = {
     "flash": {"flash_attn": "the fastest attention for packed rows on a GPU"},
     "eval": {
         "jiwer": "WER and CER",
+        "langcodes": "language tags in evaluation",
+        "num2words": "numbers as words in WER and CER",
         "whisper_normalizer": "Whisper's text normaliser",
         "sklearn": "K-Means baselines and plots",
         "faster_whisper": "judging generated speech with an independent recogniser",

@@ -31,6 +31,7 @@ from benchmarks.generation.models import build, tts_prompt
 from benchmarks.gpu_check.report import decode_table
 from speechlm_ext.generation.engine import Engine, Work, decode
 from speechlm_ext.model import SpeechLM
+from speechlm_ext.utils.console import make_output_safe
 
 TEXT, WARM = 30, 3
 
@@ -195,4 +196,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     main()

@@ -29,6 +29,7 @@ from speechlm_ext.generation.voice import voice_of
 from speechlm_ext.model import SpeechLM
 from speechlm_ext.tasks import builtin_tasks
 from speechlm_ext.tokenizers import RVQConfig, RVQKMeansCodec, SentencePieceText, TextConfig, TokenizerSet
+from speechlm_ext.utils.console import make_output_safe
 
 STAGES = ("tokenize", "prompt", "prefill", "first frame", "lookahead", "codec")
 TEXT = "three seven one nine two five eight zero"
@@ -150,4 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     main()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.report import write_report
+from speechlm_ext.utils.console import make_output_safe
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Most seconds of each part on a GPU; together with the start-up they stay inside the nine minutes.
@@ -43,7 +44,7 @@ def run(command: list[str], seconds: float, env: dict[str, str] | None = None) -
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         env={
             **os.environ,
@@ -248,4 +249,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     sys.exit(main())

@@ -19,6 +19,7 @@ from speechlm_ext.model import SpeechLM
 from speechlm_ext.model.attention import choose_attention
 from speechlm_ext.model.config import ModelConfig
 from speechlm_ext.training.config import ModelSettings
+from speechlm_ext.utils.console import make_output_safe
 
 SIZES = {
     "cuda": (
@@ -86,6 +87,7 @@ def measure(device: str, steps: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()

@@ -148,6 +148,13 @@ def test_records_are_scored_again_alone(folder: Path, capsys: pytest.CaptureFixt
         ('{"id": "a"}', "not a record"),
         ('{"id": "a", "kind": "mos", "reference": "", "hypothesis": ""}', "kind must be"),
         ('{"id": "a", "kind": "asr", "reference": "x", "hypothesis": null}', "neither a hypothesis"),
+        (
+            '{"id": "a", "kind": "asr", "reference": "x", "reference": "y", "hypothesis": ""}',
+            "key 'reference'",
+        ),
+        ('{"id": "a", "kind": "asr", "reference": null, "hypothesis": ""}', "'reference' must be a string"),
+        ('{"id": "a", "kind": "asr", "reference": "x", "hypothesis": 5}', "'hypothesis' must be a string"),
+        ('{"id": "a", "kind": "asr", "reference": "x", "hypothesis": "", "lang": null}', "'lang' must be"),
     ],
 )
 def test_bad_records_are_refused_by_line(tmp_path: Path, text: str, word: str):
@@ -275,3 +282,210 @@ def test_judge_understands_real_recordings(tmp_path: Path):
     texts = judge.transcribe(waves, "en", 16000)
     assert wer([r.text for r in chosen], texts).rate < 0.2
     assert judge.transcribe(waves, "en", 16000) == texts
+
+
+# ---- one item never loses the others --------------------------------------------------------------------------------
+class PickyJudge(FakeJudge):
+    """Knows English, and fails on clips of one length."""
+
+    def __init__(self, bad_length: int):
+        self.bad_length = bad_length
+        self.clips: list[int] = []
+
+    def language(self, tag):
+        return judge_module.Judge.language(
+            SimpleNamespace(languages=("en",), settings=SimpleNamespace(model="fake")), tag
+        )
+
+    def transcribe(self, waves, langs, sample_rate):
+        self.clips.append(len(waves))
+        assert all(self.language(lang) == "en" for lang in langs)
+        if any(len(wave) == self.bad_length for wave in waves):
+            raise IndexError("list index out of range")
+        return super().transcribe(waves, langs, sample_rate)
+
+
+def speech_folder(tmp_path: Path, items: list[tuple[str, str, int]]) -> Path:
+    """Generated speech of so many samples for each ``(id, lang, samples)``; of 0 the file is damaged."""
+    speech = {"modality": "codec_ssl", "task": "codec_ssl_plain_tts"}
+    rows = []
+    for name, lang, samples in items:
+        path = tmp_path / "wav" / f"{name}.wav"
+        write_wav(path, np.full(samples or 10, 0.1, np.float32), 16000)
+        if not samples:
+            path.write_bytes(b"RIFF")
+        request = {"text": "one two three", "lang": lang}
+        rows.append(result(name, audio=f"wav/{name}.wav", request=request, **speech))
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    (tmp_path / "test.jsonl").write_text('{"id": "other", "text": "x"}\n', "utf-8")
+    return tmp_path
+
+
+def test_what_cannot_be_heard_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    items = [("a", "en-US", 8000), ("b", "EN", 4000), ("c", "xx", 8000), ("d", "fra", 8000), ("e", "eng", 0)]
+    judge = PickyJudge(bad_length=4000)
+    monkeypatch.setattr(judge_module, "load_judge", lambda *a, **k: judge)
+    folder = speech_folder(tmp_path, items)
+    assert run_evaluate(config(folder)) == 0
+    records = {r.id: r for r in read_records(folder / "eval")}
+    assert records["a"].hypothesis == "One, two, three." and records["a"].lang == "en-US"
+    assert records["b"].skipped == "IndexError: list index out of range"
+    assert "'xx'" in records["c"].skipped and "'fra'" in records["d"].skipped
+    assert "e.wav" in records["e"].skipped
+    scores = json.loads((folder / "eval" / "scores.json").read_text("utf-8"))["errors"]
+    assert rate(scores, "tts") == 0.0 and scores["tts"]["num_skipped"] == 4
+    assert sorted(judge.clips) == [1, 1, 2]  # the two in English together, then each alone
+
+
+def test_an_unreadable_recording_does_not_stop_resynthesis_or_cutting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text("utf-8").splitlines()]
+    (folder / "bad.wav").write_bytes(b"RIFF")
+    rows[0] |= {"audio": "bad.wav", "start": 0.0, "duration": 0.5}
+    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    monkeypatch.setattr(judge_module, "load_judge", lambda *a, **k: FakeJudge())
+    run_evaluate(config(folder))
+    records = {(r.kind, r.id): r for r in read_records(folder / "eval")}
+    assert "bad.wav" in records["recording", "a"].skipped
+    assert records["recording", "b"].hypothesis == records["tts", "a"].hypothesis == "One, two, three."
+
+
+def test_scores_are_there_when_perplexity_fails(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    from speechlm_ext.evaluation import run
+
+    def fails(cfg):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run, "_check_tokens", lambda cfg: None)
+    monkeypatch.setattr(run, "_perplexity", fails)
+    with pytest.raises(RuntimeError):
+        run_evaluate(config(folder, judge="none", originals=False, model=folder, tokens=["t"]))
+    scores = json.loads((folder / "eval" / "scores.json").read_text("utf-8"))
+    assert rate(scores["errors"], "asr") == pytest.approx(3 / 7)
+
+
+def test_tokens_and_language_are_checked_before_anything_is_heard(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def too_late(*args, **kwargs):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(judge_module, "load_judge", too_late)
+    with pytest.raises(ConfigError, match="'English'"):
+        run_evaluate(config(folder, lang="English"))
+    with pytest.raises(SpeechLMError, match="token_layout"):
+        run_evaluate(config(folder, model=folder, tokens=[str(folder)]))
+
+
+def test_one_id_for_two_utterances_is_refused(folder: Path):
+    (folder / "more.jsonl").write_text('{"id": "c", "text": "something else"}\n', "utf-8")
+    with pytest.raises(SpeechLMError, match=r"more.jsonl:1.*'c'.*test.jsonl:3"):
+        run_evaluate(config(folder, manifest=[folder / "test.jsonl", folder / "more.jsonl"], judge="none"))
+    run_evaluate(config(folder, manifest=[folder / "test.jsonl", folder / "test.jsonl"], judge="none"))
+
+
+def test_an_item_that_cannot_be_scored_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    from speechlm_ext.evaluation import scores as module
+
+    def wer(refs, hyps, lang):
+        if refs == ["uno dos"]:
+            raise ZeroDivisionError("float division by zero")
+        return plain(refs, hyps, lang)
+
+    plain = module.wer
+    run_evaluate(config(folder, judge="none"))
+    monkeypatch.setattr(module, "wer", wer)
+    scores = score_records(read_records(folder / "eval"))
+    assert rate(scores, "asr") == pytest.approx(3 / 5) and scores["asr"]["num_skipped"] == 1
+    assert "'c': float division by zero" in next(iter(scores["asr"]["skipped"]))
+
+
+# ---- texts of every kind --------------------------------------------------------------------------------------------
+SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\ufeff"
+
+
+def test_separators_inside_texts_survive_from_manifest_to_report(tmp_path: Path):
+    from speechlm_ext.evaluation.report import marked_words
+
+    text = "one" + "two".join(SEPARATORS) + "three"
+    manifest = json.dumps({"id": "u", "audio": "u.wav", "text": text}, ensure_ascii=False).replace(
+        "\x0b", "\\u000b"
+    )
+    (tmp_path / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + manifest.encode() + b"\n")
+    write_wav(tmp_path / "u.wav", np.zeros(100, np.float32), 16000)
+    rows = [
+        result("u", text=text, request={"audio": "u.wav"}),
+        result("asr.u", text="x\u2028y", request={"audio": "a"}),
+    ]
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    (tmp_path / "results.jsonl").write_bytes(lines.encode())
+    run_evaluate(config(tmp_path, judge="none"))
+    first, second = read_records(tmp_path / "eval")
+    assert (first.reference, first.hypothesis, second.hypothesis) == (text, text, "x\u2028y")
+    assert score_records([first])["asr"]["groups"]["all"]["wer"]["errors"] == 0
+    assert "<s>" not in marked_words(first.reference, first.hypothesis)
+
+
+def test_records_of_the_first_rule_are_scored_by_the_present_one(tmp_path: Path):
+    line = (
+        '{"id": "u", "kind": "asr", "reference": "की बात", "hypothesis": "का बात", "lang": "HI", "dataset": "d", '
+        '"task": "asr", "audio": null, "ids": null, "finished": "eos", "settings": null, "model": null, "judge": null, '
+        '"seconds": null, "skipped": null, "version": 1}\n'
+    )
+    (tmp_path / "records.jsonl").write_text(line, "utf-8")
+    assert run_evaluate(EvaluateConfig(records=tmp_path, out=tmp_path / "again")) == 0
+    scores = json.loads((tmp_path / "again" / "scores.json").read_text("utf-8"))["errors"]["asr"]
+    assert scores["rule"] == "nfkc-lower-nopunct-digits:best-reading-v2"
+    counts = scores["groups"]["d/hi"]
+    assert (counts["wer"]["errors"], counts["wer"]["total"]) == (1, 2)
+    assert (counts["cer"]["errors"], counts["cer"]["total"]) == (1, 6)
+
+
+def test_sums_of_items_are_the_counts_of_the_set():
+    from speechlm_ext.evaluation.text import sum_counts, wer
+
+    refs, hyps = ["one two", "three four five"], ["one too", "three five 6"]
+    assert sum_counts([wer([r], [h]) for r, h in zip(refs, hyps, strict=True)]) == wer(refs, hyps)
+
+
+def test_the_judge_names_a_language_that_it_does_not_know():
+    judge = judge_module.Judge.__new__(judge_module.Judge)
+    judge.settings = judge_module.JudgeSettings("base", "folder")
+    assert [judge.language(t) for t in ("en-US", "EN", "eng", "zh-CN", "nb", "fil")] == [
+        *("en", "en", "en", "zh", "no", "tl"),
+    ]
+    with pytest.raises(ConfigError, match="'xx'.*'pt-BR'"):
+        judge.transcribe([np.zeros(16000, np.float32)] * 2, ["en", "xx"], 16000)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Interrupted(FakeJudge):
+        heard: ClassVar[list[int]] = []
+        stop_at = 3
+
+        def transcribe(self, waves, langs, sample_rate):
+            if len(self.heard) == self.stop_at:
+                raise KeyboardInterrupt
+            self.heard.append(len(waves[0]))
+            return super().transcribe(waves, langs, sample_rate)
+
+    from speechlm_ext.evaluation import collect
+
+    monkeypatch.setattr(collect, "JUDGE_BATCH", 1)
+    judge = Interrupted()
+    monkeypatch.setattr(judge_module, "load_judge", lambda *a, **k: judge)
+    items = [("a", "en", 1000), ("b", "en", 2000), ("c", "de", 3000), ("d", "en", 4000), ("e", "de", 1000)]
+    folder = speech_folder(tmp_path, items)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluate(config(folder))
+    partial = folder / "eval" / "judge.partial.jsonl"
+    assert len(judge.heard) == 3
+    partial.write_bytes(partial.read_bytes()[:-5])  # killed while writing
+    judge.stop_at = 99
+    run_evaluate(config(folder))
+    # Three were heard, the last of them is cut; the same samples in another language are another clip.
+    first, rest = judge.heard[:3], judge.heard[3:]
+    assert sorted([*first[:2], *rest]) == [1000, 1000, 2000, 3000, 4000]
+    assert [r.hypothesis for r in read_records(folder / "eval")] == ["One, two, three."] * 5
+    assert not partial.exists()

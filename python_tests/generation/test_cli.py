@@ -202,3 +202,18 @@ def test_a_full_disk_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not write"):
         records.ResultsFolder(tmp_path / "file" / "out", "m", "h")
+
+
+def test_records_keep_separators_and_refuse_a_key_twice(tmp_path):
+    from speechlm_ext.generation import records
+
+    text = "one\u2028two\x85three"
+    path = tmp_path / "results.jsonl"
+    path.write_text(records._lines([{"id": "a", "text": text}, {"id": "b", "text": "x"}]), "utf-8")
+    assert {name: row["text"] for name, row in records._read(path, partial=False).items()} == {
+        "a": text,
+        "b": "x",
+    }
+    path.write_text('{"id": "a", "text": "x", "text": "y"}\n')
+    with pytest.raises(GenerationError, match="line 1: not a generation record .key 'text' stands twice"):
+        records._read(path, partial=False)

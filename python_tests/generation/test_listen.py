@@ -96,3 +96,10 @@ def test_bad_use(listening):
     with pytest.raises(AudioError, match="samples pushed to a listener"):
         listener.push(np.full(100, np.nan, np.float32))
     assert listener.push(np.empty(0, np.float32)) == []
+
+
+def test_agreement_in_scripts_without_spaces_is_by_grapheme_cluster():
+    assert _common_words("你好吗", "你好嘛 a") == "你好"
+    assert _common_words("กิน", "กันข้าว") == ""  # the first letter's vowel differs
+    assert _common_words("กินข้", "กินข้าว") == "กินข้"
+    assert _common_words("नमस्ते दु", "नमस्ते दुनिया") == "नमस्ते"

@@ -109,3 +109,20 @@ def test_the_rest_of_a_file_is_served(model_folder, tmp_path, capsys):
     assert "8000 Hz" in records[1]["error"] and "context" in records[5]["error"]
     assert records[2]["request"]["audio"] == "in.wav" and records[2]["task"] == "asr"
     assert "2 of 8 requests served" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"id": "a", "task": "textlm", "text": "x", "text": "y"}', "text"),
+        ('{"id": "a", "task": "textlm", "text": "x", "settings": {"top_k": 1, "top_k": 2}}', "top_k"),
+        ('{"id": "a", "task": "textlm", "text": "x", "seed": 1, "settings": {"seed": 2}}', "seed"),
+    ],
+)
+def test_a_key_twice_is_refused_by_name(tmp_path, line, key):
+    (tmp_path / "r.jsonl").write_text(line + '\n{"id": "b", "task": "textlm", "text": "x"}\n')
+    refused, request = read_requests(tmp_path / "r.jsonl", {})
+    assert f"r.jsonl, line 1: key '{key}' stands twice" in refused.error or (
+        f"r.jsonl, line 1: '{key}' is given beside the other keys and under 'settings'" in refused.error
+    )
+    assert request.id == "b"

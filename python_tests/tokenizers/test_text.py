@@ -136,3 +136,14 @@ def test_hugging_face_refusals(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(TokenizerError, match="holds no tokenizer that transformers can read"):
         HuggingFaceText.from_folder(tmp_path / "empty")
+
+
+def test_separators_of_unicode_are_characters_of_the_text():
+    """Only line feeds and carriage returns end a training line; the pieces hold what the texts hold."""
+    text = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\x1eeight\ufeff"
+    tokenizer = SentencePieceText.fit([text] * 4, TextConfig(vocab_size=330))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("\u2028")) == 1  # a piece, not its three bytes
+    lines = SentencePieceText.fit(["ab\nab", "ab\r\nab"] * 4, TextConfig(vocab_size=270))
+    same = SentencePieceText.fit(["ab"] * 16, TextConfig(vocab_size=270))
+    assert lines.fingerprint == same.fingerprint

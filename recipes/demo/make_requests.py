@@ -5,7 +5,6 @@ Request ids are ``kind.UTTERANCE``, so that ``speechlm evaluate`` finds the refe
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from speechlm_ext.audio import write_wav
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.evaluation.collect import read_utterance
 from speechlm_ext.utils.io import atomic_write_text
+from speechlm_ext.utils.json_text import json_line
 from speechlm_ext.utils.names import file_name
 
 #: Held-out items per data set and language: (transcribed, spoken). The headline is English spoken numbers.
@@ -95,7 +95,7 @@ def make_requests(manifest: Path, path: Path, frame_rate: float, own: bool, limi
     rows += _text_beginnings(utterances)[:limit]
     rows += _audio_beginnings(chosen["tts"], path.parent, frame_rate)[:limit]
     lines = ({k: v for k, v in row.items() if v is not None} for row in rows)
-    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines))
+    atomic_write_text(path, "".join(map(json_line, lines)))
     return len(rows)
 
 

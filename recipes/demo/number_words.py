@@ -10,6 +10,9 @@ determine each other.
 from __future__ import annotations
 
 import re
+import unicodedata
+
+import regex
 
 _KEYS = [str(n) for n in range(20)] + [str(n) for n in range(20, 100, 10)]
 
@@ -42,7 +45,7 @@ RECORDED_WORDS["fr"].pop("80", None)
 _DIGITS = re.compile(r"\d+")
 #: Symbols with a spoken name, and letters lost to a wrong encoding ("sar? esattamente").
 _UNREADABLE = re.compile(r"[*#&@%\ufffd]|\?(?=\s*[a-zà-ÿ])")
-_LETTERS_ONLY = re.compile(r"[^\w' ]|_")
+_LETTERS_ONLY = regex.compile(r"[^\p{L}\p{M}\p{N}' ]")
 
 
 def normalise(text: str, lang: str) -> str | None:
@@ -58,7 +61,7 @@ def normalise(text: str, lang: str) -> str | None:
     """
     if _UNREADABLE.search(text):
         return None
-    text = text.lower().replace("’", "'").replace("ё", "е")
+    text = unicodedata.normalize("NFC", text).lower().replace("’", "'").replace("ё", "е")
     text = re.sub(r"(?<=\b\w)\.(?=\w\b)", "", text)
     words = NUMBER_WORDS.get(lang, {})
     for number in _DIGITS.findall(text):

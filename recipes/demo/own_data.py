@@ -6,7 +6,6 @@ utterances) are held out by a fixed draw.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.errors import ConfigError, ManifestError
 from speechlm_ext.utils.io import atomic_write_json, atomic_write_text
+from speechlm_ext.utils.json_text import json_line
 
 HELD_OUT = 0.05
 MOST_HELD_OUT = 100
@@ -40,7 +40,7 @@ def prepare_own(folder: Path, out: Path) -> str:
             '{"id": "a1", "audio": "a1.wav", "text": "what is said", "lang": "en"}; audio paths are relative to it.'
         )
     for name, utterances in splits.items():
-        lines = (json.dumps(_row(u), ensure_ascii=False) + "\n" for u in utterances)
+        lines = (json_line(_row(u)) for u in utterances)
         atomic_write_text(out / f"{name}.jsonl", "".join(lines))
     atomic_write_json(out / "about.json", {"own": folder.name, "how": how, "counts": _counts(splits)})
     return f"{len(splits['train'])} utterances to train on, {len(splits['test'])} to test: {how}"

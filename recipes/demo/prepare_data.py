@@ -15,6 +15,7 @@ installed. The same seed gives the same files.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import re
@@ -33,7 +34,9 @@ from tqdm import tqdm
 
 from speechlm_ext.audio import read_audio
 from speechlm_ext.errors import ConfigError, ManifestError
+from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.io import atomic_write_json, atomic_write_text
+from speechlm_ext.utils.json_text import json_line, parse_json
 from speechlm_ext.utils.names import file_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -123,8 +126,9 @@ def prepare(
     manifests = Manifests(out_dir / "train.jsonl", out_dir / "test.jsonl")
     about_path = out_dir / "about.json"
     if about_path.is_file() and all(m.is_file() for m in manifests):
-        if json.loads(about_path.read_text("utf-8")).get("settings") == settings:
-            return manifests
+        with contextlib.suppress(ValueError, AttributeError):  # damaged: prepared again
+            if parse_json(about_path.read_bytes()).get("settings") == settings:
+                return manifests
     about_path.unlink(missing_ok=True)
     cache = Path(debs_dir) if debs_dir is not None else out_dir.parent / "cache"
     if debs_dir is None:
@@ -142,7 +146,7 @@ def prepare(
         _add_numbers(rows, prompts, speaker, lang, out_dir, config, rng)
     shutil.rmtree(out_dir / "unpacked", ignore_errors=True)
     for split, path in zip(("train", "test"), manifests, strict=True):
-        atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split]))
+        atomic_write_text(path, "".join(map(json_line, rows[split])))
     atomic_write_json(about_path, _about(rows, notes, settings))
     return manifests
 
@@ -185,7 +189,7 @@ def fetch_packages(cache: Path) -> None:
     last = ""
     for commands in attempts:
         for command in commands:
-            done = subprocess.run(command, cwd=cache, capture_output=True, text=True, errors="replace")
+            done = subprocess.run(command, cwd=cache, capture_output=True, encoding="utf-8", errors="replace")
             last = done.stderr.strip() or last
         missing = [p for p in PACKAGES if not list(cache.glob(f"{p}_*.deb"))]
         if not missing:
@@ -208,7 +212,12 @@ def unpack_packages(cache: Path, folder: Path) -> Path:
             raise ConfigError(
                 f"no {package}_*.deb in {cache}; give the folder of all {len(PACKAGES)} packages."
             )
-        done = subprocess.run(["dpkg-deb", "-x", str(debs[-1]), str(folder)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["dpkg-deb", "-x", str(debs[-1]), str(folder)],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         if done.returncode != 0:
             reason = done.stderr.strip()
             raise ConfigError(
@@ -234,7 +243,7 @@ def read_prompts(root: Path, lang: str) -> tuple[list[Prompt], str, list[str]]:
     data = documents[0].read_bytes()
     text = (gzip.decompress(data) if documents[0].suffix == ".gz" else data).decode("utf-8-sig")
     entries: dict[str, list[str]] = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
         match = re.fullmatch(r"([\w./-]+)\s*:\s*(\S.*?)\s*", line)
         if match and not line.startswith(";"):
             entries.setdefault(match.group(1), []).append(match.group(2))
@@ -404,6 +413,7 @@ def _about(rows: dict[str, list[dict]], notes: list[str], settings: dict) -> dic
 
 
 if __name__ == "__main__":
+    make_output_safe()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

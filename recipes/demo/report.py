@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from speechlm_ext.evaluation.machine import commit_of, describe_machine
 from speechlm_ext.evaluation.scores import ALL, rate
 from speechlm_ext.utils.io import atomic_write_json
+from speechlm_ext.utils.json_text import parse_json
 
 HERE = Path(__file__).resolve().parent
 GOALS = {"asr_wer": 0.05, "tts_wer": 0.20}
@@ -76,6 +76,6 @@ def make_metrics(scores: dict[str, Any], own: bool, state: dict[str, Any]) -> di
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.evaluation.records import Record, read_records
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.training.log import read_log
+from speechlm_ext.utils.json_text import parse_json, split_lines
+from speechlm_ext.utils.yaml_text import parse_yaml
 
 LANGUAGES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "ru": "Russian"}
 
@@ -35,7 +34,7 @@ class Inputs:
         layout = out / "tokens" / "train"
         self.layout = TokenLayout.load(layout) if (layout / "token_layout.json").is_file() else None
         config = out / "model" / "config.yaml"
-        self.config = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
+        self.config = parse_yaml(config.read_text("utf-8")) if config.is_file() else {}
 
     def kind(self, kind: str) -> list[Record]:
         """Records of one kind."""
@@ -44,7 +43,7 @@ class Inputs:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
 
@@ -52,4 +51,4 @@ def _json(path: Path) -> dict[str, Any]:
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [parse_json(line, allow_nan=True) for _, line in split_lines(path.read_bytes())]

@@ -37,7 +37,10 @@ from speechlm_ext.errors import ConfigError, SpeechLMError  # noqa: E402
 from speechlm_ext.evaluation.machine import commit_of  # noqa: E402
 from speechlm_ext.model.folder import find_model_folder  # noqa: E402
 from speechlm_ext.tokenizers import TokenizerSet  # noqa: E402
+from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.io import atomic_write_json, atomic_write_text, sha256_file  # noqa: E402
+from speechlm_ext.utils.json_text import parse_json  # noqa: E402
+from speechlm_ext.utils.yaml_text import parse_yaml  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "demo.yaml"
@@ -110,7 +113,7 @@ def stage_tokenize(o: Options) -> None:
 
 def stage_plan(o: Options) -> None:
     """Print the plan of the training run: the recipe's ``data`` part with the demo's token folder."""
-    recipe = yaml.safe_load(o.recipe.read_text("utf-8"))
+    recipe = parse_yaml(o.recipe.read_text("utf-8"))
     data = recipe["data"] | {"tokens": [str(o.out / "tokens" / "train")]}
     if o.own:
         data["overlong"] = "drop"
@@ -191,7 +194,7 @@ def speechlm(*arguments: str, accept: tuple[int, ...] = (0,)) -> None:
 def read_state(out: Path) -> dict[str, Any]:
     """What each stage did: its key, seconds and commit."""
     try:
-        return json.loads((out / STATE).read_text("utf-8"))
+        return parse_json((out / STATE).read_bytes())
     except (OSError, ValueError):
         return {}
 
@@ -319,4 +322,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     sys.exit(main())

@@ -32,6 +32,7 @@ from speechlm_ext.tokenizers import (
 )
 from speechlm_ext.tokenizers.encoders import SAMPLE_RATE, EncoderSpec
 from speechlm_ext.utils.io import atomic_write_json
+from speechlm_ext.utils.json_text import parse_json
 
 FOLDER = "tokenizers"
 RECORD = "fit.json"
@@ -134,9 +135,11 @@ def get_tokenizers(
     record = out / RECORD
     if record.is_file():
         try:
-            found = json.loads(record.read_text("utf-8"))["inputs_sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{record} is damaged; choose another output_dir, or delete {out}.") from None
+            found = parse_json(record.read_bytes())["inputs_sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{record} is damaged ({error}); choose another output_dir, or delete {out}."
+            ) from None
         if found != key:
             raise ConfigError(
                 f"the tokenizers in {folder} were fitted on another manifest or with other settings. Choose another "

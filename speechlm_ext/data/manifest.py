@@ -8,7 +8,6 @@ that a misspelt ``speakr`` does not pass unseen.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from speechlm_ext.errors import ManifestError
+from speechlm_ext.utils.json_text import json_problem, parse_json, split_lines
 
 KEYS = ("id", "audio", "text", "speaker", "lang", "dataset", "start", "duration")
 
@@ -117,9 +117,7 @@ def _scan(path: Path, check_audio: bool, unknown: Counter[str]) -> Iterator[Utte
         ) from None
     first_line: dict[str, int] = {}
     empty = True
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not raw.strip():
-            continue
+    for number, raw in split_lines(data):
         empty = False
         row_id: str | None = None
         try:
@@ -151,9 +149,9 @@ def _parse(raw: bytes) -> dict[str, Any]:
             f"not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); save the manifest as UTF-8."
         ) from None
     try:
-        row = json.loads(text)
+        row = parse_json(text, allow_nan=True)  # numbers are checked by key
     except ValueError as error:
-        raise ManifestError(f"not JSON ({error}); expected one object per line.") from None
+        raise ManifestError(f"{json_problem(error)}; expected one object per line.") from None
     if not isinstance(row, dict):
         raise ManifestError(f"expected a JSON object, got {type(row).__name__}.")
     return row

@@ -27,6 +27,7 @@ from speechlm_ext.errors import ConfigError, LayoutMismatchError, ManifestError,
 from speechlm_ext.layout import FILE_NAME, TokenLayout
 from speechlm_ext.tasks import load_tasks
 from speechlm_ext.utils.io import atomic_write_text
+from speechlm_ext.utils.json_text import json_line
 from speechlm_ext.utils.options import as_list, take_old_name
 
 REJECTED = "rejected.jsonl"
@@ -200,7 +201,7 @@ def _finish(
     if not any(head.rows for head in heads if head is not None):
         raise ManifestError(f"every one of {len(bad)} items is bad, the first: {bad[0]['reason']}")
     if bad or (out / REJECTED).exists():
-        atomic_write_text(out / REJECTED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
+        atomic_write_text(out / REJECTED, "".join(map(json_line, bad)))
     if made or not (out / INDEX).is_file() or cfg.stage == "merge":
         # Shards of a former, longer manifest would only confuse whoever looks into the folder.
         for path in out.glob("shard-*.parquet"):

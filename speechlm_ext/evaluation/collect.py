@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,8 @@ from tqdm import tqdm
 from speechlm_ext.audio import read_audio, write_wav
 from speechlm_ext.data.fit import read_wave
 from speechlm_ext.data.manifest import Utterance, read_manifest
-from speechlm_ext.errors import AudioError
+from speechlm_ext.errors import AudioError, ManifestError, SpeechLMError, StorageError
+from speechlm_ext.evaluation.heard import HeardClips
 from speechlm_ext.evaluation.judge import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
 from speechlm_ext.tasks import builtin_tasks
@@ -24,6 +26,8 @@ from speechlm_ext.utils.options import as_list
 if TYPE_CHECKING:
     from speechlm_ext.evaluation.judge import Judge
     from speechlm_ext.evaluation.run import EvaluateConfig
+
+log = logging.getLogger(__name__)
 
 #: Clips given to the judge at a time.
 JUDGE_BATCH = 8
@@ -37,18 +41,22 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
     and its request had text; others (continuations) are not scored. With ``cfg.originals`` every ``tts`` item
     whose utterance has a recording adds a ``recording`` record, and with ``cfg.model`` a ``codec`` record.
 
+    Inputs are checked before anything is heard. What then goes wrong with one item (an unreadable recording, a
+    language that the judge does not know, an error of the recogniser) is the reason in that item's ``skipped``; the
+    others go on.
+
     Args:
         judge: hears speech; None skips it.
         why_not: reason for a missing judge.
 
     Raises:
         RecordError: a results file is malformed, or an ``asr`` result has no reference in the manifests.
-        ManifestError: a manifest that cannot be used.
+        ManifestError: a manifest that cannot be used, or one id for different utterances of two manifests.
     """
     assert cfg.output_dir is not None
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    utterances = {u.id: u for path in as_list(cfg.manifest) for u in read_manifest(path)}
+    utterances = _utterances(as_list(cfg.manifest))
     records: list[Record] = []
     speech: list[Record] = []
     for path in as_list(cfg.results):
@@ -66,6 +74,19 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
         if cfg.model is not None:
             speech += _resynthesis(list(heard.values()), Path(cfg.model), out, cfg.lang)
     return records + _listen(speech, judge, why_not, out)
+
+
+def _utterances(manifests: Sequence[Path]) -> dict[str, Utterance]:
+    utterances: dict[str, Utterance] = {}
+    for path in manifests:
+        for utterance in read_manifest(path):
+            other = utterances.setdefault(utterance.id, utterance)
+            if (other.text, other.audio, other.start) != (utterance.text, utterance.audio, utterance.start):
+                raise ManifestError(
+                    f"{utterance.where}: the id is that of another utterance in {other.manifest}:{other.line}. Results "
+                    "could belong to either; evaluate one manifest at a time, or give ids that are unique."
+                )
+    return utterances
 
 
 def utterance_id(request_id: str, utterances: dict[str, Utterance]) -> str:
@@ -96,6 +117,13 @@ def _from_result(
         text, source = request["text"], request["audio"]
     except (KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{where}: not a result of `speechlm generate` ({error!r}).") from None
+    for name, value in (
+        ("request.text", text),
+        ("request.lang", request.get("lang")),
+        ("text", row.get("text")),
+    ):
+        if value is not None and not isinstance(value, str):
+            raise RecordError(f"{where}: {name!r} must be a string or null, got {value!r}.")
     kind = _kind(row["task"], modality, text is not None, source is not None)
     if kind == "asr":
         if found is None or found.text is None:
@@ -127,11 +155,16 @@ def _kind(task: str, modality: str | None, has_text: bool, has_audio: bool) -> s
 
 def _original(utterance: Utterance, out: Path, lang: str) -> Record:
     """The recording itself as a record that waits for the judge; a part of a longer file is cut out first."""
-    path = utterance.audio
+    path, skipped = utterance.audio, WAITING
     assert path is not None
     if utterance.start is not None:
         path = out / "recordings" / file_name(utterance.id, ".wav")
-        write_wav(path, read_utterance(utterance, SAMPLE_RATE), SAMPLE_RATE)
+        try:
+            write_wav(path, read_utterance(utterance, SAMPLE_RATE), SAMPLE_RATE)
+        except StorageError:
+            raise
+        except Exception as error:
+            skipped = _reason(error)
     return Record(
         utterance.id,
         "recording",
@@ -140,7 +173,7 @@ def _original(utterance: Utterance, out: Path, lang: str) -> Record:
         lang=utterance.lang or lang,
         dataset=utterance.dataset,
         audio=_relative(path, out),
-        skipped=WAITING,
+        skipped=skipped,
     )
 
 
@@ -154,10 +187,25 @@ def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: 
         return []
     records = []
     for utterance in tqdm(utterances, desc="codec resynthesis", unit="utt", disable=None):
-        path = out / "resynthesis" / file_name(utterance.id, ".wav")
-        wave = codec.decode(codec.encode(read_utterance(utterance, codec.sample_rate)))
-        write_wav(path, wave, codec.sample_rate)
-        records.append(replace(_original(utterance, out, lang), kind="codec", audio=_relative(path, out)))
+        path, skipped = out / "resynthesis" / file_name(utterance.id, ".wav"), WAITING
+        try:
+            wave = codec.decode(codec.encode(read_utterance(utterance, codec.sample_rate)))
+            write_wav(path, wave, codec.sample_rate)
+        except StorageError:
+            raise
+        except Exception as error:
+            skipped = _reason(error)
+        record = Record(
+            utterance.id,
+            "codec",
+            utterance.text or "",
+            None,
+            lang=utterance.lang or lang,
+            dataset=utterance.dataset,
+            audio=_relative(path, out) if skipped == WAITING else None,
+            skipped=skipped,
+        )
+        records.append(record)
     return records
 
 
@@ -174,23 +222,77 @@ def read_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
 
 
 def _listen(records: list[Record], judge: Judge | None, why_not: str | None, out: Path) -> list[Record]:
-    """Let the judge hear every record that waits for it."""
+    """Let the judge hear every record that waits for it; what cannot be heard is skipped with the reason.
+
+    What was heard is kept at once, so that an interrupted evaluation goes on from there.
+    """
     if judge is None:
-        return [r if r.hypothesis is not None else replace(r, skipped=why_not) for r in records]
+        return [replace(r, skipped=why_not) if r.skipped == WAITING else r for r in records]
     done = list(records)
-    todo = [i for i, r in enumerate(records) if r.hypothesis is None]
+    todo = []
+    for i, record in enumerate(records):
+        if record.skipped != WAITING:
+            continue
+        try:
+            if hasattr(judge, "language"):
+                judge.language(record.lang)
+            todo.append(i)
+        except SpeechLMError as error:
+            done[i] = _skip(record, error)
     todo.sort(key=lambda i: records[i].lang)
     about = judge.describe()
+    kept = HeardClips(out, about)
     with tqdm(total=len(todo), desc="judge", unit="clip", disable=None) as bar:
         for first in range(0, len(todo), JUDGE_BATCH):
             batch = todo[first : first + JUDGE_BATCH]
-            waves = [read_audio(out / str(records[i].audio), SAMPLE_RATE)[0] for i in batch]
-            texts = judge.transcribe(waves, [records[i].lang for i in batch], SAMPLE_RATE)
-            for i, wave, text in zip(batch, waves, texts, strict=True):
-                seconds = round(len(wave) / SAMPLE_RATE, 3)
+            waves: dict[int, np.ndarray] = {}
+            for i in batch:
+                try:
+                    waves[i] = read_audio(out / str(records[i].audio), SAMPLE_RATE)[0]
+                except Exception as error:
+                    done[i] = _skip(records[i], error)
+            keys = {i: kept.key(wave, records[i].lang) for i, wave in waves.items()}
+            before = {i: old for i, key in keys.items() if (old := kept.get(key)) is not None}
+            heard = _hear(judge, {i: wave for i, wave in waves.items() if i not in before}, records)
+            for i, text in (heard | before).items():
+                if isinstance(text, Exception):
+                    done[i] = _skip(records[i], text)
+                    continue
+                if i not in before:
+                    kept.add(keys[i], text)
+                seconds = round(len(waves[i]) / SAMPLE_RATE, 3)
                 done[i] = replace(records[i], hypothesis=text, skipped=None, judge=about, seconds=seconds)
             bar.update(len(batch))
     return done
+
+
+def _hear(
+    judge: Judge, waves: dict[int, np.ndarray], records: Sequence[Record]
+) -> dict[int, str | Exception]:
+    """The text of each clip, or what was raised: clips that fail together are heard again one by one."""
+    if not waves:
+        return {}
+    try:
+        texts = judge.transcribe(list(waves.values()), [records[i].lang for i in waves], SAMPLE_RATE)
+        return dict(zip(waves, texts, strict=True))
+    except Exception as error:
+        if len(waves) == 1:
+            return dict.fromkeys(waves, error)
+    return {i: text for k, wave in waves.items() for i, text in _hear(judge, {k: wave}, records).items()}
+
+
+def _skip(record: Record, error: Exception) -> Record:
+    reason = _reason(error)
+    log.warning("%s %r is skipped: %s", record.kind, record.id, reason)
+    return replace(record, skipped=reason)
+
+
+def _reason(error: Exception) -> str:
+    """An error as the reason of a skipped item."""
+    if isinstance(error, SpeechLMError):
+        return str(error)
+    line = next((line for line in str(error).split("\n") if line.strip()), "no message")
+    return f"{type(error).__name__}: {line[:300]}"
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -33,6 +33,7 @@ import numpy as np
 from speechlm_ext.audio import check_wave, resample_audio
 from speechlm_ext.errors import ConfigError, SpeechLMError
 from speechlm_ext.utils.io import atomic_path, atomic_write_bytes
+from speechlm_ext.utils.language import match_language
 
 SAMPLE_RATE = 16000
 FRAMES_PER_SECOND = 100
@@ -71,6 +72,9 @@ class JudgeSettings:
 class Judge:
     """A loaded recogniser; make one with :func:`load_judge`."""
 
+    #: Whisper's codes of the languages that the model knows; None: all of Whisper's.
+    languages: tuple[str, ...] | None = None
+
     def __init__(self, folder: Path, settings: JudgeSettings, threads: int = 2, batch_size: int = 2) -> None:
         self.settings = settings
         self.batch_size = batch_size
@@ -78,6 +82,7 @@ class Judge:
         self._threads = threads
         # Single-threaded workers with small batches use the cores half as well again as one worker with all threads.
         self._model = self._load(threads)
+        self.languages = tuple(self._model.supported_languages)
 
     def _load(self, workers: int) -> Any:
         from faster_whisper import WhisperModel
@@ -95,6 +100,26 @@ class Judge:
         """The settings as plain data, for records."""
         return asdict(self.settings)
 
+    def language(self, tag: str) -> str:
+        """Whisper's code for a language tag (``en-US``, ``EN`` and ``eng`` give ``en``).
+
+        Raises:
+            ConfigError: no known tag, or a language that the model does not know.
+        """
+        known = self.languages
+        if known is None:
+            from faster_whisper import tokenizer
+
+            known = tokenizer._LANGUAGE_CODES
+        code = match_language(tag, known)
+        if code is None:
+            shown = f"{len(known)} languages" if len(known) > 5 else ", ".join(known)
+            raise ConfigError(
+                f"language {tag!r}: expected the tag of a language that the judge {self.settings.model} knows "
+                f"({shown}), such as 'en', 'pt-BR' or 'deu'. Correct 'lang' in the manifest, or score without a judge."
+            )
+        return code
+
     def transcribe(
         self, waves: Sequence[np.ndarray], langs: str | Sequence[str], sample_rate: int
     ) -> list[str]:
@@ -102,16 +127,19 @@ class Judge:
 
         Args:
             waves: float32 ``[T]`` each, in [-1, 1].
-            langs: language code of all clips, or one for each.
+            langs: language tag of all clips, or one for each; see :meth:`language`.
             sample_rate: of the clips, in Hz.
 
         Returns:
             One raw text per clip. A clip with no speech may give an empty text.
 
         Raises:
+            ConfigError: a language that the recogniser does not know; nothing was recognised then.
             AudioError: an empty or not finite waveform.
         """
-        languages = [langs] * len(waves) if isinstance(langs, str) else list(langs)
+        tags = [langs] * len(waves) if isinstance(langs, str) else list(langs)
+        codes = {tag: self.language(tag) for tag in dict.fromkeys(tags)}
+        languages = [codes[tag] for tag in tags]
         clips = [
             resample_audio(check_wave(w, f"clip {i}"), sample_rate, SAMPLE_RATE) for i, w in enumerate(waves)
         ]

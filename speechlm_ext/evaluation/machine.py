@@ -46,7 +46,11 @@ def commit_of(folder: Path) -> str:
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=20,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None

@@ -21,6 +21,7 @@ from speechlm_ext.errors import LayoutMismatchError
 from speechlm_ext.tasks import resolve_task
 
 if TYPE_CHECKING:
+    from speechlm_ext.data.shards import TokenCorpus
     from speechlm_ext.layout import TokenLayout
     from speechlm_ext.model.speechlm import SpeechLM
 
@@ -51,6 +52,25 @@ def classify(labels_NS: np.ndarray, layout: TokenLayout) -> np.ndarray:
     return kinds
 
 
+def open_for(layout: TokenLayout, tokens: str | Path | Sequence[str]) -> TokenCorpus:
+    """Open token folders for a model with ``layout``, in the model's delays.
+
+    Raises:
+        LayoutMismatchError: the tokens were made with other tokenizers than the model's. ShardError: no such folder.
+    """
+    from speechlm_ext.data.loader import open_tokens
+
+    corpus = open_tokens(tokens)
+    if corpus.layout.num_streams == layout.num_streams:
+        corpus = open_tokens(corpus, layout.delays)
+    if layout.sha256 != corpus.layout.sha256:
+        raise LayoutMismatchError(
+            f"the model has layout {layout} but the tokens {corpus.layout}: "
+            f"{layout.first_difference(corpus.layout)}. Tokenize with the model's tokenizers."
+        )
+    return corpus
+
+
 def perplexity(
     model: SpeechLM,
     tokens: str | Path | Sequence[str],
@@ -77,17 +97,9 @@ def perplexity(
         ConfigError: a named task is not one of the model's.
         PlanError: a named task has no data here.
     """
-    from speechlm_ext.data.loader import open_tokens
     from speechlm_ext.errors import PlanError
 
-    corpus = open_tokens(tokens)
-    if corpus.layout.num_streams == model.layout.num_streams:
-        corpus = open_tokens(corpus, model.layout.delays)
-    if model.layout.sha256 != corpus.layout.sha256:
-        raise LayoutMismatchError(
-            f"the model has layout {model.layout} but the tokens {corpus.layout}: "
-            f"{model.layout.first_difference(corpus.layout)}. Tokenize with the model's tokenizers."
-        )
+    corpus = open_for(model.layout, tokens)
     out = {}
     for task in tasks if tasks is not None else [t.name for t in model.tasks]:
         try:

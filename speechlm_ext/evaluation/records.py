@@ -7,7 +7,6 @@ came from. So a set can be scored again later, by another rule, with no model an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from speechlm_ext.errors import SpeechLMError
 from speechlm_ext.utils.io import atomic_write_text
+from speechlm_ext.utils.json_text import json_line, json_problem, parse_json, split_lines
 
 FILE_NAME = "records.jsonl"
 VERSION = 1
@@ -41,7 +41,7 @@ class Record:
     hypothesis: str | None
     """Raw text of the model (``asr``) or the judge; None where there is none, and then ``skipped`` says why."""
     lang: str = "en"
-    """Language code; decides number words."""
+    """Language tag as the manifest writes it; decides number words."""
     dataset: str = ""
     """Data set of the utterance."""
     task: str | None = None
@@ -71,7 +71,7 @@ class Record:
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:
     """Write records as JSON lines, atomically. Raises :class:`StorageError`."""
-    atomic_write_text(path, "".join(json.dumps(r.to_dict(), ensure_ascii=False) + "\n" for r in records))
+    atomic_write_text(path, "".join(json_line(r.to_dict()) for r in records))
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -93,6 +93,7 @@ def read_records(path: str | Path) -> list[Record]:
                 f"and unknown keys {sorted(set(data) - names)}."
             )
         record = Record(**data)
+        _check_types(record, where)
         if record.hypothesis is None and not record.skipped:
             raise RecordError(
                 f"{where}: item {record.id!r} has neither a hypothesis nor a reason in 'skipped'."
@@ -101,21 +102,32 @@ def read_records(path: str | Path) -> list[Record]:
     return records
 
 
+def _check_types(record: Record, where: str) -> None:
+    for name in ("id", "reference", "lang", "dataset"):
+        value = getattr(record, name)
+        if not isinstance(value, str):
+            raise RecordError(f"{where}: {name!r} must be a string, got {value!r}.")
+    for name in ("hypothesis", "skipped", "finished", "task"):
+        value = getattr(record, name)
+        if value is not None and not isinstance(value, str):
+            raise RecordError(f"{where}: {name!r} must be a string or null, got {value!r}.")
+
+
 def read_jsonl(path: Path, what: str) -> list[tuple[str, Any]]:
     """``(file:line, value)`` of each line. Raises :class:`RecordError` naming the line, or if there is none."""
     try:
-        text = path.read_text("utf-8")
+        data = path.read_bytes()
+        data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecordError(f"{what} {path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
     except OSError as error:
         raise RecordError(f"{what} {path} cannot be read: {error.strerror or error}.") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append((f"{path}:{number}", json.loads(line)))
-            except ValueError as error:
-                raise RecordError(f"{path}:{number}: not JSON ({error}).") from None
+    for number, line in split_lines(data):
+        try:
+            rows.append((f"{path}:{number}", parse_json(line, allow_nan=True)))
+        except ValueError as error:
+            raise RecordError(f"{path}:{number}: {json_problem(error)}.") from None
     if not rows:
         raise RecordError(f"{what} {path} holds no lines; there is nothing to score.")
     return rows

@@ -17,7 +17,7 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from speechlm_ext.evaluation.text import align
-from speechlm_ext.utils.io import atomic_write_text
+from speechlm_ext.utils.io import atomic_write_bytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def render(
     source = resources.files(__package__).joinpath("templates/report.html").read_text("utf-8")
     template = Environment(autoescape=True).from_string(source)
     page = template.render(title=title, subtitle=subtitle, sections=sections, summary=summary or "")
-    atomic_write_text(path, page)
+    # A record may hold half a surrogate pair, which UTF-8 cannot.
+    atomic_write_bytes(path, page.encode("utf-8", "backslashreplace"))
 
 
 def join(*parts: Any) -> Markup:

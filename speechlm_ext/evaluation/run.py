@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from speechlm_ext.audio import says_conversions
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.evaluation.collect import collect
+from speechlm_ext.evaluation.heard import forget
 from speechlm_ext.evaluation.records import FILE_NAME, Record, read_records, write_records
 from speechlm_ext.evaluation.scores import score_records
 from speechlm_ext.utils.io import atomic_write_json
+from speechlm_ext.utils.language import canonical_tag
 from speechlm_ext.utils.options import as_list, take_old_name
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class EvaluateConfig:
     cache_dir: Path = Path("runs/cache")
     """Where weights that come in parts are put together."""
     lang: str = "en"
-    """Language of items that name none."""
+    """Language tag (``en``, ``pt-BR``, ``deu``) of items that name none."""
     threads: int = 2
     """CPU threads of the judge."""
     out: Path | None = None
@@ -105,11 +107,16 @@ def run_evaluate(cfg: EvaluateConfig) -> int:
         return 0
     assert cfg.output_dir is not None
     scores = {"errors": {}, "perplexity": {}, "judge": None}
+    if cfg.tokens:
+        _check_tokens(cfg)
     if cfg.results:
         records, judge = _make_records(cfg)
         write_records(cfg.output_dir / FILE_NAME, records)
+        forget(cfg.output_dir)
         scores["errors"] = score_records(records)
         scores["judge"] = judge
+        # Hours of hearing are not lost by what may go wrong with the model.
+        _write(cfg.output_dir, scores)
     if cfg.tokens:
         scores["perplexity"] = _perplexity(cfg)
     _write(cfg.output_dir, scores)
@@ -121,6 +128,8 @@ def _make_records(cfg: EvaluateConfig) -> tuple[list[Record], dict[str, Any]]:
     """Records of all results, and what is known about the judge (its settings, or why there is none)."""
     from speechlm_ext.evaluation.judge import JudgeUnavailable, load_judge
 
+    if canonical_tag(cfg.lang) is None:
+        raise ConfigError(f"lang must be a language tag such as 'en', 'pt-BR' or 'deu', got {cfg.lang!r}.")
     judge: Judge | None = None
     about: dict[str, Any]
     if cfg.judge == "none":
@@ -139,6 +148,15 @@ def _make_records(cfg: EvaluateConfig) -> tuple[list[Record], dict[str, Any]]:
             about = {"skipped": str(error)}
             print(f"note: speech is not judged: {error}")
     return collect(cfg, judge, about.get("skipped")), about
+
+
+def _check_tokens(cfg: EvaluateConfig) -> None:
+    """Refuse tokens that do not fit the model before anything is computed."""
+    from speechlm_ext.evaluation.perplexity import open_for
+    from speechlm_ext.layout import TokenLayout
+
+    assert cfg.model is not None
+    open_for(TokenLayout.load(cfg.model), cfg.tokens)
 
 
 def _perplexity(cfg: EvaluateConfig) -> dict[str, Any]:

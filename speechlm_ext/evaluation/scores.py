@@ -6,56 +6,84 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from speechlm_ext.evaluation.records import KINDS, Record
-from speechlm_ext.evaluation.text import RULE, cer, normalize, wer
+from speechlm_ext.errors import foreign_errors
+from speechlm_ext.evaluation.records import KINDS, Record, RecordError
+from speechlm_ext.evaluation.text import RULE, ErrorCounts, cer, normalize, sum_counts, wer
+from speechlm_ext.utils.language import canonical_tag
 
 ALL = "all"
 
 
 def groups_of(record: Record) -> list[str]:
-    """The sets that a record counts in: everything, its data set, its language, and both together."""
+    """The sets that a record counts in: everything, its data set, its language, and both together.
+
+    Tags of one language are one set: ``EN``, ``eng`` and ``en`` are ``en``; ``en-US`` is one of its own.
+    """
     dataset = record.dataset or "unnamed"
-    return [ALL, dataset, f"{ALL}/{record.lang}", f"{dataset}/{record.lang}"]
+    lang = canonical_tag(record.lang) or record.lang
+    return [ALL, dataset, f"{ALL}/{lang}", f"{dataset}/{lang}"]
 
 
 def score_records(records: Sequence[Record]) -> dict[str, Any]:
     """Score records.
 
-    Items whose reference has no words are left out and counted. A kind of which every item was skipped has
-    no rates, but its reasons.
+    Items whose reference has no words are left out and counted. An item that cannot be scored is skipped with the
+    reason. A kind of which every item was skipped has no rates, but its reasons.
 
     Returns:
         Per kind: ``groups`` ``{group: {"wer": counts, "cer": counts}}``, ``num_items``, ``num_skipped``,
         ``skipped`` (reason and how often), ``no_words``, ``finished`` (how generation ended), and the ``rule``.
+
+    Raises:
+        SpeechLMError: a library that scoring needs is not installed.
     """
     scores: dict[str, Any] = {}
     for kind in KINDS:
         mine = [r for r in records if r.kind == kind]
         if not mine:
             continue
-        live = [r for r in mine if r.hypothesis is not None]
-        spoken = [r for r in live if normalize(r.reference, r.lang)]
-        groups: dict[str, list[Record]] = {}
-        for record in spoken:
+        skipped: Counter[str | None] = Counter()
+        no_words = 0
+        groups: dict[str, list[tuple[ErrorCounts, ErrorCounts]]] = {}
+        for record in mine:
+            if record.hypothesis is None:
+                skipped[record.skipped] += 1
+                continue
+            try:
+                with foreign_errors(RecordError, f"item {record.id!r}", "It is left out of the scores."):
+                    counts = _counts(record)
+            except RecordError as error:
+                skipped[f"cannot be scored: {error}"] += 1
+                continue
+            if counts is None:
+                no_words += 1
+                continue
             for name in groups_of(record):
-                groups.setdefault(name, []).append(record)
+                groups.setdefault(name, []).append(counts)
         scores[kind] = {
-            "groups": {name: _rates(group) for name, group in sorted(groups.items())},
+            "groups": {
+                name: {
+                    "wer": sum_counts([words for words, _ in group]).to_dict(),
+                    "cer": sum_counts([chars for _, chars in group]).to_dict(),
+                }
+                for name, group in sorted(groups.items())
+            },
             "num_items": len(mine),
-            "num_skipped": len(mine) - len(live),
-            "skipped": dict(Counter(r.skipped for r in mine if r.hypothesis is None)),
-            "no_words": len(live) - len(spoken),
+            "num_skipped": sum(skipped.values()),
+            "skipped": dict(skipped),
+            "no_words": no_words,
             "finished": dict(Counter(r.finished for r in mine if r.finished is not None)),
             "rule": RULE,
         }
     return scores
 
 
-def _rates(group: Sequence[Record]) -> dict[str, Any]:
-    refs = [r.reference for r in group]
-    hyps = [r.hypothesis or "" for r in group]
-    langs = [r.lang for r in group]
-    return {"wer": wer(refs, hyps, langs).to_dict(), "cer": cer(refs, hyps, langs).to_dict()}
+def _counts(record: Record) -> tuple[ErrorCounts, ErrorCounts] | None:
+    """Word and character errors of one item; None where its reference has no words."""
+    if not normalize(record.reference, record.lang):
+        return None
+    item = ([record.reference], [record.hypothesis or ""], record.lang)
+    return wer(*item), cer(*item)
 
 
 def rate(scores: dict[str, Any], kind: str, group: str = ALL, unit: str = "wer") -> float | None:

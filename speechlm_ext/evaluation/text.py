@@ -1,4 +1,4 @@
-"""Normalising transcripts and counting word and character errors.
+"""Counting word and character errors, whatever way a recogniser writes numbers.
 
 A recogniser writes numbers as it likes: "forty seven", "47", "4 7", "4-7", "1,000". What was *heard* is the
 same, so digits are written as words before scoring, in the reading that fits the reference best:
@@ -10,32 +10,36 @@ same, so digits are written as words before scoring, in the reading that fits th
 * an English "oh" or "o" may be read as "o", "oh" or "zero".
 
 The readings form a small graph per hypothesis; one edit-distance pass over that graph finds the path with
-the fewest errors, so the choice is exact and cheap. No digit can become another digit by it. Counts come
-from jiwer. whisper-normalizer goes the other way (words to digits), which joins "sixty thirteen" and
-"forty seven" into numbers that nobody said; therefore it is not used here.
+the fewest errors, so the choice is exact and cheap. No digit can become another digit by it. The reference's reading is
+one of the graph's paths, so a text against itself has no errors. Counts come from jiwer. whisper-normalizer goes the
+other way (words to digits), which joins "sixty thirteen" and "forty seven" into numbers that nobody said, and drops
+combining marks; therefore it is not used here. How a text is split into words: :mod:`speechlm_ext.evaluation.words`.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from speechlm_ext.errors import ConfigError, SpeechLMError
+from speechlm_ext.evaluation.numbers import LONGEST_NUMBER, number_words
+from speechlm_ext.evaluation.words import characters, tokens
+from speechlm_ext.utils.language import base_language
 
 #: Stamped into every score: another rule means another number.
-RULE = "nfkc-lower-nopunct-digits:best-reading-v1"
+RULE = "nfkc-lower-nopunct-digits:best-reading-v2"
 
-_DIGITS = re.compile(r"\d+(?:[.,:/'’\-‐‑–—]\d+)*")
-_THOUSANDS = re.compile(r"\d{1,3}(?:[.,'’]\d{3})+")
-_TOKEN = re.compile(rf"{_DIGITS.pattern}|[^\W\d_]+(?:['’][^\W\d_]+)*")
-_INITIALS = re.compile(r"\b(?:[^\W\d_]\.){2,}")
+#: Groups of three, or of two and at last three as in India ("12,34,567").
+_THOUSANDS = re.compile(r"[0-9]{1,3}(?:[.,'\u066c][0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}")
+#: Digits of a hypothesis times words of its reference up to which all readings are compared.
+MAX_CELLS = 4_000_000
+_SIGNS = ("º", "ª")
 _CONJUNCTIONS = {"en": {"and"}, "fr": {"et"}, "es": {"y"}, "it": {"e"}}
-#: Numbers longer than this are read digit group by digit group only.
-_LONGEST_NUMBER = 12
 
 Graph = list[list[tuple[int, tuple[str, ...]]]]
 """Per node the edges ``(next node, words)``; node 0 is the start and the last node the end."""
@@ -70,68 +74,57 @@ class ErrorCounts:
         return {"rate": self.rate, "errors": self.errors, **asdict(self)}
 
 
-def tokens(text: str, lang: str = "en") -> list[str]:
-    """Split text into lower-case words and digit strings; punctuation goes, digits keep their separators.
-
-    Unicode is NFKC, apostrophes inside words are dropped ("don't" -> "dont"), "A.M." becomes "am", and
-    Russian ё becomes е.
-    """
-    text = unicodedata.normalize("NFKC", text)
-    text = _INITIALS.sub(lambda match: match.group().replace(".", ""), text).lower()
-    if lang == "ru":
-        text = text.replace("ё", "е")
-    return [t if t[0].isdigit() else re.sub("['’]", "", t) for t in _TOKEN.findall(text)]
-
-
-@lru_cache(maxsize=4096)
-def number_words(digits: str, lang: str = "en") -> tuple[str, ...]:
-    """The cardinal number of a digit string in words, hyphens split; the digits themselves if it is unknown.
-
-    Raises:
-        SpeechLMError: num2words is not installed.
-    """
-    try:
-        from num2words import num2words
-    except ImportError:
-        raise SpeechLMError(
-            "writing digits as words needs num2words; install it: pip install num2words"
-        ) from None
-    try:
-        words = num2words(int(digits), lang=lang)
-    except (NotImplementedError, OverflowError):
-        return (digits,)
-    return tuple(t for t in tokens(words.replace("-", " "), lang))
-
-
 def normalize(text: str, lang: str = "en") -> list[str]:
-    """Words of a *reference*: as :func:`tokens`, with each digit string read as one number.
+    """Words of a *reference*: as :func:`~speechlm_ext.evaluation.words.tokens`, with each digit string read as one
+    number.
 
-    Separators that are not thousands marks part the string into several numbers.
+    Separators that are not thousands marks part the string into several numbers. What begins with a zero or is longer
+    than any number that is said in words is read digit by digit.
     """
     words: list[str] = []
     for token in tokens(text, lang):
-        if not token[0].isdigit():
-            words.append(token)
-        elif _THOUSANDS.fullmatch(token):
-            words += number_words(re.sub(r"\D", "", token), lang)
+        groups = _groups(token)
+        if token[-1] in _SIGNS and groups:
+            words += _ordinal("".join(groups), token[-1], lang)
+        elif _THOUSANDS.fullmatch(token) and _is_number("".join(groups)):
+            words += number_words("".join(groups), lang)
+        elif groups:
+            for group in groups:
+                for digits in [group] if _is_number(group) else group:
+                    words += number_words(digits, lang)
         else:
-            for group in re.split(r"\D+", token):
-                words += number_words(group, lang)
+            words.append(token)
     return words
 
 
 def reading_graph(text: str, lang: str = "en") -> Graph:
     """All readings of a hypothesis as a graph whose edges carry words, by the rules of the module's text."""
     graph: Graph = [[]]
+    language = base_language(lang)
+    plain: list[str] = []
+
+    def flush() -> None:
+        if plain:
+            graph[-1].append((len(graph), tuple(plain)))
+            graph.append([])
+            plain.clear()
+
     for token in tokens(text, lang):
+        groups = _groups(token)
+        is_oh = language == "en" and token in ("o", "oh")
+        if not groups and not is_oh:
+            plain.append(token)
+            continue
+        flush()
         start = len(graph) - 1
-        if not token[0].isdigit():
-            graph[start].append((start + 1, (token,)))
-            if lang == "en" and token in ("o", "oh"):
-                graph[start] += [(start + 1, (word,)) for word in ("o", "oh", "zero") if word != token]
+        if is_oh:
+            graph[start] += [(start + 1, (word,)) for word in ("o", "oh", "zero")]
             graph.append([])
             continue
-        groups = re.split(r"\D+", token)
+        if token[-1] in _SIGNS:
+            graph[start].append((start + 1, _ordinal("".join(groups), token[-1], lang)))
+            graph.append([])
+            continue
         end = start + sum(map(len, groups))
         graph.extend([] for _ in range(end - start))
         if _THOUSANDS.fullmatch(token):
@@ -144,15 +137,35 @@ def reading_graph(text: str, lang: str = "en") -> Graph:
                 if i + 2 <= len(group) and digit != "0":
                     _add_readings(graph, at + i, at + i + 2, group[i : i + 2], lang)
             at += len(group)
+    flush()
     return graph
+
+
+def _groups(token: str) -> list[str]:
+    """The digit groups of a digit string; none for a word."""
+    return re.findall("[0-9]+", token) if token[0] in "0123456789" else []
+
+
+def _is_number(digits: str) -> bool:
+    return len(digits) <= LONGEST_NUMBER and (len(digits) == 1 or digits[0] != "0")
+
+
+def _ordinal(digits: str, sign: str, lang: str) -> tuple[str, ...]:
+    """ "1º" in words ("primero"); where there are none, and for the feminine, the cardinal with the sign at its end."""
+    words = number_words(digits, lang, "ordinal") if sign == "º" else (digits,)
+    if words == (digits,):
+        *rest, last = number_words(digits, lang)
+        words = (*rest, last + sign)
+    return words
 
 
 def _add_readings(graph: Graph, start: int, end: int, digits: str, lang: str) -> None:
     """Add the readings of ``digits`` as one number: whole, without conjunctions, as tens and unit."""
-    if len(digits) > _LONGEST_NUMBER or (len(digits) > 1 and digits[0] == "0"):
+    if not _is_number(digits):
         return
     whole = number_words(digits, lang)
-    readings = {whole, tuple(w for w in whole if w not in _CONJUNCTIONS.get(lang, ()))}
+    conjunctions = _CONJUNCTIONS.get(base_language(lang), ())
+    readings = {whole, tuple(w for w in whole if w not in conjunctions)}
     if len(digits) == 2 and digits[0] >= "2" and digits[1] != "0":
         readings.add(number_words(digits[0] + "0", lang) + number_words(digits[1], lang))
     graph[start].extend((end, words) for words in sorted(readings) if (end, words) not in graph[start])
@@ -164,51 +177,64 @@ def best_reading(reference: Sequence[str], hypothesis: str, lang: str = "en") ->
     Args:
         reference: normalised words, see :func:`normalize`.
         hypothesis: raw text of a recogniser or model.
-        lang: language code of number words.
+        lang: language tag of number words.
 
     Returns:
-        The words of the best path through :func:`reading_graph`; ties go to the path with fewer words.
+        The words of the best path through :func:`reading_graph`; ties go to the path with fewer words. Beyond
+        :data:`MAX_CELLS` (thousands of digits against thousands of words) the hypothesis is read as a reference is.
     """
     graph = reading_graph(hypothesis, lang)
+    if all(len(edges) <= 1 for edges in graph):
+        return [word for edges in graph for _, words in edges for word in words]
     width = len(reference) + 1
-    # cost[node][r]: (errors, words so far) of the best path to node that accounts for reference[:r].
-    worst = (10**9, 0)
-    cost: list[list[tuple[int, int]]] = [[worst] * width for _ in graph]
-    came: list[list[tuple[int, int, tuple[str, ...]] | None]] = [[None] * width for _ in graph]
-    cost[0] = [(r, 0) for r in range(width)]
+    if len(graph) * width > MAX_CELLS:
+        return normalize(hypothesis, lang)
+    numbers = {word: i for i, word in enumerate(dict.fromkeys(reference))}
+    reference_R = np.array([numbers[word] for word in reference], np.int64)
+    # A path's cost is one integer: errors, then words, then where in the row of the edge's first node it began.
+    word_cost = width
+    error_cost = word_cost * (2 + sum(max((len(w) for _, w in edges), default=0) for edges in graph))
+    places = np.arange(width)
+    worst = np.iinfo(np.int64).max // 2
+    cost = np.full((len(graph), width), worst)
+    came = np.zeros((len(graph), width), np.int32)
+    back = np.zeros((len(graph), width), np.int32)
+    steps: list[tuple[int, tuple[str, ...]]] = []
+    cost[0] = places * error_cost
     for node, edges in enumerate(graph):
         for target, words in edges:
-            # Rows of a plain edit distance, begun from this node's row; back[r] is where in it a path began.
-            row, back = list(cost[node]), list(range(width))
+            row = cost[node] + places
             for word in words:
-                new, new_back = [(row[0][0] + 1, row[0][1] + 1)], [back[0]]
-                for r in range(1, width):
-                    options = (
-                        ((row[r - 1][0] + (reference[r - 1] != word), row[r - 1][1] + 1), back[r - 1]),
-                        ((row[r][0] + 1, row[r][1] + 1), back[r]),
-                        ((new[r - 1][0] + 1, new[r - 1][1]), new_back[r - 1]),
-                    )
-                    best = min(options, key=lambda option: option[0])
-                    new.append(best[0])
-                    new_back.append(best[1])
-                row, back = new, new_back
-            for r in range(width):
-                if row[r] < cost[target][r]:
-                    cost[target][r], came[target][r] = row[r], (node, back[r], words)
+                extra = row + (error_cost + word_cost)
+                wrong = (reference_R != numbers.get(word, -1)) * error_cost + word_cost
+                extra[1:] = np.minimum(extra[1:], row[:-1] + wrong)
+                # A missing word costs an error per place to the right.
+                row = np.minimum.accumulate(extra - places * error_cost) + places * error_cost
+            total, begun = row - row % width, row % width
+            better = total < cost[target]
+            cost[target][better], back[target][better] = total[better], begun[better]
+            came[target][better] = len(steps)
+            steps.append((node, words))
     path: list[tuple[str, ...]] = []
-    node, r = len(graph) - 1, width - 1
+    node, place = len(graph) - 1, width - 1
     while node:
-        step = came[node][r]
-        assert step is not None  # every node has an incoming edge
-        node, r, words = step
+        before, words = steps[came[node, place]]
+        node, place = before, int(back[node, place])
         path.append(words)
     return [word for words in reversed(path) for word in words]
 
 
 def normalize_pair(reference: str, hypothesis: str, lang: str = "en") -> tuple[list[str], list[str]]:
     """Reference and hypothesis as the words that are scored."""
+    words, read = _pair(reference, hypothesis, lang)
+    return list(words), list(read)
+
+
+# Word errors, character errors and the report all ask for the same pairs.
+@lru_cache(maxsize=4096)
+def _pair(reference: str, hypothesis: str, lang: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     words = normalize(reference, lang)
-    return words, best_reading(words, hypothesis, lang)
+    return tuple(words), tuple(best_reading(words, hypothesis, lang))
 
 
 def _languages(lang: str | Sequence[str], count: int) -> list[str]:
@@ -226,17 +252,31 @@ def _count(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str], 
             f"{unit} errors: expected as many hypotheses and languages as references and at least one, got "
             f"{len(refs)} references, {len(hyps)} hypotheses and {len(languages)} languages."
         )
-    pairs = [normalize_pair(*item) for item in zip(refs, hyps, languages, strict=True)]
+    pairs = [_pair(*item) for item in zip(refs, hyps, languages, strict=True)]
     empty = [i for i, (words, _) in enumerate(pairs) if not words]
     if empty:
         raise ConfigError(
             f"{unit} errors: reference {empty[0]} ({refs[empty[0]]!r}) has no words left after normalisation; "
             "leave such items out of the scored set."
         )
-    process = jiwer.process_words if unit == "word" else jiwer.process_characters
-    out = process([" ".join(r) for r, _ in pairs], [" ".join(h) for _, h in pairs])
+    if unit == "word":
+        out: Any = jiwer.process_words([" ".join(r) for r, _ in pairs], [" ".join(h) for _, h in pairs])
+    else:
+        out = jiwer.process_characters([characters(r) for r, _ in pairs], [characters(h) for _, h in pairs])
     total = out.hits + out.substitutions + out.deletions
     return ErrorCounts(out.substitutions, out.deletions, out.insertions, total, len(pairs), unit)
+
+
+def sum_counts(counts: Sequence[ErrorCounts]) -> ErrorCounts:
+    """The counts of several sets of one unit as those of one set; at least one."""
+    return ErrorCounts(
+        substitutions=sum(c.substitutions for c in counts),
+        deletions=sum(c.deletions for c in counts),
+        insertions=sum(c.insertions for c in counts),
+        total=sum(c.total for c in counts),
+        utterances=sum(c.utterances for c in counts),
+        unit=counts[0].unit,
+    )
 
 
 def wer(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str] = "en") -> ErrorCounts:
@@ -244,7 +284,7 @@ def wer(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str] = "e
 
     Args:
         refs, hyps: raw texts in the same order.
-        lang: one language code for all, or one per item.
+        lang: one language tag for all, or one per item.
 
     Raises:
         ConfigError: an empty set, lists of different lengths, or a reference without words.
@@ -253,7 +293,8 @@ def wer(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str] = "e
 
 
 def cer(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str] = "en") -> ErrorCounts:
-    """Character errors over a set, on the words of :func:`wer` joined by single spaces; raises as it does."""
+    """Character errors over a set, on the words of :func:`wer`, joined as
+    :func:`~speechlm_ext.evaluation.words.characters` says; raises as it does."""
     return _count(refs, hyps, lang, "char")
 
 

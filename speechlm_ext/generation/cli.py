@@ -18,6 +18,7 @@ from speechlm_ext.generation.request_file import Line, RefusedRequest, read_requ
 from speechlm_ext.generation.run import generate
 from speechlm_ext.generation.settings import SamplingSettings
 from speechlm_ext.model.folder import find_model_folder
+from speechlm_ext.utils.console import argument_text
 from speechlm_ext.utils.io import atomic_write_text, sha256_file
 
 if TYPE_CHECKING:
@@ -176,13 +177,13 @@ def run_generate(cfg: GenerateConfig) -> int:
     request = GenerationRequest(
         id="request",
         task=cfg.task or "",
-        text=cfg.text,
+        text=argument_text(cfg.text),
         audio=cfg.audio,
         speaker_prompt=cfg.speaker_prompt,
         lang=cfg.lang,
         settings=settings,
         resample=cfg.resample,
-        target_text=cfg.target_text,
+        target_text=argument_text(cfg.target_text),
         target_audio=cfg.target_audio,
     )
     model = load_model(cfg)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import regex
 
 from speechlm_ext.audio import check_wave
 from speechlm_ext.errors import GenerationError
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
 
 
+_NO_SPACES = r"[\p{Line_Break=SA}\p{Han}\p{Hiragana}\p{Katakana}\u30fc]"
+_UNIT = regex.compile(rf"(?={_NO_SPACES})\X|(?:(?!{_NO_SPACES})\S)+")
+
+
 @dataclass(frozen=True)
 class PartialText:
     """What was understood so far."""
@@ -33,8 +38,8 @@ class PartialText:
     text: str
     """Of all the audio so far; its end may still change."""
     stable: str
-    """The beginning that this and the partial result before agree on, in whole words. It only grows: a word is never
-    taken back, even if later audio speaks against it."""
+    """The beginning that this and the partial result before agree on, in whole words, and in whole characters where a
+    script has no spaces. It only grows: a word is never taken back, even if later audio speaks against it."""
     seconds: float
     """Seconds of audio so far."""
 
@@ -118,7 +123,8 @@ class Listener:
     def _partial(self, wave: np.ndarray) -> PartialText:
         text = self._understand(wave).text or ""
         agreed = _common_words(self._last, text)
-        if agreed.split()[: len(self._stable.split())] == self._stable.split():
+        before = _units(self._stable)
+        if _units(agreed)[: len(before)] == before:
             self._stable = agreed
         self._last = text
         return PartialText(text, self._stable, len(wave) / self.sample_rate)
@@ -138,12 +144,16 @@ class Listener:
         return replace(result, seconds=time.perf_counter() - begun)
 
 
+def _units(text: str) -> list[str]:
+    """What is agreed on as a whole: words, and in scripts without spaces grapheme clusters (letter and marks)."""
+    return _UNIT.findall(text)
+
+
 def _common_words(first: str, second: str) -> str:
-    """The whole words at the beginning that two texts share, as the second one has them."""
-    count, at = 0, 0
-    for a, b in zip(first.split(), second.split(), strict=False):
-        if a != b:
+    """The whole units at the beginning that two texts share, as the second one has them."""
+    end = 0
+    for a, b in zip(_units(first), _UNIT.finditer(second), strict=False):
+        if a != b.group():
             break
-        at = second.index(b, at) + len(b)
-        count += 1
-    return second[:at] if count else ""
+        end = b.end()
+    return second[:end]

@@ -26,6 +26,7 @@ from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.request import RECORDINGS, GenerationRequest, GenerationResult
 from speechlm_ext.generation.request_file import RefusedRequest
 from speechlm_ext.utils.io import atomic_write_text, sha256_file, storage_error
+from speechlm_ext.utils.json_text import json_line, json_problem, parse_json, split_lines
 from speechlm_ext.utils.names import file_name
 
 RESULTS = "results.jsonl"
@@ -222,7 +223,7 @@ class ResultsFolder:
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(map(json_line, records))
 
 
 def _rounded(logprobs_TC: np.ndarray) -> list[list[float | None]]:
@@ -251,14 +252,13 @@ def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:
     if partial and not data.endswith(b"\n"):
         data = data[: data.rfind(b"\n") + 1]
         os.truncate(path, len(data))
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in split_lines(data):
         try:
-            record = json.loads(line)
+            record = parse_json(line, allow_nan=True)
             records[record["id"]] = record
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f" ({json_problem(error)})" if isinstance(error, ValueError) else ""
             raise GenerationError(
-                f"{path}, line {number}: not a generation record; choose another folder or remove the file."
+                f"{path}, line {number}: not a generation record{reason}; choose another folder or remove the file."
             ) from None
     return records

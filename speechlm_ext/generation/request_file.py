@@ -5,13 +5,13 @@ A line that is no request becomes a :class:`RefusedRequest` with the reason; the
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.request import GenerationRequest
+from speechlm_ext.utils.json_text import json_problem, parse_json, split_lines
 
 
 @dataclass(frozen=True)
@@ -46,40 +46,48 @@ def read_requests(path: str | Path, defaults: dict[str, Any]) -> list[Line]:
     """
     path = Path(path)
     try:
-        text = path.read_text("utf-8-sig")
+        data = path.read_bytes()
+        data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise GenerationError(
             f"requests file {path} is not UTF-8 (byte {error.start}); save it as UTF-8."
         ) from None
     except OSError as error:
         raise GenerationError(f"requests file {path} cannot be read: {error.strerror or error}.") from None
-    # Not splitlines: JSON strings may hold the line separators of Unicode as they are.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = list(split_lines(data))
     if not lines:
         raise GenerationError(f"requests file {path} holds no requests; write one JSON object per line.")
     entries: list[Line] = []
     seen: dict[str, int] = {}
     for number, line in lines:
-        data, entry = _read_line(line, f"{path}, line {number}", defaults, path.parent)
+        found, entry = _read_line(line, f"{path}, line {number}", defaults, path.parent)
         if entry.id in seen:
             again = f"{path}, line {number}: id {entry.id!r} stands on line {seen[entry.id]} already."
-            entry = RefusedRequest("", again, data=data)
+            entry = RefusedRequest("", again, data=found)
         if not entry.id:
-            entry = RefusedRequest(_free(f"line {number}", seen), entry.error, data=data)  # type: ignore[union-attr]
+            entry = RefusedRequest(_free(f"line {number}", seen), entry.error, data=found)  # type: ignore[union-attr]
         seen[entry.id] = number
         entries.append(entry)
     return entries
 
 
-def _read_line(line: str, where: str, defaults: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Line]:
+def _read_line(
+    line: bytes, where: str, defaults: dict[str, Any], folder: Path
+) -> tuple[dict[str, Any], Line]:
     """The line's data, and the request or what is wrong with it; id ``""`` if it has none of its own."""
     try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return {}, RefusedRequest("", f"{where}: not JSON ({error}).")
+        data = parse_json(line, allow_nan=True)  # settings are checked by name
+    except ValueError as error:
+        return {}, RefusedRequest("", f"{where}: {json_problem(error)}.")
     if not isinstance(data, dict):
         return {}, RefusedRequest("", f"{where}: expected a JSON object, got {type(data).__name__}.")
     nested = data.get("settings")
+    twice = sorted(set(data) & set(nested)) if isinstance(nested, dict) else []
+    if twice:
+        reason = (
+            f"{where}: {twice[0]!r} is given beside the other keys and under 'settings'; keep one of them."
+        )
+        return data, RefusedRequest(data["id"] if isinstance(data.get("id"), str) else "", reason, data=data)
     mine = set(data) | (set(nested) if isinstance(nested, dict) else set())
     # A length of the line's own takes the place of the default's, absolute or relative.
     for pair in ({"max_len", "max_len_ratio"}, {"min_len", "min_len_ratio"}):

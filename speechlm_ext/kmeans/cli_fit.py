@@ -7,7 +7,6 @@ fit is made from, so that another command is refused; until then also ``features
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -31,6 +30,7 @@ from speechlm_ext.kmeans.sources import FeatureSource, open_source
 from speechlm_ext.kmeans.words import counted, speaks_options
 from speechlm_ext.tokenizers.encoders import EncoderSpec, FeatureEncoder, build_encoder
 from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text
+from speechlm_ext.utils.json_text import json_line, parse_json
 from speechlm_ext.utils.options import take_old_name
 
 REJECTED = "rejected.jsonl"
@@ -247,7 +247,7 @@ def _from_audio(
     bad = [
         row
         for n in range(len(groups))
-        for row in json.loads((folder / f"done-{n:05d}.json").read_text("utf-8"))["rejected"]
+        for row in parse_json((folder / f"done-{n:05d}.json").read_bytes())["rejected"]
     ]
     if bad and not cfg.skip_bad:
         raise KMeansError(
@@ -255,7 +255,7 @@ def _from_audio(
             "--skip_bad again, or choose another output_dir."
         )
     if bad:
-        atomic_write_text(out / REJECTED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in bad))
+        atomic_write_text(out / REJECTED, "".join(map(json_line, bad)))
         print(f"{counted(len(bad), 'bad recording')} left out, see {out / REJECTED}")
     if len(bad) == len(utterances):
         raise KMeansError(f"no good one in {counted(len(bad), 'recording')}, the first: {bad[0]['reason']}")

@@ -22,6 +22,7 @@ import torch
 from speechlm_ext.errors import KMeansError, SpeechLMError
 from speechlm_ext.kmeans.estimator import KMeans
 from speechlm_ext.kmeans.shards import why_no_npy
+from speechlm_ext.utils.console import make_output_safe
 from speechlm_ext.utils.io import sha256_file
 
 CONSENT = "--run-code-in-this-file"
@@ -168,4 +169,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     sys.exit(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from speechlm_ext.utils.json_text import json_line
 
 Format = Literal["text", "km", "jsonl", "parquet"]
 SUFFIXES = {"text": ".txt", "km": ".km", "jsonl": ".jsonl", "parquet": ".parquet"}
@@ -45,10 +46,10 @@ def unit_writer(form: Format, path: Path) -> Iterator[Write]:
 
         def write_line(name: str, units: np.ndarray) -> None:
             if form == "jsonl":
-                line = json.dumps({"id": name, "units": units.tolist()}, ensure_ascii=False)
+                line = json_line({"id": name, "units": units.tolist()})
             else:
-                line = " ".join([*([name] if form == "text" else []), *map(str, units.tolist())])
-            file.write(line + "\n")
+                line = " ".join([*([name] if form == "text" else []), *map(str, units.tolist())]) + "\n"
+            file.write(line)
 
         yield write_line
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from speechlm_ext.errors import ConfigError
+from speechlm_ext.utils.yaml_text import parse_yaml
 
 FIELDS = ("text", "audio", "speaker")
 MODALITIES = ("text_bpe", "ssl", "codec", "codec_ssl", "g2p", "spk")
@@ -58,7 +59,7 @@ def parse_templates(text: str, where: str, allowed_ids: Iterable[int]) -> dict[s
         ConfigError: not such a list, an unknown field or modality, an id out of range or used twice.
     """
     try:
-        rows = yaml.safe_load(text)
+        rows = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{where}: expected a YAML list of task templates, but it does not parse: {error}"

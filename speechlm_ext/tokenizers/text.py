@@ -10,6 +10,7 @@ as one.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -77,7 +78,8 @@ class SentencePieceText:
             TokenizerError: no text, or a vocabulary size that cannot hold the texts' characters.
         """
         config = config or TextConfig()
-        lines = [line for text in texts for line in text.splitlines() if line.strip()]
+        # SentencePiece takes lines. Other separators of Unicode (U+2028, U+0085, form feed) are characters of the text.
+        lines = [line for text in texts for line in re.split("\r\n|[\r\n]", text) if line.strip()]
         if not lines:
             raise TokenizerError(
                 "text tokenizer: no text to train on; the manifest's lines need a 'text' field that is not "

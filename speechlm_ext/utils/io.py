@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from speechlm_ext.errors import StorageError
+from speechlm_ext.utils.json_text import json_document
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
@@ -84,7 +84,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as readable JSON to ``path`` atomically. Raises :class:`StorageError`."""
-    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    atomic_write_text(path, json_document(value))
 
 
 def sha256_file(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else wrote: the one reader of JSON files and of JSON lines.
+"""Reading JSON that somebody else wrote: the one reader of JSON files and of JSON lines, and the writer of lines.
 
 It is stricter than :mod:`json` where leniency loses data: a key that stands twice in an object is an error (the last
 value would win without a word), NaN and infinities are errors (they are not JSON, and few readers take them), and
@@ -61,6 +61,34 @@ def read_json(path: str | Path, error: type[SpeechLMError], hint: str, *, allow_
         raise error(f"{path} is damaged: {problem}; {hint}") from None
 
 
+def json_problem(error: ValueError) -> str:
+    """What :func:`parse_json` found, for a message that says where."""
+    return str(error) if isinstance(error, _DuplicateKey) else f"not JSON ({error})"
+
+
+def json_line(value: Any) -> str:
+    """One line of a JSON lines file, its line feed included; the counterpart of :func:`split_lines`.
+
+    Text is written as it is. Where it holds what UTF-8 cannot (a file's name that is not UTF-8), the line is written
+    with escapes, which read back as the same name.
+    """
+    return _dump(value, None)
+
+
+def json_document(value: Any) -> str:
+    """A JSON file for people, indented; else as :func:`json_line`."""
+    return _dump(value, 2)
+
+
+def _dump(value: Any, indent: int | None) -> str:
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent)
+    return text + "\n"
+
+
 def split_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
     """``(number, line)`` of each line that is not blank, numbered from 1 and split at line feeds only; a byte order
     mark at the start is dropped."""
@@ -69,11 +97,15 @@ def split_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
+class _DuplicateKey(ValueError):
+    pass
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"key {key!r} stands twice in one object; keep one of them")
+            raise _DuplicateKey(f"key {key!r} stands twice in one object; keep one of them")
         result[key] = value
     return result
 
