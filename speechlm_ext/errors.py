@@ -51,7 +51,12 @@ class PlanError(SpeechLMError):
 
 
 class CheckpointError(SpeechLMError):
-    """A checkpoint or model folder is missing, incomplete, or belongs to another run."""
+    """A checkpoint or model folder is missing, incomplete, damaged, belongs to another run, or would hold weights that
+    are not finite."""
+
+
+class TrainingError(SpeechLMError):
+    """Training cannot go on: its loss, gradient or weights are not finite, or one of its processes failed."""
 
 
 class GenerationError(SpeechLMError):
@@ -66,8 +71,8 @@ class StorageError(SpeechLMError):
 def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterator[None]:
     """Turn what a library or damaged input raises in this block into one error of ours.
 
-    For blocks that read what a user gave: a file, a line, a text. Errors of ours pass as they are; what is not about the
-    input (no memory, interruption, a failing assertion) too.
+    For blocks that read what a user gave: a file, a line, a text. Errors of ours pass as they are; what is not about
+    the input (no memory, interruption, a failing assertion) too.
 
     Args:
         error: the class of what is raised.

@@ -63,6 +63,8 @@ class EvaluateConfig:
     """Language of items that name none."""
     threads: int = 2
     """CPU threads of the judge."""
+    verify: bool = True
+    """Compare the model's files with their digests before use."""
 
     def __post_init__(self) -> None:
         if self.records is not None:
@@ -135,7 +137,7 @@ def _perplexity(cfg: EvaluateConfig) -> dict[str, Any]:
     from speechlm_ext.model.speechlm import SpeechLM
 
     assert cfg.model is not None
-    model = SpeechLM.from_pretrained(cfg.model)
+    model = SpeechLM.from_pretrained(cfg.model, verify=cfg.verify)
     return perplexity(model, cfg.tokens, cfg.tasks or None, limit=cfg.limit)
 
 

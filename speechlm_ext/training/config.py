@@ -130,6 +130,8 @@ class TrainConfig:
     resume: str = "auto"
     """``auto``: go on from the run folder's newest checkpoint if there is one; ``none``: the run folder must be new;
     or the path of a checkpoint, which must be loadable."""
+    verify: bool = True
+    """Compare the checkpoint's files with their digests before going on from it."""
     seed: int = 0
     """Seed of the initial weights."""
     processes: int = 1
