@@ -110,12 +110,11 @@ def verify_digests(folder: Path, names: Collection[str], folders: Collection[str
 def _read(folder: Path) -> dict[str, str]:
     path = folder / DIGESTS_NAME
     record = read_json(path, CheckpointError, _WAY_OUT)
-    if isinstance(record, dict) and isinstance(record.get("version"), int) and record["version"] > VERSION:
-        raise CheckpointError(f"{path}: version {record['version']} is not {VERSION}; use a newer release.")
-    files = record.get("files") if isinstance(record, dict) else None
-    good = (
-        isinstance(files, dict) and record.get("version") == VERSION and record.get("algorithm") == "sha256"
-    )
+    version = record.get("version") if isinstance(record, dict) else None
+    if type(version) is int and version > VERSION:
+        raise CheckpointError(f"{path}: version {version} is not {VERSION}; use a newer release.")
+    files = record.get("files") if type(version) is int else None
+    good = version == VERSION and isinstance(files, dict) and record.get("algorithm") == "sha256"
     if not good or not files or not all(_is_inside(n) and _is_digest(d) for n, d in files.items()):
         raise CheckpointError(
             f"{path} is damaged: expected version {VERSION}, algorithm sha256, and files as a table of relative names "

@@ -33,6 +33,7 @@ from speechlm_ext.model.head import MultiStreamHead
 from speechlm_ext.model.kv_cache import KVCache
 from speechlm_ext.model.scope_head import ScopeHead
 from speechlm_ext.ops import MultiStreamLoss
+from speechlm_ext.utils.checkpoint_folders import resolve_latest
 from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.io import atomic_path, atomic_write_json
 
@@ -344,7 +345,7 @@ class SpeechLM(nn.Module):
                 another shape or not finite.
             LayoutError, LayoutMismatchError: its layout is damaged or is not the one of its tokenizers.
         """
-        folder = Path(folder)
+        folder = resolve_latest(Path(folder))
         if not folder.is_dir():
             raise CheckpointError(
                 f"model folder {folder} does not exist. Give a checkpoint (runs/NAME/checkpoints/step-…) or an export."
