@@ -182,9 +182,8 @@ def diverging(root: Path, world: int) -> list[dict]:
     for name in ways if world == 1 else ("0", "3"):
         loss = {"optimizer": {"lr": 1e30, "warmup_steps": 1}, "save_every": 2, "log_every": 10}
         found.append({"run_dir": root / f"loss-{world}-{name}", **ways[name], **loss})
-        if name != "bf16":
-            gradient = {"breaks_at": 5, "keep_checkpoints": 1, "log_every": 10}
-            found.append({"run_dir": root / f"gradient-{world}-{name}", **ways[name], **gradient})
+        gradient = {"breaks_at": 5, "keep_checkpoints": 1, "log_every": 10}
+        found.append({"run_dir": root / f"gradient-{world}-{name}", **ways[name], **gradient})
     return found
 
 

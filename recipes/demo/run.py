@@ -36,7 +36,6 @@ from speechlm_ext.data.memory import ModelShape  # noqa: E402
 from speechlm_ext.errors import ConfigError, SpeechLMError  # noqa: E402
 from speechlm_ext.evaluation.machine import commit_of  # noqa: E402
 from speechlm_ext.tokenizers import TokenizerSet  # noqa: E402
-from speechlm_ext.utils.checkpoint_folders import latest_checkpoint  # noqa: E402
 from speechlm_ext.utils.io import atomic_write_json, atomic_write_text, sha256_file  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -76,10 +75,10 @@ class Options:
 
     def checkpoint(self) -> Path:
         """The newest checkpoint. Raises :class:`ConfigError` if there is none."""
-        found = latest_checkpoint(self.out / "model" / "checkpoints")
-        if found is None:
+        found = sorted((self.out / "model" / "checkpoints").glob("step-*"))
+        if not found:
             raise ConfigError(f"no checkpoint in {self.out / 'model'}; run the train stage first.")
-        return found
+        return found[-1]
 
 
 # ---- the stages -----------------------------------------------------------------------------------------------------
