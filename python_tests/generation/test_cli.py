@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,3 +210,14 @@ def test_file_names_are_safe_and_different():
     names = [records.file_stem(i) for i in ("a-1", "a/1", "a_1", "../x", "ü", "x" * 300)]
     assert names[0] == "a-1" and names[2] == "a_1" and len(set(names)) == 6
     assert all("/" not in n and not n.startswith(".") and len(n) < 120 for n in names)
+
+
+def test_a_damaged_model_is_refused_unless_it_is_wanted(model_folder, tmp_path, capsys):
+    damaged = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    weights = bytearray((damaged / "model.safetensors").read_bytes())
+    weights[-1] ^= 0x80  # the sign of a weight
+    (damaged / "model.safetensors").write_bytes(weights)
+    command = ["generate", "--model", str(damaged), "--task", "textlm", "--text", "one", "--max-len", "2"]
+    assert main(command) == 2
+    assert f"{damaged / 'model.safetensors'} is damaged or truncated" in capsys.readouterr().err
+    assert main([*command, "--verify", "false"]) == 0

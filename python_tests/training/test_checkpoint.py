@@ -156,7 +156,7 @@ def test_all_of_a_checkpoint_is_flushed_before_it_has_its_name(
     def watched_replace(source: Path, target: Path) -> None:
         if Path(target).name.startswith("step-"):
             inside = [p for p in Path(source).rglob("*")]
-            assert len([p for p in inside if p.is_file()]) == 8
+            assert len([p for p in inside if p.is_file()]) == 9
             assert {p.stat().st_ino for p in (*inside, Path(source))} <= flushed
             named.append(Path(target).name)
             flushed.clear()
@@ -165,6 +165,13 @@ def test_all_of_a_checkpoint_is_flushed_before_it_has_its_name(
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "replace", watched_replace)
     run = Run(tmp_path / "run", tokenizers=True)
+    save = run.model.tokenizers.save
+
+    def save_more(folder: Path) -> None:
+        save(folder)
+        (folder / "ssl" / "more.bin").write_bytes(b"of a user's tokenizer, which does not flush")
+
+    monkeypatch.setattr(run.model.tokenizers, "save", save_more)
     run.save(3)
     assert named == ["step-00000003"] and run.root.stat().st_ino in flushed
 

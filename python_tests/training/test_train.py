@@ -141,6 +141,7 @@ def killed(run_dir: Path, tokens: Path) -> Iterator[None]:
     killer.join()
     process.wait()
     shutil.copytree(run_dir, run_dir.with_name("killed-then"), symlinks=True)
+    (run_dir / "checkpoints" / ".incomplete-step-00000009").mkdir()
     with open(log, "a") as file:  # a line that was cut in the middle must not confuse the resumed run
         file.write('{"step": 5, "lo')
 
@@ -318,6 +319,8 @@ def test_kill_in_the_middle_and_resume(runs: Path) -> None:
     assert len(losses(runs / "killed-then")) in (4, 5)
     assert last(runs / "killed-then").name == "step-00000003"
     assert losses(runs / "killed") == losses(runs / "plain")
+    left = sorted(p.name for p in (runs / "killed" / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000003", "step-00000006"]
 
 
 def test_refuses_what_it_cannot_resume(runs: Path) -> None:
