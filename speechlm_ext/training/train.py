@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from speechlm_ext.data.loader import PackLoader
-from speechlm_ext.errors import CheckpointError, ConfigError, StorageError, TrainingError
+from speechlm_ext.errors import CheckpointError, ConfigError, SpeechLMError, StorageError, TrainingError
 from speechlm_ext.model import ModelConfig, SpeechLM
 from speechlm_ext.model.speechlm import backbone_settings
 from speechlm_ext.training import checkpoint as ckpt
@@ -206,7 +206,10 @@ def _loop(
         may be good no longer, although it is finite."""
         meter.undo_step()
         if state.step > saved_step:
-            save(keep=sys.maxsize)
+            try:
+                save(keep=sys.maxsize)
+            except SpeechLMError as error:  # the same on every rank; why the run ends matters more
+                logger.warning("the step before it could not be saved: %s", error)
         raise _diverged(root, state.step + 1, what)
 
     engine.train()

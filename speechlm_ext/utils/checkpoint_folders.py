@@ -7,6 +7,7 @@ leaves under hidden names is cleared away by :func:`recover`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -15,7 +16,7 @@ import re
 import shutil
 from pathlib import Path
 
-from speechlm_ext.utils.io import atomic_write_text, sync_file, sync_folder
+from speechlm_ext.utils.io import atomic_write_text, storage_error, sync_file, sync_folder
 
 STATE_NAME = "trainer_state.json"
 LATEST = "latest"
@@ -121,17 +122,25 @@ def remove(folder: Path) -> None:
 
 def recover(root: Path) -> None:
     """Clear away what a kill left in the folder ``root``: half-written and half-removed checkpoints. One that had lost
-    its name to a successor that never got it has it again."""
+    its name to a successor that never got it has it again.
+
+    Raises:
+        StorageError: that one cannot be renamed.
+    """
     for replaced in root.glob(f"{_REPLACED}step-*"):
         folder = replaced.with_name(replaced.name.removeprefix(_REPLACED))
         if not folder.exists():
-            os.replace(replaced, folder)
-            sync_folder(root)
+            try:
+                os.replace(replaced, folder)
+                sync_folder(root)
+            except OSError as error:
+                raise storage_error(error, folder) from error
     for prefix in (_INCOMPLETE, _REPLACED, _REMOVED):
         for left in root.glob(f"{prefix}step-*"):
             _clear(left)
     for link in root.glob(f".{LATEST}-*"):
-        link.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            link.unlink()
 
 
 def _clear(folder: Path) -> None:
