@@ -134,17 +134,12 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
         StorageError: it cannot be written, or holds a number that is not finite: JSON has none, and
             :func:`speechlm_ext.utils.json_text.parse_json` would refuse the file.
     """
-    try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        place = next(_not_finite(value, ""), None)
-        if place is None:
-            raise
+    for place, number in _not_finite(value, ""):
         raise StorageError(
-            f"{path} was not written: its value {place[0] or 'itself'} would be {place[1]}, but JSON has finite "
-            "numbers only. What is on the disk is as before; the numbers that it comes from are wrong or too large."
-        ) from None
-    atomic_write_text(path, text + "\n")
+            f"{path} was not written: its value {place or 'itself'} would be {number}, but JSON has finite numbers "
+            "only. What is on the disk is as before; the numbers that it comes from are wrong or too large."
+        )
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
