@@ -74,7 +74,7 @@ data: {{tokens: ["{tokens}"], budget: 512, tasks: [{{task: codec_ssl_asr}}, {{ta
 model: {{hidden_size: 32, num_layers: 2, num_heads: 2, ffn_size: 64, max_positions: 1024}}
 steps: 4
 save_every: 2
-tensorboard: false
+tensorboard: true
 """,
         "utf-8",
     )

@@ -51,7 +51,12 @@ class PlanError(SpeechLMError):
 
 
 class CheckpointError(SpeechLMError):
-    """A checkpoint or model folder is missing, incomplete, or belongs to another run."""
+    """A checkpoint or model folder is missing, incomplete, damaged, belongs to another run, or would hold weights that
+    are not finite."""
+
+
+class TrainingError(SpeechLMError):
+    """Training cannot go on: its loss, gradient or weights are not finite, or one of its processes failed."""
 
 
 class GenerationError(SpeechLMError):

@@ -12,7 +12,7 @@ import torch
 from python_tests.sequence_oracle import assemble
 from speechlm_ext.data.sequence import LossWeights
 from speechlm_ext.data.shards import TokenFolder, shard_name, write_index, write_shard
-from speechlm_ext.errors import ConfigError, LayoutMismatchError
+from speechlm_ext.errors import CheckpointError, ConfigError, LayoutMismatchError
 from speechlm_ext.evaluation.perplexity import perplexity
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model import FrameTransformerConfig, ModelConfig, SpeechLM
@@ -117,3 +117,14 @@ def test_other_tokens_are_refused(tokens: Path):
         perplexity(tiny_model(TokenLayout.build(ssl=12, codec=[8] * 2, text=31)), str(tokens))
     with pytest.raises(ConfigError, match="ssl_asr"):
         perplexity(tiny_model(), str(tokens), ["ssl_asr"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e38])
+def test_log_probabilities_that_are_not_finite_are_no_score(tokens: Path, value: float):
+    """1e38 is a finite weight, but its logits are not; neither may end as NaN or as a huge but plausible number."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.weight.fill_(value)
+        model.head.weight[::2] *= -1
+    with pytest.raises(CheckpointError, match="not finite for textlm, among the samples u"):
+        perplexity(model, tokens, ["textlm"])

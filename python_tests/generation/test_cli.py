@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,3 +219,14 @@ def test_records_keep_separators_and_refuse_a_key_twice(tmp_path):
     path.write_text('{"id": "a", "text": "x", "text": "y"}\n')
     with pytest.raises(GenerationError, match="line 1: not a generation record .key 'text' stands twice"):
         records._read(path, partial=False)
+
+
+def test_a_damaged_model_is_refused_unless_it_is_wanted(model_folder, tmp_path, capsys):
+    damaged = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    weights = bytearray((damaged / "model.safetensors").read_bytes())
+    weights[-1] ^= 0x80  # the sign of a weight
+    (damaged / "model.safetensors").write_bytes(weights)
+    command = ["generate", "--model", str(damaged), "--task", "textlm", "--text", "one", "--max-len", "2"]
+    assert main(command) == 2
+    assert f"{damaged / 'model.safetensors'} is damaged or truncated" in capsys.readouterr().err
+    assert main([*command, "--verify", "false"]) == 0

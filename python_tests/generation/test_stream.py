@@ -17,7 +17,7 @@ import torch
 from python_tests.generation.conftest import TASKS, make_model, make_wave
 from python_tests.generation.test_generate import CHAIN
 from speechlm_ext.audio import write_wav
-from speechlm_ext.errors import ConfigError, GenerationError, SpeechLMError, StorageError
+from speechlm_ext.errors import AudioError, ConfigError, GenerationError, SpeechLMError, StorageError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, StreamChunk, generate
 from speechlm_ext.generation import stream as stream_room
 from speechlm_ext.generation.cli import GenerateConfig, run_generate
@@ -332,6 +332,21 @@ def test_a_growing_wav_is_valid_at_every_moment(tmp_path):
     assert buffer.getvalue() == path.read_bytes()[44:] and raw.num_samples == len(wave)
     with pytest.raises(StorageError, match="could not write"):
         WavStream(path / "file.wav", 16000)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_no_sound(value, tmp_path):
+    """What came before them stays a valid file."""
+    good, bad = np.linspace(-0.5, 0.5, 7, dtype=np.float32), np.array([0.0, value], np.float32)
+    with WavStream(tmp_path / "a.wav", 16000) as sink:
+        sink.write(good)
+        with pytest.raises(AudioError, match=f"sample 1 of 2 is {value}, not a finite number"):
+            sink.write(bad)
+    assert soundfile.info(tmp_path / "a.wav").frames == 7
+    buffer = io.BytesIO()
+    with pytest.raises(AudioError, match="sample 1 of 2"):
+        RawStream(buffer).write(bad)
+    assert buffer.getvalue() == b""
 
 
 def test_the_command_writes_while_it_is_made(model_folder, tmp_path, capfd, monkeypatch):

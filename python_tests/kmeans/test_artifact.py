@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from safetensors.torch import save_file
 import speechlm_ext as sx
 from speechlm_ext.errors import KMeansError
 from speechlm_ext.kmeans import convert
+from speechlm_ext.kmeans.checkpoint import Checkpoint
+from speechlm_ext.kmeans.ranks import Ranks
+from speechlm_ext.kmeans.state import State
 from speechlm_ext.kmeans.usage import draw_usage, usage
 
 joblib = pytest.importorskip("joblib", reason="models of scikit-learn need joblib: pip install scikit-learn")
@@ -50,6 +54,35 @@ def test_save_and_load(x, dtype, tmp_path):
     assert record["settings"]["init"].startswith("array ") and record["settings"]["random_state"] == 3
     with pytest.raises(KMeansError, match="features should be JSON values"):
         model.save(tmp_path / "bad", features={"encoder": torch.nn.Linear(1, 1)})
+
+
+@pytest.mark.parametrize("name", ["cluster_centers_", "inertia_", "inertia_history_"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_saved_over_what_is(x, name, value, tmp_path):
+    model = sx.KMeans(3).fit(x)
+    model.save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    if name == "cluster_centers_":
+        model.cluster_centers_[1, 0] = value
+    else:
+        setattr(model, name, value if name == "inertia_" else [1.0, value])
+    with pytest.raises(KMeansError, match=rf"K-Means was not saved to .*first is {value}\) is not finite"):
+        model.save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_checkpoint_that_is_not_finite_is_never_saved_over_one_that_is(tmp_path):
+    store = Checkpoint(tmp_path, Ranks(), {}, {})
+    good = State(centers=torch.ones(2, 3), seen=torch.zeros(2, dtype=torch.float64), history=[2.5])
+    store.save(good)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    bad = torch.full((2, 3), torch.nan)
+    for changes in ({"centers": bad}, {"history": [2.5, float("inf")]}, {"smoothed": float("nan")}):
+        with pytest.raises(KMeansError, match="the fit was not saved .* is not finite"):
+            store.save(replace(good, iteration=1, **changes))
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    found = store.load(torch.device("cpu"))
+    assert found is not None and torch.equal(found.centers, good.centers) and found.history == [2.5]
 
 
 def test_the_fingerprint_is_of_centroids_and_features(x, tmp_path):

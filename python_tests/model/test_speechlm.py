@@ -206,11 +206,11 @@ def test_refuses_what_is_not_a_model(tmp_path: Path) -> None:
     settings["backbone"]["num_hidden_layers"] = 3
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="does not fit"):
-        SpeechLM.from_pretrained(tmp_path)
+        SpeechLM.from_pretrained(tmp_path, verify=False)
     settings["model_type"] = "llama"
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="another kind of model"):
-        SpeechLM.from_pretrained(tmp_path)
+        SpeechLM.from_pretrained(tmp_path, verify=False)
     with pytest.raises(ConfigError, match="backbone"):
         SpeechLM(ModelConfig({"model_type": "no-such-model"}), LAYOUT)
 

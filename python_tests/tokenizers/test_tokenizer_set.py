@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from python_tests.data_fixtures import waves
 from speechlm_ext.errors import TokenizerError
-from speechlm_ext.tokenizers import MFCCKMeans, SSLConfig, Tokenizer, TokenizerSet, register_tokenizer
+from speechlm_ext.tokenizers import (
+    MFCCKMeans,
+    SSLConfig,
+    Tokenizer,
+    TokenizerSet,
+    load_tokenizer,
+    register_tokenizer,
+)
 
 
 def test_protocol(tokenizer_set):
@@ -87,3 +95,26 @@ def test_refusals(tokenizer_set):
         TokenizerSet(ssl=slow, codec=tokenizer_set.codec).encode_codec_ssl(waves()[0])
     with pytest.raises(TokenizerError, match="already MFCCKMeans"):
         register_tokenizer("mfcc-kmeans", _Shifted)
+
+
+@pytest.mark.parametrize("slot", ["ssl", "codec"])
+def test_arrays_that_are_not_finite_are_never_saved_over_good_ones(slot, ssl, codec, tmp_path):
+    good = {"ssl": ssl, "codec": codec}[slot]
+    good.save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    arrays = {name: array.clone() for name, array in good._arrays().items()}
+    name = sorted(arrays)[0]
+    arrays[name].view(-1)[5] = float("nan")
+    ordered = [arrays[n] for n in good._arrays()]
+    broken = type(good)(good.config, *ordered)
+    with pytest.raises(
+        TokenizerError, match=rf"was not saved .* '{name}' \(1 of \d+ values, the first is nan\)"
+    ):
+        broken.save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    # As an older version would have written it, with a fingerprint of its own.
+    save_file(arrays, tmp_path / "arrays.safetensors")
+    with pytest.raises(
+        TokenizerError, match=rf"arrays.safetensors cannot be used: '{name}' .* is not finite"
+    ):
+        load_tokenizer(tmp_path)

@@ -5,19 +5,25 @@ All runs of one process share its start, since loading DeepSpeed takes longer th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from speechlm_ext.data.loader import PackLoader
+from speechlm_ext.training.train import build_model
 
 pytest.importorskip("deepspeed", reason="training needs deepspeed: pip install 'speechlm_ext[train]'")
 
@@ -53,6 +59,10 @@ def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
+def norms(run_dir: Path) -> list[float]:
+    return [json.loads(line)["grad_norm"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
 def last(run: Path) -> Path:
     return sorted((run / "checkpoints").glob("step-*"))[-1]
 
@@ -71,8 +81,22 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every run that the tests compare: uninterrupted ones, and ones that were stopped after step 3 and went on."""
+    """Every run that the tests compare: uninterrupted ones, ones that were stopped after step 3 and went on, and ones
+    that had to end. Those that go on with what others left come last."""
     root = tmp_path_factory.mktemp("runs")
+    both = [{"run_dir": root / f"two-processes-{s}", "zero_stage": s, "steps": 3} for s in (0, 1, 2, 3)]
+    both += [{"run_dir": root / f"elastic-{s}", "zero_stage": s, "stop_at": 3} for s in (1, 3)]
+    both += [
+        {"run_dir": root / f"partitioned-{t}", "zero_stage": 3, "partition": True, "steps": 3, "tie_head": t}
+        for t in (False, True)
+    ]
+    with killed(root / "killed", tokens):
+        # Otherwise a rank without the checkpoint would begin anew while the others go on.
+        unseen = {"run_dir": root / "elastic-1", "zero_stage": 1, "unseen": True}
+        results = drive(tokens, [*both, *diverging(root, 2), unseen], world=2)
+    assert results[: len(both)] == [None] * len(both)
+    (root / "2.json").write_text(json.dumps(results[len(both) :]))
+
     ways = {"plain": {}, "bf16": {"precision": "bf16"}, **{f"zero{s}": {"zero_stage": s} for s in (1, 2, 3)}}
     plan: list[dict] = [{"run_dir": root / "falls", "budget": 4096, "steps": 12}]
     for name, changes in ways.items():
@@ -80,20 +104,88 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan.append({"run_dir": root / f"{name}-parted", **changes, "stop_at": 3})
         plan.append({"run_dir": root / f"{name}-parted", **changes})
     plan.append({"run_dir": root / "two-packs", "accumulation": 2})
+    # Lines after steps 2, 4, 6 and a checkpoint after 3: the second line begins before it and ends behind it.
+    plan.append({"run_dir": root / "lines-parted", "log_every": 2, "stop_at": 3})
+    plan.append({"run_dir": root / "lines-parted", "log_every": 2})
     plan += [
         {"run_dir": root / f"whole-{t}", "accumulation": 2, "steps": 3, "tie_head": t} for t in (False, True)
     ]
-    results = drive(tokens, plan)
-    assert results == [None] * len(results)
-    both = [{"run_dir": root / f"two-processes-{s}", "zero_stage": s, "steps": 3} for s in (0, 1, 2, 3)]
-    both += [{"run_dir": root / f"elastic-{s}", "zero_stage": s, "stop_at": 3} for s in (1, 3)]
-    both += [
-        {"run_dir": root / f"partitioned-{t}", "zero_stage": 3, "partition": True, "steps": 3, "tie_head": t}
-        for t in (False, True)
-    ]
-    results = drive(tokens, both, world=2)
-    assert results == [None] * len(results)
+    plan += [{"run_dir": root / f"elastic-{s}", "accumulation": 2} for s in (1, 3)]
+    plan.append({"run_dir": root / "killed"})
+    results = drive(tokens, [*plan, *diverging(root, 1), *refused(root).values()])
+    assert results[: len(plan)] == [None] * len(plan)
+    (root / "1.json").write_text(json.dumps(results[len(plan) :]))
     return root
+
+
+@contextlib.contextmanager
+def killed(run_dir: Path, tokens: Path) -> Iterator[None]:
+    """SIGKILL to a run after its step 4 was logged; it runs beside the block, and slowly."""
+    process = subprocess.Popen(
+        command(tokens, [{"run_dir": run_dir, "slow": 1.0}], run_dir.with_suffix(".json")),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = run_dir / "log.jsonl"
+
+    def kill() -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not (log.is_file() and log.read_bytes().count(b"\n") >= 4):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    yield
+    killer.join()
+    process.wait()
+    shutil.copytree(run_dir, run_dir.with_name("killed-then"), symlinks=True)
+    (run_dir / "checkpoints" / ".incomplete-step-00000009").mkdir()
+    with open(log, "a") as file:  # a line that was cut in the middle must not confuse the resumed run
+        file.write('{"step": 5, "lo')
+
+
+def refused(root: Path) -> dict[str, dict]:
+    """Runs that cannot be begun, by a part of their error."""
+    good = root / "two-processes-0" / "checkpoints" / "step-00000003"
+    bad = {name: root / name for name in ("empty", "damaged", "flipped", "old")}
+    if not bad["empty"].exists():
+        bad["empty"].mkdir()
+        for name in ("damaged", "flipped", "old"):
+            shutil.copytree(good, bad[name])
+        (bad["damaged"] / "optimizer.safetensors").write_bytes(b"\x10\0\0\0")
+        flipped = bytearray((good / "model.safetensors").read_bytes())
+        flipped[-2] ^= 1
+        (bad["flipped"] / "model.safetensors").write_bytes(flipped)
+        # As an older version would have saved it.
+        (bad["old"] / "digests.json").unlink()
+        broken = {name: value / 0 for name, value in load_file(good / "model.safetensors").items()}
+        save_file(broken, bad["old"] / "model.safetensors")
+    cases = {
+        "does not exist": {"resume": str(root / "nowhere")},
+        "not a training checkpoint": {"resume": str(bad["empty"])},
+        "another pack plan": {"resume": str(good), "budget": 140},
+        "does not fit the model": {"resume": str(good), "hidden_size": 32},
+        "optimizer.safetensors is damaged or truncated": {"resume": str(bad["damaged"])},
+        "damaged or truncated; use an older": {"resume": str(bad["damaged"]), "verify": False},
+        "model.safetensors is damaged or truncated": {"resume": str(bad["flipped"])},
+        "is not finite. The run had diverged": {"resume": str(bad["old"])},
+        "already holds": {"resume": "none", "run_dir": root / "plain"},
+    }
+    return {told: {"run_dir": root / "refused", **changes} for told, changes in cases.items()}
+
+
+def diverging(root: Path, world: int) -> list[dict]:
+    """Runs that cannot go on: the loss overflows at step 2, or the gradient alone at step 5."""
+    ways = {"0": {}, "bf16": {"precision": "bf16"}, **{str(s): {"zero_stage": s} for s in (1, 2, 3)}}
+    found = []
+    for name in ways if world == 1 else ("0", "3"):
+        loss = {"optimizer": {"lr": 1e30, "warmup_steps": 1}, "save_every": 2, "log_every": 10}
+        found.append({"run_dir": root / f"loss-{world}-{name}", **ways[name], **loss})
+        gradient = {"breaks_at": 5, "keep_checkpoints": 1, "log_every": 10}
+        found.append({"run_dir": root / f"gradient-{world}-{name}", **ways[name], **gradient})
+    return found
 
 
 def test_loss_falls(runs: Path) -> None:
@@ -128,6 +220,71 @@ def test_resume_is_exact(runs: Path, way: str) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_line_that_a_checkpoint_parts_is_whole(runs: Path) -> None:
+    """It is of the steps before the stop as well: the mean of both steps' lines, as of a run that was never stopped."""
+    one = [json.loads(line) for line in (runs / "plain" / "log.jsonl").read_text().splitlines()]
+    two = [json.loads(line) for line in (runs / "lines-parted" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in two] == [2, 4, 6]
+    for number, row in enumerate(two):
+        parts = one[2 * number : 2 * number + 2]
+        assert row["loss"] == pytest.approx((parts[0]["loss"] + parts[1]["loss"]) / 2, rel=1e-12)
+        assert row["grad_norm"] == parts[1]["grad_norm"]
+
+
+def test_first_gradient_norm_is_that_of_the_plain_model(runs: Path, tokens: Path) -> None:
+    """Computed without the training engine, and larger than what it is clipped to."""
+    sys.path.insert(0, str(HERE))
+    from tiny import config
+
+    settings = config(tokens, tokens)
+    loader = PackLoader(settings.data)
+    model, batch = build_model(settings, loader), next(loader)
+    out = model(batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens)
+    (out.loss_sum / batch.loss_weight.double().sum()).backward()
+    squares = sum(float(p.grad.double().square().sum()) for p in model.parameters())
+    assert norms(runs / "plain")[0] == pytest.approx(squares**0.5, rel=1e-5)
+    assert squares > settings.optimizer.clip**2
+
+
+@pytest.mark.parametrize("way", ["zero1", "zero2", "zero3", "bf16"])
+def test_gradient_norms_are_equal_whatever_is_partitioned(runs: Path, way: str) -> None:
+    ours, theirs = norms(runs / way), norms(runs / "plain")
+    assert len(ours) == 6
+    rtol = 0.03 if way == "bf16" else 1e-4
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradient_norms_are_equal_on_two_processes(runs: Path, stage: int) -> None:
+    ours, theirs = norms(runs / f"two-processes-{stage}"), norms(runs / "two-packs")[:3]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_not_finite_is_not_saved(runs: Path, world: int) -> None:
+    """Every rank ends the run (else this would wait for ever), all of before is kept, and the message is true."""
+    errors = json.loads((runs / f"{world}.json").read_text())
+    for run, error in zip(diverging(runs, world), errors, strict=False):
+        folder, how = run["run_dir"] / "checkpoints", run["run_dir"].name.partition("-")[0]
+        found = sorted(p.name for p in folder.glob("step-*"))
+        step = 2 if how == "loss" else 5
+        assert error.startswith(f"TrainingError: training stopped at step {step}: the loss is"), (run, error)
+        assert f"The newest checkpoint with finite values is {folder / found[-1]};" in error
+        # What the interval had learnt until then is saved, and what is older stays although keep_checkpoints is 1.
+        assert found == (["step-00000001"] if how == "loss" else ["step-00000003", "step-00000004"])
+        for name in found:
+            for file in ("model.safetensors", "optimizer.safetensors"):
+                assert all(bool(v.isfinite().all()) for v in load_file(folder / name / file).values())
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_ends_the_run(runs: Path) -> None:
+    """Otherwise it would begin anew while the others go on."""
+    error = json.loads((runs / "2.json").read_text())[-1]
+    folder = runs / "elastic-1" / "checkpoints" / "step-00000003"
+    assert error.startswith("CheckpointError: rank 1 (on ")
+    assert f"does not see the checkpoint {folder} of step 3 that rank 0 goes on from" in error
+
+
 def test_bf16_keeps_fp32_masters(runs: Path) -> None:
     assert any(not torch.equal(w, w.bfloat16().float()) for w in weights(runs / "bf16").values())
 
@@ -150,52 +307,25 @@ def test_partitioned_tables_learn_the_same(runs: Path, tie_head: bool) -> None:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_resume_on_another_number_of_processes(runs: Path, tokens: Path) -> None:
+def test_resume_on_another_number_of_processes(runs: Path) -> None:
     """Three steps on two processes with ZeRO, then three on one without: as six on one."""
-    elastic = [runs / f"elastic-{stage}" for stage in (1, 3)]
-    assert drive(tokens, [{"run_dir": run, "accumulation": 2} for run in elastic]) == [None, None]
-    for run in elastic:
+    for run in (runs / f"elastic-{stage}" for stage in (1, 3)):
         ours, theirs = losses(run), losses(runs / "two-packs")
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
 
 
-def test_kill_in_the_middle_and_resume(runs: Path, tokens: Path, tmp_path: Path) -> None:
+def test_kill_in_the_middle_and_resume(runs: Path) -> None:
     """SIGKILL after step 4 was logged: the run goes on from step 3 and ends as if nothing had happened."""
-    process = subprocess.Popen(
-        command(tokens, [{"run_dir": tmp_path, "slow": 1.0}], tmp_path / "results.json"),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    log = tmp_path / "log.jsonl"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not (log.is_file() and len(log.read_text().splitlines()) >= 4):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(log.read_text().splitlines()) in (4, 5)
-    assert last(tmp_path).name == "step-00000003"
-    with open(log, "a") as file:  # a line that was cut in the middle must not confuse the resumed run
-        file.write('{"step": 5, "lo')
-    assert drive(tokens, [{"run_dir": tmp_path}]) == [None]
-    assert losses(tmp_path) == losses(runs / "plain")
+    assert len(losses(runs / "killed-then")) in (4, 5)
+    assert last(runs / "killed-then").name == "step-00000003"
+    assert losses(runs / "killed") == losses(runs / "plain")
+    left = sorted(p.name for p in (runs / "killed" / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000003", "step-00000006"]
 
 
-def test_refuses_what_it_cannot_resume(runs: Path, tokens: Path, tmp_path: Path) -> None:
-    good = last(runs / "plain")
-    (tmp_path / "empty").mkdir()
-    shutil.copytree(good, tmp_path / "damaged")
-    (tmp_path / "damaged" / "optimizer.safetensors").write_bytes(b"\x10\0\0\0")
-    new = tmp_path / "new"
-    cases = {
-        "does not exist": {"resume": str(tmp_path / "nowhere")},
-        "not a training checkpoint": {"resume": str(tmp_path / "empty")},
-        "another pack plan": {"resume": str(good), "budget": 140},
-        "does not fit the model": {"resume": str(good), "hidden_size": 32},
-        "damaged or truncated": {"resume": str(tmp_path / "damaged")},
-        "already holds": {"resume": "none", "run_dir": runs / "plain"},
-    }
-    errors = drive(tokens, [{"run_dir": new, **changes} for changes in cases.values()])
-    for expected, error in zip(cases, errors, strict=True):
+def test_refuses_what_it_cannot_resume(runs: Path) -> None:
+    errors = json.loads((runs / "1.json").read_text())[len(diverging(runs, 1)) :]
+    for expected, error in zip(refused(runs), errors, strict=True):
         assert error is not None and expected in error, (expected, error)
-    assert not list(new.glob("checkpoints/*"))
+        assert error.startswith("CheckpointError: ")
+    assert not list((runs / "refused").glob("checkpoints/*"))

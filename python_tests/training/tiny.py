@@ -48,7 +48,7 @@ def config(run_dir: Path, tokens: Path, **changes) -> TrainConfig:  # type: igno
             tokens=[str(tokens)], tasks=[TaskUse("codec_ssl_asr"), TaskUse("codec_ssl_plain_tts")], budget=128
         ),
         "model": ModelSettings(hidden_size=16, num_layers=2, num_heads=2, ffn_size=32, max_positions=256),
-        "optimizer": OptimizerSettings(lr=3e-3, warmup_steps=2),
+        "optimizer": OptimizerSettings(lr=3e-3, warmup_steps=2, clip=0.3),
         "steps": 6,
         "save_every": 3,
         "log_every": 1,

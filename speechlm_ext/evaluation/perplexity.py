@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from speechlm_ext.data.sequence import LossWeights
-from speechlm_ext.errors import LayoutMismatchError
+from speechlm_ext.errors import CheckpointError, LayoutMismatchError
 from speechlm_ext.tasks import resolve_task
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def perplexity(
         LayoutMismatchError: the tokens were made with other tokenizers than the model's.
         ConfigError: a named task is not one of the model's.
         PlanError: a named task has no data here.
+        CheckpointError: the model's log-probabilities are not finite.
     """
     from speechlm_ext.errors import PlanError
 
@@ -133,6 +134,12 @@ def _task_perplexity(
                 batch.ids, batch.labels, live_NS, batch.position, batch.cu_seqlens
             )
             nll_NS, live_NS = -logprobs_NS.double().cpu().numpy(), live_NS.cpu().numpy()
+            if not np.isfinite(nll_NS[live_NS]).all():
+                raise CheckpointError(
+                    f"the model's log-probabilities are not finite for {task}, among the samples "
+                    f"{', '.join(part.ids[:3])}{' …' if len(part.ids) > 3 else ''}: its weights are damaged or its "
+                    "training had diverged. Use an older checkpoint."
+                )
             kinds_NS = classify(batch.labels.cpu().numpy(), model.layout)
             for index, name in enumerate(MODALITIES):
                 chosen = live_NS & (kinds_NS == index)

@@ -68,6 +68,8 @@ class EvaluateConfig:
     """Language tag (``en``, ``pt-BR``, ``deu``) of items that name none."""
     threads: int = 2
     """CPU threads of the judge."""
+    verify: bool = True
+    """Compare the model's files with their digests before use."""
     out: Path | None = None
     """Old name of ``output_dir``."""
 
@@ -164,7 +166,7 @@ def _perplexity(cfg: EvaluateConfig) -> dict[str, Any]:
     from speechlm_ext.model.speechlm import SpeechLM
 
     assert cfg.model is not None
-    model = SpeechLM.from_pretrained(cfg.model)
+    model = SpeechLM.from_pretrained(cfg.model, verify=cfg.verify)
     return perplexity(model, cfg.tokens, as_list(cfg.tasks) or None, limit=cfg.limit)
 
 

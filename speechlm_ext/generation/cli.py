@@ -125,6 +125,8 @@ class GenerateConfig:
     """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA where there is a device."""
     dtype: str = "auto"
     """``float32``, ``bfloat16``, or ``auto``: bfloat16 on CUDA, float32 on the CPU."""
+    verify: bool = True
+    """Compare the model's files with their digests before use."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -221,7 +223,7 @@ def load_model(cfg: GenerateConfig) -> SpeechLM:
         raise ConfigError(
             f"device {cfg.device} was asked for but torch sees no CUDA device; use cpu or auto."
         )
-    model = SpeechLM.from_pretrained(cfg.model, device)
+    model = SpeechLM.from_pretrained(cfg.model, device, verify=cfg.verify)
     if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and on_gpu):
         model = model.to(torch.bfloat16)
     return model

@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
+from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.io import atomic_write_bytes, atomic_write_json
 
 if TYPE_CHECKING:
@@ -33,7 +34,12 @@ def fingerprint(model: KMeans) -> str:
 
 
 def write(folder: str | Path, model: KMeans) -> None:
-    """Write a fitted model. Raises :class:`KMeansError`, :class:`StorageError`."""
+    """Write a fitted model.
+
+    Raises:
+        KMeansError: features that are not JSON, or a number that is not finite; what the folder holds is untouched.
+        StorageError: it cannot be written.
+    """
     try:
         features = json.loads(json.dumps(model.features_, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -58,6 +64,10 @@ def write(folder: str | Path, model: KMeans) -> None:
         "inertia_history": model.inertia_history_,
         "sha256": _fingerprint(tensors, features),
     }
+    inertia = [value for value in (model.inertia_, *model.inertia_history_) if value is not None]
+    numbers = {"inertia": torch.tensor(inertia, dtype=torch.float64)}
+    hint = "The rows that it was fitted on are too large for their type; nothing was written."
+    require_finite(tensors | numbers, KMeansError, f"K-Means was not saved to {folder}", hint)
     atomic_write_bytes(Path(folder) / ARRAYS_NAME, save_tensors(tensors))
     atomic_write_json(Path(folder) / JSON_NAME, record)
 

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from speechlm_ext.errors import CheckpointError
+from speechlm_ext.errors import CheckpointError, KMeansError
 from speechlm_ext.kmeans.ranks import Ranks
 from speechlm_ext.kmeans.state import State
+from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.io import atomic_write_bytes, atomic_write_json
 
 STATE_NAME = "kmeans_state.json"
@@ -104,7 +105,12 @@ class Checkpoint:
                     )
 
     def save(self, state: State) -> None:
-        """Write the state. Raises :class:`StorageError`; the checkpoint before is untouched."""
+        """Write the state.
+
+        Raises:
+            KMeansError: a centroid is not finite. StorageError: it cannot be written. In both cases the checkpoint
+                before is untouched.
+        """
         error: Exception | None = None
         if self.ranks.rank == 0:
             try:
@@ -115,6 +121,10 @@ class Checkpoint:
 
     def _write(self, state: State) -> None:
         tensors, record = state.to_disk()
+        numbers = [v for v in (*state.history, state.smoothed, state.lowest) if v is not None]
+        every = tensors | {"inertia": torch.tensor(numbers, dtype=torch.float64)}
+        hint = "The rows are too large for their type; the checkpoint before is untouched."
+        require_finite(every, KMeansError, f"the fit was not saved to {self.folder}", hint)
         blob = save_tensors(tensors)
         name = f"kmeans_state-{state.run}-{state.iteration}-{'done' if state.done else 'going'}.safetensors"
         atomic_write_bytes(self.folder / name, blob)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 
 from speechlm_ext.errors import CheckpointError
 from speechlm_ext.layout import FILE_NAME
 from speechlm_ext.model.config import CONFIG_NAME
+from speechlm_ext.utils.checkpoint_folders import LATEST, resolve_latest, step_folders
 
 logger = logging.getLogger("speechlm_ext")
 CHECKPOINTS = "checkpoints"
-_LATEST = "latest"
 _NEEDED = (CONFIG_NAME, FILE_NAME, "model.safetensors")
 
 
@@ -30,37 +29,26 @@ def find_model_folder(path: str | Path) -> Path:
     path = Path(path)
     if (path / CONFIG_NAME).is_file():
         return path
-    if path.name == _LATEST and not path.is_dir():
+    if path.name == LATEST and not path.is_dir():
         root = path.parent
-        named = root / _text_of(path)
+        named = resolve_latest(path)
         if (named / CONFIG_NAME).is_file():
             return named
     elif (path / CHECKPOINTS).is_dir():
         root = path / CHECKPOINTS
     else:
         root = path
-    steps = sorted(
-        (int(match[1]), folder)
-        for folder in (root.iterdir() if root.is_dir() else ())
-        if (match := re.fullmatch(r"step-(\d+)", folder.name)) is not None and folder.is_dir()
-    )
+    steps = step_folders(root)
     if not steps:
         if root.name != CHECKPOINTS or not root.is_dir():
             return path
         raise CheckpointError(
             f"{path}: the run has no checkpoint yet; train it first, or name a model folder."
         )
-    for _, folder in reversed(steps):
+    for folder in reversed(steps):
         missing = [name for name in _NEEDED if not (folder / name).is_file()]
         if not missing:
             logger.info("%s: taking the newest checkpoint, %s", path, folder)
             return folder
         logger.warning("%s is incomplete (no %s) and passed over", folder, ", ".join(missing))
     raise CheckpointError(f"{path}: none of the run's {len(steps)} checkpoints is complete; train it again.")
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""

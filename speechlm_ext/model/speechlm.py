@@ -20,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speechlm_ext.errors import CheckpointError, ConfigError
+from speechlm_ext.layout import FILE_NAME as LAYOUT_NAME
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model import backbone as bb
 from speechlm_ext.model.backbone import TextEnds, backbone_settings
 from speechlm_ext.model.backbone_proof import examine
 from speechlm_ext.model.config import CONFIG_NAME, LossSettings, ModelConfig
+from speechlm_ext.model.digests import verify_digests, write_digests
 from speechlm_ext.model.embedding import MultiStreamEmbedding
 from speechlm_ext.model.folder import find_model_folder
 from speechlm_ext.model.frame import FrameCache, Frames, FrameTransformer
@@ -33,6 +35,7 @@ from speechlm_ext.model.kv_cache import KVCache
 from speechlm_ext.model.pretrained import load_backbone
 from speechlm_ext.model.scope_head import ScopeHead
 from speechlm_ext.ops import MultiStreamLoss
+from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.io import atomic_path, atomic_write_json
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = ["SpeechLM", "backbone_settings"]
 WEIGHTS_NAME = "model.safetensors"
 TOKENIZERS_NAME = "tokenizers"
+#: The files of a model folder, besides the tokenizers' and the digests.
+MODEL_FILES = (CONFIG_NAME, WEIGHTS_NAME, LAYOUT_NAME)
 
 
 class SpeechLM(nn.Module):
@@ -292,13 +297,16 @@ class SpeechLM(nn.Module):
 
     # ---- files --------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a model folder: ``config.json``, ``model.safetensors``, ``token_layout.json``, ``tokenizers/``.
+        """Write a model folder: ``config.json``, ``model.safetensors``, ``token_layout.json``, ``tokenizers/``,
+        ``digests.json``.
 
         Raises:
+            CheckpointError: a weight is not finite; what the folder holds is untouched.
             StorageError: the disk is full or the folder cannot be written.
         """
         folder = Path(folder)
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        require_finite(state, CheckpointError, f"the model was not saved to {folder}", "Nothing was written.")
         if self.config.tie_head:
             state.pop("head.weight")
         with atomic_path(folder / WEIGHTS_NAME) as temporary:
@@ -307,14 +315,23 @@ class SpeechLM(nn.Module):
         if self.tokenizers is not None:
             self.tokenizers.save(folder / TOKENIZERS_NAME)
         atomic_write_json(folder / CONFIG_NAME, self.config.to_dict())
+        write_digests(folder, MODEL_FILES, () if self.tokenizers is None else (TOKENIZERS_NAME,))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> SpeechLM:
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str = "cpu", *, verify: bool = True
+    ) -> SpeechLM:
         """Load a model folder, or the newest checkpoint of a run folder; strict: every weight must be there and nothing
         else.
 
+        Args:
+            folder: a checkpoint or an export.
+            device: where the model goes.
+            verify: compare its files with their digests, and see that every weight is finite.
+
         Raises:
-            CheckpointError: not a model folder, or its weights are missing, truncated or of another shape.
+            CheckpointError: not a model folder, or one of its files is missing or damaged, or its weights are of
+                another shape or not finite.
             LayoutError, LayoutMismatchError: its layout is damaged or is not the one of its tokenizers.
         """
         folder = find_model_folder(folder)
@@ -322,6 +339,8 @@ class SpeechLM(nn.Module):
             raise CheckpointError(
                 f"model folder {folder} does not exist. Give a checkpoint (runs/NAME/checkpoints/step-…) or an export."
             )
+        if verify:
+            verify_digests(folder, MODEL_FILES, (TOKENIZERS_NAME,))
         config, layout = ModelConfig.load(folder), TokenLayout.load(folder)
         tokenizers = None
         if (folder / TOKENIZERS_NAME).is_dir():
@@ -346,7 +365,10 @@ class SpeechLM(nn.Module):
             raise CheckpointError(
                 f"{weights} cannot be read ({error}); it is damaged or truncated."
             ) from None
-        if config.tie_head:
+        if verify:
+            hint = "Its training had diverged when it was saved: use an older checkpoint."
+            require_finite(state, CheckpointError, f"{weights} cannot be used", hint)
+        if config.tie_head and "embedding.weight" in state:
             state["head.weight"] = state["embedding.weight"]
         try:
             model.load_state_dict(state, strict=True)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
 from speechlm_ext.errors import TokenizerError
+from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.io import atomic_write_bytes, atomic_write_json
 
 FILE_NAME = "tokenizer.json"
@@ -160,7 +161,10 @@ def write_artefact(
 def write_arrays(
     folder: str | Path, kind: str, config: Mapping[str, Any], sha256: str, arrays: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write an artefact of settings and arrays."""
+    """Write an artefact of settings and arrays. Raises :class:`TokenizerError`: an array is not finite; nothing is
+    written."""
+    hint = "What it was fitted on has values that are too large; nothing was written."
+    require_finite(arrays, TokenizerError, f"the {kind} tokenizer was not saved to {folder}", hint)
     data = save_tensors({name: array.contiguous() for name, array in arrays.items()})
     write_artefact(folder, kind, config, sha256, **{ARRAYS_NAME: data})
 
@@ -190,14 +194,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_arrays(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Read an artefact's arrays. Raises :class:`TokenizerError` when they are missing or damaged."""
+    """Read an artefact's arrays. Raises :class:`TokenizerError` when they are missing, damaged or not finite."""
     path = Path(folder) / ARRAYS_NAME
     try:
-        return load_file(path)
+        arrays = load_file(path)
     except (FileNotFoundError, SafetensorError, OSError) as error:
         raise TokenizerError(
             f"{path} cannot be read ({error}); copy the whole tokenizer folder again."
         ) from None
+    require_finite(arrays, TokenizerError, f"{path} cannot be used", "Fit the tokenizer again.")
+    return arrays
 
 
 def require_fingerprint(folder: str | Path, stored: str, computed: str) -> None:

@@ -3,60 +3,56 @@
 A checkpoint is a model folder (fp32 weights) plus ``optimizer.safetensors`` and ``trainer_state.json``. The
 optimizer's moments are stored per parameter, gathered from DeepSpeed's partitions, so a run goes on with
 another number of processes or another ZeRO stage, and nothing is ever unpickled. A folder appears under its
-final name only when all of it is on the disk.
+final name only when all of it is on the disk and every value in it is finite.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speechlm_ext.errors import CheckpointError
+from speechlm_ext.errors import CheckpointError, TrainingError
 from speechlm_ext.model.config import CONFIG_NAME
-from speechlm_ext.model.speechlm import TOKENIZERS_NAME, WEIGHTS_NAME, SpeechLM
-from speechlm_ext.utils.io import atomic_write_json, storage_error
+from speechlm_ext.model.digests import verify_digests, write_digests
+from speechlm_ext.model.speechlm import MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME, SpeechLM
+from speechlm_ext.training.state import TrainerState, read_state
+from speechlm_ext.utils.checkpoint_folders import (
+    LATEST,
+    STATE_NAME,
+    checkpoint_name,
+    incomplete_name,
+    latest_checkpoint,
+    list_checkpoints,
+    point_latest,
+    publish,
+    recover,
+    remove,
+    step_of,
+)
+from speechlm_ext.utils.finite import first_not_finite, is_finite, require_finite
+from speechlm_ext.utils.io import atomic_path, atomic_write_json, make_folder, storage_error
 
-STATE_NAME = "trainer_state.json"
+__all__ = [
+    "LATEST",
+    "STATE_NAME",
+    "TrainerState",
+    "checkpoint_name",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "read_state",
+]
+
 OPTIMIZER_NAME = "optimizer.safetensors"
-LATEST = "latest"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class TrainerState:
-    """All that a run needs besides weights and moments."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    packs_consumed: int = 0
-    """Packs that all processes together have learnt from: the loader's whole state."""
-    optimizer_step: float = 0.0
-    """AdamW's own step counter, which its bias correction uses."""
-    plan: str = ""
-    """Fingerprint of the pack plan that ``packs_consumed`` counts in."""
-    seconds: float = 0.0
-    """Training time so far, in seconds."""
-    totals: dict[str, float] = field(default_factory=dict)
-    """Running sums for the log: positions and tokens seen."""
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after ``step`` steps."""
-    return f"step-{step:08d}"
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints below ``root``, oldest first."""
-    return sorted(p for p in root.glob("step-*") if p.is_dir() and (p / STATE_NAME).is_file())
+#: Every file of a checkpoint, besides the tokenizers' and the digests.
+FILES = (*MODEL_FILES, OPTIMIZER_NAME, STATE_NAME)
 
 
 def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -117,6 +113,7 @@ def save_checkpoint(engine: Any, model: SpeechLM, state: TrainerState, root: Pat
         The checkpoint's folder.
 
     Raises:
+        TrainingError: a weight or moment is not finite, on every rank; older checkpoints are untouched.
         StorageError: the disk is full or not writable; older checkpoints are untouched.
     """
     rank = torch.distributed.get_rank()
@@ -137,9 +134,13 @@ def save_checkpoint(engine: Any, model: SpeechLM, state: TrainerState, root: Pat
         counters = _step_counters(engine)
         state.optimizer_step = float(counters[0]) if counters else 0.0
         try:
+            found = first_not_finite(weights) or first_not_finite(moments)
+            if found is not None:
+                raise diverged(root, state.step, f"of the weights and moments, {found} is not finite")
             _write(folder, model, weights, moments, state)
-            for old in list_checkpoints(root)[:-keep]:
-                shutil.rmtree(old)
+            older = [p for p in list_checkpoints(root) if (step_of(p) or 0) < state.step]
+            for old in older[: len(older) + 1 - keep]:
+                remove(old)
         except Exception as error:
             problem[0] = error
     torch.distributed.broadcast_object_list(problem) if torch.distributed.get_world_size() > 1 else None
@@ -151,60 +152,69 @@ def save_checkpoint(engine: Any, model: SpeechLM, state: TrainerState, root: Pat
 def _write(
     folder: Path, model: SpeechLM, weights: dict[str, Tensor], moments: dict[str, Tensor], state: TrainerState
 ) -> None:
-    temporary = folder.parent / f".incomplete-{folder.name}"
+    temporary = incomplete_name(folder)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt", "layout": model.layout.sha256})
-        save_file(moments, temporary / OPTIMIZER_NAME)
+        make_folder(folder.parent)
+        recover(folder.parent)
+        temporary.mkdir()
+        with atomic_path(temporary / WEIGHTS_NAME) as path:
+            save_file(weights, path, metadata={"format": "pt", "layout": model.layout.sha256})
+        with atomic_path(temporary / OPTIMIZER_NAME) as path:
+            save_file(moments, path)
         model.layout.save(temporary)
         if model.tokenizers is not None:
             model.tokenizers.save(temporary / TOKENIZERS_NAME)
         atomic_write_json(temporary / CONFIG_NAME, model.config.to_dict())
         atomic_write_json(temporary / STATE_NAME, asdict(state))
-        for path in (temporary / WEIGHTS_NAME, temporary / OPTIMIZER_NAME):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():  # a checkpoint of the same step from before a restart
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-        _point_latest(folder)
-    except SafetensorError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise storage_error(OSError(28 if "No space" in str(error) else 5, str(error)), folder) from error
+        write_digests(temporary, FILES, (TOKENIZERS_NAME,))
+        publish(folder)
+        point_latest(folder)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise storage_error(error, folder) from error
+    except SafetensorError as error:
+        raise storage_error(OSError(5, str(error)), folder) from error
+    finally:
+        # Gone after publish(); anything else is half-written.
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _point_latest(folder: Path) -> None:
-    """Let the link ``latest`` beside the checkpoint name it."""
-    link = folder.parent / f".latest-{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    os.replace(link, folder.parent / LATEST)
+def diverged(root: Path, step: int, what: str) -> TrainingError:
+    """The error of a run whose numbers are not finite any more, with what is left of it.
 
-
-def read_state(folder: Path) -> TrainerState:
-    """Read ``trainer_state.json`` of a checkpoint.
-
-    Raises:
-        CheckpointError: the folder is not a checkpoint that can be trained on.
+    Args:
+        root: the run's folder of checkpoints, which are read to see that their values are finite.
+        step: whose numbers they are.
+        what: which numbers.
     """
-    path = folder / STATE_NAME
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"checkpoint {folder} does not exist; nothing was started. Give a folder step-… of a run."
-        )
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} is not a training checkpoint: it has no {STATE_NAME}. An exported model folder can be "
-            f"generated from, but to train on it needs the optimizer's state."
-        )
+    found = list_checkpoints(root)
+    good = next((folder for folder in reversed(found) if _is_finite_on_disk(folder)), None)
+    bad = [folder.name for folder in found if good is None or (step_of(folder) or 0) > (step_of(good) or 0)]
+    if good is None:
+        left = f"There is no checkpoint with finite values in {root}"
+    else:
+        left = f"The newest checkpoint with finite values is {good}; the same command goes on from there"
+    if bad:
+        left += f" (delete {', '.join(bad)}, which cannot be used)"
+    return TrainingError(
+        f"training stopped at step {step}: {what}; nothing of it was saved. {left}. Lower optimizer.lr, lengthen "
+        "optimizer.warmup_steps, or use precision fp32."
+    )
+
+
+def _is_finite_on_disk(folder: Path) -> bool:
     try:
-        return TrainerState(**json.loads(path.read_text("utf-8")))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); use an older checkpoint of the run.") from None
+        for name in (WEIGHTS_NAME, OPTIMIZER_NAME):
+            with safe_open(folder / name, framework="pt") as file:
+                if not all(is_finite(file.get_tensor(key)) for key in file.keys()):  # noqa: SIM118
+                    return False
+    except (OSError, SafetensorError):
+        return False
+    return True
+
+
+def verify_files(folder: Path) -> None:
+    """Compare a checkpoint's files with their digests. Raises :class:`CheckpointError`."""
+    verify_digests(folder, FILES, (TOKENIZERS_NAME,))
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -218,15 +228,26 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} cannot be read ({error}): damaged or truncated; use an older checkpoint."
         ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
+
+
+def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    hint = (
+        "The run had diverged when it was saved: go on from an older checkpoint (--resume PATH), or delete this one, "
+        "so that the same command takes the one before it."
+    )
+    require_finite(tensors, CheckpointError, f"{path} cannot be gone on from", hint)
 
 
 def load_weights(model: SpeechLM, folder: Path) -> dict[str, Tensor]:
     """Put a checkpoint's weights into ``model`` (before the engine is built); returns them for the fp32 masters.
 
     Raises:
-        CheckpointError: missing, damaged, or of other shapes.
+        CheckpointError: missing, damaged, not finite, or of other shapes.
     """
     weights = _load_tensors(folder / WEIGHTS_NAME)
+    _require_finite(weights, folder / WEIGHTS_NAME)
     named = dict(model.named_parameters())
     if set(named) != set(weights) or any(named[n].shape != w.shape for n, w in weights.items()):
         odd = sorted(set(named) ^ set(weights)) or [
@@ -255,31 +276,42 @@ def _make_moments(engine: Any) -> None:
     _link_moments(engine)
 
 
-def load_optimizer(
-    engine: Any, model: SpeechLM, folder: Path, weights: dict[str, Tensor], state: TrainerState
-) -> None:
-    """Put a checkpoint's moments, step counter and fp32 masters into a fresh engine; all ranks call it.
+def read_moments(model: SpeechLM, folder: Path) -> dict[str, Tensor]:
+    """Read a checkpoint's moments, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of every parameter, before the engine is
+    built.
 
     Raises:
-        CheckpointError: the optimizer file is missing, damaged or of another model.
+        CheckpointError: the optimizer file is missing, damaged, not finite, or of another model.
     """
-    moments = _load_tensors(folder / OPTIMIZER_NAME)
+    path = folder / OPTIMIZER_NAME
+    moments = _load_tensors(path)
+    shapes = {f"{key}.{name}": p.shape for name, p in model.named_parameters() for key in MOMENTS}
+    for name, shape in shapes.items():
+        if name not in moments or moments[name].shape != shape:
+            found = list(moments[name].shape) if name in moments else "none"
+            raise CheckpointError(
+                f"{path} belongs to another model: expected {name!r} of shape {list(shape)}, got {found}."
+            )
+    _require_finite(moments, path)
+    return moments
+
+
+def load_optimizer(
+    engine: Any,
+    model: SpeechLM,
+    moments: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    state: TrainerState,
+) -> None:
+    """Put a checkpoint's moments, step counter and fp32 masters into a fresh engine; all ranks call it."""
     inner = _torch_optimizer(engine)
     _make_moments(engine)
     for name, parameter in model.named_parameters():
-        parts = {key: moments.get(f"{key}.{name}") for key in MOMENTS}
-        if any(value is None for value in parts.values()):
-            raise CheckpointError(
-                f"{folder / OPTIMIZER_NAME} has no moments for {name!r}: it belongs to another model."
-            )
+        parts = {key: moments[f"{key}.{name}"] for key in MOMENTS}
         if not _is_partitioned(engine):
             inner.state[parameter] = {
                 "step": torch.tensor(state.optimizer_step),
-                **{
-                    key: value.to(parameter.device).clone()
-                    for key, value in parts.items()
-                    if value is not None
-                },
+                **{key: value.to(parameter.device).clone() for key, value in parts.items()},
             }
             continue
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state

@@ -88,6 +88,14 @@ class OptimizerSettings:
     clip: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down."""
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "min_lr_ratio", "eps", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if not 0 <= value <= 3e38:  # as float32 has them; NaN fails too
+                raise ConfigError(f"optimizer.{name} must be a finite number of 0 or more, got {value}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas must be from 0 to below 1, got {list(self.betas)}.")
+
     def lr_at(self, step: int, total: int) -> float:
         """Learning rate of optimizer step ``step`` (from 0) of ``total``: a pure function, so resume needs no state."""
         if step < self.warmup_steps:
@@ -133,6 +141,8 @@ class TrainConfig:
     resume: str = "auto"
     """``auto``: go on from the run folder's newest checkpoint if there is one; ``none``: the run folder must be new;
     or the path of a checkpoint, which must be loadable; of another run's folder its newest one is taken."""
+    verify: bool = True
+    """Compare the checkpoint's files with their digests before going on from it."""
     seed: int = 0
     """Seed of the initial weights."""
     processes: int = 1

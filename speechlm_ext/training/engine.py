@@ -120,3 +120,15 @@ def build_engine(model: nn.Module, config: TrainConfig) -> Any:
     }
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return engine
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """The norm of the whole gradient before clipping, to be called before the ``engine.step()`` that takes a step.
+
+    Without ZeRO the gradients are whole by then and summed over the processes: one pass over them. None with ZeRO,
+    which computes it in its step, to clip by it: ``engine.get_global_grad_norm()`` has it then.
+    """
+    if engine.zero_optimization():
+        return None
+    parts = [torch.linalg.vector_norm(p.grad) for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(parts))) if parts else 0.0

@@ -7,7 +7,9 @@ run goes on exactly after a stop: its state is the weights, the moments and the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -15,21 +17,23 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
-from torch import Tensor
 
 from speechlm_ext.data.loader import PackLoader
-from speechlm_ext.errors import CheckpointError, ConfigError
+from speechlm_ext.errors import CheckpointError, ConfigError, SpeechLMError, StorageError, TrainingError
 from speechlm_ext.model import ModelConfig, SpeechLM
-from speechlm_ext.model.folder import find_model_folder
 from speechlm_ext.model.speechlm import backbone_settings
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig
-from speechlm_ext.training.engine import build_engine, init_distributed, set_threads
+from speechlm_ext.training.engine import build_engine, gradient_norm, init_distributed, set_threads
 from speechlm_ext.training.log import RunLog
+from speechlm_ext.training.meter import CORRECT, COUNT, LOSS, WEIGHT, Meter
+from speechlm_ext.training.ranks import from_rank_0, together
+from speechlm_ext.training.resume import agree_on_resume, find_resume
+from speechlm_ext.utils.checkpoint_folders import latest_checkpoint, recover
 from speechlm_ext.utils.io import atomic_write_text
 
 logger = logging.getLogger("speechlm_ext")
@@ -69,58 +73,12 @@ def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLM:
     return model
 
 
-def find_resume(config: TrainConfig, root: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
-
-    Raises:
-        CheckpointError: a named checkpoint is not there, or a new run would overwrite an old one.
-    """
-    found = ckpt.list_checkpoints(root)
-    if config.resume == "auto":
-        return found[-1] if found else None
-    if config.resume == "none":
-        if found:
-            raise CheckpointError(
-                f"run folder {config.run_dir} already holds {found[-1].name}, but resume is 'none'. Choose another "
-                f"run_dir, delete it, or go on with --resume auto."
-            )
-        return None
-    return find_model_folder(config.resume)
-
-
-class _Meter:
-    """Sums of the log interval, kept on the device and reduced once per line."""
-
-    def __init__(self, num_streams: int, device: torch.device) -> None:
-        self.sums = torch.zeros(4, num_streams, dtype=torch.float64, device=device)
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.positions = 0
-        self.started = time.perf_counter()
-
-    def add(self, out: Any, step_weight: float, positions: int) -> None:
-        self.loss += out.loss_sum.detach().double() / step_weight
-        self.sums += torch.stack(
-            [
-                t.detach().double()
-                for t in (out.stream_loss, out.stream_weight, out.stream_count, out.stream_correct)
-            ]
-        )
-        self.positions += positions
-
-    def reduce(self) -> tuple[float, Tensor, int]:
-        packed = torch.cat(
-            (self.loss.view(1), self.loss.new_tensor([float(self.positions)]), self.sums.flatten())
-        )
-        if torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(packed)
-        return float(packed[0]), packed[2:].view_as(self.sums).cpu(), int(packed[1])
-
-
 def run_train(config: TrainConfig) -> Path:
     """Train as ``config`` says and return the last checkpoint's folder.
 
     Raises:
         SpeechLMError: settings, data or checkpoint that cannot be used; nothing is started from zero silently.
+        TrainingError: the loss, gradient or weights are not finite, on every rank; nothing of it is saved.
     """
     if config.processes > 1 and "RANK" not in os.environ:
         return _launch(config)
@@ -128,31 +86,38 @@ def run_train(config: TrainConfig) -> Path:
     threads = set_threads(config)
     run_dir = Path(config.run_dir)
     root = run_dir / CHECKPOINTS
-    resume = find_resume(config, root)
-    state = ckpt.TrainerState() if resume is None else ckpt.read_state(resume)
-
-    loader = PackLoader(config.data, rank=rank, world=world, packs_consumed=state.packs_consumed)
-    if resume is not None and state.plan != loader.fingerprint:
-        raise CheckpointError(
-            f"checkpoint {resume} was trained with another pack plan ({state.plan[:12]}, now "
-            f"{loader.fingerprint[:12]}): token folders, tasks, factors, budget or seed differ, so its place in the "
-            f"data means nothing here. Use the run's own data settings (config.yaml), or start a new run_dir."
-        )
-    model = build_model(config, loader)
-    weights = None
-    if resume is not None:
-        loader.layout.require_same(
-            type(loader.layout).load(resume), "the token folder", f"checkpoint {resume}"
-        )
-        weights = ckpt.load_weights(model, resume)
+    resume, state = agree_on_resume(config, root)
+    with together():
+        loader = PackLoader(config.data, rank=rank, world=world, packs_consumed=state.packs_consumed)
+        if resume is not None and state.plan != loader.fingerprint:
+            raise CheckpointError(
+                f"checkpoint {resume} was trained with another pack plan ({state.plan[:12]}, now "
+                f"{loader.fingerprint[:12]}): token folders, tasks, factors, budget or seed differ, so its place in "
+                f"the data means nothing here. Use the run's own data settings (config.yaml), or start a new run_dir."
+            )
+        model = build_model(config, loader)
+        weights = moments = None
+        meter = Meter(len(loader.layout.streams), device)
+        if resume is not None:
+            loader.layout.require_same(
+                type(loader.layout).load(resume), "the token folder", f"checkpoint {resume}"
+            )
+            weights = ckpt.load_weights(model, resume)
+            moments = ckpt.read_moments(model, resume)
+            meter.restore(state.meter, str(resume / ckpt.STATE_NAME))
     model.to(device)
     engine = build_engine(model, config)
-    if resume is not None and weights is not None:
-        ckpt.load_optimizer(engine, model, resume, weights, state)
+    if weights is not None and moments is not None:
+        ckpt.load_optimizer(engine, model, moments, weights, state)
+        del weights, moments
+    with together():
+        if rank == 0:
+            atomic_write_text(
+                run_dir / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+            )
+            loader.layout.save(run_dir)
+        log = RunLog(run_dir, state.step, config.steps, rank == 0, config.tensorboard)
     if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(run_dir / "config.yaml", yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
-        loader.layout.save(run_dir)
         logger.info(
             "%s  %.2f M parameters  layout %s  %d process(es) x %d thread(s)  %s",
             f"resuming at step {state.step} from {resume}" if resume else "new run",
@@ -162,12 +127,14 @@ def run_train(config: TrainConfig) -> Path:
             threads,
             f"ZeRO {config.zero_stage} {config.precision}",
         )
-    log = RunLog(run_dir, state.step, config.steps, rank == 0, config.tensorboard)
     try:
-        last = _loop(engine, model, loader, config, state, log, root, device)
-    finally:
-        log.close()
-    return last or root / ckpt.checkpoint_name(state.step)
+        last = _loop(engine, model, loader, config, state, meter, log, root, device)
+    except BaseException:
+        with contextlib.suppress(StorageError):  # of the same full disk; the first error says why
+            log.close()
+        raise
+    log.close()
+    return last or resume or root / ckpt.checkpoint_name(state.step)
 
 
 def _launch(config: TrainConfig) -> Path:
@@ -179,7 +146,10 @@ def _launch(config: TrainConfig) -> Path:
             f"processes is {config.processes}, but this machine has {devices} GPU(s); each process needs one of "
             f"its own. Set --processes {devices}."
         )
-    find_resume(config, run_dir / CHECKPOINTS)  # fail before anything is started
+    root = run_dir / CHECKPOINTS
+    if root.is_dir():
+        recover(root)
+    find_resume(config, root)  # fail before anything is started
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False), "utf-8")
@@ -193,13 +163,17 @@ def _launch(config: TrainConfig) -> Path:
             str(path),
         ]
         code = subprocess.run(command, check=False).returncode
-    found = ckpt.list_checkpoints(run_dir / CHECKPOINTS)
-    if code != 0 or not found:
-        raise CheckpointError(
-            f"a training process ended with exit code {code}; its message stands above. What was saved in "
-            f"{run_dir / CHECKPOINTS} is intact; the same command goes on from there."
+    newest = latest_checkpoint(root)
+    if code != 0 or newest is None:
+        left = (
+            f"the newest checkpoint is {newest}"
+            if newest is not None
+            else f"there is no checkpoint in {root}"
         )
-    return found[-1]
+        raise TrainingError(
+            f"a training process ended with exit code {code}; its message is above. Of this run {left}."
+        )
+    return newest
 
 
 def _loop(
@@ -208,6 +182,7 @@ def _loop(
     loader: PackLoader,
     config: TrainConfig,
     state: ckpt.TrainerState,
+    meter: Meter,
     log: RunLog,
     root: Path,
     device: torch.device,
@@ -215,9 +190,30 @@ def _loop(
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     names = [stream.name for stream in loader.layout.streams]
     packs = iter(loader)
-    meter = _Meter(len(names), device)
     begun = time.perf_counter() - state.seconds
-    last = None
+    last, saved_step = None, state.step
+
+    def save(keep: int) -> None:
+        nonlocal last, saved_step
+        state.plan = loader.fingerprint
+        state.seconds = time.perf_counter() - begun
+        gathered = meter.gather()
+        state.meter = meter.to_state(gathered) if meter.num_steps else None
+        last, saved_step = ckpt.save_checkpoint(engine, model, state, root, keep), state.step
+        if rank == 0:
+            logger.info("saved %s", last)
+
+    def refuse(what: str) -> NoReturn:
+        """End on every rank before a step is taken. What was learnt until then is kept, and so is all that is older: it
+        may be good no longer, although it is finite."""
+        meter.undo_step()
+        if state.step > saved_step:
+            try:
+                save(keep=sys.maxsize)
+            except SpeechLMError as error:  # the same on every rank; why the run ends matters more
+                logger.warning("the step before it could not be saved: %s", error)
+        raise _diverged(root, state.step + 1, what)
+
     engine.train()
     while state.step < config.steps:
         batches = [next(packs).to(device) for _ in range(config.accumulation)]
@@ -228,60 +224,65 @@ def _loop(
         lr = config.optimizer.lr_at(state.step, config.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        for batch in batches:
+        meter.start_step()
+        for number, batch in enumerate(batches, start=1):
             out = engine(batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens)
+            meter.add(out, step_weight, batch.ids.shape[0])
             # DeepSpeed divides by the accumulation and averages over processes; undo both.
             engine.backward(out.loss_sum * (config.accumulation * world / step_weight))
+            if number == len(batches):
+                norm = gradient_norm(engine)
+                loss = meter.loss_of_step()
+                if not math.isfinite(loss):
+                    refuse(f"the loss is {loss}")
+                if norm is not None and not math.isfinite(norm):
+                    refuse(f"the loss is {loss:.4g}, but the norm of its gradient is {norm}")
             engine.step()
-            meter.add(out, step_weight, batch.ids.shape[0])
+        if engine.skipped_steps:  # ZeRO takes no step, on any rank, where the gradient is not finite
+            refuse(f"the loss is {loss:.4g}, but its gradient is not finite")
         state.step += 1
         state.packs_consumed = loader.packs_consumed
         log.advance()
         if state.step % config.log_every == 0 or state.step == config.steps:
+            norm = engine.get_global_grad_norm() if norm is None else norm
+            # DeepSpeed writes -1 for a norm that is not finite.
+            if norm is None or not 0 <= norm < math.inf:
+                raise _diverged(
+                    root, state.step, f"the loss is {loss:.4g}, but the norm of its gradient is {norm}"
+                )
             state.seconds = time.perf_counter() - begun
-            _write_line(log, meter, engine, names, state, lr)
-            meter = _Meter(len(names), device)
+            _write_line(log, meter, float(norm), names, state, lr)
+            meter.reset()
         if state.step % config.save_every == 0 or state.step == config.steps:
-            state.plan = loader.fingerprint
-            state.seconds = time.perf_counter() - begun
-            last = ckpt.save_checkpoint(engine, model, state, root, config.keep_checkpoints)
-            if rank == 0:
-                logger.info("saved %s", last)
+            save(config.keep_checkpoints)
     return last
 
 
+def _diverged(root: Path, step: int, what: str) -> TrainingError:
+    """The error for every rank. Rank 0 looks for the checkpoints that it names, and the others wait for it: where one
+    process ends, torchrun ends all."""
+    return from_rank_0(ckpt.diverged(root, step, what) if torch.distributed.get_rank() == 0 else None)
+
+
 def _write_line(
-    log: RunLog, meter: _Meter, engine: Any, names: list[str], state: ckpt.TrainerState, lr: float
+    log: RunLog, meter: Meter, grad_norm: float, names: list[str], state: ckpt.TrainerState, lr: float
 ) -> None:
     seconds = time.perf_counter() - meter.started
-    interval_steps = state.step - int(state.totals.get("logged_step", 0))
-    state.totals["logged_step"] = state.step
-    loss_sum, sums, positions = meter.reduce()
-    loss = loss_sum / max(1, interval_steps)
-    stream_loss, stream_weight, stream_count, stream_correct = sums
-    if not bool(torch.isfinite(sums).all()):
-        raise ConfigError(
-            f"the loss is not finite at step {state.step}. The last checkpoint is intact; lower optimizer.lr (now "
-            f"{lr:.2e}), lengthen optimizer.warmup_steps, or use precision fp32."
-        )
-    live = stream_count > 0
-    mean = {
-        n: float(a / b) for n, a, b, ok in zip(names, stream_loss, stream_weight, live, strict=True) if ok
-    }
-    accuracy = {
-        n: float(a / b) for n, a, b, ok in zip(names, stream_correct, stream_count, live, strict=True) if ok
-    }
-    norm = engine.get_global_grad_norm()
+    sums = meter.gather().sum(0)
+    loss, positions = float(sums[0]) / meter.num_steps, int(sums[1])
+    streams = sums[2:].view(4, len(names))
+    # A stream that nothing was learnt of in the interval has no mean.
+    live = [(n, *column.tolist()) for n, column in zip(names, streams.T, strict=True) if column[COUNT] > 0]
+    total = float(streams[LOSS].sum())
+    mean = {n: part[LOSS] / part[WEIGHT] for n, *part in live}
     row = {
         "step": state.step,
         "loss": loss,
         "stream_loss": mean,
-        "stream_accuracy": accuracy,
-        "stream_share": {
-            n: float(a / stream_loss.sum()) for n, a, ok in zip(names, stream_loss, live, strict=True) if ok
-        },
+        "stream_accuracy": {n: part[CORRECT] / part[COUNT] for n, *part in live},
+        "stream_share": {n: part[LOSS] / total if total else 0.0 for n, *part in live},
         "lr": lr,
-        "grad_norm": None if norm is None else float(norm),
+        "grad_norm": grad_norm,
         "positions_per_second": positions / seconds,
         "packs_consumed": state.packs_consumed,
         "seconds": state.seconds,

@@ -1,0 +1,40 @@
+"""What the processes of a run decide together, so that none waits for one that has given up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import distributed
+
+from speechlm_ext.errors import SpeechLMError, TrainingError
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if distributed.get_world_size() > 1:
+        distributed.broadcast_object_list(box)
+    return box[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """End this block on every rank, or raise on every rank what one of them raises in it: its own error where it
+    happened, the lowest rank's elsewhere. In the block ranks must not wait for each other."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if distributed.get_world_size() > 1:
+        rank = distributed.get_rank()
+        mine = error
+        if error is not None and not isinstance(error, SpeechLMError):
+            mine = TrainingError(f"rank {rank} failed: {type(error).__name__}: {error}")
+        every: list[Exception | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(every, mine)
+        error = error or next((other for other in every if other is not None), None)
+    if error is not None:
+        raise error

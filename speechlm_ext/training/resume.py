@@ -1,0 +1,87 @@
+"""What a run goes on from: rank 0 decides, and every rank must see the same."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+
+import torch
+
+from speechlm_ext.errors import CheckpointError
+from speechlm_ext.model.folder import find_model_folder
+from speechlm_ext.training import checkpoint as ckpt
+from speechlm_ext.training.config import TrainConfig
+from speechlm_ext.training.ranks import from_rank_0, together
+from speechlm_ext.utils.checkpoint_folders import latest_checkpoint, recover, step_of
+
+logger = logging.getLogger("speechlm_ext")
+
+
+def find_resume(config: TrainConfig, root: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        CheckpointError: a named checkpoint is not there, or a new run would overwrite an old one.
+    """
+    newest = latest_checkpoint(root)
+    if config.resume == "auto":
+        return newest
+    if config.resume == "none":
+        if newest is not None:
+            raise CheckpointError(
+                f"run folder {config.run_dir} already holds {newest.name}, but resume is 'none'. Choose another "
+                f"run_dir, delete it, or go on with --resume auto."
+            )
+        return None
+    chosen = find_model_folder(config.resume)
+    step = step_of(chosen.resolve())
+    if newest is not None and step is not None and step < (step_of(newest) or 0):
+        logger.warning(
+            "going back to %s: %s in %s is newer and stays, and without --resume this run would go on from it; delete "
+            "it if it is not wanted",
+            chosen,
+            newest.name,
+            root,
+        )
+    return chosen
+
+
+def agree_on_resume(config: TrainConfig, root: Path) -> tuple[Path | None, ckpt.TrainerState]:
+    """Rank 0 decides what the run goes on from; the others must see the same.
+
+    Raises:
+        CheckpointError: on every rank: there is nothing that can be gone on from, or a rank sees something else.
+    """
+    rank = torch.distributed.get_rank()
+    resume, state = None, ckpt.TrainerState()
+    with together():
+        if rank == 0:
+            if root.is_dir():
+                recover(root)
+            resume = find_resume(config, root)
+            state = state if resume is None else ckpt.read_state(resume)
+    resume, state = from_rank_0((resume, state))
+    with together():
+        if resume is None:
+            return None, state
+        if rank > 0:
+            _require_seen(resume, state, rank)
+        if config.verify:
+            ckpt.verify_files(resume)
+    return resume, state
+
+
+def _require_seen(resume: Path, state: ckpt.TrainerState, rank: int) -> None:
+    try:
+        seen = ckpt.read_state(resume)
+    except CheckpointError as error:
+        reason = str(error)
+    else:
+        if seen == state:
+            return
+        reason = f"it sees one of step {seen.step}."
+    raise CheckpointError(
+        f"rank {rank} (on {socket.gethostname()}) does not see the checkpoint {resume} of step {state.step} that rank "
+        f"0 goes on from: {reason} Put run_dir where all processes see the same files."
+    )
