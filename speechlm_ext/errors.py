@@ -66,8 +66,8 @@ class StorageError(SpeechLMError):
 def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterator[None]:
     """Turn what a library or damaged input raises in this block into one error of ours.
 
-    For blocks that read what a user gave: a file, a line, a text. Errors of ours pass as they are; what is not about the
-    input (no memory, interruption, a failing assertion) too.
+    For blocks that read what a user gave: a file, a line, a text. Errors of ours pass as they are; what is not about
+    the input (no memory, interruption, a failing assertion) too.
 
     Args:
         error: the class of what is raised.
@@ -78,6 +78,10 @@ def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterato
         yield
     except (SpeechLMError, MemoryError, AssertionError):
         raise
-    except Exception as problem:
+    except BaseException as problem:
+        # A panic of a library in Rust (tokenizers, safetensors) is no Exception, but it is about the input.
+        if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
+            raise
         reason = next((line for line in str(problem).strip().split("\n") if line.strip()), "no message")
-        raise error(f"{where}: {reason[:300]} ({type(problem).__name__}). {hint}") from problem
+        kind = "" if type(problem) is ValueError else f" ({type(problem).__name__})"
+        raise error(f"{where}: {reason.strip()[:300].rstrip('.')}{kind}. {hint}") from problem

@@ -8,20 +8,21 @@ name the tokenizer by it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from speechlm_ext.errors import TokenizerError
+from speechlm_ext.errors import SpeechLMError, TokenizerError, foreign_errors
 from speechlm_ext.utils.io import atomic_write_bytes, atomic_write_json
+from speechlm_ext.utils.json_shape import SHA256, read_shaped
 
 FILE_NAME = "tokenizer.json"
 ARRAYS_NAME = "arrays.safetensors"
@@ -94,7 +95,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     kind = read_config(folder)["kind"]
     if kind not in _REGISTRY:
         raise TokenizerError(
-            f"{folder} holds a tokenizer of kind {kind!r}; known are {sorted(_REGISTRY)}. Import the module "
+            f"{folder} holds a tokenizer of kind {kind[:80]!r}; known are {sorted(_REGISTRY)}. Import the module "
             f"that registers it."
         )
     return _REGISTRY[kind].load(folder)
@@ -173,15 +174,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / FILE_NAME
     try:
-        record = json.loads(path.read_text("utf-8"))
-        if {"kind", "version", "config", "sha256"} - set(record):
-            raise ValueError("a field is missing")
+        record = read_shaped(path, _SHAPE, TokenizerError, _WAY_OUT)
     except FileNotFoundError:
         raise TokenizerError(f"no {FILE_NAME} in {folder}; is this a tokenizer's folder?") from None
-    except (ValueError, TypeError) as error:
-        raise TokenizerError(
-            f"{path} is not a tokenizer's description ({error}); save the tokenizer again."
-        ) from None
     if record["version"] != VERSION:
         raise TokenizerError(
             f"{path}: version {record['version']} is not {VERSION}; use the release that wrote it."
@@ -192,12 +187,33 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def read_arrays(folder: str | Path) -> dict[str, torch.Tensor]:
     """Read an artefact's arrays. Raises :class:`TokenizerError` when they are missing or damaged."""
     path = Path(folder) / ARRAYS_NAME
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError, OSError) as error:
-        raise TokenizerError(
-            f"{path} cannot be read ({error}); copy the whole tokenizer folder again."
-        ) from None
+    with foreign_errors(TokenizerError, f"{path} cannot be read", "Copy the whole tokenizer folder again."):
+        return load_tensors(path.read_bytes())
+
+
+@contextlib.contextmanager
+def artefact_errors(folder: str | Path, what: str) -> Iterator[None]:
+    """Name the folder in every error of a block that makes a tokenizer of an artefact's content.
+
+    Args:
+        what: what should be there, e.g. ``"a SentencePiece tokenizer"``.
+
+    Raises:
+        TokenizerError: whatever the block raised.
+    """
+    with foreign_errors(TokenizerError, f"{folder}: not {what}", "Copy the whole tokenizer folder again."):
+        try:
+            yield
+        except SpeechLMError as problem:
+            if str(folder) in str(problem):
+                raise
+            raise TokenizerError(
+                f"{folder}: not {what} as it was saved: {problem} Copy the whole tokenizer folder again."
+            ) from None
+
+
+_SHAPE = {"kind": str, "version": int, "config": dict, "sha256": SHA256}
+_WAY_OUT = "so it is not a tokenizer's description; save the tokenizer again, or copy its folder again."
 
 
 def require_fingerprint(folder: str | Path, stored: str, computed: str) -> None:
