@@ -27,6 +27,8 @@ from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.request import RECORDINGS, GenerationRequest, GenerationResult
 from speechlm_ext.generation.request_file import RefusedRequest
 from speechlm_ext.utils.io import atomic_write_text, sha256_file, storage_error
+from speechlm_ext.utils.json_shape import check_shape
+from speechlm_ext.utils.json_text import parse_json
 
 RESULTS = "results.jsonl"
 PARTIAL = "results.partial.jsonl"
@@ -229,6 +231,11 @@ def _rounded(logprobs_TC: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(x) else round(float(x), 5) for x in row] for row in logprobs_TC]
 
 
+_OUTCOME = {"finished?": str, "audio?": str | None, "...": Any}
+#: What this module relies on in a record.
+_RECORD = {**_OUTCOME, "id": str, "fingerprint?": str | None, "alternatives?": [_OUTCOME]}
+
+
 def _take(lock: int, folder: Path) -> None:
     import fcntl
 
@@ -254,10 +261,11 @@ def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line, allow_nan=True)
+            check_shape(record, _RECORD)
             records[record["id"]] = record
-        except (ValueError, KeyError, TypeError):
+        except ValueError as problem:
             raise GenerationError(
-                f"{path}, line {number}: not a generation record; choose another folder or remove the file."
+                f"{path}, line {number}: not a generation record: {problem}; choose another folder or remove the file."
             ) from None
     return records

@@ -8,6 +8,7 @@ are missing.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -109,7 +110,7 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
     paths = [shard.path for shard in source.shards]
     targets = {path: out / f"{path.stem}.npy" for path in paths}
     if len(set(targets.values())) < len(targets) or any(
-        p.resolve() == t.resolve() for p, t in targets.items()
+        os.path.realpath(p) == os.path.realpath(t) for p, t in targets.items()
     ):
         raise ConfigError(
             f"two shards have one name, or {out} is the folder of the features; labels would overwrite something. "

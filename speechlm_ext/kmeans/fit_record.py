@@ -52,7 +52,8 @@ def claim(out: Path, record: dict[str, Any]) -> None:
     path = out / RECORD
     if path.is_file():
         way_out = f"choose another output, or delete {out}."
-        shape = {"settings": dict[str, bool | float | str | list[str] | None]}
+        paths = str | list[str] | None
+        shape = {"settings": {"audio?": paths, "features?": paths, "...": Any}}
         found = _plain_paths(read_shaped(path, shape, ConfigError, way_out)["settings"])
         names = sorted(set(found) | set(record))
         is_begun = (out / CHECKPOINT).exists() or (out / "kmeans.json").is_file()
@@ -67,7 +68,7 @@ def claim(out: Path, record: dict[str, Any]) -> None:
                     f"Choose another output or delete {out} to fit what is there now, or put the files back."
                 )
             raise ConfigError(
-                f"{out} holds a fit with {name} {found.get(name)!r}, not {record.get(name)!r}. Choose another "
+                f"{out} holds a fit with {name} {repr(found.get(name))[:80]}, not {record.get(name)!r}. Choose another "
                 "output, or give the same settings to go on with it."
             )
     else:

@@ -1,9 +1,10 @@
 """Checking that JSON has the shape its reader expects, so that a damaged or edited file is refused by the key's name.
 
 A shape is a type hint (``int``, ``float``, ``str``, ``bool``, ``X | None``, ``Literal``, ``list[X]``,
-``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[str, X]``, ``Any``), a dataclass, a :class:`Range`, or a dict of shapes: an
-object of exactly these keys, where a key that ends in ``?`` may be missing. A dataclass is an object of its fields;
-those with a default may be missing.
+``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[str, X]``, ``Any``), a :class:`Range`, :class:`SHA256`, a list ``[shape]`` of
+any length, a dataclass, or a dict of shapes: an object of exactly these keys, where a key that ends in ``?`` may be
+missing and ``"..."`` stands for any others. A dataclass is an object of its fields; those with a default may be
+missing.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ class Range:
     high: float
 
 
+class SHA256:
+    """64 hex digits."""
+
+
 #: A count, size or position in a file.
 SIZE = Range(int, 0, 2**53)
-#: 64 hex digits.
-SHA256 = object()
 _WORDS = {
     int: "a whole number",
     float: "a finite number",
@@ -62,6 +65,10 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
     elif shape is SHA256:
         if not (isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")):
             raise _unexpected(where, "a sha256 of 64 hex digits", value)
+    elif isinstance(shape, list):
+        check_shape(value, list, where)
+        for number, one in enumerate(value):
+            check_shape(one, shape[0], _join(where, number))
     elif isinstance(shape, Range):
         check_shape(value, shape.kind, where)
         if not shape.low <= value <= shape.high:
@@ -141,7 +148,7 @@ def _check_object(value: Any, shape: Any, where: str) -> None:
         raise _unexpected(where, "an object", value)
     if isinstance(shape, Mapping):
         inner = {key.removesuffix("?"): one for key, one in shape.items()}
-        needed = [key for key in shape if not key.endswith("?")]
+        needed = [key for key in shape if key != "..." and not key.endswith("?")]
     else:
         hints = _hints(shape)
         inner = {f.name: hints[f.name] for f in fields(shape)}
@@ -150,9 +157,9 @@ def _check_object(value: Any, shape: Any, where: str) -> None:
         if key not in value:
             raise ValueError(f"key {_join(where, key)!r} is missing")
     for key, one in value.items():
-        if key not in inner:
-            raise ValueError(f"unknown key {_join(where, key)!r}, expected {', '.join(inner)}")
-        check_shape(one, inner[key], _join(where, key))
+        if key not in inner and "..." not in inner:
+            raise ValueError(f"unknown key {_join(where, key)[:80]!r}, expected {', '.join(inner)}")
+        check_shape(one, inner.get(key, Any), _join(where, key))
 
 
 def _check_union(value: Any, shapes: tuple[Any, ...], where: str) -> None:
