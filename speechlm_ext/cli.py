@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from speechlm_ext.errors import SpeechLMError
+from speechlm_ext.errors import ConfigError, SpeechLMError, foreign_errors
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,11 @@ def build_parser(name: str) -> Any:
     """The argument parser of one verb."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+    from speechlm_ext.config_file import OneLineErrors
+
+    class Parser(OneLineErrors, ArgumentParser):
+        """Ends with one line where a setting cannot be used."""
+
     class Help(DefaultHelpFormatter):
         """Leaves a module's ``EXAMPLES`` as they are."""
 
@@ -121,7 +126,7 @@ def build_parser(name: str) -> Any:
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     config, examples = getattr(module, verb.config), getattr(module, "EXAMPLES", None)
-    parser = ArgumentParser(
+    parser = Parser(
         allow_abbrev=False,
         prog=f"speechlm {name}",
         description=config.__doc__,
@@ -179,10 +184,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("speechlm_ext").setLevel(logging.INFO)
     verb = VERBS[name]
     try:
+        from speechlm_ext.config_file import check_config_files, refuse_nan
+
         parser = build_parser(name)
         flags = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
-        values = parser.parse_args(_options(rest, flags))
+        options = _options(rest, flags)
+        check_config_files(options)
+        hint = f"'speechlm {name} --help' explains them."
+        with foreign_errors(ConfigError, "the settings cannot be read", hint):
+            values = parser.parse_args(options)
         values.pop("config", None)
+        refuse_nan(values)
         config = getattr(importlib.import_module(verb.module), verb.config)
         settings = parser.instantiate(values)
         result = getattr(importlib.import_module(verb.module), verb.function)(config(**vars(settings)))
