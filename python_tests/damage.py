@@ -208,10 +208,14 @@ def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 # ---- outcomes --------------------------------------------------------------------------------------------------
+class _Late(BaseException):
+    """A reader takes too long; no reader may take it for an error of its file."""
+
+
 @contextlib.contextmanager
 def _at_most(seconds: int) -> Iterator[None]:
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"still at it after {seconds} s")
+        raise _Late(f"still at it after {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)

@@ -93,7 +93,8 @@ def make_tokens(folder: Path) -> None:
         frames = int(rng.integers(5, 30))
         rows.append(
             {"id": f"u{i}", "dataset": "tiny", "speaker": f"s{i % 3}", "lang": "en", "text": "x"}
-            | {"duration": frames / 50, "text_bpe": rng.integers(0, 270, (4, 1)), "ssl": rng.integers(0, 8, (frames, 1))}
+            | {"duration": frames / 50, "text_bpe": rng.integers(0, 270, (4, 1))}
+            | {"ssl": rng.integers(0, 8, (frames, 1))}
             | {"codec": rng.integers(0, 8, (frames, 3))}
         )  # fmt: skip
     write_shard(folder / shard_name(0), rows[:8], layout)

@@ -68,7 +68,9 @@ def read(folder: str | Path, cls: type[KMeans]) -> KMeans:
     folder = Path(folder)
     record = read_record(folder)
     path = folder / ARRAYS_NAME
-    with foreign_errors(KMeansError, f"{path} cannot be read", "Copy the whole folder again."):
+    with foreign_errors(
+        KMeansError, f"{path} cannot be read as K-Means centroids", "Copy the whole folder again."
+    ):
         tensors = load_tensors(path.read_bytes())
         centers, counts = tensors["cluster_centers"], tensors["counts"]
         computed = _fingerprint({"cluster_centers": centers, "counts": counts}, record["features"])
@@ -105,7 +107,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """``kmeans.json``, checked. Raises :class:`KMeansError`."""
     path = Path(folder) / JSON_NAME
     try:
-        record = read_json(path, KMeansError, _WAY_OUT)
+        record = read_json(path, KMeansError, f"so it is not a K-Means description: {_WAY_OUT}")
     except FileNotFoundError:
         raise KMeansError(f"no {JSON_NAME} in {folder}; is this the folder of a fitted K-Means?") from None
     try:

@@ -75,7 +75,7 @@ class Checkpoint:
                     "beginning, or choose another."
                 )
             return b"", b""
-        with foreign_errors(CheckpointError, f"checkpoint {path} cannot be used", _WAY_OUT):
+        with foreign_errors(CheckpointError, f"checkpoint {path} cannot be used as it is", _WAY_OUT):
             head = path.read_bytes()
             record = parse_json(head)
             check_shape(record, _SHAPE)

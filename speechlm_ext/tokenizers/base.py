@@ -216,10 +216,10 @@ _SHAPE = {"kind": str, "version": int, "config": dict, "sha256": SHA256}
 _WAY_OUT = "so it is not a tokenizer's description; save the tokenizer again, or copy its folder again."
 
 
-def require_fingerprint(folder: str | Path, stored: str, computed: str) -> None:
-    """Refuse an artefact whose content is not what was saved. Raises :class:`TokenizerError`."""
+def require_fingerprint(folder: str | Path, stored: str, computed: str, what: str = "an artefact") -> None:
+    """Refuse an artefact (``what``) whose content is not what was saved. Raises :class:`TokenizerError`."""
     if stored != computed:
         raise TokenizerError(
-            f"{folder}: content does not match its own sha256 ({computed[:12]}… against {stored[:12]}…); it "
-            "was edited or damaged after saving, copy it again."
+            f"{folder}: not {what} as it was saved: content does not match its own sha256 ({computed[:12]}… against "
+            f"{stored[:12]}…); it was edited or damaged after saving, copy it again."
         )

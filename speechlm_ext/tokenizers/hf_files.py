@@ -140,9 +140,9 @@ def _load(folder: Path, what: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
     is_known = config.model_type in ("whisper", "wav2vec2-bert") or hasattr(config, "conv_stride")
     if not is_known:
         raise TokenizerError(
-            f"feature encoder {what}: a model of type {config.model_type!r} in {folder} is not a speech encoder that "
-            "is known here; expected Whisper, wav2vec2-bert, or one with convolutions over the waveform (HuBERT, "
-            "wav2vec 2.0, WavLM, data2vec-audio, …)."
+            f"feature encoder {what}: a model of type {config.model_type!r} is not a speech encoder that is known "
+            "here; expected Whisper, wav2vec2-bert, or one with convolutions over the waveform (HuBERT, wav2vec "
+            "2.0, WavLM, data2vec-audio, …)."
         )
     extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
     model, info = AutoModel.from_pretrained(

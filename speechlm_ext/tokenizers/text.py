@@ -118,7 +118,7 @@ class SentencePieceText:
         record, model = base.read_config(folder), _read(Path(folder) / _MODEL_NAME)
         # Before the library sees it: what it makes of damaged bytes is not certain.
         found = base.fingerprint(cls.kind, record["config"], {_MODEL_NAME: model})
-        base.require_fingerprint(folder, record["sha256"], found)
+        base.require_fingerprint(folder, record["sha256"], found, "a SentencePiece model")
         with base.artefact_errors(folder, "a SentencePiece tokenizer"):
             return cls(model, build(TextConfig, record["config"], "config"))
 
@@ -197,7 +197,7 @@ class HuggingFaceText:
         record, definition = base.read_config(folder), _read(Path(folder) / _HF_NAME)
         # Of the file's own bytes: another release of the library may write the same definition differently.
         found = base.fingerprint(cls.kind, record["config"], {_HF_NAME: definition})
-        base.require_fingerprint(folder, record["sha256"], found)
+        base.require_fingerprint(folder, record["sha256"], found, "a Hugging Face tokenizer")
         with base.artefact_errors(folder, "a Hugging Face tokenizer"):
             text = cls(definition.decode("utf-8"))
         text._definition = definition
