@@ -289,3 +289,14 @@ def test_a_lost_shard_of_features_is_not_left_out(good: Callable[[str], Good], t
         quiet(SUBJECTS["kmeans-fit"].read)(copy)
     (copy / "features" / "done-00000.json").unlink()
     assert quiet(SUBJECTS["kmeans-fit"].read)(copy) == good("kmeans-fit").value
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "intermediate_size", "num_attention_heads", "head_dim"])
+def test_a_damaged_size_takes_no_memory(size: str, good: Callable[[str], Good], tmp_path: Path) -> None:
+    from speechlm_ext.model import SpeechLM
+
+    shutil.copytree(good("model").folder, tmp_path / "m")
+    (tmp_path / "m" / "digests.json").unlink(missing_ok=True)
+    edit(tmp_path / "m" / "config.json", "backbone", size, to=10**11)
+    with pytest.raises(CheckpointError, match=f"backbone.{size} is 1e\\+11, but no weight has more than"):
+        SpeechLM.from_pretrained(tmp_path / "m")

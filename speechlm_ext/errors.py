@@ -85,3 +85,23 @@ def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterato
         reason = next((line for line in str(problem).strip().split("\n") if line.strip()), "no message")
         kind = "" if type(problem) is ValueError else f" ({type(problem).__name__})"
         raise error(f"{where}: {reason.strip()[:300].rstrip('.')}{kind}. {hint}") from problem
+
+
+@contextlib.contextmanager
+def file_errors(error: type[SpeechLMError], path: object, what: str, hint: str) -> Iterator[None]:
+    """Name a file or folder in every error of the block that makes something of its content.
+
+    Args:
+        error: the class of what is raised.
+        path: the file or folder.
+        what: what is the matter with it, e.g. ``"not a SentencePiece tokenizer"``.
+        hint: what to do about it.
+    """
+    with foreign_errors(error, f"{path}: {what}", hint):
+        try:
+            yield
+        except SpeechLMError as problem:
+            if str(path) in str(problem):
+                raise
+            words = " ".join(str(problem).split()).rstrip(".")
+            raise error(f"{path}: {what}: {words[:600]}. {hint}") from None

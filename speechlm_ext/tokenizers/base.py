@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from speechlm_ext.errors import SpeechLMError, TokenizerError, foreign_errors
+from speechlm_ext.errors import TokenizerError, file_errors, foreign_errors
 from speechlm_ext.utils.io import atomic_write_bytes, atomic_write_json
 from speechlm_ext.utils.json_shape import SHA256, read_shaped
 
@@ -201,15 +201,8 @@ def artefact_errors(folder: str | Path, what: str) -> Iterator[None]:
     Raises:
         TokenizerError: whatever the block raised.
     """
-    with foreign_errors(TokenizerError, f"{folder}: not {what}", "Copy the whole tokenizer folder again."):
-        try:
-            yield
-        except SpeechLMError as problem:
-            if str(folder) in str(problem):
-                raise
-            raise TokenizerError(
-                f"{folder}: not {what} as it was saved: {problem} Copy the whole tokenizer folder again."
-            ) from None
+    with file_errors(TokenizerError, folder, f"not {what}", "Copy the whole tokenizer folder again."):
+        yield
 
 
 _SHAPE = {"kind": str, "version": int, "config": dict, "sha256": SHA256}
