@@ -13,6 +13,10 @@ import yaml
 from speechlm_ext.errors import ConfigError, foreign_errors
 
 
+#: The loader that the parser uses: the one in C takes some tabs that the one in Python refuses.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 class OneLineErrors:
     """Mixin for an argument parser: a mistake is one line, exit code 2, without the list of all options."""
 
@@ -56,7 +60,7 @@ def _check_file(path: Path) -> None:
         raise ConfigError(f"--config {path}, line {line}: not UTF-8 text. Save the file as UTF-8.") from None
     try:
         with foreign_errors(ConfigError, f"--config {path} is not YAML", "Mend it."):
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _LOADER)
     except ConfigError as error:
         problem = error.__cause__
         mark = getattr(problem, "problem_mark", None)
