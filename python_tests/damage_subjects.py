@@ -23,10 +23,12 @@ import numpy as np
 import torch
 
 from python_tests.damage import damaged, outcome
+from speechlm_ext.data.fit import CodecFit, SSLFit, TextFit
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.data.plan import PlanConfig
 from speechlm_ext.data.samples import TaskUse
 from speechlm_ext.data.shards import TokenFolder, shard_name, write_index, write_shard
+from speechlm_ext.data.tokenize import TokenizeConfig, run_tokenize
 from speechlm_ext.evaluation.records import Record, read_records, write_records
 from speechlm_ext.generation.records import ResultsFolder
 from speechlm_ext.generation.request import GenerationRequest, GenerationResult, SamplingSettings
@@ -333,6 +335,35 @@ def read_assigned_shards(folder: Path) -> Any:
     return [_plain(np.load(folder / "out" / f"{name}.npy")) for name in "abc"]
 
 
+# ---- a token folder under way ------------------------------------------------------------------------------------
+def _tokenize_config(folder: Path) -> TokenizeConfig:
+    manifest = recordings() / "manifest.jsonl"
+    rows = [{"id": f"r{n}", "audio": f"r{n}.wav", "text": "one two three"} for n in range(3)]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TokenizeConfig(
+        manifest=[str(manifest)],
+        out=str(folder),
+        text=TextFit(vocab_size=280),
+        ssl=SSLFit(num_clusters=5, fit_iterations=2),
+        codec=CodecFit(num_codebooks=2, codebook_size=5, fit_iterations=2),
+        rows_per_shard=2,
+        num_workers=0,
+    )
+
+
+def make_tokenized(folder: Path) -> None:
+    """Tokenizing that was stopped before it wrote the index."""
+    run_tokenize(_tokenize_config(folder))
+    for name in ("index.json", "lengths.npz"):
+        (folder / name).unlink()
+
+
+def read_tokenized(folder: Path) -> Any:
+    run_tokenize(_tokenize_config(folder))
+    tokens = TokenFolder.open(folder)
+    return [_plain(tokens.utterance(i)) for i in range(len(tokens))], tokens.layout
+
+
 # ---- records ---------------------------------------------------------------------------------------------------
 REQUESTS = [GenerationRequest(f"r{n}", "textlm", text="one") for n in range(3)]
 
@@ -415,6 +446,7 @@ def _is_weights(path: Path) -> bool:
 
 SUBJECTS = {
     "tokens": Subject(make_tokens, read_tokens),
+    "tokenize": Subject(make_tokenized, read_tokenized, is_proven=False),
     "layout": Subject(make_layout, lambda f: (TokenLayout.load(f), TokenLayout.load(f).name), is_proven=False),
     "model": Subject(make_model, read_model, is_proven=False),
     "checkpoint": Subject(make_checkpoint, read_checkpoint, is_proven=False),

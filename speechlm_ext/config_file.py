@@ -12,7 +12,6 @@ import yaml
 
 from speechlm_ext.errors import ConfigError, foreign_errors
 
-
 #: The loader that the parser uses: the one in C takes some tabs that the one in Python refuses.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

@@ -91,7 +91,7 @@ def write_shard(
     )
     table = pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def write_index(
                 "writes the shards that are not there."
             )
         with foreign_errors(ShardError, f"{path} is damaged", "Delete it and run `speechlm tokenize` again."):
-            table = pq.read_table(path, columns=[*names, *(f"{c}_len" for c in COLUMNS)])
+            # All columns, for the pages' checksums: the index would else vouch for what was damaged before it.
+            table = pq.read_table(path, page_checksum_verification=True)
             for key, known in names.items():
                 values = table[key].to_pylist()
                 ids = [-1 if v is None else known.setdefault(v, len(known)) for v in values]

@@ -26,7 +26,7 @@ from speechlm_ext.errors import ConfigError, KMeansError, foreign_errors
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.audio import AudioJob, AudioPool, find_audio, recording_rows
 from speechlm_ext.kmeans.cli_fit import REJECTED, refuse_options, resolve_device
-from speechlm_ext.kmeans.shards import content_key
+from speechlm_ext.kmeans.shards import check_npy_size, content_key
 from speechlm_ext.kmeans.sources import FeatureSource, ShardSource, open_source
 from speechlm_ext.kmeans.unit_files import SUFFIXES, Format, deduplicated, unit_writer
 from speechlm_ext.kmeans.words import counted, speaks_options
@@ -155,6 +155,7 @@ def _read_labels(path: Path, num_rows: int) -> np.ndarray:
         labels = np.load(path, mmap_mode="r", allow_pickle=False)  # a damaged header asks for no memory then
         if labels.shape != (num_rows,) or labels.dtype != np.int32:
             raise ValueError(f"expected int32 labels [{num_rows}], got {labels.dtype} {list(labels.shape)}")
+        check_npy_size(path, labels)
         return np.array(labels)
 
 

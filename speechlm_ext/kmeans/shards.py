@@ -60,6 +60,16 @@ def why_no_npy(path: str | Path, error: Exception) -> str:
     return f"({words}); it is damaged, truncated, or not a plain .npy file: write it again with numpy.save"
 
 
+def check_npy_size(path: Path, array: np.ndarray) -> None:
+    """Refuse a mapped ``.npy`` file with more in it than its header says. Raises :class:`KMeansError`."""
+    expected, size = getattr(array, "offset", 0) + array.nbytes, path.stat().st_size
+    if size != expected:
+        raise KMeansError(
+            f"{path} has {size} bytes but its header describes {expected} of them, {array.dtype} {list(array.shape)}: "
+            "it was damaged or appended to. Write it again with one numpy.save."
+        )
+
+
 class Shard(Protocol):
     """One file of rows."""
 
@@ -121,6 +131,7 @@ class NpyShard:
                 f"feature shard {path}: expected float16, float32 or float64 [n, F], got {got}; convert it before"
                 f"{how_to_reshape(getattr(array, 'ndim', 2))}."
             )
+        check_npy_size(path, array)
         self.path = path
         self.num_rows, self.num_features = (int(n) for n in array.shape)
         self.is_double = array.itemsize == 8
