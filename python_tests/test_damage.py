@@ -146,7 +146,6 @@ KNOWN = [
     ("kmeans-assign", "parts/part-00000.parquet", write, b"PAR1"),
     ("kmeans-assign-shards", "out/a.npy", write, b""),
     ("kmeans-assign-shards", "out/a.npy", flip, 20),
-    ("tokenize", "shard-00001.parquet", flip, 30),
     ("results", "results.jsonl", lambda path: write(path, b'{"id": "r1", "alternatives": 5}\n')),
     ("results", "results.jsonl", lambda path: write(path, b'{"id": "r1", "audio": 0.5}\n')),
     ("results", "results.jsonl", lambda path: write(path, b'{"id": "r1", "id": "r2"}\n')),
@@ -271,6 +270,17 @@ def test_lengths_that_do_not_fit_the_index_are_refused(good: Callable[[str], Goo
         edit(index, "lengths", to={"size": path.stat().st_size, "sha256": sha256_file(path)})
         with pytest.raises(ShardError, match=message):
             TokenFolder.open(tmp_path / "t")
+
+
+def test_the_index_vouches_for_no_damaged_shard(good: Callable[[str], Good], tmp_path: Path) -> None:
+    """A shard that was damaged between two runs of tokenize: its ids are the same, or it is refused."""
+    found = []
+    for place in range(112, 1500, 67):
+        copy = tmp_path / str(place)
+        shutil.copytree(good("tokenize").folder, copy)
+        flip(copy / "shard-00001.parquet", place)
+        found.append(outcome(quiet(SUBJECTS["tokenize"].read), copy, good("tokenize").value))
+    assert set(found) == {"same", "refused"} and found.count("refused") > 5, found
 
 
 def test_text_tokenizers_in_memory_are_guarded() -> None:
