@@ -175,3 +175,46 @@ def settings(name: str, *words: object):
         patch.setattr(module, verb.function, lambda cfg: seen.append(cfg))
         assert main([*name.split(), *map(str, words)]) == 0
     return seen[0]
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"run_dir: [", "recipe.yaml, line 2, column 1: did not find expected node content"),
+        (b"run_dir: x\nsteps: 3\n\tlog_every: 1", "line 3, column 1: found a tab character"),
+        (b"steps: 3\nrun_dir: \xff", "line 2: not UTF-8 text"),
+        (b"", "holds nothing; expected settings"),
+        (b"- a", "holds a list; expected settings"),
+        (b"5", "holds 5; expected settings"),
+        (b"1: 2", "the name 1 is no text"),
+        (b"run_dir: x\x00y", "characters are not allowed"),
+        (b"run_dir: *missing", "line 1, column 10: found undefined alias"),
+        (b"steps: !!timestamp 2020-99-99", "month must be in 1..12"),
+        (b"run_dir: !!python/object:os.system x", "could not determine a constructor"),
+        (b"run_dir: " + b"[" * 3000, "nesting depth"),
+        (b"steps: many", "Expected a <class 'int'>. Got value: many"),
+        (b"data: {tasks: [{task: 5}]}", "Expected a <class 'str'>. Got value: 5"),
+        (b"run_dir: x\noptimizer: {lr: .nan}", "--optimizer.lr is NaN"),
+        (None, "does not exist"),
+        ("folder", "is a folder"),
+        ("loop", "does not exist"),
+    ],
+)  # fmt: skip
+def test_a_damaged_settings_file_is_refused_on_one_line(
+    data: bytes | str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    if data == "folder":
+        path.mkdir()
+    elif data == "loop":
+        path.symlink_to(path.name)
+    elif isinstance(data, bytes):
+        path.write_bytes(data)
+    for words in (["--config", str(path)], [f"--config={path}"]):
+        try:
+            code = main(["train", *words])
+        except SystemExit as stopped:
+            code = int(str(stopped.code))
+        printed = capsys.readouterr().err
+        assert code == 2 and printed.count("\n") == 1 and printed.startswith("speechlm: error: "), printed
+        assert message in printed

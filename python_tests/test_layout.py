@@ -168,8 +168,8 @@ def test_carried_modalities_are_compared() -> None:
         (lambda d: d["special"][0].__setitem__(1, 3), "does not match its own sha256"),
         (lambda d: d["streams"][1].update(delay=2), "does not match its own sha256"),
         (lambda d: d.update(version=2), "layout version 2 is not 1"),
-        (lambda d: d.pop("streams"), "not a token layout \\(KeyError"),
-        (lambda d: d.pop("sha256"), "not a token layout \\(KeyError"),
+        (lambda d: d.pop("streams"), "not a token layout: key 'streams' is missing"),
+        (lambda d: d.pop("sha256"), "not a token layout: sha256 should be"),
         (lambda d: d["intervals"][1].update(start=300), "must start at 256"),
     ],
 )

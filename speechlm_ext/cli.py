@@ -19,7 +19,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from speechlm_ext.errors import SpeechLMError
+from speechlm_ext.errors import ConfigError, SpeechLMError, foreign_errors
 from speechlm_ext.utils.console import make_output_safe
 
 #: How the help of a setting's old name begins.
@@ -120,10 +120,12 @@ def build_parser(name: str) -> Any:
     """The argument parser of one verb."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+    from speechlm_ext.config_file import OneLineErrors
+
     _use_strict_yaml()
 
-    class Parser(ArgumentParser):
-        """Reads configuration files as UTF-8 in every locale."""
+    class Parser(OneLineErrors, ArgumentParser):
+        """Reads configuration files as UTF-8 in every locale, and ends with one line where a setting cannot be used."""
 
         def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
             if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
@@ -271,9 +273,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("speechlm_ext").setLevel(logging.INFO)
     verb = VERBS[name]
     try:
+        from speechlm_ext.config_file import check_config_files, refuse_nan
+
         parser = build_parser(name)
-        values = parser.parse_args(_options(rest, _Names.of(parser)))
+        options = _options(rest, _Names.of(parser))
+        check_config_files(options)
+        hint = f"'speechlm {name} --help' explains them."
+        with foreign_errors(ConfigError, "the settings cannot be read", hint):
+            values = parser.parse_args(options)
         values.pop("config", None)
+        refuse_nan(values)
         config = getattr(importlib.import_module(verb.module), verb.config)
         settings = parser.instantiate(values)
         result = getattr(importlib.import_module(verb.module), verb.function)(config(**vars(settings)))

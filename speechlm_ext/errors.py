@@ -83,6 +83,30 @@ def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterato
         yield
     except (SpeechLMError, MemoryError, AssertionError):
         raise
-    except Exception as problem:
+    except BaseException as problem:
+        # A panic of a library in Rust (tokenizers, safetensors) is no Exception, but it is about the input.
+        if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
+            raise
         reason = next((line for line in str(problem).strip().split("\n") if line.strip()), "no message")
-        raise error(f"{where}: {reason[:300]} ({type(problem).__name__}). {hint}") from problem
+        kind = "" if type(problem) is ValueError else f" ({type(problem).__name__})"
+        raise error(f"{where}: {reason.strip()[:300].rstrip('.')}{kind}. {hint}") from problem
+
+
+@contextlib.contextmanager
+def file_errors(error: type[SpeechLMError], path: object, what: str, hint: str) -> Iterator[None]:
+    """Name a file or folder in every error of the block that makes something of its content.
+
+    Args:
+        error: the class of what is raised.
+        path: the file or folder.
+        what: what is the matter with it, e.g. ``"not a SentencePiece tokenizer"``.
+        hint: what to do about it.
+    """
+    with foreign_errors(error, f"{path}: {what}", hint):
+        try:
+            yield
+        except SpeechLMError as problem:
+            if str(path) in str(problem):
+                raise
+            words = " ".join(str(problem).split()).rstrip(".")
+            raise error(f"{path}: {what}: {words[:600]}. {hint}") from None

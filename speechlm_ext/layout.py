@@ -19,6 +19,8 @@ from typing import Any
 from speechlm_ext.errors import LayoutError, LayoutMismatchError
 from speechlm_ext.tasks import TaskTemplate, builtin_tasks
 from speechlm_ext.utils.io import atomic_write_json
+from speechlm_ext.utils.json_shape import SHA256, build, check_shape
+from speechlm_ext.utils.json_text import read_json
 
 FILE_NAME = "token_layout.json"
 VERSION = 1
@@ -338,30 +340,24 @@ class TokenLayout:
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         try:
-            data = json.loads(path.read_text("utf-8"))
-            sha256 = data.pop("sha256")
-            if data["version"] != VERSION:
-                raise LayoutError(
-                    f"{path}: layout version {data['version']} is not {VERSION}; use the release it needs."
-                )
-            layout = cls(
-                name=data["name"],
-                streams=tuple(Stream(s["name"], s["delay"], tuple(s["carries"])) for s in data["streams"]),
-                intervals=tuple(Interval(i["name"], i["start"], i["end"]) for i in data["intervals"]),
-                special=tuple((n, i) for n, i in data["special"]),
-                tokenizers=tuple((m, h) for m, h in data["tokenizers"]),
-            )
+            data = read_json(path, LayoutError, _NO_LAYOUT)
         except FileNotFoundError:
             raise LayoutError(
                 f"no {FILE_NAME} at {path}; is this a token folder, checkpoint or model folder?"
             ) from None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, LayoutError):
-                raise
-            raise LayoutError(f"{path}: not a token layout ({type(error).__name__}: {error}).") from None
+        version = data.get("version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version != VERSION:
+            raise LayoutError(f"{path}: layout version {version} is not {VERSION}; use the release it needs.")
+        try:
+            check_shape(data, dict)
+            sha256 = data.pop("sha256", None)
+            check_shape(sha256, SHA256, "sha256")
+            layout = build(cls, data)
+        except ValueError as problem:
+            raise LayoutError(f"{path}: not a token layout: {problem}; {_WAY_OUT}") from None
         if layout.sha256 != sha256:
             raise LayoutError(
-                f"{path}: content does not match its own sha256; it was edited or damaged after writing."
+                f"{path}: content does not match its own sha256; it was edited or damaged after writing, {_WAY_OUT}"
             )
         return layout
 
@@ -401,6 +397,10 @@ class TokenLayout:
                 f"{mine} has token layout {self}, but {theirs} has {other}: {difference}. Their ids mean different "
                 f"things. Tokenize again with the same tokenizers, or use the model that belongs to these tokens."
             )
+
+
+_WAY_OUT = "copy the file again from where it was written."
+_NO_LAYOUT = f"so it is not a token layout: {_WAY_OUT}"
 
 
 def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

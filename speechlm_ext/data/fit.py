@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -123,7 +124,7 @@ def get_tokenizers(
     folder = out / FOLDER
     if given is not None:
         tokenizers = TokenizerSet.load(given)
-        if folder.resolve() != Path(given).resolve():
+        if os.path.realpath(folder) != os.path.realpath(given):
             if folder.is_dir() and TokenizerSet.load(folder).fingerprints() != tokenizers.fingerprints():
                 raise LayoutMismatchError(
                     f"{out} was tokenized with other tokenizers than {given}; their ids mean different things. "

@@ -10,6 +10,7 @@ arrays per column, of 16 bits where the vocabulary allows it: about 1 MB for 10 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +22,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from speechlm_ext.errors import ShardError
+from speechlm_ext.data.shard_index import (
+    COLUMNS,
+    FORMAT,
+    HINT,
+    INDEX,
+    LENGTHS,
+    VERSION,
+    WAY_OUT,
+    check_file,
+    check_lengths,
+    index_sha256,
+    read_index,
+    shard_name,
+)
+from speechlm_ext.errors import ShardError, foreign_errors
 from speechlm_ext.layout import FILE_NAME, TokenLayout
 from speechlm_ext.utils.io import atomic_path, atomic_write_json, sha256_file
+from speechlm_ext.utils.json_shape import check_shape
+from speechlm_ext.utils.json_text import parse_json
 
-INDEX = "index.json"
-LENGTHS = "lengths.npz"
-FORMAT = "speechlm-tokens"
-VERSION = 1
-#: Stored token columns; codec_ssl content is made of two of them.
-COLUMNS = ("text_bpe", "ssl", "codec")
 _META_LAYOUT = b"speechlm.layout_sha256"
 _META_INPUTS = b"speechlm.inputs_sha256"
 _META_REJECTED = b"speechlm.rejected"
@@ -41,11 +52,6 @@ _SCHEMA = pa.schema(
     + [(c, pa.list_(pa.int32())) for c in COLUMNS]
     + [(f"{c}_len", pa.int32()) for c in COLUMNS]
 )
-
-
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"shard-{number:05d}.parquet"
 
 
 # ---- writing --------------------------------------------------------------------------------------------------
@@ -85,7 +91,7 @@ def write_shard(
     )
     table = pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 @dataclass(frozen=True)
@@ -103,13 +109,10 @@ def read_head(path: Path) -> ShardHead | None:
     try:
         meta = pq.read_metadata(path)
         keys = meta.metadata or {}
-        return ShardHead(
-            meta.num_rows,
-            keys[_META_LAYOUT].decode(),
-            keys[_META_INPUTS].decode(),
-            json.loads(keys[_META_REJECTED]),
-        )
-    except (OSError, KeyError, ValueError, pa.ArrowException):
+        rejected = parse_json(keys[_META_REJECTED])
+        check_shape(rejected, list[dict[str, Any]])
+        return ShardHead(meta.num_rows, keys[_META_LAYOUT].decode(), keys[_META_INPUTS].decode(), rejected)
+    except (OSError, LookupError, ValueError, pa.ArrowException):
         return None
 
 
@@ -135,13 +138,15 @@ def write_index(
                 f"{path} is missing, damaged, or of another layout than {layout}; run `speechlm tokenize` again, it "
                 "writes the shards that are not there."
             )
-        table = pq.read_table(path, columns=[*names, *(f"{c}_len" for c in COLUMNS)])
-        for key, known in names.items():
-            values = table[key].to_pylist()
-            ids = [-1 if v is None else known.setdefault(v, len(known)) for v in values]
-            parts.setdefault(key, []).append(np.array(ids, np.int32))
-        for column in COLUMNS:
-            parts.setdefault(column, []).append(table[f"{column}_len"].to_numpy().astype(np.int32))
+        with foreign_errors(ShardError, f"{path} is damaged", "Delete it and run `speechlm tokenize` again."):
+            # All columns, for the pages' checksums: the index would else vouch for what was damaged before it.
+            table = pq.read_table(path, page_checksum_verification=True)
+            for key, known in names.items():
+                values = table[key].to_pylist()
+                ids = [-1 if v is None else known.setdefault(v, len(known)) for v in values]
+                parts.setdefault(key, []).append(np.array(ids, np.int32))
+            for column in COLUMNS:
+                parts.setdefault(column, []).append(table[f"{column}_len"].to_numpy().astype(np.int32))
         parts.setdefault("shard", []).append(np.full(head.rows, number, np.int32))
         parts.setdefault("row", []).append(np.arange(head.rows, dtype=np.int32))
         shards.append(
@@ -162,7 +167,7 @@ def write_index(
         "names": {key: list(known) for key, known in names.items()},
         **(extra or {}),
     }
-    atomic_write_json(folder / INDEX, index)
+    atomic_write_json(folder / INDEX, {**index, "sha256": index_sha256(index)})
     return len(arrays["row"])
 
 
@@ -170,13 +175,17 @@ def write_index(
 class _Shard:
     """One shard in memory: per token column the ids of all rows on end and where each row begins."""
 
-    def __init__(self, path: Path, rows: int) -> None:
-        try:
-            table = pq.read_table(path, memory_map=True)
-        except (OSError, pa.ArrowException) as error:
-            raise ShardError(f"shard {path} cannot be read ({error}); {_WAY_OUT}") from None
+    def __init__(self, path: Path, rows: int, sha256: str) -> None:
+        with foreign_errors(ShardError, f"shard {path} cannot be read", HINT):
+            data = path.read_bytes()
+            # Before the decoder sees them: damaged bytes may decode to other ids without a word.
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise ShardError(f"{path}: content does not match the sha256 in {INDEX}; {WAY_OUT}")
+            self._read(pq.read_table(pa.BufferReader(data)), path, rows)
+
+    def _read(self, table: pa.Table, path: Path, rows: int) -> None:
         if table.num_rows != rows:
-            raise ShardError(f"shard {path} has {table.num_rows} rows, its index says {rows}; {_WAY_OUT}")
+            raise ShardError(f"shard {path} has {table.num_rows} rows, its index says {rows}; {WAY_OUT}")
         self.plain = {
             n: table[n].combine_chunks() for n in ("id", "dataset", "speaker", "lang", "text", "duration")
         }
@@ -191,12 +200,6 @@ class _Shard:
                 flat.astype(np.uint16) if small else flat.copy(),
                 column.offsets.to_numpy().copy(),
             )
-
-
-_WAY_OUT = (
-    "it is truncated, damaged or was replaced. Copy the folder again, or delete the shard and index.json and run "
-    "`speechlm tokenize` again: it makes only what is missing."
-)
 
 
 class TokenFolder:
@@ -228,7 +231,8 @@ class TokenFolder:
         """Open and check a folder: index, layout, each shard's size and layout hash.
 
         Args:
-            verify: also read every byte and compare each shard's sha256.
+            verify: also read every shard and compare its sha256 now; otherwise that is done when it is first asked
+                for.
 
         Raises:
             ShardError: not a finished token folder, or a file in it is missing, truncated or of another layout.
@@ -240,42 +244,31 @@ class TokenFolder:
             if not any(path.glob("shard-*.parquet")):
                 what = "is not a token folder; give the `out` folder of `speechlm tokenize`"
             raise ShardError(f"{path} has no {INDEX}: it {what}.")
-        try:
-            index = json.loads((path / INDEX).read_text("utf-8"))
-            if index["format"] != FORMAT or index["version"] != VERSION:
-                raise ShardError(
-                    f"{path / INDEX} is {index['format']} version {index['version']}; this release reads {FORMAT} "
-                    f"version {VERSION}. Use the release that wrote it, or tokenize again."
-                )
-            shards, names, frames = index["shards"], index["names"], index["lengths"]
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ShardError):
-                raise
-            raise ShardError(
-                f"{path / INDEX} is damaged ({type(error).__name__}: {error}); {_WAY_OUT}"
-            ) from None
+        index = read_index(path / INDEX)
+        shards, names = index["shards"], index["names"]
         layout = TokenLayout.load(path)
         if layout.sha256 != index["layout_sha256"]:
             raise ShardError(
                 f"{path}: the index was made for layout {index['layout_sha256'][:8]} but {FILE_NAME} holds {layout}; "
                 "files of two folders were mixed. Tokenize again into an empty folder."
             )
-        _check_file(path / LENGTHS, frames, verify)
+        check_file(path / LENGTHS, index["lengths"], verify=True)
         for shard in shards:
-            _check_file(path / shard["name"], shard, verify)
+            check_file(path / shard["name"], shard, verify)
             head = read_head(path / shard["name"])
             if head is None:
-                raise ShardError(f"shard {path / shard['name']} cannot be read; {_WAY_OUT}")
+                raise ShardError(f"shard {path / shard['name']} cannot be read; {WAY_OUT}")
             if head.layout_sha256 != layout.sha256:
                 raise ShardError(
                     f"shard {path / shard['name']} was written with layout {head.layout_sha256[:8]} but the folder has "
                     f"{layout}; their ids mean different things. Tokenize again into an empty folder."
                 )
-        try:
+        with foreign_errors(ShardError, f"{path / LENGTHS} is damaged", HINT):
             with np.load(path / LENGTHS, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in (*COLUMNS, *names, "shard", "row")}
-        except (OSError, KeyError, ValueError) as error:
-            raise ShardError(f"{path / LENGTHS} is damaged ({error}); {_WAY_OUT}") from None
+            check_lengths(arrays, index)
+        if index.get("sha256", index_sha256(index)) != index_sha256(index):  # older folders have none
+            raise ShardError(f"{path / INDEX}: content does not match its own sha256; {WAY_OUT}")
         return cls(path, layout, index, arrays)
 
     def __len__(self) -> int:
@@ -311,7 +304,7 @@ class TokenFolder:
             if ids.size != length * width:
                 raise ShardError(
                     f"{self.path}: utterance {out['id']!r} has {ids.size} {name} ids, expected {length * width}; "
-                    f"{_WAY_OUT}"
+                    f"{WAY_OUT}"
                 )
             out[name] = ids.astype(np.int32).reshape(length, width) if length else None
         return out
@@ -320,18 +313,8 @@ class TokenFolder:
         shard = self._loaded.get(number)
         if shard is None:
             entry = self.index["shards"][number]
-            shard = self._loaded[number] = _Shard(self.path / entry["name"], entry["rows"])
+            shard = self._loaded[number] = _Shard(self.path / entry["name"], entry["rows"], entry["sha256"])
         return shard
-
-
-def _check_file(path: Path, entry: Mapping[str, Any], verify: bool) -> None:
-    if not path.is_file():
-        raise ShardError(f"{path} is missing, though {INDEX} names it; {_WAY_OUT}")
-    size = path.stat().st_size
-    if size != entry["size"]:
-        raise ShardError(f"{path} has {size} bytes, its index says {entry['size']}; {_WAY_OUT}")
-    if verify and sha256_file(path) != entry["sha256"]:
-        raise ShardError(f"{path}: content does not match the sha256 in {INDEX}; {_WAY_OUT}")
 
 
 class TokenCorpus:

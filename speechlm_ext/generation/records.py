@@ -26,7 +26,8 @@ from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.request import RECORDINGS, GenerationRequest, GenerationResult
 from speechlm_ext.generation.request_file import RefusedRequest
 from speechlm_ext.utils.io import atomic_write_text, sha256_file, storage_error
-from speechlm_ext.utils.json_text import json_line, json_problem, parse_json, split_lines
+from speechlm_ext.utils.json_shape import check_shape
+from speechlm_ext.utils.json_text import json_line, parse_json, split_lines
 from speechlm_ext.utils.names import file_name
 
 RESULTS = "results.jsonl"
@@ -231,6 +232,11 @@ def _rounded(logprobs_TC: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(x) else round(float(x), 5) for x in row] for row in logprobs_TC]
 
 
+_OUTCOME = {"finished?": str, "audio?": str | None, "...": Any}
+#: What this module relies on in a record.
+_RECORD = {**_OUTCOME, "id": str, "fingerprint?": str | None, "alternatives?": [_OUTCOME]}
+
+
 def _take(lock: int, folder: Path) -> None:
     import fcntl
 
@@ -255,10 +261,10 @@ def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:
     for number, line in split_lines(data):
         try:
             record = parse_json(line, allow_nan=True)
+            check_shape(record, _RECORD)
             records[record["id"]] = record
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f" ({json_problem(error)})" if isinstance(error, ValueError) else ""
+        except ValueError as problem:
             raise GenerationError(
-                f"{path}, line {number}: not a generation record{reason}; choose another folder or remove the file."
+                f"{path}, line {number}: not a generation record: {problem}; choose another folder or remove the file."
             ) from None
     return records

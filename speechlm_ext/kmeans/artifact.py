@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from speechlm_ext.errors import KMeansError
+from speechlm_ext.errors import KMeansError, foreign_errors
 from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.io import atomic_write_bytes, atomic_write_json
+from speechlm_ext.utils.json_shape import SHA256, SIZE, check_shape
+from speechlm_ext.utils.json_text import read_json
 
 if TYPE_CHECKING:
     from speechlm_ext.kmeans.estimator import KMeans
@@ -77,18 +78,18 @@ def read(folder: str | Path, cls: type[KMeans]) -> KMeans:
     folder = Path(folder)
     record = read_record(folder)
     path = folder / ARRAYS_NAME
-    try:
+    with foreign_errors(
+        KMeansError, f"{path} cannot be read as K-Means centroids", "Copy the whole folder again."
+    ):
         tensors = load_tensors(path.read_bytes())
         centers, counts = tensors["cluster_centers"], tensors["counts"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise KMeansError(f"{path} cannot be read ({error}); copy the whole folder again.") from None
+        computed = _fingerprint({"cluster_centers": centers, "counts": counts}, record["features"])
     expected = (record["n_clusters"], record["n_features"])
     if tuple(centers.shape) != expected or tuple(counts.shape) != expected[:1]:
         raise KMeansError(
             f"{path}: expected centroids {list(expected)} and counts [{expected[0]}] by its {JSON_NAME}, got "
             f"{list(centers.shape)} and {list(counts.shape)}; copy the whole folder again."
         )
-    computed = _fingerprint({"cluster_centers": centers, "counts": counts}, record["features"])
     if computed != record["sha256"]:
         raise KMeansError(
             f"{folder}: content does not match its own sha256 ({computed[:12]}… against {record['sha256'][:12]}…); it "
@@ -98,14 +99,15 @@ def read(folder: str | Path, cls: type[KMeans]) -> KMeans:
         raise KMeansError(f"{path}: centroids must be finite and counts 0 or more; fit again.")
     try:
         settings = dict(record["settings"])
-        if settings["init"].startswith("array "):
+        if str(settings["init"]).startswith("array "):
             settings["init"] = centers  # the array itself is not kept; its hash is in the record
-        model = cls(**settings)
+        with foreign_errors(KMeansError, "settings", "Expected are those of KMeans."):
+            model = cls(**settings)
         names = ("n_rows", "n_dropped", "n_iter", "n_steps", "inertia", "inertia_history")
         model._adopt(centers, counts, **{name: record[name] for name in names})
-    except (KeyError, TypeError, AttributeError, KMeansError) as error:
+    except (KeyError, KMeansError) as error:
         raise KMeansError(
-            f"{folder / JSON_NAME}: not a K-Means description ({error}); save it again."
+            f"{folder / JSON_NAME}: not a K-Means description ({str(error)[:300]}); save it again."
         ) from None
     model.features_ = record["features"]
     return model
@@ -115,18 +117,39 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """``kmeans.json``, checked. Raises :class:`KMeansError`."""
     path = Path(folder) / JSON_NAME
     try:
-        record = json.loads(path.read_text("utf-8"))
-        if record.get("format") != FORMAT or {"n_clusters", "n_features", "features", "sha256"} - set(record):
-            raise ValueError("a field is missing")
+        record = read_json(path, KMeansError, f"so it is not a K-Means description: {_WAY_OUT}")
     except FileNotFoundError:
         raise KMeansError(f"no {JSON_NAME} in {folder}; is this the folder of a fitted K-Means?") from None
-    except (ValueError, AttributeError) as error:
-        raise KMeansError(f"{path} is not a K-Means description ({error}); save it again.") from None
-    if record.get("version") != VERSION:
+    try:
+        check_shape(record, dict)
+        check_shape(record.get("format"), Literal["speechlm-kmeans"], "format")
+        check_shape(record.get("version"), int, "version")
+        if record["version"] == VERSION:
+            check_shape(record, _SHAPE)
+    except ValueError as problem:
+        raise KMeansError(f"{path} is not a K-Means description ({problem}); {_WAY_OUT}") from None
+    if record["version"] != VERSION:
         raise KMeansError(
-            f"{path}: version {record.get('version')} is not {VERSION}; use the release that wrote it."
+            f"{path}: version {record['version']} is not {VERSION}; use the release that wrote it."
         )
     return record
+
+
+_WAY_OUT = "save it again, or copy the whole folder again."
+#: What ``kmeans.json`` holds.
+_SHAPE = {
+    "format": str,
+    "version": int,
+    "n_clusters": SIZE,
+    "n_features": SIZE,
+    "dtype": str,
+    "features": Any,
+    "settings": dict,
+    **{name: SIZE for name in ("n_rows", "n_dropped", "n_iter", "n_steps")},
+    "inertia": float | None,
+    "inertia_history": list[float],
+    "sha256": SHA256,
+}
 
 
 def _tensors(model: KMeans) -> dict[str, Tensor]:

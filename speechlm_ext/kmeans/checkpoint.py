@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from speechlm_ext.errors import CheckpointError, KMeansError
+from speechlm_ext.errors import CheckpointError, KMeansError, foreign_errors
 from speechlm_ext.kmeans.ranks import Ranks
 from speechlm_ext.kmeans.state import State
 from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.io import atomic_write_bytes, atomic_write_json
+from speechlm_ext.utils.json_shape import SHA256, check_shape
+from speechlm_ext.utils.json_text import parse_json
 
 STATE_NAME = "kmeans_state.json"
 VERSION = 1
@@ -61,7 +62,8 @@ class Checkpoint:
         head, blob = self.ranks.gather_bytes(head)[0], self.ranks.gather_bytes(blob)[0]
         if not head:
             return None
-        return State.from_disk(load_tensors(blob), json.loads(head)["state"], device, str(self.folder))
+        with foreign_errors(CheckpointError, f"checkpoint {self.folder} cannot be used", _WAY_OUT):
+            return State.from_disk(load_tensors(blob), parse_json(head)["state"], device, str(self.folder))
 
     def _read(self) -> tuple[bytes, bytes]:
         path = self.folder / STATE_NAME
@@ -74,10 +76,10 @@ class Checkpoint:
                     "beginning, or choose another."
                 )
             return b"", b""
-        way_out = "it is damaged: delete the folder to start from the beginning, or restore it"
-        try:
+        with foreign_errors(CheckpointError, f"checkpoint {path} cannot be used as it is", _WAY_OUT):
             head = path.read_bytes()
-            record = json.loads(head)
+            record = parse_json(head)
+            check_shape(record, _SHAPE)
             if record["version"] != VERSION:
                 raise CheckpointError(
                     f"{path}: version {record['version']} is not {VERSION}; use the release that wrote it."
@@ -87,10 +89,6 @@ class Checkpoint:
             if hashlib.sha256(blob + _state_bytes(state)).hexdigest() != record["sha256"]:
                 raise ValueError("content does not match its sha256")
             load_tensors(blob)
-        except CheckpointError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"checkpoint {path} cannot be used ({error}); {way_out}.") from None
         self._compare(found)
         return head, blob
 
@@ -140,6 +138,10 @@ class Checkpoint:
             if old.name != name:
                 with contextlib.suppress(OSError):
                     old.unlink()
+
+
+_WAY_OUT = "It is damaged: delete the folder to start from the beginning, or restore it."
+_SHAPE = {"version": int, "tensors": str, "sha256": SHA256, "settings": dict, "data": dict, "state": dict}
 
 
 def _state_bytes(state: Mapping[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ are missing.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,17 +23,19 @@ from tqdm import tqdm
 
 from speechlm_ext.audio import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
-from speechlm_ext.errors import ConfigError, KMeansError
+from speechlm_ext.errors import ConfigError, KMeansError, foreign_errors
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.audio import AudioJob, AudioPool, find_audio, recording_rows
 from speechlm_ext.kmeans.cli_fit import REJECTED, refuse_options, resolve_device
-from speechlm_ext.kmeans.shards import content_key
+from speechlm_ext.kmeans.shards import check_npy_size, content_key
 from speechlm_ext.kmeans.sources import FeatureSource, ShardSource, open_source
 from speechlm_ext.kmeans.unit_files import SUFFIXES, Format, deduplicated, unit_writer
 from speechlm_ext.kmeans.words import counted, speaks_options
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.encoder_kmeans import EncoderKMeans
 from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text, sha256_file
+from speechlm_ext.utils.json_shape import SHA256, check_shape, read_shaped
+from speechlm_ext.utils.json_text import parse_json
 from speechlm_ext.utils.options import take_old_name
 
 PARTS = "parts"
@@ -118,7 +121,7 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
     targets = {path: out / f"{path.stem}.npy" for path in paths}
     # Without case, which some file systems do not count.
     if len({str(t).lower() for t in targets.values()}) < len(targets) or any(
-        p.resolve() == t.resolve() for p, t in targets.items()
+        os.path.realpath(p) == os.path.realpath(t) for p, t in targets.items()
     ):
         raise ConfigError(
             f"two shards have one name, or {out} is the folder of the features; labels would overwrite something. "
@@ -136,8 +139,9 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
             with atomic_path(targets[path]) as temporary:
                 np.save(temporary, labels)
     num_bad, num_rows = 0, 0
+    num_rows_of = {shard.path: shard.num_rows for shard in source.shards}
     for path in paths:
-        labels = np.load(targets[path], allow_pickle=False)
+        labels = _read_labels(targets[path], num_rows_of[path])
         num_bad, num_rows = num_bad + int((labels < 0).sum()), num_rows + len(labels)
         _write_lines(path.with_suffix(".len"), labels, targets[path].with_suffix(".km"))
     kept = len(paths) - len(todo)
@@ -156,6 +160,16 @@ def _labels(source: FeatureSource, index: CentroidIndex, device: str, bar: Any) 
         yield torch.as_tensor(labels).cpu().numpy().astype(np.int32)
 
 
+def _read_labels(path: Path, num_rows: int) -> np.ndarray:
+    """The labels of a shard, int32 ``[num_rows]``, of this run or an earlier one. Raises :class:`KMeansError`."""
+    with foreign_errors(KMeansError, f"{path} is damaged", "Delete it and run the same command again."):
+        labels = np.load(path, mmap_mode="r", allow_pickle=False)  # a damaged header asks for no memory then
+        if labels.shape != (num_rows,) or labels.dtype != np.int32:
+            raise ValueError(f"expected int32 labels [{num_rows}], got {labels.dtype} {list(labels.shape)}")
+        check_npy_size(path, labels)
+        return np.array(labels)
+
+
 def _write_lines(lengths: Path, labels: np.ndarray, target: Path) -> None:
     """Beside ``STEM.npy`` fairseq keeps ``STEM.len``, the frames of each recording: then write its ``.km`` too.
 
@@ -166,7 +180,7 @@ def _write_lines(lengths: Path, labels: np.ndarray, target: Path) -> None:
         return
     try:
         counts = [int(line) for line in lengths.read_text("utf-8").split()]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise KMeansError(
             f"{lengths} should hold a number of frames in each line ({error}); write it again."
         ) from None
@@ -232,7 +246,20 @@ def _write_part(path: Path, found: Sequence[tuple[Utterance, np.ndarray | Reject
         columns["units"].append(None if is_bad else labels)
         columns["rejected"].append(json.dumps(asdict(labels)) if isinstance(labels, Rejected) else None)
     with atomic_path(path) as temporary:
-        pq.write_table(pa.table(columns, schema=_SCHEMA), temporary)
+        pq.write_table(pa.table(columns, schema=_SCHEMA), temporary, write_page_checksum=True)
+
+
+def _read_part(path: Path) -> list[tuple[str, list[int] | None, str | None]]:
+    """``(id, units, rejected as JSON)`` of each recording of a part. Raises :class:`KMeansError`."""
+    with foreign_errors(KMeansError, f"{path} is damaged", "Delete it and run the same command again."):
+        table = pq.read_table(path, schema=_SCHEMA, page_checksum_verification=True)
+        rows = list(zip(*(table[name].to_pylist() for name in _SCHEMA.names), strict=True))
+        for name, units, rejected in rows:
+            if rejected is not None:
+                check_shape(parse_json(rejected), Rejected)
+            elif units is None or None in units or name is None:
+                raise ValueError(f"recording {name!r} has no units")
+        return rows
 
 
 def _join(cfg: AssignConfig, out: Path, target: Path, parts: Sequence[Path]) -> int:
@@ -242,8 +269,7 @@ def _join(cfg: AssignConfig, out: Path, target: Path, parts: Sequence[Path]) -> 
     with atomic_path(target) as temporary:
         with unit_writer(cfg.format, temporary) as write:
             for part in parts:
-                table = pq.read_table(part)
-                for name, units, bad in zip(*(table[c].to_pylist() for c in _SCHEMA.names), strict=True):
+                for name, units, bad in _read_part(part):
                     if bad is not None:
                         rejected.append(bad)
                         continue
@@ -287,11 +313,9 @@ def _claim(cfg: AssignConfig, out: Path, inputs: list[Any], written: Sequence[Pa
     }
     path = out / RECORD
     if path.is_file():
-        try:
-            found = json.loads(path.read_text("utf-8"))
-            different = [name for name in record if found[name] != record[name]]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is damaged; choose another output_dir, or delete {out}.") from None
+        shape = {"kmeans": SHA256, "format": str, "deduplicate": bool, "inputs": list}
+        found = read_shaped(path, shape, ConfigError, f"choose another output_dir, or delete {out}.")
+        different = [name for name in record if found[name] != record[name]]
         if different:
             raise ConfigError(
                 f"{out} holds labels of another command: its {different[0]} differs. Choose another output_dir, or "

@@ -29,8 +29,9 @@ from speechlm_ext.kmeans.sampling import sample_size, sampled_rows, write_sample
 from speechlm_ext.kmeans.sources import FeatureSource, open_source
 from speechlm_ext.kmeans.words import counted, speaks_options
 from speechlm_ext.tokenizers.encoders import EncoderSpec, FeatureEncoder, build_encoder
-from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text
-from speechlm_ext.utils.json_text import json_line, parse_json
+from speechlm_ext.utils.io import atomic_path, atomic_write_json, atomic_write_text, sha256_file
+from speechlm_ext.utils.json_shape import SHA256, read_shaped
+from speechlm_ext.utils.json_text import json_line
 from speechlm_ext.utils.options import take_old_name
 
 REJECTED = "rejected.jsonl"
@@ -220,7 +221,18 @@ def _from_audio(
         share = min(share, cfg.max_frames / estimated_frames(utterances, encoder.frame_rate))
     size = _RECORDINGS_PER_SHARD
     groups = [utterances[i : i + size] for i in range(0, len(utterances), size)]
-    todo = [n for n in range(len(groups)) if not (folder / f"done-{n:05d}.json").is_file()]
+    todo = []
+    for n in range(len(groups)):
+        done, shard = folder / f"done-{n:05d}.json", folder / f"shard-{n:05d}.npy"
+        if not done.is_file():
+            todo.append(n)
+        elif (sha256 := _read_done(done).get("sha256")) is not None and (
+            not shard.is_file() or sha256_file(shard) != sha256
+        ):
+            raise KMeansError(
+                f"{shard} is missing or damaged: it is not what {done.name} was written for. Delete {done.name} and "
+                "run the same command again, which makes both."
+            )
     total = sum(len(groups[n]) for n in todo)
     job = AudioJob(encoder.spec, device=device, resample=cfg.resample, skip_bad=cfg.skip_bad)
     with (
@@ -239,16 +251,16 @@ def _from_audio(
                 count = math.floor(share * num_seen) - math.floor(share * before)
                 rows = sampled_rows(len(found), count, cfg.seed, purpose=f"sample/{utterance.id}")
                 parts.append(found[rows])
+            sha256 = None
             if any(len(part) for part in parts):
-                with atomic_path(folder / f"shard-{number:05d}.npy") as temporary:
+                shard = folder / f"shard-{number:05d}.npy"
+                with atomic_path(shard) as temporary:
                     np.save(temporary, np.concatenate(parts))
+                sha256 = sha256_file(shard)
             # Written last: the shard before it is whole.
-            atomic_write_json(folder / f"done-{number:05d}.json", {"rejected": rejected})
-    bad = [
-        row
-        for n in range(len(groups))
-        for row in parse_json((folder / f"done-{n:05d}.json").read_bytes())["rejected"]
-    ]
+            record = {"rejected": rejected, "sha256": sha256}
+            atomic_write_json(folder / f"done-{number:05d}.json", record)
+    bad = [row for n in range(len(groups)) for row in _read_done(folder / f"done-{n:05d}.json")["rejected"]]
     if bad and not cfg.skip_bad:
         raise KMeansError(
             f"{counted(len(bad), 'recording')} left out under --skip_bad before, the first: {bad[0]['reason']} Give "
@@ -265,6 +277,12 @@ def _from_audio(
             "larger --share or --max_frames, and another output_dir."
         )
     return open_source(folder)
+
+
+def _read_done(path: Path) -> dict[str, Any]:
+    """What is kept of a shard that is done: its bad recordings, and its sha256 unless it has no rows."""
+    shape = {"rejected": list[Rejected], "sha256?": SHA256 | None}
+    return read_shaped(path, shape, KMeansError, "delete it and run the same command again.")
 
 
 def _report(kmeans: KMeans, out: Path) -> None:

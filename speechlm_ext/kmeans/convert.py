@@ -69,7 +69,7 @@ def from_npy(path: str | Path, *, features: Mapping[str, Any] | None = None) -> 
     """Centroids from a ``.npy`` file ``[K, F]``; nothing is unpickled. Raises :class:`KMeansError`."""
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header is evaluated as Python, and raises anything
         raise KMeansError(
             f"centroids {path} cannot be read {why_no_npy(path, error)}. Expected is what "
             "numpy.save('centroids.npy', model.cluster_centers_) writes."

@@ -15,6 +15,7 @@ from speechlm_ext.kmeans.audio import recording_rows
 from speechlm_ext.kmeans.shards import content_key
 from speechlm_ext.kmeans.sources import FeatureSource, ShardSource
 from speechlm_ext.utils.io import atomic_write_json
+from speechlm_ext.utils.json_shape import read_shaped
 
 if TYPE_CHECKING:
     from speechlm_ext.kmeans.cli_fit import FitConfig
@@ -50,11 +51,11 @@ def claim(out: Path, record: dict[str, Any]) -> None:
     """Take the folder for this fit, or find that it is this fit's already. Raises :class:`ConfigError`."""
     path = out / RECORD
     if path.is_file():
-        try:
-            found = _plain_paths(json.loads(path.read_text("utf-8"))["settings"])
-            names = sorted(set(found) | set(record))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is damaged; choose another output_dir, or delete {out}.") from None
+        way_out = f"choose another output_dir, or delete {out}."
+        paths = str | list[str] | None
+        shape = {"settings": {"audio?": paths, "features?": paths, "...": Any}}
+        found = _plain_paths(read_shaped(path, shape, ConfigError, way_out)["settings"])
+        names = sorted(set(found) | set(record))
         is_begun = (out / CHECKPOINT).exists() or (out / "kmeans.json").is_file()
         has_features = (out / FEATURES).exists()
         for name in names:
@@ -67,7 +68,7 @@ def claim(out: Path, record: dict[str, Any]) -> None:
                     f"Choose another output_dir or delete {out} to fit what is there now, or put the files back."
                 )
             raise ConfigError(
-                f"{out} holds a fit with {name} {found.get(name)!r}, not {record.get(name)!r}. Choose another "
+                f"{out} holds a fit with {name} {repr(found.get(name))[:80]}, not {record.get(name)!r}. Choose another "
                 "output_dir, or give the same settings to go on with it."
             )
     else:

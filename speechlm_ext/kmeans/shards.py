@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from speechlm_ext.errors import KMeansError
+from speechlm_ext.errors import KMeansError, foreign_errors
 
 SUFFIXES = (".npy", ".parquet")
+_WAY_OUT = "It is damaged or truncated: write it again."
 _PIECES, _PIECE_BYTES = 64, 4096
 
 
@@ -57,6 +58,16 @@ def why_no_npy(path: str | Path, error: Exception) -> str:
             )
         words = "it does not begin as one"
     return f"({words}); it is damaged, truncated, or not a plain .npy file: write it again with numpy.save"
+
+
+def check_npy_size(path: Path, array: np.ndarray) -> None:
+    """Refuse a mapped ``.npy`` file with more in it than its header says. Raises :class:`KMeansError`."""
+    expected, size = getattr(array, "offset", 0) + array.nbytes, path.stat().st_size
+    if size != expected:
+        raise KMeansError(
+            f"{path} has {size} bytes but its header describes {expected} of them, {array.dtype} {list(array.shape)}: "
+            "it was damaged or appended to. Write it again with one numpy.save."
+        )
 
 
 class Shard(Protocol):
@@ -107,7 +118,7 @@ class NpyShard:
     def __init__(self, path: Path) -> None:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged header is evaluated as Python, and raises anything
             raise KMeansError(f"feature shard {path} cannot be read {why_no_npy(path, error)}.") from None
         if (
             not isinstance(array, np.ndarray)
@@ -120,6 +131,7 @@ class NpyShard:
                 f"feature shard {path}: expected float16, float32 or float64 [n, F], got {got}; convert it before"
                 f"{how_to_reshape(getattr(array, 'ndim', 2))}."
             )
+        check_npy_size(path, array)
         self.path = path
         self.num_rows, self.num_features = (int(n) for n in array.shape)
         self.is_double = array.itemsize == 8
@@ -143,13 +155,9 @@ class ParquetShard:
     """
 
     def __init__(self, path: Path, column: str) -> None:
-        try:
+        with foreign_errors(KMeansError, f"feature shard {path} cannot be read", _WAY_OUT):
             file = pq.ParquetFile(path)
             schema = file.schema_arrow
-        except (OSError, pa.ArrowException) as error:
-            raise KMeansError(
-                f"feature shard {path} cannot be read ({error}); it is damaged or truncated: write it again."
-            ) from None
         if column not in schema.names:
             raise KMeansError(
                 f"feature shard {path} has no column {column!r}, only {', '.join(schema.names)}; say which holds the "
@@ -193,7 +201,7 @@ class ParquetShard:
     def _lists(self, start: int, stop: int, max_rows: int) -> Iterator[Any]:
         """Arrow list arrays of rows ``[start, stop)``, at most ``max_rows`` long."""
         # A file of its own for each walk: readers are not shared between walks that are under way.
-        try:
+        with foreign_errors(KMeansError, f"feature shard {self.path} cannot be read", _WAY_OUT):
             file = pq.ParquetFile(self.path)
             for group in range(len(self._starts) - 1):
                 begin, end = self._starts[group], self._starts[group + 1]
@@ -207,7 +215,3 @@ class ParquetShard:
                     at += len(batch)
                     if at >= stop:
                         break
-        except (OSError, pa.ArrowException) as error:
-            raise KMeansError(
-                f"feature shard {self.path} cannot be read ({error}); it is damaged or truncated: write it again."
-            ) from None

@@ -10,7 +10,6 @@ Axes: N packed positions, B slots, D hidden.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from speechlm_ext.errors import CheckpointError, ConfigError
+from speechlm_ext.errors import CheckpointError, ConfigError, foreign_errors
 from speechlm_ext.model.attention import NAME as ATTENTION
 from speechlm_ext.model.attention import Packing, attending, choose_attention
 from speechlm_ext.model.kv_cache import KVCache
@@ -64,11 +63,14 @@ def backbone_settings(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none.
     """
-    with contextlib.suppress(OSError, ValueError):
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(
+            f"backbone {folder}: no transformers configuration there; expected a folder with config.json."
+        )
+    with foreign_errors(
+        CheckpointError, f"backbone {folder}: its config.json cannot be used", "Copy the folder again."
+    ):
         return AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    raise CheckpointError(
-        f"backbone {folder}: no transformers configuration there; expected a folder with config.json."
-    )
 
 
 def make_config(settings: dict[str, Any]) -> PretrainedConfig:
@@ -87,7 +89,7 @@ def make_config(settings: dict[str, Any]) -> PretrainedConfig:
     except Exception as error:  # each class of transformers checks in its own way
         raise ConfigError(
             f"the backbone's configuration does not make a transformers causal LM "
-            f"({type(error).__name__}: {str(error).strip()[:300]}). Give model_type and its settings, e.g. "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). Give model_type and its settings, e.g. "
             "model_type: llama."
         ) from None
     config.use_cache = False
@@ -125,7 +127,7 @@ def build_body(config: PretrainedConfig, vocab_size: int) -> nn.Module:
     except Exception as error:
         raise BackboneError(
             f"model type {config.model_type!r} cannot be a backbone: its body cannot be made with packed attention "
-            f"({type(error).__name__}: {str(error).strip()[:300]})."
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})."
         ) from None
     return body
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from speechlm_ext.errors import CheckpointError, ConfigError
-from speechlm_ext.tasks import Entry, TaskTemplate
+from speechlm_ext.tasks import TaskTemplate, check_tasks
+from speechlm_ext.utils.json_shape import build, check_shape
+from speechlm_ext.utils.json_text import read_json
+from speechlm_ext.utils.transformers_config import check_num_layers
 
 CONFIG_NAME = "config.json"
 MODEL_TYPE = "speechlm"
@@ -103,6 +105,7 @@ class ModelConfig:
             raise ConfigError(f"heads must be 'shared' or 'separate', got {self.heads!r}.")
         if self.frame_transformer is not None:
             self.frame_transformer.check()
+        check_tasks(self.tasks)
         if self.heads == "separate" and self.tie_head:
             raise ConfigError(
                 "tie_head needs heads 'shared': separate heads have other rows than the embedding."
@@ -125,36 +128,33 @@ class ModelConfig:
                 f"{folder} is not a model folder: it has no {CONFIG_NAME}. Expected a checkpoint such as "
                 f"runs/NAME/checkpoints/latest, or an export of save_pretrained."
             )
+        data = read_json(path, CheckpointError, _WAY_OUT)
+        if not isinstance(data, dict) or data.pop("model_type", None) != MODEL_TYPE:
+            raise CheckpointError(f"{path}: model_type is not {MODEL_TYPE!r}; this is another kind of model.")
+        data = {**_OLDER, **data}
         try:
-            data = json.loads(path.read_text("utf-8"))
-            if data.pop("model_type", None) != MODEL_TYPE:
-                raise CheckpointError(
-                    f"{path}: model_type is not {MODEL_TYPE!r}; this is another kind of model."
-                )
-            tasks = tuple(
-                TaskTemplate(
-                    t["name"],
-                    t["id"],
-                    t["kind"],
-                    tuple(Entry(**e) for e in t["conditions"]),
-                    tuple(Entry(**e) for e in t["targets"]),
-                )
-                for t in data["tasks"]
-            )
-            frame = data.get("frame_transformer")  # older files have none
-            return cls(
-                data["backbone"],
-                tasks,
-                LossSettings(**data["loss"]),
-                data["tie_head"],
-                data["heads"],
-                None if frame is None else FrameTransformerConfig(**frame),
-                data.get("verify_backbone", True),
-                data.get("revision", 1),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+            _require_all(data, cls)
+            for name, part in (("loss", LossSettings), ("frame_transformer", FrameTransformerConfig)):
+                if data[name] is not None:
+                    check_shape(data[name], dict, name)
+                    _require_all(data[name], part, f"{name}.")
+            check_shape(data["backbone"], dict, "backbone")
+            check_shape(data["backbone"].get("model_type"), str, "backbone.model_type")
+            check_num_layers(data["backbone"])
+            return build(cls, data)
+        except ValueError as problem:
             raise CheckpointError(
-                f"{path}: not a SpeechLM config ({type(error).__name__}: {error})."
+                f"{path}: not a SpeechLM config: {str(problem).rstrip('.')}. {_WAY_OUT}"
             ) from None
+
+
+_WAY_OUT = "Copy the folder again, or use another checkpoint."
+#: Values for the keys that ``config.json`` of older releases lacks.
+_OLDER: dict[str, Any] = {"frame_transformer": None, "verify_backbone": True, "revision": 1}
+
+
+def _require_all(data: dict[str, Any], kind: type, where: str = "") -> None:
+    """Every setting must be in the file: a default in place of a lost one would make another model."""
+    for one in fields(kind):
+        if one.name not in data:
+            raise ValueError(f"key {where + one.name!r} is missing")

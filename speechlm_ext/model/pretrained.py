@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from speechlm_ext.errors import CheckpointError, TokenizerError
+from speechlm_ext.errors import CheckpointError, TokenizerError, foreign_errors
 from speechlm_ext.model.backbone import BackboneError, text_body
 from speechlm_ext.model.backbone_proof import first_difference
 from speechlm_ext.model.embedding import load_rows, whole
@@ -37,12 +37,12 @@ def load_backbone(model: Any, folder: str | Path) -> None:
     """
     if model.config.verify_backbone:
         _check_tokenizer(model, folder)
-    try:
+    with foreign_errors(
+        CheckpointError, f"backbone {folder} cannot be loaded as a causal LM", "Copy the folder again."
+    ):
         pretrained = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
         ).eval()
-    except Exception as error:  # as many kinds as transformers has classes
-        raise CheckpointError(f"backbone {folder} cannot be loaded as a causal LM: {error}") from None
     _copy(model, pretrained, folder)
     if model.config.verify_backbone:
         _compare(model, pretrained, folder)

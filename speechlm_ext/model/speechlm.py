@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from speechlm_ext.errors import CheckpointError, ConfigError
+from speechlm_ext.errors import CheckpointError, ConfigError, file_errors
 from speechlm_ext.layout import FILE_NAME as LAYOUT_NAME
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model import backbone as bb
@@ -34,6 +34,7 @@ from speechlm_ext.model.head import MultiStreamHead
 from speechlm_ext.model.kv_cache import KVCache
 from speechlm_ext.model.pretrained import load_backbone
 from speechlm_ext.model.scope_head import ScopeHead
+from speechlm_ext.model.weights_file import check_sizes
 from speechlm_ext.ops import MultiStreamLoss
 from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.io import atomic_path, atomic_write_json
@@ -354,9 +355,13 @@ class SpeechLM(nn.Module):
                         f"{folder}: its {modality} tokenizer has fingerprint {found[:16]}, its token layout names "
                         f"{str(fingerprints.get(modality))[:16]}. The folder was put together from two models."
                     )
-        model = cls(config, layout, tokenizers)
-        model.check_revision(folder)
         weights = folder / WEIGHTS_NAME
+        check_sizes(weights, config.backbone)
+        with file_errors(
+            CheckpointError, folder / CONFIG_NAME, "does not make a model", "Copy the folder again."
+        ):
+            model = cls(config, layout, tokenizers)
+        model.check_revision(folder)
         try:
             state = load_file(weights)
         except FileNotFoundError:
@@ -373,7 +378,8 @@ class SpeechLM(nn.Module):
         try:
             model.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            raise CheckpointError(f"{weights} does not fit {folder / CONFIG_NAME}: {error}") from None
+            words = " ".join(str(error).split())[:600]
+            raise CheckpointError(f"{weights} does not fit {folder / CONFIG_NAME}: {words}") from None
         return model.to(device).eval()
 
     def describe_backbone(self) -> str:

@@ -20,6 +20,7 @@ from speechlm_ext.utils.yaml_text import parse_yaml
 
 FIELDS = ("text", "audio", "speaker")
 MODALITIES = ("text_bpe", "ssl", "codec", "codec_ssl", "g2p", "spk")
+SHIPPED_TASK_IDS = range(64, 112)
 USER_TASK_IDS = range(112, 128)
 
 
@@ -30,16 +31,37 @@ class Entry:
     field: str
     modality: str
 
+    def __post_init__(self) -> None:
+        if self.field not in FIELDS or self.modality not in MODALITIES:
+            raise ConfigError(
+                f"a task's condition or target must have a field of {FIELDS} and a modality of {MODALITIES}, got "
+                f"{self.field!r} and {self.modality!r}."
+            )
+
 
 @dataclass(frozen=True)
 class TaskTemplate:
-    """A task: ``conditions`` are given, ``targets`` are produced, in this order."""
+    """A task: ``conditions`` are given, ``targets`` are produced, in this order.
+
+    Raises:
+        ConfigError: a name or kind that is no word, an id that is no whole number, or no target.
+    """
 
     name: str
     id: int
     kind: str
     conditions: tuple[Entry, ...]
     targets: tuple[Entry, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("name", "kind"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ConfigError(f"a task's {name} must be a word, got {value!r}.")
+        if isinstance(self.id, bool) or not isinstance(self.id, int):
+            raise ConfigError(f"task {self.name!r}: id must be a whole number, got {self.id!r}.")
+        if not self.targets:
+            raise ConfigError(f"task {self.name!r} has no target; a task must produce something.")
 
     @property
     def entries(self) -> tuple[tuple[Entry, bool], ...]:
@@ -60,9 +82,9 @@ def parse_templates(text: str, where: str, allowed_ids: Iterable[int]) -> dict[s
     """
     try:
         rows = parse_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that cannot be
         raise ConfigError(
-            f"{where}: expected a YAML list of task templates, but it does not parse: {error}"
+            f"{where}: expected a YAML list of task templates, but it does not parse: {' '.join(str(error).split())}"
         ) from None
     if not isinstance(rows, list):
         raise ConfigError(f"{where}: expected a YAML list of task templates, got {type(rows).__name__}.")
@@ -111,7 +133,7 @@ def parse_templates(text: str, where: str, allowed_ids: Iterable[int]) -> dict[s
 def builtin_tasks() -> dict[str, TaskTemplate]:
     """The shipped templates by name."""
     text = resources.files(__package__).joinpath("templates.yaml").read_text("utf-8")
-    return parse_templates(text, "templates.yaml", range(64, 112))
+    return parse_templates(text, "templates.yaml", SHIPPED_TASK_IDS)
 
 
 def load_tasks(user_file: str | Path | None = None) -> dict[str, TaskTemplate]:
@@ -132,6 +154,26 @@ def load_tasks(user_file: str | Path | None = None) -> dict[str, TaskTemplate]:
             raise ConfigError(f"task file {user_file}: {name!r} is a shipped task; give yours another name.")
         tasks[name] = task
     return tasks
+
+
+def check_tasks(tasks: Iterable[TaskTemplate]) -> None:
+    """Refuse tasks that cannot stand beside each other: a name or an id twice, or an id that is no task's.
+
+    Raises:
+        ConfigError: the first such task.
+    """
+    names: set[str] = set()
+    ids: set[int] = set()
+    for task in tasks:
+        if task.id not in SHIPPED_TASK_IDS and task.id not in USER_TASK_IDS:
+            raise ConfigError(
+                f"task {task.name!r} has id {task.id}; tasks have ids from {SHIPPED_TASK_IDS.start} to "
+                f"{USER_TASK_IDS.stop - 1}."
+            )
+        if task.name in names or task.id in ids:
+            raise ConfigError(f"task name {task.name!r} or id {task.id} stands twice; give it another.")
+        names.add(task.name)
+        ids.add(task.id)
 
 
 def resolve_task(name: str, trained: Iterable[TaskTemplate]) -> TaskTemplate:

@@ -8,21 +8,22 @@ name the tokenizer by it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from speechlm_ext.errors import TokenizerError
+from speechlm_ext.errors import TokenizerError, file_errors, foreign_errors
 from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.io import atomic_write_bytes, atomic_write_json
+from speechlm_ext.utils.json_shape import SHA256, read_shaped
 
 FILE_NAME = "tokenizer.json"
 ARRAYS_NAME = "arrays.safetensors"
@@ -95,7 +96,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     kind = read_config(folder)["kind"]
     if kind not in _REGISTRY:
         raise TokenizerError(
-            f"{folder} holds a tokenizer of kind {kind!r}; known are {sorted(_REGISTRY)}. Import the module "
+            f"{folder} holds a tokenizer of kind {kind[:80]!r}; known are {sorted(_REGISTRY)}. Import the module "
             f"that registers it."
         )
     return _REGISTRY[kind].load(folder)
@@ -177,15 +178,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / FILE_NAME
     try:
-        record = json.loads(path.read_text("utf-8"))
-        if {"kind", "version", "config", "sha256"} - set(record):
-            raise ValueError("a field is missing")
+        record = read_shaped(path, _SHAPE, TokenizerError, _WAY_OUT)
     except FileNotFoundError:
         raise TokenizerError(f"no {FILE_NAME} in {folder}; is this a tokenizer's folder?") from None
-    except (ValueError, TypeError) as error:
-        raise TokenizerError(
-            f"{path} is not a tokenizer's description ({error}); save the tokenizer again."
-        ) from None
     if record["version"] != VERSION:
         raise TokenizerError(
             f"{path}: version {record['version']} is not {VERSION}; use the release that wrote it."
@@ -196,20 +191,34 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def read_arrays(folder: str | Path) -> dict[str, torch.Tensor]:
     """Read an artefact's arrays. Raises :class:`TokenizerError` when they are missing, damaged or not finite."""
     path = Path(folder) / ARRAYS_NAME
-    try:
-        arrays = load_file(path)
-    except (FileNotFoundError, SafetensorError, OSError) as error:
-        raise TokenizerError(
-            f"{path} cannot be read ({error}); copy the whole tokenizer folder again."
-        ) from None
+    with foreign_errors(TokenizerError, f"{path} cannot be read", "Copy the whole tokenizer folder again."):
+        arrays = load_tensors(path.read_bytes())
     require_finite(arrays, TokenizerError, f"{path} cannot be used", "Fit the tokenizer again.")
     return arrays
 
 
-def require_fingerprint(folder: str | Path, stored: str, computed: str) -> None:
-    """Refuse an artefact whose content is not what was saved. Raises :class:`TokenizerError`."""
+@contextlib.contextmanager
+def artefact_errors(folder: str | Path, what: str) -> Iterator[None]:
+    """Name the folder in every error of a block that makes a tokenizer of an artefact's content.
+
+    Args:
+        what: what should be there, e.g. ``"a SentencePiece tokenizer"``.
+
+    Raises:
+        TokenizerError: whatever the block raised.
+    """
+    with file_errors(TokenizerError, folder, f"not {what}", "Copy the whole tokenizer folder again."):
+        yield
+
+
+_SHAPE = {"kind": str, "version": int, "config": dict, "sha256": SHA256}
+_WAY_OUT = "so it is not a tokenizer's description; save the tokenizer again, or copy its folder again."
+
+
+def require_fingerprint(folder: str | Path, stored: str, computed: str, what: str = "an artefact") -> None:
+    """Refuse an artefact (``what``) whose content is not what was saved. Raises :class:`TokenizerError`."""
     if stored != computed:
         raise TokenizerError(
-            f"{folder}: content does not match its own sha256 ({computed[:12]}… against {stored[:12]}…); it "
-            "was edited or damaged after saving, copy it again."
+            f"{folder}: not {what} as it was saved: content does not match its own sha256 ({computed[:12]}… against "
+            f"{stored[:12]}…); it was edited or damaged after saving, copy it again."
         )

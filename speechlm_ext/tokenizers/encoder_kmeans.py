@@ -27,8 +27,16 @@ from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.ops.kmeans_assign import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers import base
 from speechlm_ext.tokenizers.encoders import EncoderSpec, FeatureEncoder, build_encoder
+from speechlm_ext.utils.json_shape import Range, check_shape
 
-_FIELDS = {"encoder", "frames_per_token", "sample_rate", "frame_rate", "num_features"}
+_SHAPE = {
+    "encoder": str,
+    "frames_per_token": Range(int, 1, 10**6),
+    "sample_rate": Range(int, 1, 10**6),
+    "frame_rate": float,
+    "num_features": Range(int, 1, 10**6),
+}
+_FIELDS = set(_SHAPE)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,12 @@ class EncoderKMeans:
                 f"encoder-kmeans units: the description of the encoder lacks {missing[0]!r}; it says which "
                 "features the centroids belong to. Fit with `speechlm kmeans fit --encoder …`."
             )
+        try:
+            check_shape({name: description[name] for name in _FIELDS}, _SHAPE)
+        except ValueError as problem:
+            raise TokenizerError(
+                f"encoder-kmeans units: in the description of the encoder {problem}."
+            ) from None
         width = int(description["num_features"])
         if centroids.dim() != 2 or centroids.shape[1] != width or not centroids.shape[0]:
             raise TokenizerError(
@@ -231,10 +245,8 @@ class EncoderKMeans:
     def load(cls, folder: str | Path) -> EncoderKMeans:
         """Read what :meth:`save` wrote; the encoder is loaded at its first use. Raises :class:`TokenizerError`."""
         record, arrays = base.read_config(folder), base.read_arrays(folder)
-        try:
+        with base.artefact_errors(folder, "encoder-kmeans units"):
             units = cls(record["config"], arrays["centroids"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise TokenizerError(f"{folder}: not encoder-kmeans units ({error}); save them again.") from None
         base.require_fingerprint(folder, record["sha256"], units.fingerprint)
         return units
 

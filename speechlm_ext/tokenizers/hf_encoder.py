@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from speechlm_ext.errors import TokenizerError
+from speechlm_ext.errors import TokenizerError, foreign_errors
 from speechlm_ext.tokenizers.encoders import (
     SAMPLE_RATE,
     EncoderSpec,
@@ -67,6 +67,13 @@ class HFEncoder:
         self.device = torch.device(device)
         self.folder = model_folder(spec.name)
         self._config, self._extractor, self._model = load_parts(self.folder, spec)
+        where = f"feature encoder {spec}: the model in {self.folder} cannot be used"
+        with foreign_errors(TokenizerError, where, "Copy its folder again."):
+            self._set_up(spec)
+        self._model.to(self.device)
+
+    def _set_up(self, spec: EncoderSpec) -> None:
+        """Find the model's sizes, and try it on a short sound: configuration and extractor are not checked before."""
         self._family = _FAMILIES.get(self._config.model_type, _Waveform)(self._model, self._extractor)
         layers = self._family.layers
         if spec.layer > len(layers):
@@ -76,7 +83,6 @@ class HFEncoder:
             )
         # Hidden state L is what enters layer L + 1: nothing after that layer is ever looked at.
         del layers[spec.layer + 1 :]
-        self._model.to(self.device)
         rate = int(self._extractor.sampling_rate)
         if rate != SAMPLE_RATE:
             raise TokenizerError(
@@ -84,21 +90,28 @@ class HFEncoder:
                 "another model."
             )
         self._samples_per_frame = self._family.samples_per_frame
+        if not 0 < self._samples_per_frame <= SAMPLE_RATE:
+            raise ValueError(f"a frame would last {self._samples_per_frame} samples")
         self.frame_rate = SAMPLE_RATE / self._samples_per_frame / spec.frames_per_token
         self.num_features = int(self._config.hidden_size)
+        sound = np.sin(np.arange(2 * self._samples_per_frame * spec.frames_per_token, dtype=np.float32))
+        with one_thread():
+            shape = tuple(self._encode(sound, torch.device("cpu")).shape)
+        if shape != (2, self.num_features):
+            raise ValueError(f"expected features {[2, self.num_features]} of two frames, got {list(shape)}")
 
     def __call__(self, wave: np.ndarray, sample_rate: int | None = None) -> torch.Tensor:
         """See `FeatureEncoder`."""
         wave = check_encoder_wave(wave, sample_rate, self.spec)
         if self.device.type != "cpu":
-            return self._encode(wave)
+            return self._encode(wave, self.device)
         with one_thread():
-            return self._encode(wave)
+            return self._encode(wave, self.device)
 
     @torch.inference_mode()
-    def _encode(self, wave: np.ndarray) -> torch.Tensor:
+    def _encode(self, wave: np.ndarray, device: torch.device) -> torch.Tensor:
         length = num_frames(len(wave), self._samples_per_frame)
-        inputs = self._family.prepare(wave, length).to(self.device)
+        inputs = self._family.prepare(wave, length).to(device)
         parts = []
         for begin, end, keep_from, keep_to in windows(length):
             hidden_TF = self._family.run(inputs, begin, end, self.spec.layer)

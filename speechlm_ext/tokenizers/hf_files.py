@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from speechlm_ext.errors import TokenizerError
+from speechlm_ext.errors import TokenizerError, foreign_errors
 from speechlm_ext.utils.io import sha256_file
+from speechlm_ext.utils.json_shape import check_shape, read_shaped
+from speechlm_ext.utils.json_text import read_json
+from speechlm_ext.utils.transformers_config import check_num_layers
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -58,18 +60,16 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
+        shape = {"weight_map": dict[str, str], "...": Any}
+        index = read_shaped(folder / INDEX, shape, TokenizerError, "copy the model again.")
+        names = sorted(set(index["weight_map"].values()))
     except FileNotFoundError:
         others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
         raise TokenizerError(
             f"feature encoder: {folder} has no {WEIGHTS}{f', only {others[0]}' if others else ''}; pickled weights are "
             "not read. Convert them once where you trust them: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW)."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TokenizerError(
-            f"feature encoder: {folder / INDEX} is damaged ({error}); copy the model again."
-        ) from None
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if missing or not names:
         raise TokenizerError(
             f"feature encoder: {folder} lacks {missing[0] if missing else WEIGHTS}, one of {len(names)} files of "
@@ -95,37 +95,16 @@ def load_parts(folder: Path, what: Any) -> tuple[Any, Any, Any]:
     Raises:
         TokenizerError: a file is damaged, the architecture is unknown, or the file lacks a weight.
     """
-    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
     from transformers.utils import logging
 
     level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # A base encoder loaded from a model with heads has weights to spare, which is as it should be.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    where = f"feature encoder {what}: the model in {folder} cannot be loaded"
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        is_known = config.model_type in ("whisper", "wav2vec2-bert") or hasattr(config, "conv_stride")
-        if not is_known:
-            raise TokenizerError(
-                f"feature encoder {what}: a model of type {config.model_type!r} is not a speech encoder that is known "
-                "here; expected Whisper, wav2vec2-bert, or one with convolutions over the waveform (HuBERT, wav2vec "
-                "2.0, WavLM, data2vec-audio, …)."
-            )
-        extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
-        model, info = AutoModel.from_pretrained(
-            folder,
-            config=config,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except TokenizerError:
-        raise
-    except Exception as error:  # transformers raises whatever the broken part meets first
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TokenizerError(
-            f"feature encoder {what}: the model in {folder} cannot be loaded ({reason}); copy its folder again."
-        ) from error
+        with foreign_errors(TokenizerError, where, "Copy its folder again."):
+            config, extractor, model, info = _load(folder, what)
     finally:
         logging.set_verbosity(level)
         if had_bar:
@@ -149,3 +128,28 @@ def load_parts(folder: Path, what: Any) -> tuple[Any, Any, Any]:
             f"another shape ({len(missing)} missing); copy its folder again."
         )
     return config, extractor, model.float().eval().requires_grad_(False)
+
+
+def _load(folder: Path, what: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
+    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+
+    settings = read_json(folder / "config.json", TokenizerError, "copy the model again.", allow_nan=True)
+    check_shape(settings, dict, "config.json")
+    check_num_layers(settings)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    is_known = config.model_type in ("whisper", "wav2vec2-bert") or hasattr(config, "conv_stride")
+    if not is_known:
+        raise TokenizerError(
+            f"feature encoder {what}: a model of type {config.model_type!r} is not a speech encoder that is known "
+            "here; expected Whisper, wav2vec2-bert, or one with convolutions over the waveform (HuBERT, wav2vec "
+            "2.0, WavLM, data2vec-audio, …)."
+        )
+    extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
+    model, info = AutoModel.from_pretrained(
+        folder,
+        config=config,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    return config, extractor, model, info

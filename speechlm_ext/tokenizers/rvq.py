@@ -28,6 +28,7 @@ from speechlm_ext.tokenizers import base
 from speechlm_ext.tokenizers.kmeans import fit
 from speechlm_ext.tokenizers.mel import MelConfig, MelSpectrogram, one_thread
 from speechlm_ext.tokenizers.rvq_stream import RVQStreamDecoder
+from speechlm_ext.utils.json_shape import build
 
 
 @dataclass(frozen=True)
@@ -226,12 +227,9 @@ class RVQKMeansCodec:
     def load(cls, folder: str | Path) -> RVQKMeansCodec:
         """Read what :meth:`save` wrote. Raises :class:`TokenizerError`."""
         record, arrays = base.read_config(folder), base.read_arrays(folder)
-        try:
-            settings = dict(record["config"])
-            config = RVQConfig(**{**settings, "mel": MelConfig(**settings["mel"])})
+        with base.artefact_errors(folder, "an rvq-kmeans codec"):
+            config = build(RVQConfig, record["config"], "config")
             codec = cls(config, arrays["mean"], arrays["codebooks"])
-        except (KeyError, TypeError) as error:
-            raise TokenizerError(f"{folder}: not an rvq-kmeans codec ({error}); save it again.") from None
         base.require_fingerprint(folder, record["sha256"], codec.fingerprint)
         return codec
 

@@ -25,6 +25,7 @@ from speechlm_ext.tokenizers.encoders import average_frames
 from speechlm_ext.tokenizers.kmeans import assign, fit
 from speechlm_ext.tokenizers.mel import one_thread
 from speechlm_ext.tokenizers.mfcc import MFCC, NUM_FEATURES
+from speechlm_ext.utils.json_shape import build
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,9 @@ class MFCCKMeans:
     def load(cls, folder: str | Path) -> MFCCKMeans:
         """Read what :meth:`save` wrote. Raises :class:`TokenizerError`."""
         record, arrays = base.read_config(folder), base.read_arrays(folder)
-        try:
-            units = cls(SSLConfig(**record["config"]), arrays["mean"], arrays["scale"], arrays["centroids"])
-        except (KeyError, TypeError) as error:
-            raise TokenizerError(f"{folder}: not mfcc-kmeans units ({error}); save them again.") from None
+        with base.artefact_errors(folder, "mfcc-kmeans units"):
+            config = build(SSLConfig, record["config"], "config")
+            units = cls(config, arrays["mean"], arrays["scale"], arrays["centroids"])
         base.require_fingerprint(folder, record["sha256"], units.fingerprint)
         return units
 

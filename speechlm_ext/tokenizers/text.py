@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from speechlm_ext.errors import ConfigError, TokenizerError
+from speechlm_ext.errors import ConfigError, TokenizerError, foreign_errors
 from speechlm_ext.tokenizers import base
+from speechlm_ext.utils.json_shape import build
 
 _MODEL_NAME = "sentencepiece.model"
 _HF_NAME = "huggingface.json"
@@ -64,11 +65,11 @@ class SentencePieceText:
     def __init__(self, model: bytes, config: TextConfig | None = None) -> None:
         self.config = config or TextConfig()
         self._model = model
-        try:
+        with foreign_errors(TokenizerError, "not a SentencePiece model", "Train or copy it again."):
+            if not model:
+                raise ValueError("it is empty")  # which the library takes for a model that comes later
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise TokenizerError(f"not a SentencePiece model ({error}); train or copy it again.") from None
-        self.vocab_sizes: tuple[int, ...] = (self._processor.get_piece_size(),)
+            self.vocab_sizes: tuple[int, ...] = (self._processor.get_piece_size(),)
 
     @classmethod
     def fit(cls, texts: Iterable[str], config: TextConfig | None = None) -> SentencePieceText:
@@ -116,15 +117,12 @@ class SentencePieceText:
     @classmethod
     def load(cls, folder: str | Path) -> SentencePieceText:
         """Read what :meth:`save` wrote. Raises :class:`TokenizerError`."""
-        record = base.read_config(folder)
-        try:
-            text = cls(_read(Path(folder) / _MODEL_NAME), TextConfig(**record["config"]))
-        except TypeError as error:
-            raise TokenizerError(
-                f"{folder}: not a SentencePiece tokenizer ({error}); save it again."
-            ) from None
-        base.require_fingerprint(folder, record["sha256"], text.fingerprint)
-        return text
+        record, model = base.read_config(folder), _read(Path(folder) / _MODEL_NAME)
+        # Before the library sees it: what it makes of damaged bytes is not certain.
+        found = base.fingerprint(cls.kind, record["config"], {_MODEL_NAME: model})
+        base.require_fingerprint(folder, record["sha256"], found, "a SentencePiece model")
+        with base.artefact_errors(folder, "a SentencePiece tokenizer"):
+            return cls(model, build(TextConfig, record["config"], "config"))
 
 
 class HuggingFaceText:
@@ -142,14 +140,13 @@ class HuggingFaceText:
     def __init__(self, definition: str) -> None:
         from tokenizers import Tokenizer
 
-        try:
+        with foreign_errors(
+            TokenizerError, "not a Hugging Face tokenizer", "Give the folder of a fast tokenizer."
+        ):
             self._tokenizer = Tokenizer.from_str(definition)
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(
-                f"not a Hugging Face tokenizer ({error}); give the folder of a fast tokenizer."
-            ) from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._definition = self._tokenizer.to_str().encode()
         highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.vocab_sizes: tuple[int, ...] = (highest + 1,)
 
@@ -165,20 +162,17 @@ class HuggingFaceText:
             raise TokenizerError(f"{folder} is not a folder; give the folder of a Hugging Face tokenizer.")
         from transformers import AutoTokenizer
 
-        try:
+        where = f"{folder} holds no tokenizer that transformers can read"
+        with foreign_errors(TokenizerError, where, "Copy the folder again, or give another one."):
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # many kinds, none of them ours
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise TokenizerError(
-                f"{folder} holds no tokenizer that transformers can read ({reason[0]})."
-            ) from None
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise TokenizerError(
                 f"{folder} holds a slow tokenizer only; convert it to a fast one (tokenizer.json) first."
             )
-        return cls(tokenizer.backend_tokenizer.to_str())
+        with base.artefact_errors(folder, "a Hugging Face tokenizer"):
+            return cls(tokenizer.backend_tokenizer.to_str())
 
     def encode(self, x: str) -> np.ndarray:
         """Ids of a string without special tokens, int32 ``[T, 1]``. Raises :class:`TokenizerError`."""
@@ -193,19 +187,22 @@ class HuggingFaceText:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the definition."""
-        return base.fingerprint(self.kind, {}, {_HF_NAME: self._tokenizer.to_str().encode()})
+        return base.fingerprint(self.kind, {}, {_HF_NAME: self._definition})
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` (ours) and ``huggingface.json`` (the definition) into ``folder``."""
-        definition = self._tokenizer.to_str().encode()
-        base.write_artefact(folder, self.kind, {}, self.fingerprint, **{_HF_NAME: definition})
+        base.write_artefact(folder, self.kind, {}, self.fingerprint, **{_HF_NAME: self._definition})
 
     @classmethod
     def load(cls, folder: str | Path) -> HuggingFaceText:
         """Read what :meth:`save` wrote. Raises :class:`TokenizerError`."""
-        record = base.read_config(folder)
-        text = cls(_read(Path(folder) / _HF_NAME).decode("utf-8", "replace"))
-        base.require_fingerprint(folder, record["sha256"], text.fingerprint)
+        record, definition = base.read_config(folder), _read(Path(folder) / _HF_NAME)
+        # Of the file's own bytes: another release of the library may write the same definition differently.
+        found = base.fingerprint(cls.kind, record["config"], {_HF_NAME: definition})
+        base.require_fingerprint(folder, record["sha256"], found, "a Hugging Face tokenizer")
+        with base.artefact_errors(folder, "a Hugging Face tokenizer"):
+            text = cls(definition.decode("utf-8"))
+        text._definition = definition
         return text
 
 

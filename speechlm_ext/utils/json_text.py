@@ -8,6 +8,7 @@ lines end at a line feed only: JSON strings may hold Unicode's line and paragrap
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,7 +34,8 @@ def parse_json(text: str | bytes, *, allow_nan: bool = False) -> Any:
             raise ValueError(f"not UTF-8: byte 0x{text[error.start]:02x} at offset {error.start}") from None
     constant = None if allow_nan else _refuse_constant
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+        number = None if allow_nan else _finite
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=constant, parse_float=number)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -108,6 +110,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _DuplicateKey(f"key {key!r} stands twice in one object; keep one of them")
         result[key] = value
     return result
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is larger than any finite number")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

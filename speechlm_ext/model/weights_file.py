@@ -1,0 +1,50 @@
+"""What the header of a weights file says of a model's sizes, before memory is taken for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from speechlm_ext.errors import CheckpointError, foreign_errors
+
+#: Settings of transformers' configurations that are a dimension of some weight, or a number of weights.
+_SIZES = (
+    "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "head_dim", "num_hidden_layers",
+    "n_layer", "num_layers", "num_attention_heads", "n_head", "num_key_value_heads", "num_experts",
+    "num_local_experts", "n_routed_experts", "moe_intermediate_size",
+)  # fmt: skip
+
+
+def check_sizes(path: Path, backbone: Mapping[str, Any]) -> None:
+    """Refuse a configuration whose sizes cannot be those of the weights beside it.
+
+    A damaged number would else be believed, and take all memory or time. Sizes that pass are compared one by one when
+    the weights are loaded.
+
+    Args:
+        path: the safetensors file.
+        backbone: the backbone's configuration.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or a size is larger than any in it; names both.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} has no {path.name}: the folder is incomplete.")
+    with foreign_errors(
+        CheckpointError, f"{path} cannot be read", "It is damaged or truncated: copy it again."
+    ):
+        if path.is_dir():  # which the library reports in its own way on each system
+            raise IsADirectoryError("it is a folder")
+        with safe_open(path, framework="pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    largest = max([len(shapes), *(size for shape in shapes for size in shape)])
+    for name in _SIZES:
+        value = backbone.get(name)
+        if isinstance(value, (int, float)) and value > largest:
+            raise CheckpointError(
+                f"{path} does not fit config.json beside it: backbone.{name} is {value:g}, but no weight has more than "
+                f"{largest} rows or columns. Copy the folder again."
+            )

@@ -1,0 +1,22 @@
+"""What is checked of a transformers configuration before transformers builds anything from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MAX_LAYERS = 10_000
+
+
+def check_num_layers(settings: Mapping[str, Any]) -> None:
+    """Refuse a number of layers that no model has: it would take for ever to build before its weights are missed.
+
+    Args:
+        settings: a configuration as plain data.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, value in settings.items():
+        if "layer" in key and isinstance(value, int) and abs(value) > MAX_LAYERS:
+            raise ValueError(f"{key} is {str(value)[:40]}, more than {MAX_LAYERS}")
