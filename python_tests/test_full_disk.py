@@ -17,9 +17,11 @@ from python_tests.data_fixtures import MANIFEST
 
 pytest.importorskip("deepspeed", reason="training needs deepspeed: pip install 'speechlm_ext[train]'")
 
-#: Runs [[free KiB, arguments], ...] of ``speechlm`` on a tmpfs at argv[1] and prints what came of each.
+#: Runs [[free KiB, arguments], ...] of ``speechlm`` on a tmpfs at argv[1] and prints what came of each. Each is a
+#: process of its own, forked from one that has imported what takes long.
 DRIVER = """
-import json, os, subprocess, sys
+import json, os, subprocess, sys, tempfile, traceback
+import speechlm_ext.cli, speechlm_ext.generation.cli, speechlm_ext.data.tokenize, speechlm_ext.training.config
 disk, steps = sys.argv[1], json.loads(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], check=True)
 filler, out = os.path.join(disk, "filler"), []
@@ -29,9 +31,25 @@ for free, arguments in steps:
     have = os.statvfs(disk)
     with open(filler, "wb") as f:
         f.write(bytes(max(0, have.f_bavail * have.f_frsize - free * 1024)))
-    done = subprocess.run([sys.executable, "-m", "speechlm_ext.cli", *arguments], capture_output=True, text=True)
+    with tempfile.TemporaryFile() as stderr:
+        child = os.fork()
+        if child == 0:
+            os.dup2(stderr.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
+            try:
+                code = speechlm_ext.cli.main(arguments)
+            except SystemExit as stopped:
+                code = stopped.code
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        stderr.seek(0)
+        said = stderr.read().decode()
     files = [os.path.join(d, n) for d, _, names in os.walk(disk) for n in names]
-    out.append({"code": done.returncode, "stderr": done.stderr, "files": [os.path.relpath(f, disk) for f in files]})
+    out.append({"code": code, "stderr": said, "files": [os.path.relpath(f, disk) for f in files]})
 print(json.dumps(out))
 """
 

@@ -16,8 +16,9 @@ import functools
 import importlib.util
 import inspect
 import logging
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -164,8 +165,9 @@ _said: set[str] = set()
 
 
 # ---- the backbone's attention ---------------------------------------------------------------------------------------
-@dataclass
-class _Current:
+class _Current(threading.local):
+    """What the attention of this thread works on."""
+
     packing: Packing | None = None
     kv: KVCache | None = None
     rules: set[str] | None = None
