@@ -289,6 +289,15 @@ def test_going_back_does_not_remove_what_was_just_saved(tmp_path: Path) -> None:
     assert [p.name for p in list_checkpoints(run.root)] == ["step-00000005", "step-00000006"]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 4, 5])
+def test_as_many_are_kept_as_asked(tmp_path: Path, keep: int) -> None:
+    run = Run(tmp_path / "run", keep)
+    for step in range(1, 8):
+        run.save(step)
+        kept = range(max(1, step - keep + 1), step + 1)
+        assert [p.name for p in list_checkpoints(run.root)] == [f"step-{s:08d}" for s in kept]
+
+
 def test_latest_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text file names it then; one takes the place of the other."""
     run = Run(tmp_path / "run")

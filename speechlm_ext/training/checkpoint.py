@@ -138,15 +138,21 @@ def save_checkpoint(engine: Any, model: SpeechLM, state: TrainerState, root: Pat
             if found is not None:
                 raise diverged(root, state.step, f"of the weights and moments, {found} is not finite")
             _write(folder, model, weights, moments, state)
-            older = [p for p in list_checkpoints(root) if (step_of(p) or 0) < state.step]
-            for old in older[: len(older) + 1 - keep]:
-                remove(old)
+            prune(root, state.step, keep)
         except Exception as error:
             problem[0] = error
     torch.distributed.broadcast_object_list(problem) if torch.distributed.get_world_size() > 1 else None
     if problem[0] is not None:
         raise problem[0]
     return folder
+
+
+def prune(root: Path, step: int, keep: int) -> None:
+    """Remove what is older than the newest ``keep`` checkpoints up to ``step``; newer ones, of a run that went back,
+    stay."""
+    found = [p for p in list_checkpoints(root) if (step_of(p) or 0) <= step]
+    for old in found[: max(0, len(found) - keep)]:
+        remove(old)
 
 
 def _write(
