@@ -3,7 +3,6 @@ litter. The processes are forks of this one, which holds a model and an optimize
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from python_tests.model.test_digests import make
 from speechlm_ext.errors import CheckpointError, StorageError, TrainingError
 from speechlm_ext.model import SpeechLM
+from speechlm_ext.model.folder import find_model_folder
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.utils import checkpoint_folders
 from speechlm_ext.utils.checkpoint_folders import latest_checkpoint, list_checkpoints, recover, resolve_latest
@@ -57,15 +57,6 @@ class Run:
 
 def digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def content(folder: Path) -> dict[str, str]:
-    """Digests of what a checkpoint holds; safetensors writes its metadata in any order."""
-    found = digests(folder)
-    del found["digests.json"]
-    weights = load_file(folder / "model.safetensors")
-    joined = b"".join(name.encode() + weights[name].numpy().tobytes() for name in sorted(weights))
-    return {**found, "model.safetensors": hashlib.sha256(joined).hexdigest()}
 
 
 def whole(folder: Path) -> None:
@@ -110,11 +101,11 @@ def test_a_kill_at_any_moment_loses_nothing(
     if not exchange:  # a file system that cannot swap two names
         monkeypatch.setattr(checkpoint_folders, "_exchange", lambda *_: False)
     run = Run(tmp_path / "first")
-    old = content(run.save(3))
+    old = digests(run.save(3))
     run.step_once()
     wanted = Run(tmp_path / "wanted")
     wanted.model, wanted.engine = run.model, run.engine
-    new = content(wanted.save(step))
+    new = digests(wanted.save(step))
     assert new["model.safetensors"] != old["model.safetensors"]
     number, seen = 1, set()
     while True:
@@ -127,15 +118,15 @@ def test_a_kill_at_any_moment_loses_nothing(
         found = list_checkpoints(run.root)
         for folder in found:
             whole(folder)
-        assert found and content(found[-1]) in (old, new)
-        seen.add(content(found[-1]) == new)
+        assert found and digests(found[-1]) in (old, new)
+        seen.add(digests(found[-1]) == new)
         assert (run.root / "latest").is_dir()
         if was_killed and number % 5:
             number += 1
             continue
         run.save(step)
         assert sorted(p.name for p in run.root.iterdir()) == ["latest", f"step-{step:08d}"]
-        assert content(run.root / "latest") == new
+        assert digests(run.root / "latest") == new
         if not was_killed:
             break
         number += 1
@@ -234,7 +225,7 @@ def test_a_full_disk_leaves_the_checkpoints_of_before(
 ) -> None:
     run = Run(tmp_path / "run")
     run.save(3)
-    before, fsync = content(run.root / "step-00000003"), os.fsync
+    before, fsync = digests(run.root / "step-00000003"), os.fsync
     fails_at = calls = 0
 
     def full(handle: int) -> None:
@@ -251,7 +242,7 @@ def test_a_full_disk_leaves_the_checkpoints_of_before(
             run.save(6)
         except StorageError as error:
             assert "the disk is full" in str(error)
-            assert content(run.root / "step-00000003") == before
+            assert digests(run.root / "step-00000003") == before
             for folder in list_checkpoints(run.root):
                 whole(folder)
         else:
@@ -317,6 +308,44 @@ def test_latest_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(torch.equal(found[n], v) for n, v in run.model.state_dict().items())
     run.save(9)
     assert latest.is_symlink() and resolve_latest(latest).resolve() == run.root.resolve() / "step-00000009"
+
+
+@pytest.mark.parametrize("others", [["step-00000003"], [], ["step-00000003", "latest-copy"]])
+def test_latest_is_a_folder_after_a_copy_that_follows_links(tmp_path: Path, others: list[str]) -> None:
+    """``cp -L``, and storages without links. It may be all that was copied, or a second copy; nothing is lost."""
+    run = Run(tmp_path / "run")
+    saved = digests(run.save(3))
+    copied = tmp_path / "copy"
+    for name in ["latest", *others]:
+        shutil.copytree(run.root / "step-00000003", copied / name)
+    assert find_model_folder(copied).name == (others[0] if others else "latest")
+    recover(copied)
+    newest = latest_checkpoint(copied)
+    assert newest is not None and newest.name == "step-00000003" and digests(newest) == saved
+    aside = {0: [], 1: ["latest-copy"], 2: ["latest-copy", "latest-copy-2"]}[len(others)]
+    assert sorted(p.name for p in copied.iterdir()) == [*aside, "step-00000003"]
+    run.root = copied
+    run.save(6)
+    assert (copied / "latest").is_symlink() and digests(copied / "latest") == digests(
+        copied / "step-00000006"
+    )
+    assert all(digests(copied / name) == saved for name in aside)
+
+
+def test_a_folder_latest_that_is_no_checkpoint_is_kept_aside(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    (run.root / "latest").mkdir(parents=True)
+    (run.root / "latest" / "trainer_state.json").write_text('{"step": true}')
+    run.save(3)
+    assert sorted(p.name for p in run.root.iterdir()) == ["latest", "latest-copy", "step-00000003"]
+
+
+def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    assert len({sha256_file(run.save(3) / "model.safetensors") for _ in range(8)}) == 1
+    for number in range(8):
+        run.model.save_pretrained(tmp_path / str(number))
+    assert len({sha256_file(tmp_path / str(number) / "model.safetensors") for number in range(8)}) == 1
 
 
 STATE = {"step": 3, "packs_consumed": 21, "optimizer_step": 1.0, "plan": "p", "seconds": 0.5, "meter": None}

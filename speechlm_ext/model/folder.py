@@ -40,6 +40,8 @@ def find_model_folder(path: str | Path) -> Path:
         root = path
     steps = step_folders(root)
     if not steps:
+        if (root / LATEST / CONFIG_NAME).is_file():  # a copy that followed links, of that alone
+            return root / LATEST
         if root.name != CHECKPOINTS or not root.is_dir():
             return path
         raise CheckpointError(

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 __all__ = ["SpeechLM", "backbone_settings"]
 WEIGHTS_NAME = "model.safetensors"
 TOKENIZERS_NAME = "tokenizers"
+#: Of the weights file. One entry: safetensors writes several in any order, and files of equal weights would differ.
+METADATA = {"format": "pt"}
 #: The files of a model folder, besides the tokenizers' and the digests.
 MODEL_FILES = (CONFIG_NAME, WEIGHTS_NAME, LAYOUT_NAME)
 
@@ -311,7 +313,7 @@ class SpeechLM(nn.Module):
         if self.config.tie_head:
             state.pop("head.weight")
         with atomic_path(folder / WEIGHTS_NAME) as temporary:
-            save_file(state, temporary, metadata={"format": "pt", "layout": self.layout.sha256})
+            save_file(state, temporary, metadata=METADATA)
         self.layout.save(folder)
         if self.tokenizers is not None:
             self.tokenizers.save(folder / TOKENIZERS_NAME)

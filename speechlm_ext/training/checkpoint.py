@@ -21,7 +21,7 @@ from torch import Tensor
 from speechlm_ext.errors import CheckpointError, TrainingError
 from speechlm_ext.model.config import CONFIG_NAME
 from speechlm_ext.model.digests import verify_digests, write_digests
-from speechlm_ext.model.speechlm import MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME, SpeechLM
+from speechlm_ext.model.speechlm import METADATA, MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME, SpeechLM
 from speechlm_ext.training.state import TrainerState, read_state
 from speechlm_ext.utils.checkpoint_folders import (
     LATEST,
@@ -164,7 +164,7 @@ def _write(
         recover(folder.parent)
         temporary.mkdir()
         with atomic_path(temporary / WEIGHTS_NAME) as path:
-            save_file(weights, path, metadata={"format": "pt", "layout": model.layout.sha256})
+            save_file(weights, path, metadata=METADATA)
         with atomic_path(temporary / OPTIMIZER_NAME) as path:
             save_file(moments, path)
         model.layout.save(temporary)

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 from speechlm_ext.utils.io import atomic_write_text, storage_error, sync_file, sync_folder
+from speechlm_ext.utils.json_text import parse_json
 
 STATE_NAME = "trainer_state.json"
 LATEST = "latest"
@@ -129,8 +130,10 @@ def recover(root: Path) -> None:
     """Clear away what a kill left in the folder ``root``: half-written and half-removed checkpoints. One that had lost
     its name to a successor that never got it has it again.
 
+    A folder ``latest``, which a copy makes that follows links, gets a name of its own too.
+
     Raises:
-        StorageError: that one cannot be renamed.
+        StorageError: one of them cannot be renamed.
     """
     for replaced in root.glob(f"{_REPLACED}step-*"):
         folder = replaced.with_name(replaced.name.removeprefix(_REPLACED))
@@ -140,12 +143,45 @@ def recover(root: Path) -> None:
                 sync_folder(root)
             except OSError as error:
                 raise storage_error(error, folder) from error
+    _free_latest(root)
     for prefix in (_INCOMPLETE, _REPLACED, _REMOVED):
         for left in root.glob(f"{prefix}step-*"):
             _clear(left)
     for link in root.glob(f".{LATEST}-*"):
         with contextlib.suppress(OSError):
             link.unlink()
+
+
+def _free_latest(root: Path) -> None:
+    """Where ``latest`` is a folder, it is a copy of a checkpoint, and maybe the only one: it gets the name of its step,
+    or one that says what it is where the run has that step already."""
+    latest = root / LATEST
+    if latest.is_symlink() or not latest.is_dir():
+        return
+    aside = (root / f"{LATEST}-copy{number}" for number in ("", *(f"-{n}" for n in range(2, 10_000))))
+    own = _named_by_state(latest)
+    name = own if own is not None and not own.exists() else next(path for path in aside if not path.exists())
+    try:
+        os.replace(latest, name)
+        sync_folder(root)
+    except OSError as error:
+        raise storage_error(error, latest) from error
+    logger.warning(
+        "%s was a folder, not a link (so it is after a copy that follows links): it is %s now%s",
+        latest,
+        name.name,
+        "" if name == own else "; delete it if it is not wanted",
+    )
+
+
+def _named_by_state(folder: Path) -> Path | None:
+    """The name that a checkpoint's own state gives it; None without a state."""
+    try:
+        step = parse_json((folder / STATE_NAME).read_bytes())["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    is_count = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+    return folder.with_name(checkpoint_name(step)) if is_count else None
 
 
 def _clear(folder: Path) -> None:
