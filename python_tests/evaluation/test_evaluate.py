@@ -14,7 +14,7 @@ import pytest
 from python_tests.data_fixtures import recordings
 from speechlm_ext.audio import read_audio, write_wav
 from speechlm_ext.data.manifest import Utterance
-from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError
+from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, StorageError
 from speechlm_ext.evaluation import judge as judge_module
 from speechlm_ext.evaluation.collect import read_utterance
 from speechlm_ext.evaluation.judge import JudgeUnavailable, load_judge
@@ -173,6 +173,13 @@ def test_asr_result_without_reference_is_refused(folder: Path):
     )
     with pytest.raises(RecordError, match="zzz"):
         run_evaluate(config(folder, judge="none"))
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(folder: Path):
+    (folder / "file").write_text("")
+    for name in ("file", "file/eval"):
+        with pytest.raises(StorageError, match=f"could not write .*/{name}: "):
+            run_evaluate(config(folder, output_dir=folder / name, judge="none"))
 
 
 def test_settings_that_make_no_sense():

@@ -20,6 +20,7 @@ from speechlm_ext.evaluation.heard import HeardClips
 from speechlm_ext.evaluation.judge import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
 from speechlm_ext.tasks import builtin_tasks
+from speechlm_ext.utils.io import make_folder, storage_error
 from speechlm_ext.utils.names import file_name
 from speechlm_ext.utils.options import as_list
 
@@ -51,11 +52,15 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
 
     Raises:
         RecordError: a results file is malformed, or an ``asr`` result has no reference in the manifests.
+        StorageError: the folder cannot be made.
         ManifestError: a manifest that cannot be used, or one id for different utterances of two manifests.
     """
     assert cfg.output_dir is not None
     out = Path(cfg.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(out)
+    except OSError as error:
+        raise storage_error(error, out) from error
     utterances = _utterances(as_list(cfg.manifest))
     records: list[Record] = []
     speech: list[Record] = []

@@ -33,8 +33,8 @@ SCORES = "scores.json"
 class EvaluateConfig:
     """Score generated text and speech, and a model's perplexity.
 
-    ``speechlm evaluate --results gen/results.jsonl --manifest data/test.jsonl --model runs/a \\
-    --tokens tokens/test --output_dir runs/a/eval``; later, by themselves: ``speechlm evaluate --records runs/a/eval``.
+    ``speechlm evaluate --results gen/results.jsonl --manifest data/test.jsonl --model runs/a --tokens tokens/test
+    --output_dir runs/a/eval``; later, by themselves: ``speechlm evaluate --records runs/a/eval``.
     """
 
     output_dir: Path | None = None
