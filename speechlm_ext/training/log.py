@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from speechlm_ext.errors import CheckpointError, TrainingError
 from speechlm_ext.training.board import Board
 from speechlm_ext.utils.io import atomic_write_text, storage_error
-from speechlm_ext.utils.json_text import parse_json, split_lines
+from speechlm_ext.utils.json_text import json_line, parse_json, split_lines
 
 LOG_NAME = "log.jsonl"
 logger = logging.getLogger("speechlm_ext")
@@ -81,7 +80,7 @@ class RunLog:
             return
         self.path = run_dir / LOG_NAME
         kept = [row for row in read_log(run_dir) if row["step"] <= step]
-        atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        atomic_write_text(self.path, "".join(map(json_line, kept)))
         try:
             # Without a buffer, what cannot be written fails in write() and not again in close().
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
@@ -133,7 +132,7 @@ class RunLog:
                 if key != "step":
                     values[f"{key}/{name}" if name else key] = number
         try:
-            rest = memoryview((json.dumps(row) + "\n").encode())
+            rest = memoryview(json_line(row).encode())
             while rest:
                 rest = rest[self.file.write(rest) :]
         except OSError as error:
