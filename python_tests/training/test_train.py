@@ -112,7 +112,11 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     plan += [{"run_dir": root / f"elastic-{s}", "accumulation": 2} for s in (1, 3)]
     plan.append({"run_dir": root / "killed"})
-    results = drive(tokens, [*plan, *diverging(root, 1), *refused(root).values()])
+    plan.append({"run_dir": root / "ruined", "stop_at": 3})
+    good = root / "ruined" / "checkpoints" / "step-00000003"
+    huge = {"optimizer": {"lr": 1e30}, "save_every": 1, "keep_checkpoints": 1, "log_every": 10}
+    ruined = [{"run_dir": root / "ruined", **huge}, {"run_dir": root / "ruined", "resume": str(good)}]
+    results = drive(tokens, [*plan, *diverging(root, 1), *refused(root).values(), *ruined])
     assert results[: len(plan)] == [None] * len(plan)
     (root / "1.json").write_text(json.dumps(results[len(plan) :]))
     return root
@@ -277,6 +281,19 @@ def test_what_is_not_finite_is_not_saved(runs: Path, world: int) -> None:
                 assert all(bool(v.isfinite().all()) for v in load_file(folder / name / file).values())
 
 
+def test_ruined_weights_do_not_replace_good_ones(runs: Path) -> None:
+    """Those of step 4 are finite, 1e30 times too large, and saved with one checkpoint to keep; the error names the one
+    before it, from which the run ends as if nothing had been."""
+    error, after = json.loads((runs / "1.json").read_text())[-2:]
+    folder = runs / "ruined" / "checkpoints"
+    assert error.startswith("TrainingError: training stopped at step 5: ")
+    assert f"finite values is {folder / 'step-00000004'}; the same command goes on from there" in error
+    assert f"with --resume {folder / 'step-00000003'}, where it stops again" in error
+    assert after is None
+    ours, theirs = weights(runs / "ruined"), weights(runs / "plain")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_a_rank_that_does_not_see_the_checkpoint_ends_the_run(runs: Path) -> None:
     """Otherwise it would begin anew while the others go on."""
     error = json.loads((runs / "2.json").read_text())[-1]
@@ -324,7 +341,7 @@ def test_kill_in_the_middle_and_resume(runs: Path) -> None:
 
 
 def test_refuses_what_it_cannot_resume(runs: Path) -> None:
-    errors = json.loads((runs / "1.json").read_text())[len(diverging(runs, 1)) :]
+    errors = json.loads((runs / "1.json").read_text())[len(diverging(runs, 1)) : -2]
     for expected, error in zip(refused(runs), errors, strict=True):
         assert error is not None and expected in error, (expected, error)
         assert error.startswith("CheckpointError: ")

@@ -25,6 +25,7 @@ import yaml
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.errors import CheckpointError, ConfigError, SpeechLMError, StorageError, TrainingError
 from speechlm_ext.model import ModelConfig, SpeechLM
+from speechlm_ext.model.folder import CHECKPOINTS
 from speechlm_ext.model.speechlm import backbone_settings
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig
@@ -37,7 +38,6 @@ from speechlm_ext.utils.checkpoint_folders import latest_checkpoint, recover
 from speechlm_ext.utils.io import atomic_write_text
 
 logger = logging.getLogger("speechlm_ext")
-CHECKPOINTS = "checkpoints"
 
 
 def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLM:
@@ -192,6 +192,7 @@ def _loop(
     packs = iter(loader)
     begun = time.perf_counter() - state.seconds
     last, saved_step = None, state.step
+    is_proven = True  # whether what was saved last has given a loss and a gradient that are finite
 
     def save(keep: int) -> None:
         nonlocal last, saved_step
@@ -202,6 +203,10 @@ def _loop(
         last, saved_step = ckpt.save_checkpoint(engine, model, state, root, keep), state.step
         if rank == 0:
             logger.info("saved %s", last)
+
+    def prune() -> None:
+        if rank == 0:
+            ckpt.prune(root, saved_step, config.keep_checkpoints)
 
     def refuse(what: str) -> NoReturn:
         """End on every rank before a step is taken. What was learnt until then is kept, and so is all that is older: it
@@ -240,6 +245,9 @@ def _loop(
             engine.step()
         if engine.skipped_steps:  # ZeRO takes no step, on any rank, where the gradient is not finite
             refuse(f"the loss is {loss:.4g}, but its gradient is not finite")
+        if not is_proven:
+            prune()
+            is_proven = True
         state.step += 1
         state.packs_consumed = loader.packs_consumed
         log.advance()
@@ -254,7 +262,11 @@ def _loop(
             _write_line(log, meter, float(norm), names, state, lr)
             meter.reset()
         if state.step % config.save_every == 0 or state.step == config.steps:
-            save(config.keep_checkpoints)
+            # Weights can be finite and ruined: what is older goes only when the next step's numbers are finite too.
+            save(config.keep_checkpoints + 1)
+            is_proven = False
+    if not is_proven:
+        prune()
     return last
 
 
