@@ -162,6 +162,10 @@ def test_lists_take_one_plain_value(tmp_path: Path) -> None:
     assert train.data.tasks == [TaskUse("textlm", 2.0)]
     train = settings("train", "--run_dir", "r", "--data.tasks", '[{"task": "a"}, {"task": "b"}]')
     assert train.data.tasks == [TaskUse("a"), TaskUse("b")]
+    one = '{"task": "textlm", "langs": "en", "datasets": "books"}'
+    train = settings("train", "--run_dir", "r", "--data.tasks", one)
+    assert train.data.tasks == [TaskUse("textlm", datasets=["books"], langs=["en"])]
+    assert TaskUse("textlm", datasets="books", langs="en") == train.data.tasks[0]
     (tmp_path / "e.yaml").write_text("results: r.jsonl\noutput_dir: o\n")
     assert as_list(settings("evaluate", "--config", tmp_path / "e.yaml").results) == [Path("r.jsonl")]
 

@@ -21,6 +21,7 @@ from speechlm_ext.data.sequence import content_columns, content_length, sequence
 from speechlm_ext.data.shards import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.tasks import TaskTemplate
+from speechlm_ext.utils.options import as_list
 
 #: Neighbours in length among which a fractional factor draws its extra copies, so that their rows hardly vary.
 _STRATUM = 64
@@ -34,10 +35,16 @@ class TaskUse:
     """Name of a task template, e.g. ``codec_ssl_asr``."""
     factor: float = 1.0
     """How often each sample is used in an epoch; 2.5 is twice each and a random half once more."""
-    datasets: list[str] | None = None
-    """Only utterances of these data sets; default all."""
-    langs: list[str] | None = None
-    """Only utterances in these languages; default all."""
+    datasets: list[str] | str | None = None
+    """Only utterances of this data set, or of a list of them; default all."""
+    langs: list[str] | str | None = None
+    """Only utterances in this language, or in a list of them; default all."""
+
+    def __post_init__(self) -> None:
+        for name in ("datasets", "langs"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, as_list(value))
 
 
 @dataclass(frozen=True)
