@@ -288,7 +288,7 @@ def test_ruined_weights_do_not_replace_good_ones(runs: Path) -> None:
     folder = runs / "ruined" / "checkpoints"
     assert error.startswith("TrainingError: training stopped at step 5: ")
     assert f"finite values is {folder / 'step-00000004'}; the same command goes on from there" in error
-    assert f"with --resume {folder / 'step-00000003'}, where it stops again" in error
+    assert f"go on from the one before it with --resume {folder / 'step-00000003'}. " in error
     assert after is None
     ours, theirs = weights(runs / "ruined"), weights(runs / "plain")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

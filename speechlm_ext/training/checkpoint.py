@@ -201,7 +201,7 @@ def diverged(root: Path, step: int, what: str) -> TrainingError:
         left = f"The newest checkpoint with finite values is {good}; the same command goes on from there"
         older = [folder for folder in found[: found.index(good)] if _is_finite_on_disk(folder)]
         if older:
-            left += f", or from one before it with --resume {older[-1]}, where it stops again"
+            left += f"; if it stops there again, go on from the one before it with --resume {older[-1]}"
     if bad:
         left += f" (delete {', '.join(bad)}, which cannot be used)"
     return TrainingError(
