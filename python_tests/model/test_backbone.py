@@ -178,7 +178,7 @@ def test_sequences_end_where_positions_start_to_depend_on_neighbours() -> None:
 
 
 def test_rows_beyond_which_rotary_embeddings_change_are_refused(tmp_path: Path) -> None:
-    """A longer sample would change the states of its neighbours in the pack, and keys in the cache would be of others."""
+    """A longer sample would change the states of its neighbours in the pack and of the rows in the cache."""
     settings = settings_of("llama") | {"max_position_embeddings": 32}
     settings["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = SpeechLM(ModelConfig(settings), LAYOUT).eval()

@@ -172,9 +172,7 @@ class KVCache:
             self._set(slot, start + length)
         self._prefill = None
 
-    def begin_step(
-        self, num_active: int, num_keys: int | None = None, max_rows: int | None = None
-    ) -> Tensor:
+    def begin_step(self, num_active: int, num_keys: int | None = None, max_rows: int | None = None) -> Tensor:
         """The next forward adds one row to each of the first slots; returns their positions int64 ``[n]``.
 
         ``num_keys``: keys that attention looks at, at least the longest slot's; a captured graph fixes it. Slots that
