@@ -496,3 +496,12 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path, monkeypa
     assert sorted([*first[:2], *rest]) == [1000, 1000, 2000, 3000, 4000]
     assert [r.hypothesis for r in read_records(folder / "eval")] == ["One, two, three."] * 5
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("langs", [["en"], ["en", "de", "en"], ["en", None], None, 5])
+def test_the_judge_takes_a_language_for_each_clip(langs):
+    """A clip without one would have come back as an empty text."""
+    judge = judge_module.Judge.__new__(judge_module.Judge)
+    judge.languages = ("en", "de")
+    with pytest.raises(ConfigError, match="one language tag such as 'en' for all 2 clips, or one for each"):
+        judge.transcribe([np.zeros(1600, np.float32)] * 2, langs, 16000)

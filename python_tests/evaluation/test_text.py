@@ -113,3 +113,12 @@ def test_alignment_for_display():
 def test_rejects_sets_that_cannot_be_scored(refs, hyps, word):
     with pytest.raises(ConfigError, match=word):
         wer(refs, hyps)
+
+
+def test_a_language_that_is_none_is_said_once(caplog):
+    """Its numbers cannot be read as words, so errors are counted that nobody made."""
+    for lang, said in (("english", 1), ("english", 0), ("eng", 0), ("en-US", 0)):
+        caplog.clear()
+        counted = wer(["20 cats"], ["twenty cats"], lang)
+        assert counted.errors == (1 if lang == "english" else 0)
+        assert sum("'english' is not the tag of a language" in r.message for r in caplog.records) == said

@@ -177,6 +177,31 @@ def test_sequences_end_where_positions_start_to_depend_on_neighbours() -> None:
     assert model.max_positions == max_positions(model.backbone.config) == 32
 
 
+def test_rows_beyond_which_rotary_embeddings_change_are_refused(tmp_path: Path) -> None:
+    """A longer sample would change the states of its neighbours in the pack and of the rows in the cache."""
+    settings = settings_of("llama") | {"max_position_embeddings": 32}
+    settings["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = SpeechLM(ModelConfig(settings), LAYOUT).eval()
+    with torch.no_grad():
+        ids, position, bounds = rows_of(torch.arange(33), torch.arange(9))
+        message = r"a sequence has 33 rows.*'llama' change beyond 32 rows"
+        with pytest.raises(ConfigError, match=message):
+            model.hidden(ids, position, bounds)
+        with pytest.raises(ConfigError, match=message):
+            model.prefill(ids, model.new_cache(2, 4), [0, 1], [33, 9])
+        cache = model.new_cache(2, 4)
+        model.prefill(torch.cat((ids[:31], ids[33:36])), cache, [0, 1], [31, 3])
+        model.step_hidden(torch.stack((ids[31], ids[36])), cache)
+        with pytest.raises(ConfigError, match=message):
+            model.step_hidden(torch.stack((ids[32], ids[37])), cache)
+        # A slot that only fills a step up has counted further than any request: it does not reach the others.
+        right = model.hidden(*rows_of(torch.arange(9)))
+        cache = model.new_cache(2, 64)
+        model.prefill(ids[:8], cache, [0], [8])
+        cache._set(1, 40)
+        torch.testing.assert_close(model.step_hidden(ids[8:9].repeat(2, 1), cache, 64)[0], right[8])
+
+
 def test_nothing_random_is_left_in_training() -> None:
     model = SpeechLM(
         ModelConfig(settings_of("gpt2") | {"attn_pdrop": 0.3, "resid_pdrop": 0.3, "embd_pdrop": 0.3}), LAYOUT

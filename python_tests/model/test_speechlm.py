@@ -197,6 +197,8 @@ def test_refuses_what_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a model folder"):
         SpeechLM.from_pretrained(tmp_path)
     make().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="model.safetensors is a file"):
+        SpeechLM.from_pretrained(tmp_path / "model.safetensors")
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(CheckpointError, match="damaged or truncated"):

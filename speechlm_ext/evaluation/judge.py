@@ -134,10 +134,16 @@ class Judge:
             One raw text per clip. A clip with no speech may give an empty text.
 
         Raises:
-            ConfigError: a language that the recogniser does not know; nothing was recognised then.
+            ConfigError: a language that the recogniser does not know, or not one for each clip; nothing was recognised
+                then.
             AudioError: an empty or not finite waveform.
         """
-        tags = [langs] * len(waves) if isinstance(langs, str) else list(langs)
+        tags: list[Any] = list(langs) if isinstance(langs, (list, tuple)) else [langs] * len(waves)
+        if len(tags) != len(waves) or not all(isinstance(tag, str) for tag in tags):
+            raise ConfigError(
+                f"the judge needs one language tag such as 'en' for all {len(waves)} clips, or one for each; got "
+                f"{langs!r}."
+            )
         codes = {tag: self.language(tag) for tag in dict.fromkeys(tags)}
         languages = [codes[tag] for tag in tags]
         clips = [

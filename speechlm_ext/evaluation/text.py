@@ -18,6 +18,7 @@ combining marks; therefore it is not used here. How a text is split into words: 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,9 @@ import numpy as np
 from speechlm_ext.errors import ConfigError, SpeechLMError
 from speechlm_ext.evaluation.numbers import LONGEST_NUMBER, number_words
 from speechlm_ext.evaluation.words import characters, tokens
-from speechlm_ext.utils.language import base_language
+from speechlm_ext.utils.language import base_language, canonical_tag
+
+logger = logging.getLogger("speechlm_ext")
 
 #: Stamped into every score: another rule means another number.
 RULE = "nfkc-lower-nopunct-digits:best-reading-v2"
@@ -237,6 +240,16 @@ def _pair(reference: str, hypothesis: str, lang: str) -> tuple[tuple[str, ...], 
     return tuple(words), tuple(best_reading(words, hypothesis, lang))
 
 
+@lru_cache(maxsize=1024)  # once for each language
+def _say_unknown(lang: str) -> None:
+    if canonical_tag(lang) is None:
+        logger.warning(
+            "scoring: %r is not the tag of a language (such as 'en', 'pt-BR' or 'deu'); its texts are compared without "
+            "number words: '20' and 'twenty' differ. Correct 'lang' in the manifest or requests",
+            lang,
+        )
+
+
 def _languages(lang: str | Sequence[str], count: int) -> list[str]:
     return [lang] * count if isinstance(lang, str) else list(lang)
 
@@ -252,6 +265,8 @@ def _count(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str], 
             f"{unit} errors: expected as many hypotheses and languages as references and at least one, got "
             f"{len(refs)} references, {len(hyps)} hypotheses and {len(languages)} languages."
         )
+    for language in dict.fromkeys(languages):
+        _say_unknown(language)
     pairs = [_pair(*item) for item in zip(refs, hyps, languages, strict=True)]
     empty = [i for i, (words, _) in enumerate(pairs) if not words]
     if empty:
@@ -288,6 +303,8 @@ def wer(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str] = "e
 
     Raises:
         ConfigError: an empty set, lists of different lengths, or a reference without words.
+
+    A tag of no known language is said in the log, once: numbers are not read as words then.
     """
     return _count(refs, hyps, lang, "word")
 

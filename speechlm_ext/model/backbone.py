@@ -144,16 +144,37 @@ def max_positions(config: PretrainedConfig) -> int:
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if not isinstance(length, int):
         raise BackboneError(f"model type {config.model_type!r} does not say how long its sequences may be.")
+    return min(length, changing_length(config) or length)
+
+
+def changing_length(config: PretrainedConfig) -> int | None:
+    """Rows up to which rotary embeddings do not depend on the longest sequence of a batch; None where they never do."""
+    limits = []
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for part in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
         if part.get("rope_type") in ("dynamic", "longrope"):
             first = part.get("original_max_position_embeddings")
             first = first or getattr(config, "original_max_position_embeddings", None)
-            length = min(length, int(first or length))
-    return length
+            limits.append(min(int(x) for x in (first, config.max_position_embeddings) if x))
+    return min(limits, default=None)
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------
+def _check_length(config: PretrainedConfig, longest: int) -> int | None:
+    """:func:`changing_length`, after a look at the longest sequence of a call.
+
+    Raises:
+        ConfigError: it is longer: all sequences of the call would get other rotary embeddings.
+    """
+    limit = changing_length(config)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"a sequence has {longest} rows, but the rotary embeddings of backbone {config.model_type!r} change beyond "
+            f"{limit} rows, for all sequences of a batch. Use sequences of at most {limit} rows."
+        )
+    return limit
+
+
 def _run(body: nn.Module, embedded: Tensor, position: Tensor, **where: Any) -> Tensor:
     with attending(**where):
         out = body(inputs_embeds=embedded, position_ids=position, use_cache=False, **where)
@@ -167,9 +188,13 @@ def run_packed(body: nn.Module, embedded_ND: Tensor, position_N: Tensor, cu_seql
         embedded_ND: float ``[N, D]``.
         position_N: int ``[N]``, restarting at 0 in each segment.
         cu_seqlens: int32 ``[n+1]`` segment bounds.
+
+    Raises:
+        ConfigError: a segment is longer than :func:`changing_length`; so in :func:`run_prefill` and :func:`run_step`.
     """
     kernel, _ = choose_attention(embedded_ND.device, embedded_ND.dtype)
     packing = Packing.build(cu_seqlens, kernel)
+    _check_length(body.config, packing.max_seqlen)
     return _run(body, embedded_ND[None], position_N[None].long(), packing=packing)[0]
 
 
@@ -177,6 +202,8 @@ def run_prefill(
     body: nn.Module, embedded_ND: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]
 ) -> Tensor:
     """Hidden states ``[N, D]`` of rows that are put behind what ``slots`` hold, one request after the other."""
+    ends = (cache.held[slot] + length for slot, length in zip(slots, lengths, strict=True))
+    _check_length(body.config, max(ends, default=0))
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     kernel, _ = choose_attention(embedded_ND.device, embedded_ND.dtype)
     packing = Packing.build(bounds.to(embedded_ND.device), kernel)
@@ -188,7 +215,10 @@ def run_prefill(
 
 def run_step(body: nn.Module, embedded_BD: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
     """Hidden states ``[B, D]`` of one more row for each of the first B slots."""
-    position_B = cache.begin_step(len(embedded_BD), num_keys)
+    # With num_keys some of the slots may only fill the step up: they count rows that no request has.
+    longest = 0 if num_keys is not None else cache.longest(len(embedded_BD)) + 1
+    limit = _check_length(body.config, longest)
+    position_B = cache.begin_step(len(embedded_BD), num_keys, limit)
     out_BD = _run(body, embedded_BD[:, None], position_B[:, None], kv=cache)[:, 0]
     cache.end_step()
     return out_BD

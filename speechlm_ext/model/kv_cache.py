@@ -172,15 +172,17 @@ class KVCache:
             self._set(slot, start + length)
         self._prefill = None
 
-    def begin_step(self, num_active: int, num_keys: int | None = None) -> Tensor:
+    def begin_step(self, num_active: int, num_keys: int | None = None, max_rows: int | None = None) -> Tensor:
         """The next forward adds one row to each of the first slots; returns their positions int64 ``[n]``.
 
         ``num_keys``: keys that attention looks at, at least the longest slot's; a captured graph fixes it. Slots that
-        no request holds may be among the first; they write somewhere inside their own rows.
+        no request holds may be among the first; they write somewhere inside their own rows, and below ``max_rows``,
+        where a larger position would change the embeddings of all slots.
         """
         num_keys = self.longest(num_active) + 1 if num_keys is None else num_keys
         self.reserve(num_keys)
-        position = self.lengths[:num_active].clamp(max=num_keys - 1)
+        most = num_keys if max_rows is None else min(num_keys, max_rows)
+        position = self.lengths[:num_active].clamp(max=most - 1)
         self._step = Step(num_active, num_keys, position)
         return position
 

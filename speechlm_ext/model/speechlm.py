@@ -339,8 +339,9 @@ class SpeechLM(nn.Module):
         """
         folder = find_model_folder(folder)
         if not folder.is_dir():
+            problem = "is a file" if folder.exists() else "does not exist"
             raise CheckpointError(
-                f"model folder {folder} does not exist. Give a checkpoint (runs/NAME/checkpoints/step-…) or an export."
+                f"model folder {folder} {problem}. Give a checkpoint (runs/NAME/checkpoints/step-…) or an export."
             )
         if verify:
             verify_digests(folder, MODEL_FILES, (TOKENIZERS_NAME,))
