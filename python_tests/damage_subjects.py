@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,9 +148,7 @@ def make_checkpoint(folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
-    state = ckpt.TrainerState(
-        step=3, packs_consumed=7, optimizer_step=1.0, plan="ab" * 32, totals={"logged_step": 3}
-    )
+    state = ckpt.TrainerState(step=3, packs_consumed=7, optimizer_step=1.0, plan="ab" * 32)
     ckpt._write(
         folder / "step-00000003",
         model,
@@ -163,12 +161,14 @@ def make_checkpoint(folder: Path) -> None:
 def read_checkpoint(root: Path) -> Any:
     folder = ckpt.list_checkpoints(root)[-1] if ckpt.list_checkpoints(root) else root / "step-00000003"
     state = ckpt.read_state(folder)
+    ckpt.verify_files(folder)
     config = ModelConfig(BACKBONE, tuple(builtin_tasks()[name] for name in TASKS))
     model = SpeechLM(config, tokenizer_set().make_layout())
     model.layout.require_same(TokenLayout.load(folder), "the token folder", f"checkpoint {folder}")
     weights = ckpt.load_weights(model, folder)
     optimizer = torch.optim.AdamW(model.parameters())
-    ckpt.load_optimizer(SimpleNamespace(optimizer=optimizer), model, folder, weights, state)
+    moments = ckpt.read_moments(model, folder)
+    ckpt.load_optimizer(SimpleNamespace(optimizer=optimizer), model, moments, weights, state)
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
     return state, {name: _plain(value) for name, value in model.state_dict().items()}
@@ -431,7 +431,8 @@ def read_backbone(folder: Path) -> Any:
     from speechlm_ext.model.speechlm import backbone_settings
 
     torch.manual_seed(0)
-    model = SpeechLM(ModelConfig(backbone_settings(folder)), tokenizer_set().make_layout())
+    layout = replace(tokenizer_set().make_layout(), tokenizers=())  # the folder has weights alone
+    model = SpeechLM(ModelConfig(backbone_settings(folder)), layout)
     model.load_backbone(folder)
     return {name: _plain(value) for name, value in model.state_dict().items()}
 
@@ -449,7 +450,7 @@ SUBJECTS = {
     "tokenize": Subject(make_tokenized, read_tokenized, is_proven=False),
     "layout": Subject(make_layout, lambda f: (TokenLayout.load(f), TokenLayout.load(f).name), is_proven=False),
     "model": Subject(make_model, read_model, is_proven=False),
-    "checkpoint": Subject(make_checkpoint, read_checkpoint, is_proven=False),
+    "checkpoint": Subject(make_checkpoint, read_checkpoint),
     "sentencepiece": Subject(make_text, read_text),
     "huggingface": Subject(make_huggingface, read_text),
     "mfcc-kmeans": Subject(make_units, read_units),

@@ -27,7 +27,8 @@ from speechlm_ext.tokenizers import HuggingFaceText, SentencePieceText
 CASES = {
     "tokens": 24, "layout": 40, "model": 20, "sentencepiece": 30, "huggingface": 30, "mfcc-kmeans": 20,
     "encoder-kmeans": 20, "rvq-kmeans": 20, "kmeans": 40, "kmeans-checkpoint": 40, "feature-shards": 40,
-    "kmeans-fit": 4, "kmeans-assign": 5, "kmeans-assign-shards": 20, "results": 40, "hubert": 8,
+    "kmeans-fit": 4, "kmeans-assign": 5, "kmeans-assign-shards": 20, "results": 40, "hubert": 8, "checkpoint": 20,
+    "records": 20,
 }  # fmt: skip
 
 
