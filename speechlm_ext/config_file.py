@@ -8,23 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from speechlm_ext.errors import ConfigError, foreign_errors
-
-#: The loader that the parser uses: the one in C takes some tabs that the one in Python refuses.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from speechlm_ext.utils.yaml_text import parse_yaml
 
 
 class OneLineErrors:
     """Mixin for an argument parser: a mistake is one line, exit code 2, without the list of all options."""
 
+    prog: str
+
     def error(self, message: str, *_: Any) -> NoReturn:
         """End the process with exit code 2 and ``message`` on one line."""
         line = " ".join(str(message).split()).rstrip(".")
-        print(
-            f"speechlm: error: {line[:1000]}. 'speechlm VERB --help' explains the settings.", file=sys.stderr
-        )
+        print(f"speechlm: error: {line[:1000]}. '{self.prog} --help' explains the settings.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -59,7 +55,7 @@ def _check_file(path: Path) -> None:
         raise ConfigError(f"--config {path}, line {line}: not UTF-8 text. Save the file as UTF-8.") from None
     try:
         with foreign_errors(ConfigError, f"--config {path} is not YAML", "Mend it."):
-            value = yaml.load(text, _LOADER)
+            value = parse_yaml(text)
     except ConfigError as error:
         problem = error.__cause__
         mark = getattr(problem, "problem_mark", None)

@@ -96,6 +96,9 @@ class FakeJudge:
     def describe(self):
         return {"model": "fake"}
 
+    def language(self, tag):
+        return tag
+
     def transcribe(self, waves, langs, sample_rate):
         assert sample_rate == 16000 and len(waves) == len(langs)
         return ["One, two, three." for _ in waves]

@@ -78,9 +78,7 @@ class TokenizeConfig:
     """Old name of ``output_dir``."""
 
     def __post_init__(self) -> None:
-        take_old_name(self, "out", "output_dir")
-        if not self.output_dir:
-            raise ConfigError("output_dir is needed: the token folder to write.")
+        take_old_name(self, "out", "output_dir", needed="the token folder to write")
 
 
 @dataclass(frozen=True)

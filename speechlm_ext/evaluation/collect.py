@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,26 +161,12 @@ def _kind(task: str, modality: str | None, has_text: bool, has_audio: bool) -> s
 
 def _original(utterance: Utterance, out: Path, lang: str) -> Record:
     """The recording itself as a record that waits for the judge; a part of a longer file is cut out first."""
-    path, skipped = utterance.audio, WAITING
-    assert path is not None
-    if utterance.start is not None:
-        path = out / "recordings" / file_name(utterance.id, ".wav")
-        try:
-            write_wav(path, read_utterance(utterance, SAMPLE_RATE), SAMPLE_RATE)
-        except StorageError:
-            raise
-        except Exception as error:
-            skipped = _reason(error)
-    return Record(
-        utterance.id,
-        "recording",
-        utterance.text or "",
-        None,
-        lang=utterance.lang or lang,
-        dataset=utterance.dataset,
-        audio=_relative(path, out),
-        skipped=skipped,
-    )
+    if utterance.start is None:
+        assert utterance.audio is not None
+        return _waiting("recording", utterance, utterance.audio, WAITING, out, lang)
+    path = out / "recordings" / file_name(utterance.id, ".wav")
+    status = _written(path, SAMPLE_RATE, lambda: read_utterance(utterance, SAMPLE_RATE))
+    return _waiting("recording", utterance, path, status, out, lang)
 
 
 def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: str) -> list[Record]:
@@ -190,28 +177,41 @@ def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: 
     codec = TokenizerSet.load(model / TOKENIZERS_NAME).codec
     if codec is None:
         return []
+
+    def resynthesise(utterance: Utterance) -> np.ndarray:
+        return codec.decode(codec.encode(read_utterance(utterance, codec.sample_rate)))
+
     records = []
     for utterance in tqdm(utterances, desc="codec resynthesis", unit="utt", disable=None):
-        path, skipped = out / "resynthesis" / file_name(utterance.id, ".wav"), WAITING
-        try:
-            wave = codec.decode(codec.encode(read_utterance(utterance, codec.sample_rate)))
-            write_wav(path, wave, codec.sample_rate)
-        except StorageError:
-            raise
-        except Exception as error:
-            skipped = _reason(error)
-        record = Record(
-            utterance.id,
-            "codec",
-            utterance.text or "",
-            None,
-            lang=utterance.lang or lang,
-            dataset=utterance.dataset,
-            audio=_relative(path, out) if skipped == WAITING else None,
-            skipped=skipped,
-        )
-        records.append(record)
+        path = out / "resynthesis" / file_name(utterance.id, ".wav")
+        status = _written(path, codec.sample_rate, partial(resynthesise, utterance))
+        records.append(_waiting("codec", utterance, path, status, out, lang))
     return records
+
+
+def _written(path: Path, sample_rate: int, make: Callable[[], np.ndarray]) -> str:
+    """Write the waveform that ``make`` gives: :data:`WAITING`, or why there is none. Raises :class:`StorageError`."""
+    try:
+        write_wav(path, make(), sample_rate)
+    except StorageError:
+        raise
+    except Exception as error:
+        return _reason(error)
+    return WAITING
+
+
+def _waiting(kind: str, utterance: Utterance, path: Path, status: str, out: Path, lang: str) -> Record:
+    """A record of sound at ``path`` that waits for the judge; with another status there is no sound."""
+    return Record(
+        utterance.id,
+        kind,
+        utterance.text or "",
+        None,
+        lang=utterance.lang or lang,
+        dataset=utterance.dataset,
+        audio=_relative(path, out) if status == WAITING else None,
+        skipped=status,
+    )
 
 
 def read_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
@@ -239,8 +239,7 @@ def _listen(records: list[Record], judge: Judge | None, why_not: str | None, out
         if record.skipped != WAITING:
             continue
         try:
-            if hasattr(judge, "language"):
-                judge.language(record.lang)
+            judge.language(record.lang)
             todo.append(i)
         except SpeechLMError as error:
             done[i] = _skip(record, error)

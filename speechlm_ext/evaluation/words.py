@@ -20,6 +20,7 @@ import unicodedata
 import regex
 
 from speechlm_ext.utils.language import base_language
+from speechlm_ext.utils.scripts import NO_SPACES
 
 #: In these languages an apostrophe is a letter: Uzbek oʻ, Hawaiian ʻokina, Breton cʼh, Guarani ʼ.
 _APOSTROPHE_IS_LETTER = {"br", "gn", "haw", "qu", "sm", "to", "ty", "uz"}
@@ -54,7 +55,7 @@ _INVISIBLE = regex.compile(
 _APOSTROPHES = regex.compile("[’‘‛ʼʻ＇]")
 _HEBREW_INNER = regex.compile(r"(?<=\p{Hebrew})[״׳'\"”“](?=\p{Hebrew})")
 _ANY_APOSTROPHE_INSIDE = regex.compile(rf"(?<={_LETTER})['’‘‛＇](?={_LETTER})")
-_NO_SPACES = regex.compile(r"[\p{Line_Break=SA}\p{Han}\p{Hiragana}\p{Katakana}\u30fc]")
+_NO_SPACES = regex.compile(NO_SPACES)
 
 
 def fold(text: str, lang: str = "en") -> str:
@@ -112,8 +113,7 @@ def characters(words: list[str] | tuple[str, ...]) -> str:
     Characters are code points after NFC, as usual in the field: a letter with a wrong mark is one error and not a wrong
     letter, and in scripts with composed letters (é, 각) it is the same as a grapheme cluster.
     """
-    out = "".join(words[:1])
-    parts = [out]
+    parts = list(words[:1])
     for before, word in zip(words, words[1:], strict=False):
         close = _NO_SPACES.match(before[-1]) and _NO_SPACES.match(word[0])
         parts.append(word if close else f" {word}")

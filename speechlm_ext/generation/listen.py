@@ -22,13 +22,13 @@ from speechlm_ext.generation.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.run import result_of
 from speechlm_ext.generation.session import Session, check_one_row
 from speechlm_ext.generation.settings import SamplingSettings, number
+from speechlm_ext.utils.scripts import NO_SPACES
 
 if TYPE_CHECKING:
     from speechlm_ext.model.speechlm import SpeechLM
 
 
-_NO_SPACES = r"[\p{Line_Break=SA}\p{Han}\p{Hiragana}\p{Katakana}\u30fc]"
-_UNIT = regex.compile(rf"(?={_NO_SPACES})\X|(?:(?!{_NO_SPACES})\S)+")
+_UNIT = regex.compile(rf"(?={NO_SPACES})\X|(?:(?!{NO_SPACES})\S)+")
 
 
 @dataclass(frozen=True)

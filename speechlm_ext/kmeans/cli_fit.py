@@ -102,9 +102,7 @@ class FitConfig:
     """Old name of ``output_dir``."""
 
     def __post_init__(self) -> None:
-        take_old_name(self, "output", "output_dir")
-        if not self.output_dir:
-            raise ConfigError("--output_dir is needed: the folder to write.")
+        take_old_name(self, "output", "output_dir", needed="the folder to write")
 
 
 @speaks_options

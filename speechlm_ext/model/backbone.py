@@ -10,9 +10,8 @@ Axes: N packed positions, B slots, D hidden.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from speechlm_ext.model.attention import NAME as ATTENTION
 from speechlm_ext.model.attention import Packing, attending, choose_attention
 from speechlm_ext.model.kv_cache import KVCache
 
-logger = logging.getLogger("speechlm_ext")
+#: Parts of the names of settings that make training random.
+_NOISE = ("dropout", "pdrop", "layerdrop", "jitter")
 
 
 class BackboneError(ConfigError):
@@ -61,7 +61,7 @@ def backbone_settings(folder: str | Path) -> dict[str, Any]:
     """The transformers configuration of a local backbone folder as plain data.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(
@@ -93,11 +93,18 @@ def make_config(settings: dict[str, Any]) -> PretrainedConfig:
             "model_type: llama."
         ) from None
     config.use_cache = False
-    for name, value in list(vars(config).items()):
-        noise = any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter"))
-        if noise and isinstance(value, float) and value > 0:
-            setattr(config, name, 0.0)
+    for name in noise_in(vars(config)):
+        setattr(config, name, 0.0)
     return config
+
+
+def noise_in(settings: Mapping[str, Any]) -> dict[str, float]:
+    """The settings of a configuration that make training random, which :func:`make_config` switches off."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if any(word in name for word in _NOISE) and isinstance(value, float) and value > 0
+    }
 
 
 def _forget(config: PretrainedConfig, name: str) -> None:
@@ -114,10 +121,14 @@ def text_body(model: Any) -> Any:
 
 
 def build_body(config: PretrainedConfig, vocab_size: int) -> nn.Module:
-    """A new body with the ``speechlm`` attention, that takes embeddings.
+    """A new body with the ``speechlm`` attention, that takes embeddings ``[B, T, D]``.
+
+    Args:
+        config: changed in place: it gets the vocabulary and the attention.
+        vocab_size: V of the model, for classes that look at it; the body itself has no table.
 
     Raises:
-        ConfigError: the class cannot be made of these settings.
+        BackboneError: the class cannot be made of these settings.
     """
     config.vocab_size = vocab_size
     try:
@@ -201,7 +212,13 @@ def run_packed(body: nn.Module, embedded_ND: Tensor, position_N: Tensor, cu_seql
 def run_prefill(
     body: nn.Module, embedded_ND: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]
 ) -> Tensor:
-    """Hidden states ``[N, D]`` of rows that are put behind what ``slots`` hold, one request after the other."""
+    """Hidden states ``[N, D]`` of rows that are put behind what ``slots`` hold, in one packed forward.
+
+    Args:
+        embedded_ND: float ``[N, D]``, one request after the other.
+        cache: updated in place.
+        slots, lengths: of each request; the lengths sum to N.
+    """
     ends = (cache.held[slot] + length for slot, length in zip(slots, lengths, strict=True))
     _check_length(body.config, max(ends, default=0))
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -214,7 +231,13 @@ def run_prefill(
 
 
 def run_step(body: nn.Module, embedded_BD: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
-    """Hidden states ``[B, D]`` of one more row for each of the first B slots."""
+    """Hidden states ``[B, D]`` of one more row for each of the first B slots.
+
+    Args:
+        embedded_BD: float ``[B, D]``.
+        cache: updated in place.
+        num_keys: keys that attention looks at; None: as many as the longest slot has then.
+    """
     # With num_keys some of the slots may only fill the step up: they count rows that no request has.
     longest = 0 if num_keys is not None else cache.longest(len(embedded_BD)) + 1
     limit = _check_length(body.config, longest)
@@ -243,12 +266,12 @@ def measure_ends(model: Any, ids_T: Tensor) -> TextEnds:
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise BackboneError(f"model type {kind!r} has no output table of text ids.")
     right_TD = body(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
-    embed_scale = None
-    for scale in _scales(model, ids_T):
-        out = body(inputs_embeds=table.weight[ids_T][None] * scale, use_cache=False).last_hidden_state[0]
-        if _close(out, right_TD):
-            embed_scale = scale
-            break
+    rows = table.weight[ids_T][None]
+
+    def explains(scale: float) -> bool:
+        return _close(body(inputs_embeds=rows * scale, use_cache=False).last_hidden_state[0], right_TD)
+
+    embed_scale = next(filter(explains, _scales(model, ids_T)), None)
     if embed_scale is None:
         raise BackboneError(
             f"model type {kind!r} does more to ids than scale the rows of a table before its first layer."

@@ -12,9 +12,11 @@ import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from speechlm_ext.errors import CheckpointError
 from speechlm_ext.utils.io import atomic_write_json, sha256_file, storage_error
+from speechlm_ext.utils.json_shape import SHA256, check_shape
 from speechlm_ext.utils.json_text import read_json
 
 DIGESTS_NAME = "digests.json"
@@ -107,26 +109,29 @@ def verify_digests(folder: Path, names: Collection[str], folders: Collection[str
             )
 
 
+#: What ``digests.json`` holds.
+_SHAPE = {"version": int, "algorithm": Literal["sha256"], "files": dict[str, SHA256]}
+
+
 def _read(folder: Path) -> dict[str, str]:
     path = folder / DIGESTS_NAME
     record = read_json(path, CheckpointError, _WAY_OUT)
-    version = record.get("version") if isinstance(record, dict) else None
-    if type(version) is int and version > VERSION:
-        raise CheckpointError(f"{path}: version {version} is not {VERSION}; use a newer release.")
-    files = record.get("files") if type(version) is int else None
-    good = version == VERSION and isinstance(files, dict) and record.get("algorithm") == "sha256"
-    if not good or not files or not all(_is_inside(n) and _is_digest(d) for n, d in files.items()):
-        raise CheckpointError(
-            f"{path} is damaged: expected version {VERSION}, algorithm sha256, and files as a table of relative names "
-            f"and digests; {_WAY_OUT}."
-        )
-    return files
+    try:
+        check_shape(record, {"version": int, "...": Any})
+        if record["version"] > VERSION:
+            raise CheckpointError(
+                f"{path}: version {record['version']} is not {VERSION}; use a newer release."
+            )
+        check_shape(record, _SHAPE)
+        if record["version"] < VERSION or not record["files"] or not all(map(_is_inside, record["files"])):
+            raise ValueError(f"expected version {VERSION}, and names of files in this folder")
+    except CheckpointError:
+        raise
+    except ValueError as problem:
+        raise CheckpointError(f"{path} is damaged: {problem}; {_WAY_OUT}.") from None
+    return record["files"]
 
 
 def _is_inside(name: str) -> bool:
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")

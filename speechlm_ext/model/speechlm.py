@@ -386,7 +386,7 @@ class SpeechLM(nn.Module):
         return model.to(device).eval()
 
     def describe_backbone(self) -> str:
-        """One line on the backbone for a log: whether it was compared, and what it asks of attention."""
+        """One line on the backbone for a log: whether it was compared, what it asks of attention, and what is off."""
         compared = self.config.verify_backbone
         parts = [
             str(self.config.backbone["model_type"]),
@@ -395,6 +395,9 @@ class SpeechLM(nn.Module):
         if self.attention_rules:
             kernel, _ = bb.choose_attention(self.device, self.embedding.weight.dtype)
             parts.append(f"attention with {'; '.join(self.attention_rules)} on {kernel}")
+        noise = bb.noise_in(self.config.backbone)
+        if noise:
+            parts.append("switched off: " + ", ".join(f"{name} {value:g}" for name, value in noise.items()))
         return ", ".join(parts)
 
     def check_revision(self, folder: str | Path) -> None:

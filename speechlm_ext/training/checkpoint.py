@@ -22,6 +22,7 @@ from speechlm_ext.errors import CheckpointError, TrainingError
 from speechlm_ext.model.config import CONFIG_NAME
 from speechlm_ext.model.digests import verify_digests, write_digests
 from speechlm_ext.model.speechlm import METADATA, MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME, SpeechLM
+from speechlm_ext.training.ranks import from_rank_0
 from speechlm_ext.training.state import TrainerState, read_state
 from speechlm_ext.utils.checkpoint_folders import (
     LATEST,
@@ -129,7 +130,7 @@ def save_checkpoint(engine: Any, model: SpeechLM, state: TrainerState, root: Pat
             for key, value in parts.items():
                 moments[f"{key}.{name}"] = value.detach().float().cpu().clone().contiguous()
     folder = root / checkpoint_name(state.step)
-    problem: list[Exception | None] = [None]
+    problem: Exception | None = None
     if rank == 0:
         counters = _step_counters(engine)
         state.optimizer_step = float(counters[0]) if counters else 0.0
@@ -140,10 +141,10 @@ def save_checkpoint(engine: Any, model: SpeechLM, state: TrainerState, root: Pat
             _write(folder, model, weights, moments, state)
             prune(root, state.step, keep)
         except Exception as error:
-            problem[0] = error
-    torch.distributed.broadcast_object_list(problem) if torch.distributed.get_world_size() > 1 else None
-    if problem[0] is not None:
-        raise problem[0]
+            problem = error
+    problem = from_rank_0(problem)
+    if problem is not None:
+        raise problem
     return folder
 
 

@@ -9,14 +9,21 @@ from speechlm_ext.errors import ConfigError
 Value = TypeVar("Value")
 
 
-def take_old_name(settings: Any, old: str, new: str) -> None:
+def take_old_name(settings: Any, old: str, new: str, needed: str | None = None) -> None:
     """Move what was given under a field's old name to its new one; for ``__post_init__`` of frozen settings.
 
+    Args:
+        settings: the dataclass, changed in place.
+        old, new: names of its fields.
+        needed: what the setting is, where it must be given under one of the names.
+
     Raises:
-        ConfigError: both were given and differ.
+        ConfigError: both were given and differ, or a needed one is missing.
     """
     value = getattr(settings, old)
     if value is None:
+        if needed and not getattr(settings, new):
+            raise ConfigError(f"{new} is needed: {needed}.")
         return
     other = getattr(settings, new)
     if other and other != value:

@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+#: What jsonargparse reads settings with, too: the loader in C takes some tabs that the one in Python refuses.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 def parse_yaml(text: str) -> Any:
     """Parse one YAML text with PyYAML's safe loader.
@@ -15,12 +18,12 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: not YAML, or a key that stands twice; the message has line and column.
     """
     check_unique_keys(text)
-    return yaml.safe_load(text)
+    return yaml.load(text, _LOADER)
 
 
 def check_unique_keys(text: str) -> None:
     """Raise :class:`yaml.YAMLError` for a text that is not YAML or in which a key stands twice in one mapping."""
-    root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    root = yaml.compose(text, Loader=_LOADER)
     todo, seen = [root], set()
     while todo:
         node = todo.pop()
