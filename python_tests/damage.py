@@ -17,6 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from speechlm_ext.errors import SpeechLMError
 
 #: What a JSON value may become. The words in angle brackets are written as numbers that JSON has no words for.
@@ -250,3 +253,14 @@ def outcome(read: Callable[[Path], Any], folder: Path, good: Any, *, seconds: in
         raise
     except BaseException as error:
         return f"foreign: {type(error).__name__}: {str(error)[:200]}"
+
+
+def plain(value: Any) -> Any:
+    """A value that ``==`` compares: arrays become their type, shape and bytes."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
