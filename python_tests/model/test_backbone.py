@@ -209,6 +209,11 @@ def test_nothing_random_is_left_in_training() -> None:
     row = rows_of(torch.arange(9))
     model.train()
     assert torch.equal(model.hidden(*row), model.hidden(*row))
+    said = model.describe_backbone()
+    assert all(
+        f"{name} 0.3" in said.split("switched off: ")[1]
+        for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop")
+    )
 
 
 def words(count: int, folder: Path, first: int = 0) -> str:

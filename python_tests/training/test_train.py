@@ -103,7 +103,8 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan.append({"run_dir": root / name, **changes})
         plan.append({"run_dir": root / f"{name}-parted", **changes, "stop_at": 3})
         plan.append({"run_dir": root / f"{name}-parted", **changes})
-    plan.append({"run_dir": root / "two-packs", "accumulation": 2})
+    kept = {"save_every": 1, "keep_checkpoints": 2}
+    plan.append({"run_dir": root / "two-packs", "accumulation": 2, **kept})
     # Lines after steps 2, 4, 6 and a checkpoint after 3: the second line begins before it and ends behind it.
     plan.append({"run_dir": root / "lines-parted", "log_every": 2, "stop_at": 3})
     plan.append({"run_dir": root / "lines-parted", "log_every": 2})
@@ -292,6 +293,11 @@ def test_ruined_weights_do_not_replace_good_ones(runs: Path) -> None:
     assert after is None
     ours, theirs = weights(runs / "ruined"), weights(runs / "plain")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_keeps_as_many_checkpoints_as_asked(runs: Path) -> None:
+    names = {path.name for path in (runs / "two-packs" / "checkpoints").iterdir()}
+    assert names == {"step-00000005", "step-00000006", "latest"}
 
 
 def test_a_rank_that_does_not_see_the_checkpoint_ends_the_run(runs: Path) -> None:
