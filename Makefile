@@ -77,14 +77,14 @@ bench: dev       ## benchmarks of the ops, or of one (OP=delay_pack), into bench
 	done
 
 bench-growth: dev  ## how multistream_loss grows with rows, vocabulary and streams: tables, and a picture in docs/
-	@$(BIN)/python benchmarks/loss_growth.py
+	@$(BIN)/python benchmarks/studies/loss_growth.py
 
 bench-exactness: dev  ## labels of K-Means that differ from float64's, ours and others', on easy and hostile data
-	@$(BIN)/python benchmarks/kmeans_exactness.py $(ARGS)
+	@$(BIN)/python benchmarks/studies/kmeans_exactness.py $(ARGS)
 
 bench-features: dev  ## K-Means on features of real speech against scikit-learn (FEATURES=folder of .npy and _phones.npy)
 	@$(BIN)/pip install -q scikit-learn
-	@$(BIN)/python benchmarks/kmeans_features.py --features $(FEATURES) $(ARGS)
+	@$(BIN)/python benchmarks/studies/kmeans_features.py --features $(FEATURES) $(ARGS)
 
 bench-decode: dev  ## decoding over batch sizes beside the reference toolkit's loop: frames/s, ms, share outside the body
 	@$(BIN)/python -m benchmarks.generation.decode $(ARGS)
@@ -93,7 +93,7 @@ bench-first-audio: dev  ## time to the first samples of streamed speech over del
 	@$(BIN)/python -m benchmarks.generation.first_audio $(ARGS)
 
 bench-report: dev  ## history of committed results: benchmarks/out/report.html, and the newest table
-	@$(BIN)/python benchmarks/report.py
+	@$(BIN)/python benchmarks/common/report.py
 
 # Uses PYTHON as it stands, because a GPU machine brings its own torch; OUT and PARTS="tests bench" are optional.
 gpu-check:       ## everything that a GPU can tell, in under nine minutes (ARGS="--device cpu": a dry run)

@@ -1,4 +1,4 @@
-# Files csrc/<op>/*_simd.cpp are compiled once per instruction set, in the namespace SX_SIMD; csrc/common/simd.h chooses
+# Files csrc/<op>/*_simd.cpp are compiled once per instruction set, in the namespace SX_SIMD; csrc/common/cpu/simd.h chooses
 # at run time. Nothing that these files define may be shared with other files as an inline function: the linker keeps one
 # copy, which might use instructions that the processor lacks.
 set(SPEECHLM_SIMD_SETS generic)

@@ -7,9 +7,9 @@
 
 #include "bind.h"
 #include "common/build_info.h"
-#include "common/cpu_info.h"
-#include "common/parallel.h"
-#include "common/simd.h"
+#include "common/cpu/cpu_info.h"
+#include "common/cpu/parallel.h"
+#include "common/cpu/simd.h"
 
 namespace py = pybind11;
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from . import cuda_on_cpu
+from python_tests import cuda_on_cpu
 
 # Another build of the kernels in place of the installed one: `make sanitize` gives one with a sanitizer in it.
 if path := os.environ.get("SPEECHLM_TEST_NATIVE"):
@@ -31,7 +31,7 @@ def cuda_missing() -> str:
     """Why CUDA tests cannot run here; "" when they can."""
     if not torch.cuda.is_available():
         return "no CUDA device, or a torch without CUDA"
-    from speechlm_ext.ops._native import native
+    from speechlm_ext.ops.common.native import native
 
     if not native.build_info()["cuda_version"]:
         return "speechlm_ext was built without CUDA kernels"

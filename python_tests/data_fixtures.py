@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from speechlm_ext.audio import read_audio
+from speechlm_ext.audio.files import read_audio
 
 SPEECH = Path(__file__).parent / "assets" / "speech"
 MANIFEST = SPEECH / "manifest.jsonl"

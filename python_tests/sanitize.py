@@ -89,7 +89,7 @@ def check_planted(name: str, env: dict[str, str]) -> list[str]:
     """The planted faults that the sanitizer did not report."""
     missed = []
     for call, says in PLANTED[name].items():
-        code = f"import python_tests.conftest, speechlm_ext.ops._native as n; n.native.{call}"
+        code = f"import python_tests.conftest, speechlm_ext.ops.common.native as n; n.native.{call}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
         found = done.returncode != 0 and says in done.stderr
         print(f"  {call}: {'reported' if found else 'NOT reported'}", flush=True)

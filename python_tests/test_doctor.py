@@ -8,7 +8,7 @@ import json
 import torch
 
 from speechlm_ext import doctor
-from speechlm_ext.ops._native import native
+from speechlm_ext.ops.common.native import native
 
 
 def test_json_report_is_true_of_this_machine(capsys):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from speechlm_ext.kmeans.estimator import KMeans
     from speechlm_ext.layout import TokenLayout
     from speechlm_ext.model.embedding import MultiStreamEmbedding
-    from speechlm_ext.model.speechlm import SpeechLM
+    from speechlm_ext.speechlm import SpeechLM
 
 __version__ = "0.1.0"
 __all__ = ["KMeans", "MultiStreamEmbedding", "SpeechLM", "TokenLayout", "__version__", "ops"]
@@ -29,7 +29,7 @@ _LAZY = {
     "KMeans": ("speechlm_ext.kmeans", "KMeans"),
     "TokenLayout": ("speechlm_ext.layout", "TokenLayout"),
     "MultiStreamEmbedding": ("speechlm_ext.model.embedding", "MultiStreamEmbedding"),
-    "SpeechLM": ("speechlm_ext.model.speechlm", "SpeechLM"),
+    "SpeechLM": ("speechlm_ext.speechlm", "SpeechLM"),
 }
 
 

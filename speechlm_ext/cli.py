@@ -44,10 +44,10 @@ VERBS = {
         "what is installed, compiled and will be used, and why",
     ),
     "tokenize": Verb(
-        "speechlm_ext.data.tokenize", "TokenizeConfig", "run_tokenize", "recordings and texts -> token shards"
+        "speechlm_ext.data.tokenize.command", "TokenizeConfig", "run_tokenize", "recordings and texts -> token shards"
     ),
     "plan": Verb(
-        "speechlm_ext.data.report",
+        "speechlm_ext.data.plan.report",
         "PlanReportConfig",
         "run_plan",
         "what a training run would see and need, before it holds a machine",
@@ -59,34 +59,34 @@ VERBS = {
         "train a model on token shards, or go on with a run",
     ),
     "generate": Verb(
-        "speechlm_ext.generation.cli", "GenerateConfig", "run_generate", "text or speech from a model"
+        "speechlm_ext.generation.commands.generate", "GenerateConfig", "run_generate", "text or speech from a model"
     ),
     "evaluate": Verb(
-        "speechlm_ext.evaluation.run",
+        "speechlm_ext.evaluation.evaluate",
         "EvaluateConfig",
         "run_evaluate",
         "scores of a model, or of stored records",
     ),
     "kmeans fit": Verb(
-        "speechlm_ext.kmeans.cli_fit",
+        "speechlm_ext.units.fit",
         "FitConfig",
         "run_fit",
         "K-Means units from recordings or feature shards",
     ),
     "kmeans assign": Verb(
-        "speechlm_ext.kmeans.cli_assign",
+        "speechlm_ext.units.assign",
         "AssignConfig",
         "run_assign",
         "recordings or feature shards -> unit labels",
     ),
     "kmeans inspect": Verb(
-        "speechlm_ext.kmeans.cli_inspect",
+        "speechlm_ext.units.inspect",
         "InspectConfig",
         "run_inspect",
         "what a K-Means artefact is, and how its units are used",
     ),
     "layout": Verb(
-        "speechlm_ext.layout_diff",
+        "speechlm_ext.layout.diff",
         "LayoutConfig",
         "run_layout",
         "show a token layout, or the first difference of two",
@@ -120,7 +120,7 @@ def build_parser(name: str) -> Any:
     """The argument parser of one verb."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-    from speechlm_ext.config_file import OneLineErrors
+    from speechlm_ext.config import OneLineErrors
 
     _use_strict_yaml()
 
@@ -159,7 +159,7 @@ def _use_strict_yaml() -> None:
     import yaml
     from jsonargparse import get_loader, set_loader
 
-    from speechlm_ext.utils.yaml_text import check_unique_keys
+    from speechlm_ext.utils.files.yaml_text import check_unique_keys
 
     load = get_loader("yaml")
     if getattr(load, "is_strict", False):
@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("speechlm_ext").setLevel(logging.INFO)
     verb = VERBS[name]
     try:
-        from speechlm_ext.config_file import check_config_files, refuse_nan
+        from speechlm_ext.config import check_config_files, refuse_nan
 
         parser = build_parser(name)
         options = _options(rest, _Names.of(parser))

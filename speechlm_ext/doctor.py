@@ -72,7 +72,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _native() -> dict[str, Any]:
-    from speechlm_ext.ops._native import OPENMP_RUNTIME, native
+    from speechlm_ext.ops.common.native import OPENMP_RUNTIME, native
 
     info = native.build_info()
     return {
@@ -88,7 +88,7 @@ def _native() -> dict[str, Any]:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from speechlm_ext.ops._native import native
+    from speechlm_ext.ops.common.native import native
 
     return {
         "machine": platform.machine(),
@@ -117,7 +117,7 @@ def _cuda() -> dict[str, Any]:
 def _attention() -> dict[str, dict[str, str]]:
     import torch
 
-    from speechlm_ext.model.attention import choose_attention
+    from speechlm_ext.model.attention.kernels import choose_attention
 
     cases = [("cpu", torch.float32)]
     if torch.cuda.is_available():
@@ -133,7 +133,7 @@ def _fallbacks() -> list[str]:
     """Choices that cost speed, each with its reason and the way out."""
     import torch
 
-    from speechlm_ext.ops._native import OPENMP_RUNTIME, native
+    from speechlm_ext.ops.common.native import OPENMP_RUNTIME, native
 
     found: list[str] = []
     has_device = torch.cuda.is_available()

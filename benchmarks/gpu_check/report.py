@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speechlm_ext.evaluation.machine import commit_of, describe_machine
-from speechlm_ext.utils.io import atomic_write_json, atomic_write_text
+from speechlm_ext.utils.machine import commit_of, describe_machine
+from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text
 
 if TYPE_CHECKING:
     from benchmarks.gpu_check.__main__ import Result

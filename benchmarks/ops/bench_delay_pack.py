@@ -18,8 +18,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import speechlm_ext as sx
-from benchmarks.harness import compare, compiled, devices
-from speechlm_ext.ops.reference import delay_pack as reference
+from benchmarks.common.harness import compare, compiled, devices
+from speechlm_ext.ops.delay_pack.delay_pack import reference as reference
 
 # name: (streams, frames per segment). The packs that training makes, a batch of utterances, and one small utterance.
 SHAPES = {

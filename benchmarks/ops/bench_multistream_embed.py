@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import speechlm_ext as sx
-from benchmarks.harness import compare, devices
+from benchmarks.common.harness import compare, devices
 
 # name: (rows, streams, width, table rows, dtype)
 SHAPES = {

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 import speechlm_ext as sx
-from benchmarks.harness import compare, compiled, devices
-from speechlm_ext.ops import _multistream_loss_pass as internals
-from speechlm_ext.ops._multistream_loss_scopes import read_scopes
+from benchmarks.common.harness import compare, compiled, devices
+from speechlm_ext.ops.multistream_loss.multistream_loss import chunks as internals
+from speechlm_ext.ops.multistream_loss.scopes import read_scopes
 
 
 class Shape(NamedTuple):

@@ -15,8 +15,8 @@ import torch
 
 import speechlm_ext as sx
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.model import SpeechLM
-from speechlm_ext.model.attention import choose_attention
+from speechlm_ext import SpeechLM
+from speechlm_ext.model.attention.kernels import choose_attention
 from speechlm_ext.model.config import ModelConfig
 from speechlm_ext.training.config import ModelSettings
 from speechlm_ext.utils.console import make_output_safe

@@ -14,7 +14,7 @@
 #include <limits>
 
 #include "common/check.h"
-#include "common/host_device.h"
+#include "common/cuda/host_device.h"
 
 namespace speechlm {
 

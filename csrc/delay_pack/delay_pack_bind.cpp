@@ -2,8 +2,8 @@
 #include <optional>
 
 #include "bind.h"
-#include "common/cuda_build.h"
-#include "common/tensor_caster.h"
+#include "common/cuda/cuda_build.h"
+#include "common/tensor/tensor_caster.h"
 #include "delay_pack/delay_pack.h"
 
 namespace speechlm {

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <numeric>
 
-#include "common/parallel.h"
+#include "common/cpu/parallel.h"
 #include "delay_pack/delay_pack.h"
 #include "delay_pack/rows.h"
 #include "delay_pack/segment.h"

@@ -1,7 +1,7 @@
 // delay_pack on the GPU: one pass, one thread per (row, stream) element of the block. A thread block owns a run of
 // rows, finds their segments between two binary searches, and every element is stored at its row as id and at the
 // row before as label, so ids and weights are read once. Bytes per id: 12 read, 20 written (int64 ids).
-#include "common/cuda.cuh"
+#include "common/cuda/cuda.cuh"
 #include "delay_pack/delay_pack.h"
 #include "delay_pack/segment.h"
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/simd.h"
+#include "common/cpu/simd.h"
 
 namespace speechlm {
 

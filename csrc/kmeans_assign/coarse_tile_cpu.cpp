@@ -2,7 +2,7 @@
 // ones count as 0. Bytes: 4 KiB of codes from the caches per 32 x 32 x 32 products, which is what the caches can do.
 #include <algorithm>
 
-#include "common/amx.h"
+#include "common/cpu/amx.h"
 #include "kmeans_assign/tiles.h"
 
 #ifdef SPEECHLM_HAVE_AMX

@@ -14,7 +14,7 @@
 #include <cstdint>
 
 #include "common/check.h"
-#include "common/small_float.h"
+#include "common/tensor/small_float.h"
 
 namespace speechlm {
 

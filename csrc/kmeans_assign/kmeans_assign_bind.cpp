@@ -3,9 +3,9 @@
 #include <type_traits>
 
 #include "bind.h"
-#include "common/cuda_build.h"
-#include "common/simd.h"
-#include "common/tensor_caster.h"
+#include "common/cuda/cuda_build.h"
+#include "common/cpu/simd.h"
+#include "common/tensor/tensor_caster.h"
 #include "kmeans_assign/kmeans_assign.h"
 #include "kmeans_assign/kmeans_sums.h"
 

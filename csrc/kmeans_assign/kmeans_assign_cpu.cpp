@@ -10,9 +10,9 @@
 #include <optional>
 #include <vector>
 
-#include "common/aligned.h"
-#include "common/amx.h"
-#include "common/parallel.h"
+#include "common/cpu/aligned.h"
+#include "common/cpu/amx.h"
+#include "common/cpu/parallel.h"
 #include "kmeans_assign/tiles.h"
 
 namespace speechlm {

@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/parallel.h"
+#include "common/cpu/parallel.h"
 #include "kmeans_assign/kmeans_assign.h"
 #include "kmeans_assign/tiles.h"
 

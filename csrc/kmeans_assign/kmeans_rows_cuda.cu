@@ -1,7 +1,7 @@
 // Rows to float16 codes on the GPU, a warp per row. Bytes that must move: the rows once, their codes once.
 #include <cmath>
 
-#include "common/cuda.cuh"
+#include "common/cuda/cuda.cuh"
 #include "kmeans_assign/kmeans_assign.h"
 
 namespace speechlm {

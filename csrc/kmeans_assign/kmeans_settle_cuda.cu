@@ -4,7 +4,7 @@
 // there is more than one, a warp computes the direct float64 distance of each. Bytes that must move: the products once.
 #include <cmath>
 
-#include "common/cuda.cuh"
+#include "common/cuda/cuda.cuh"
 #include "kmeans_assign/kmeans_assign.h"
 
 namespace speechlm {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/small_float.h"
+#include "common/tensor/small_float.h"
 
 namespace speechlm {
 

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <vector>
 
-#include "common/parallel.h"
+#include "common/cpu/parallel.h"
 
 namespace speechlm {
 namespace {

@@ -1,7 +1,7 @@
 // Sums of each cluster's rows on the GPU: a block takes a piece of the rows in the order of their labels and a thread a
 // column of them; a thread adds up a run of equal labels and then adds that to the cluster's sum. The atomic additions
 // are exact, so their order changes nothing. Bytes that must move: the rows once.
-#include "common/cuda.cuh"
+#include "common/cuda/cuda.cuh"
 #include "kmeans_assign/kmeans_sums.h"
 
 namespace speechlm {

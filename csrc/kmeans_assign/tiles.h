@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/simd.h"
+#include "common/cpu/simd.h"
 #include "kmeans_assign/kmeans_assign.h"
 
 namespace speechlm {

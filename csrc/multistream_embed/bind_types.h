@@ -5,8 +5,8 @@
 #include <optional>
 #include <vector>
 
-#include "common/small_float.h"
-#include "common/tensor_caster.h"
+#include "common/tensor/small_float.h"
+#include "common/tensor/tensor_caster.h"
 #include "multistream_embed/multistream_embed.h"
 
 namespace speechlm {

@@ -2,7 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bind.h"
-#include "common/cuda_build.h"
+#include "common/cuda/cuda_build.h"
 #include "multistream_embed/bind_types.h"
 
 namespace speechlm {

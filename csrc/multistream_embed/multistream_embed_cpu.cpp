@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "common/parallel.h"
+#include "common/cpu/parallel.h"
 #include "multistream_embed/fetch.h"
 #include "multistream_embed/multistream_embed.h"
 #include "multistream_embed/rows.h"

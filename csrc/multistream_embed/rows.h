@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "common/simd.h"
-#include "common/small_float.h"
+#include "common/cpu/simd.h"
+#include "common/tensor/small_float.h"
 
 namespace speechlm {
 

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "common/cuda.cuh"
+#include "common/cuda/cuda.cuh"
 #include "multistream_loss/multistream_loss.h"
 
 namespace speechlm {

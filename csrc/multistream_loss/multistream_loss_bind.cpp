@@ -3,8 +3,8 @@
 #include <type_traits>
 
 #include "bind.h"
-#include "common/cuda_build.h"
-#include "common/tensor_caster.h"
+#include "common/cuda/cuda_build.h"
+#include "common/tensor/tensor_caster.h"
 #include "multistream_loss/multistream_loss.h"
 
 namespace speechlm {

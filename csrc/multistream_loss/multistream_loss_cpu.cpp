@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/parallel.h"
+#include "common/cpu/parallel.h"
 #include "multistream_loss/loss_rows.h"
 
 namespace speechlm {

@@ -1,7 +1,7 @@
 // The second kernel of multistream_loss on the GPU: from logits to the sum of all streams' gradients, in place. A
 // thread owns a column and holds the logits and gradients of a few rows, so that every stream still sees the logits. It
 // owns its column of its split's sums as well: no atomics, the same bits in every run.
-#include "common/vec.cuh"
+#include "common/cuda/vec.cuh"
 #include "multistream_loss/loss_kernels.cuh"
 
 namespace speechlm {

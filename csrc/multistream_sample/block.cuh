@@ -1,7 +1,7 @@
 // Sums, maxima and prefix sums of a block's threads, and the shared memory that the kernel's steps use in turn.
 #pragma once
 
-#include "common/cuda.cuh"
+#include "common/cuda/cuda.cuh"
 
 namespace speechlm {
 

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "common/host_device.h"
+#include "common/cuda/host_device.h"
 #include "multistream_sample/multistream_sample.h"
 
 namespace speechlm {

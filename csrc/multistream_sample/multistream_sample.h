@@ -1,6 +1,6 @@
 // multistream_sample: one row of tokens, one per stream, for every request of a batch, and the request moved past it.
 //
-// What a token is, to the bit, is defined by speechlm_ext/ops/reference/multistream_sample.py. All sums that decide are
+// What a token is, to the bit, is defined by speechlm_ext/ops/multistream_sample/reference.py. All sums that decide are
 // sums of integers: a column's weight is round(2^40 e^((x - max) / temperature)), so no order of additions matters.
 //
 // A row may be sampled in several calls, a few streams at a time. What a call needs of those before it stands in their
@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "common/small_float.h"
+#include "common/tensor/small_float.h"
 
 namespace speechlm {
 
@@ -22,7 +22,7 @@ constexpr int kMostSampleStreams = 64;
 // Columns of one stream: the largest sum of weights stays below 2^61.
 constexpr int64_t kMostSampleColumns = int64_t{1} << 20;
 
-// Columns of the packed tensors; see speechlm_ext/ops/decode_state.py.
+// Columns of the packed tensors; see speechlm_ext/ops/multistream_sample/decode_state.py.
 struct SampleSettings {
   float temperature, top_p, min_p, repetition_penalty;
 };

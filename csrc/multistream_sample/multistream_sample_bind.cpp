@@ -6,8 +6,8 @@
 #include <optional>
 
 #include "bind.h"
-#include "common/cuda_build.h"
-#include "common/tensor_caster.h"
+#include "common/cuda/cuda_build.h"
+#include "common/tensor/tensor_caster.h"
 #include "multistream_sample/multistream_sample.h"
 
 namespace speechlm {

@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/parallel.h"
+#include "common/cpu/parallel.h"
 #include "multistream_sample/choice.h"
 #include "multistream_sample/selection.h"
 #include "multistream_sample/state_machine.h"

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "bind.h"
-#include "common/parallel.h"
+#include "common/cpu/parallel.h"
 
 namespace speechlm {
 

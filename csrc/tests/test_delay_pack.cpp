@@ -3,7 +3,7 @@
 #include <limits>
 #include <random>
 
-#include "common/parallel.h"
+#include "common/cpu/parallel.h"
 #include "delay_pack/delay_pack.h"
 #include "tests/check.h"
 

@@ -2,9 +2,9 @@
 #include <random>
 #include <set>
 
-#include "common/small_float.h"
+#include "common/tensor/small_float.h"
 #include "multistream_embed/multistream_embed.h"
-#include "multistream_embed/scatter_sum.h"
+#include "scatter_sum/scatter_sum.h"
 #include "tests/check.h"
 
 namespace speechlm {

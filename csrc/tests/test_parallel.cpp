@@ -3,8 +3,8 @@
 
 #include <mutex>
 
-#include "common/parallel.h"
-#include "common/tensor_view.h"
+#include "common/cpu/parallel.h"
+#include "common/tensor/tensor_view.h"
 #include "tests/check.h"
 
 namespace speechlm {

@@ -1,5 +1,5 @@
 // Instantiates common/cub.cuh, so that it is known to compile before and beside its users.
-#include "common/cub.cuh"
+#include "common/cuda/cub.cuh"
 
 namespace speechlm {
 

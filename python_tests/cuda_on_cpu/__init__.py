@@ -31,15 +31,15 @@ SEEDS = range(8)
 
 #: Ops whose CUDA entry is another Python function than the CPU's: op name -> (module, function).
 CUDA_ENTRIES = {
-    "delay_pack_segments": ("speechlm_ext.ops._delay_pack_op", "_delay_pack_segments_cuda"),
-    "kmeans_assign": ("speechlm_ext.ops.kmeans_assign", "_assign_cuda"),
-    "kmeans_sums": ("speechlm_ext.ops._kmeans_sums", "_sums_cuda"),
-    "kmeans_index": ("speechlm_ext.ops._kmeans_index", "_index_cuda"),
-    "multistream_embed": ("speechlm_ext.ops.multistream_embed", "_embed_cuda"),
-    "multistream_sample": ("speechlm_ext.ops.multistream_sample", "_sample"),
-    "multistream_sample_streams": ("speechlm_ext.ops.multistream_sample", "_sample_some"),
-    "scatter_sum": ("speechlm_ext.ops.scatter_sum", "_scatter_sum_cuda"),
-    "scatter_sum_rows": ("speechlm_ext.ops.scatter_sum", "_scatter_sum_rows_cuda"),
+    "delay_pack_segments": ("speechlm_ext.ops.delay_pack.op", "_delay_pack_segments_cuda"),
+    "kmeans_assign": ("speechlm_ext.ops.kmeans_assign.kmeans_assign", "_assign_cuda"),
+    "kmeans_sums": ("speechlm_ext.ops.kmeans_assign.sums", "_sums_cuda"),
+    "kmeans_index": ("speechlm_ext.ops.kmeans_assign.index", "_index_cuda"),
+    "multistream_embed": ("speechlm_ext.ops.multistream_embed.multistream_embed", "_embed_cuda"),
+    "multistream_sample": ("speechlm_ext.ops.multistream_sample.multistream_sample", "_sample"),
+    "multistream_sample_streams": ("speechlm_ext.ops.multistream_sample.multistream_sample", "_sample_some"),
+    "scatter_sum": ("speechlm_ext.ops.scatter_sum.scatter_sum", "_scatter_sum_cuda"),
+    "scatter_sum_rows": ("speechlm_ext.ops.scatter_sum.scatter_sum", "_scatter_sum_rows_cuda"),
 }
 
 
@@ -117,7 +117,8 @@ def kernels_on_cpu(shim: ModuleType, seed: int = 0) -> Iterator[None]:
 
     Fresh tensors are filled with NaN or the largest integer, so that an element that no thread writes is seen.
     """
-    from speechlm_ext.ops import _delay_pack_op, _native
+    from speechlm_ext.ops.delay_pack.delay_pack import op as _delay_pack_op
+    from speechlm_ext.ops.common import native as _native
 
     shim.set_seed(seed)
     modules = [

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "common/cub.cuh"
+#include "common/cuda/cub.cuh"
 #include "cuda_on_cpu/selftest.h"
 
 namespace {

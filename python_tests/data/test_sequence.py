@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from python_tests.sequence_oracle import assemble
-from speechlm_ext.data.pack import Sample, SequencePacker
+from python_tests.data.sequence_oracle import assemble
+from speechlm_ext.data.batch import Sample, SequencePacker
 from speechlm_ext.data.sequence import LossWeights, sequence_length
 from speechlm_ext.errors import ConfigError, LayoutError, ShardError
 from speechlm_ext.layout import TokenLayout

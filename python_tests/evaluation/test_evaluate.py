@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from python_tests.data_fixtures import recordings
-from speechlm_ext.audio import read_audio, write_wav
+from speechlm_ext.audio.files import read_audio, write_wav
 from speechlm_ext.data.manifest import Utterance
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, StorageError
-from speechlm_ext.evaluation import judge as judge_module
+from speechlm_ext.evaluation.judge.whisper import whisper as judge_module
 from speechlm_ext.evaluation.collect import read_utterance
-from speechlm_ext.evaluation.judge import JudgeUnavailable
+from speechlm_ext.evaluation.judge.whisper import JudgeUnavailable
 from speechlm_ext.evaluation.records import RecordError, read_records
-from speechlm_ext.evaluation.run import EvaluateConfig, run_evaluate
+from speechlm_ext.evaluation.evaluate import EvaluateConfig, run_evaluate
 from speechlm_ext.evaluation.scores import rate, score_records
 
 
@@ -272,7 +272,7 @@ def test_an_unreadable_recording_does_not_stop_resynthesis_or_cutting(
 
 
 def test_scores_are_there_when_perplexity_fails(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    from speechlm_ext.evaluation import run
+    from speechlm_ext.evaluation import evaluate as run
 
     def fails(cfg):
         raise RuntimeError("out of memory")
@@ -326,7 +326,7 @@ SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\ufeff"
 
 
 def test_separators_inside_texts_survive_from_manifest_to_report(tmp_path: Path):
-    from speechlm_ext.evaluation.report import marked_words
+    from speechlm_ext.evaluation.report.page import marked_words
 
     text = "one" + "two".join(SEPARATORS) + "three"
     manifest = json.dumps({"id": "u", "audio": "u.wav", "text": text}, ensure_ascii=False).replace(
@@ -363,7 +363,7 @@ def test_records_of_the_first_rule_are_scored_by_the_present_one(tmp_path: Path)
 
 
 def test_sums_of_items_are_the_counts_of_the_set():
-    from speechlm_ext.evaluation.text import sum_counts, wer
+    from speechlm_ext.evaluation.text.word_errors import sum_counts, wer
 
     refs, hyps = ["one two", "three four five"], ["one too", "three five 6"]
     assert sum_counts([wer([r], [h]) for r, h in zip(refs, hyps, strict=True)]) == wer(refs, hyps)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from speechlm_ext.model import FrameTransformerConfig, ModelConfig, SpeechLM
+from speechlm_ext import SpeechLM
+from speechlm_ext.model import FrameTransformerConfig, ModelConfig
 from speechlm_ext.tasks import builtin_tasks
 from speechlm_ext.tokenizers import (
     MFCCKMeans,

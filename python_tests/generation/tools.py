@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from speechlm_ext.generation.prompt import Prompt, Segment, content_frames, special_frame
-from speechlm_ext.generation.request import SamplingSettings
+from speechlm_ext.generation.requests.prompt import Prompt, Segment, content_frames, special_frame
+from speechlm_ext.generation.requests.request import SamplingSettings
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tasks import builtin_tasks
 
@@ -134,7 +134,7 @@ class ScriptedModel(torch.nn.Module):
 
 
 class ScriptedHead:
-    """The logits of a :class:`ScriptedModel` in the form of :class:`speechlm_ext.model.scope_head.ScopeHead`."""
+    """The logits of a :class:`ScriptedModel` in the form of :class:`speechlm_ext.model.decode_head.ScopeHead`."""
 
     def __init__(self, model: ScriptedModel, ranges) -> None:
         self.model = model

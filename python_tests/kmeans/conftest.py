@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from speechlm_ext.cli import main
-from speechlm_ext.kmeans.hashing import uniforms
+from speechlm_ext.kmeans.counter_rng import uniforms
 
 
 def clustered(

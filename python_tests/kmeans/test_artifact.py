@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 import speechlm_ext as sx
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.kmeans import convert
-from speechlm_ext.kmeans.checkpoint import Checkpoint
-from speechlm_ext.kmeans.ranks import Ranks
-from speechlm_ext.kmeans.state import State
+from speechlm_ext.importers import kmeans_centroids as convert
+from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
+from speechlm_ext.kmeans.fit.ranks import Ranks
+from speechlm_ext.kmeans.fit.state import State
 from speechlm_ext.kmeans.usage import draw_usage, usage
 
 joblib = pytest.importorskip("joblib", reason="models of scikit-learn need joblib: pip install scikit-learn")
@@ -207,7 +207,7 @@ def test_centroids_without_pickle(x, tmp_path):
     argv = [
         sys.executable,
         "-m",
-        "speechlm_ext.kmeans.convert",
+        "speechlm_ext.importers.kmeans_centroids",
         str(tmp_path / "centroids.npy"),
         str(tmp_path / "u"),
     ]

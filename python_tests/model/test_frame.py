@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.model import FrameTransformerConfig, LossSettings, ModelConfig, SpeechLM
+from speechlm_ext import SpeechLM
+from speechlm_ext.model import FrameTransformerConfig, LossSettings, ModelConfig
 from speechlm_ext.training import ModelSettings
 
 LAYOUT = TokenLayout.build(ssl=6, codec=[5, 4, 3], text=9, delays=[0] * 4)

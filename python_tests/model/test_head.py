@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from python_tests.model.test_speechlm import LAYOUT, make, rows
+from python_tests.model.test_lm import LAYOUT, make, rows
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.model import LossSettings, ModelConfig, SpeechLM
+from speechlm_ext import SpeechLM
+from speechlm_ext.model import LossSettings, ModelConfig
 from speechlm_ext.ops import separate_head_rows
 
 SSL, TEXT, SPECIAL = LAYOUT.interval("ssl"), LAYOUT.interval("text_bpe"), LAYOUT.interval("special")

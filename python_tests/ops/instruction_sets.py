@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from speechlm_ext.ops._native import native
+from speechlm_ext.ops.common.native import native
 
 
 @contextmanager

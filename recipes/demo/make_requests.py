@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from speechlm_ext.audio import write_wav
+from speechlm_ext.audio.files import write_wav
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.evaluation.collect import read_utterance
-from speechlm_ext.utils.io import atomic_write_text
-from speechlm_ext.utils.json_text import json_line
+from speechlm_ext.utils.files.io import atomic_write_text
+from speechlm_ext.utils.files.json_text import json_line
 from speechlm_ext.utils.names import file_name
 
 #: Held-out items per data set and language: (transcribed, spoken). The headline is English spoken numbers.

@@ -13,8 +13,8 @@ import numpy as np
 
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.errors import ConfigError, ManifestError
-from speechlm_ext.utils.io import atomic_write_json, atomic_write_text
-from speechlm_ext.utils.json_text import json_line
+from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text
+from speechlm_ext.utils.files.json_text import json_line
 
 HELD_OUT = 0.05
 MOST_HELD_OUT = 100

@@ -32,11 +32,11 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from speechlm_ext.audio import read_audio
+from speechlm_ext.audio.files import read_audio
 from speechlm_ext.errors import ConfigError, ManifestError
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
-from speechlm_ext.utils.io import atomic_write_json, atomic_write_text
-from speechlm_ext.utils.json_text import json_line, parse_json
+from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text
+from speechlm_ext.utils.files.json_text import json_line, parse_json
 from speechlm_ext.utils.names import file_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -8,7 +8,8 @@ from typing import Any
 from markupsafe import Markup
 from report_inputs import LANGUAGES, Inputs
 
-from speechlm_ext.evaluation import media, report
+from speechlm_ext.evaluation.report.page import media
+from speechlm_ext.evaluation.report.page import page as report
 from speechlm_ext.evaluation.records import Record
 
 EXAMPLES = 8

@@ -10,8 +10,9 @@ from markupsafe import Markup
 from report_inputs import LANGUAGES, Inputs
 from report_items import continuations, listen, transcripts
 
-from speechlm_ext.evaluation import media, report
-from speechlm_ext.evaluation.report import Cell, Section, num
+from speechlm_ext.evaluation.report.page import media
+from speechlm_ext.evaluation.report.page import page as report
+from speechlm_ext.evaluation.report.page import Cell, Section, num
 
 KINDS = {
     "asr": "speech recognition (ASR)",

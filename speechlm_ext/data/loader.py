@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from speechlm_ext.data.pack import Sample, SequencePacker
-from speechlm_ext.data.plan import PackPlan, PlanConfig, build_samples
+from speechlm_ext.data.batch import Sample, SequencePacker
+from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import SampleTable, TaskUse
 from speechlm_ext.data.sequence import LossWeights
-from speechlm_ext.data.shards import Tokens, open_tokens
+from speechlm_ext.data.tokens.shards import Tokens, open_tokens
 from speechlm_ext.errors import ConfigError, PlanError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.ops.delay_pack import PackedBatch
+from speechlm_ext.ops.delay_pack.delay_pack import PackedBatch
 from speechlm_ext.tasks import TaskTemplate
 
 if TYPE_CHECKING:

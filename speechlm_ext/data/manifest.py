@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from speechlm_ext.errors import ManifestError
-from speechlm_ext.utils.json_text import json_problem, parse_json, split_lines
+from speechlm_ext.utils.files.json_text import json_problem, parse_json, split_lines
 
 KEYS = ("id", "audio", "text", "speaker", "lang", "dataset", "start", "duration")
 

@@ -2,7 +2,7 @@
 
 A sample is a (task, utterance) pair; utterances are stored once however many tasks use them. Everything random
 here is a pure function of (seed, epoch, draw), so any epoch can be entered directly. ``draw`` is 0 except where
-the packer asks for another throw, see :mod:`speechlm_ext.data.plan`.
+the packer asks for another throw, see :mod:`speechlm_ext.data.plan.plan`.
 
 Speaker prompts: in each epoch every speaker's utterances are put in a random ring and each one is prompted by the
 next. So a prompt is never the utterance itself, every utterance serves equally often, and an epoch's total number
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from speechlm_ext.data.sequence import content_columns, content_length, sequence_length
-from speechlm_ext.data.shards import TokenCorpus
+from speechlm_ext.data.tokens.shards import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.tasks import TaskTemplate
 from speechlm_ext.utils.options import as_list

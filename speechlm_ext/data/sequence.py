@@ -5,7 +5,7 @@ frames, which are the room that delayed streams run out into. A special token st
 others. Raw id r of a stream becomes ``start + r`` of that stream's interval, so code 0 is a real code and never
 pad. What is learnt is written per token as a weight: 0 means "given", everything else scales that token's loss.
 
-`speechlm_ext.data.pack` writes such sequences.
+`speechlm_ext.data.batch` writes such sequences.
 """
 
 from __future__ import annotations

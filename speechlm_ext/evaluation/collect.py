@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from speechlm_ext.audio import read_audio, write_wav
-from speechlm_ext.data.fit import read_wave
+from speechlm_ext.audio.files import read_audio, write_wav
+from speechlm_ext.data.tokenize.fit import read_wave
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.errors import AudioError, ManifestError, SpeechLMError, StorageError
-from speechlm_ext.evaluation.heard import HeardClips
-from speechlm_ext.evaluation.judge import SAMPLE_RATE
+from speechlm_ext.evaluation.judge.heard import HeardClips
+from speechlm_ext.evaluation.judge.whisper import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
 from speechlm_ext.tasks import builtin_tasks
-from speechlm_ext.utils.io import make_folder, storage_error
+from speechlm_ext.utils.files.io import make_folder, storage_error
 from speechlm_ext.utils.names import file_name
 from speechlm_ext.utils.options import as_list
 
 if TYPE_CHECKING:
-    from speechlm_ext.evaluation.judge import Judge
-    from speechlm_ext.evaluation.run import EvaluateConfig
+    from speechlm_ext.evaluation.judge.whisper import Judge
+    from speechlm_ext.evaluation.evaluate import EvaluateConfig
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def _original(utterance: Utterance, out: Path, lang: str) -> Record:
 
 def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: str) -> list[Record]:
     """Encode and decode recordings with the model's codec, into ``out/resynthesis/``."""
-    from speechlm_ext.model.speechlm import TOKENIZERS_NAME
+    from speechlm_ext.utils.files.run_folders import TOKENIZERS_NAME
     from speechlm_ext.tokenizers import TokenizerSet
 
     codec = TokenizerSet.load(model / TOKENIZERS_NAME).codec

@@ -21,9 +21,9 @@ from speechlm_ext.errors import CheckpointError, LayoutMismatchError
 from speechlm_ext.tasks import resolve_task
 
 if TYPE_CHECKING:
-    from speechlm_ext.data.shards import TokenCorpus
+    from speechlm_ext.data.tokens.shards import TokenCorpus
     from speechlm_ext.layout import TokenLayout
-    from speechlm_ext.model.speechlm import SpeechLM
+    from speechlm_ext.model.lm import SpeechLMModel
 
 MODALITIES = ("text", "ssl", "codec", "special")
 
@@ -72,7 +72,7 @@ def open_for(layout: TokenLayout, tokens: str | Path | Sequence[str]) -> TokenCo
 
 
 def perplexity(
-    model: SpeechLM,
+    model: SpeechLMModel,
     tokens: str | Path | Sequence[str],
     tasks: Iterable[str] | None = None,
     *,
@@ -112,7 +112,7 @@ def perplexity(
 
 
 def _task_perplexity(
-    model: SpeechLM, corpus: Any, task: str, limit: int | None, budget: int
+    model: SpeechLMModel, corpus: Any, task: str, limit: int | None, budget: int
 ) -> dict[str, Any]:
     import torch
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from speechlm_ext.errors import SpeechLMError
-from speechlm_ext.utils.io import atomic_write_text
-from speechlm_ext.utils.json_text import json_line, json_problem, parse_json, split_lines
+from speechlm_ext.utils.files.io import atomic_write_text
+from speechlm_ext.utils.files.json_text import json_line, json_problem, parse_json, split_lines
 
 FILE_NAME = "records.jsonl"
 VERSION = 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from speechlm_ext.errors import foreign_errors
 from speechlm_ext.evaluation.records import KINDS, Record, RecordError
-from speechlm_ext.evaluation.text import RULE, ErrorCounts, cer, normalize, sum_counts, wer
+from speechlm_ext.evaluation.text.word_errors import RULE, ErrorCounts, cer, normalize, sum_counts, wer
 from speechlm_ext.utils.language import canonical_tag
 
 ALL = "all"

@@ -1,10 +1,10 @@
 """K-Means at any size: the same bits from one process or many, from memory or from shards, interrupted or not.
 
 :class:`KMeans` is the estimator; :class:`FeatureSource` is what rows can come from; ``usage`` draws how clusters are
-used; ``python -m speechlm_ext.kmeans.convert`` imports centroids of other programs.
+used; ``python -m speechlm_ext.importers.kmeans_centroids`` imports centroids of other programs.
 """
 
 from speechlm_ext.kmeans.estimator import KMeans
-from speechlm_ext.kmeans.sources import FeatureSource, open_source
+from speechlm_ext.kmeans.features.sources import FeatureSource, open_source
 
 __all__ = ["FeatureSource", "KMeans", "open_source"]

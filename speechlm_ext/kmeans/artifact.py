@@ -18,9 +18,9 @@ from torch import Tensor
 
 from speechlm_ext.errors import KMeansError, foreign_errors
 from speechlm_ext.utils.finite import require_finite
-from speechlm_ext.utils.io import atomic_write_bytes, atomic_write_json
-from speechlm_ext.utils.json_shape import SHA256, SIZE, check_shape
-from speechlm_ext.utils.json_text import read_json
+from speechlm_ext.utils.files.io import atomic_write_bytes, atomic_write_json
+from speechlm_ext.utils.files.json_shape import SHA256, SIZE, check_shape
+from speechlm_ext.utils.files.json_text import read_json
 
 if TYPE_CHECKING:
     from speechlm_ext.kmeans.estimator import KMeans

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
 from speechlm_ext.kmeans import artifact, checks
-from speechlm_ext.kmeans.checkpoint import Checkpoint
-from speechlm_ext.kmeans.fitting import partial_step, run_fit
-from speechlm_ext.kmeans.lloyd import walk
-from speechlm_ext.kmeans.predicting import nearest_of
-from speechlm_ext.kmeans.ranks import Ranks
+from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
+from speechlm_ext.kmeans.fit.loop import partial_step, run_fit
+from speechlm_ext.kmeans.fit.lloyd import walk
+from speechlm_ext.kmeans.predict import nearest_of
+from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.settings import Settings
-from speechlm_ext.kmeans.sources import open_source
-from speechlm_ext.kmeans.state import State
-from speechlm_ext.kmeans.survey import Data, survey
+from speechlm_ext.kmeans.features.sources import open_source
+from speechlm_ext.kmeans.fit.state import State
+from speechlm_ext.kmeans.fit.scan import Data, survey
 
 _DEFAULT_ITERATIONS = {"lloyd": 300, "minibatch": 100}
 _DEFAULT_EVERY = {"lloyd": 1, "minibatch": 100}

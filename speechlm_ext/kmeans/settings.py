@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.kmeans.init import METHODS, given_centers
+from speechlm_ext.kmeans.fit.seeding import METHODS, given_centers
 
 
 @dataclass(frozen=True)

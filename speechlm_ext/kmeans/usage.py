@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.utils.io import atomic_write_bytes
+from speechlm_ext.utils.files.io import atomic_write_bytes
 
 if TYPE_CHECKING:
     from speechlm_ext.kmeans.estimator import KMeans

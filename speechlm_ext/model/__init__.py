@@ -2,6 +2,6 @@
 
 from speechlm_ext.model.config import FrameTransformerConfig, LossSettings, ModelConfig
 from speechlm_ext.model.embedding import MultiStreamEmbedding
-from speechlm_ext.model.speechlm import SpeechLM
+from speechlm_ext.model.lm import SpeechLMModel
 
-__all__ = ["FrameTransformerConfig", "LossSettings", "ModelConfig", "MultiStreamEmbedding", "SpeechLM"]
+__all__ = ["FrameTransformerConfig", "LossSettings", "ModelConfig", "MultiStreamEmbedding", "SpeechLMModel"]

@@ -12,8 +12,10 @@ from speechlm_ext.errors import ConfigError
 from speechlm_ext.model.config import LossSettings
 from speechlm_ext.model.frame import Frames
 from speechlm_ext.model.frame_loss import frame_rows
-from speechlm_ext.ops import MultiStreamLoss, multistream_logprobs, multistream_loss, separate_head_rows
-from speechlm_ext.ops._multistream_loss_args import Heads, head_rows
+from speechlm_ext.ops import MultiStreamLoss, separate_head_rows
+from speechlm_ext.ops.multistream_loss.multistream_loss import multistream_logprobs
+from speechlm_ext.ops.multistream_loss.multistream_loss import multistream_loss
+from speechlm_ext.ops.multistream_loss.arguments import Heads, head_rows
 
 
 class MultiStreamHead(nn.Module):
@@ -29,7 +31,7 @@ class MultiStreamHead(nn.Module):
         settings: loss settings.
         weight: share this ``[V, D]`` parameter (a tied embedding) instead of making one.
         heads: ``shared``, or ``separate`` for rows of every stream's own: ``[rows, D]`` in the order that
-            :func:`speechlm_ext.ops.multistream_loss` defines, and no stream vectors.
+            :func:`speechlm_ext.ops.multistream_loss.multistream_loss` defines, and no stream vectors.
         contents: id ranges ``(start, end)`` of stream 0 that tell which kind a row is of; see :meth:`row_scope`.
         has_bias: add a bias to the logits, one value for each row of the weight; zero at first.
     """
@@ -93,7 +95,7 @@ class MultiStreamHead(nn.Module):
         reduction: Literal["sum", "none"] = "sum",
         frames: Frames | None = None,
     ) -> MultiStreamLoss:
-        """Weighted cross-entropy over all streams; see :func:`speechlm_ext.ops.multistream_loss`.
+        """Weighted cross-entropy over all streams; see :func:`speechlm_ext.ops.multistream_loss.multistream_loss`.
 
         Args:
             hidden_ND: of all streams, or with ``frames`` of stream 0.
@@ -135,7 +137,7 @@ class MultiStreamHead(nn.Module):
     def logprobs(
         self, hidden_ND: Tensor, targets_NS: Tensor, mask_NS: Tensor, frames: Frames | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies; see :func:`speechlm_ext.ops.multistream_logprobs`."""
+        """Log-probabilities and entropies; see :func:`speechlm_ext.ops.multistream_loss.multistream_logprobs`."""
         if frames is None:
             return multistream_logprobs(
                 hidden_ND,

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from speechlm_ext.errors import CheckpointError, TrainingError
 from speechlm_ext.model.config import CONFIG_NAME
-from speechlm_ext.model.digests import verify_digests, write_digests
-from speechlm_ext.model.speechlm import METADATA, MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME, SpeechLM
+from speechlm_ext.model.files.digests import verify_digests, write_digests
+from speechlm_ext.model.files.model_folder import METADATA, check_revision
+from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.utils.files.run_folders import MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME
 from speechlm_ext.training.ranks import from_rank_0
 from speechlm_ext.training.state import TrainerState, read_state
-from speechlm_ext.utils.checkpoint_folders import (
+from speechlm_ext.utils.files.checkpoint_folders import (
     LATEST,
     STATE_NAME,
     checkpoint_name,
@@ -38,7 +40,7 @@ from speechlm_ext.utils.checkpoint_folders import (
     step_of,
 )
 from speechlm_ext.utils.finite import first_not_finite, is_finite, require_finite
-from speechlm_ext.utils.io import atomic_path, atomic_write_json, make_folder, storage_error
+from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, make_folder, storage_error
 
 __all__ = [
     "LATEST",
@@ -100,7 +102,7 @@ def _step_counters(engine: Any) -> list[Tensor]:
     return [state["step"] for state in states if "step" in state]
 
 
-def save_checkpoint(engine: Any, model: SpeechLM, state: TrainerState, root: Path, keep: int) -> Path:
+def save_checkpoint(engine: Any, model: SpeechLMModel, state: TrainerState, root: Path, keep: int) -> Path:
     """Write ``root/step-…``; all ranks call it, rank 0 writes.
 
     Args:
@@ -157,7 +159,7 @@ def prune(root: Path, step: int, keep: int) -> None:
 
 
 def _write(
-    folder: Path, model: SpeechLM, weights: dict[str, Tensor], moments: dict[str, Tensor], state: TrainerState
+    folder: Path, model: SpeechLMModel, weights: dict[str, Tensor], moments: dict[str, Tensor], state: TrainerState
 ) -> None:
     temporary = incomplete_name(folder)
     try:
@@ -250,7 +252,7 @@ def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
     require_finite(tensors, CheckpointError, f"{path} cannot be gone on from", hint)
 
 
-def load_weights(model: SpeechLM, folder: Path) -> dict[str, Tensor]:
+def load_weights(model: SpeechLMModel, folder: Path) -> dict[str, Tensor]:
     """Put a checkpoint's weights into ``model`` (before the engine is built); returns them for the fp32 masters.
 
     Raises:
@@ -286,7 +288,7 @@ def _make_moments(engine: Any) -> None:
     _link_moments(engine)
 
 
-def read_moments(model: SpeechLM, folder: Path) -> dict[str, Tensor]:
+def read_moments(model: SpeechLMModel, folder: Path) -> dict[str, Tensor]:
     """Read a checkpoint's moments, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of every parameter, before the engine is
     built.
 
@@ -308,7 +310,7 @@ def read_moments(model: SpeechLM, folder: Path) -> dict[str, Tensor]:
 
 def load_optimizer(
     engine: Any,
-    model: SpeechLM,
+    model: SpeechLMModel,
     moments: dict[str, Tensor],
     weights: dict[str, Tensor],
     state: TrainerState,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from speechlm_ext.data.plan import PlanConfig
+from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.model.config import FrameTransformerConfig, LossSettings
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from speechlm_ext.errors import CheckpointError, TrainingError
 from speechlm_ext.training.board import Board
-from speechlm_ext.utils.io import atomic_write_text, storage_error
-from speechlm_ext.utils.json_text import json_line, parse_json, split_lines
+from speechlm_ext.utils.files.io import atomic_write_text, storage_error
+from speechlm_ext.utils.files.json_text import json_line, parse_json, split_lines
 
 LOG_NAME = "log.jsonl"
 logger = logging.getLogger("speechlm_ext")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from speechlm_ext.errors import CheckpointError
-from speechlm_ext.utils.checkpoint_folders import STATE_NAME
-from speechlm_ext.utils.json_text import read_json
+from speechlm_ext.utils.files.checkpoint_folders import STATE_NAME
+from speechlm_ext.utils.files.json_text import read_json
 
 
 @dataclass

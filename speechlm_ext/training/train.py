@@ -24,9 +24,9 @@ import yaml
 
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.errors import CheckpointError, ConfigError, SpeechLMError, StorageError, TrainingError
-from speechlm_ext.model import ModelConfig, SpeechLM
-from speechlm_ext.model.folder import CHECKPOINTS
-from speechlm_ext.model.speechlm import backbone_settings
+from speechlm_ext.model import ModelConfig, SpeechLMModel
+from speechlm_ext.utils.files.run_folders import CHECKPOINTS
+from speechlm_ext.model.lm import backbone_settings
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig
 from speechlm_ext.training.engine import build_engine, gradient_norm, init_distributed, set_threads
@@ -34,18 +34,18 @@ from speechlm_ext.training.log import RunLog
 from speechlm_ext.training.meter import CORRECT, COUNT, LOSS, WEIGHT, Meter
 from speechlm_ext.training.ranks import from_rank_0, together
 from speechlm_ext.training.resume import agree_on_resume, find_resume
-from speechlm_ext.utils.checkpoint_folders import latest_checkpoint, recover
-from speechlm_ext.utils.io import atomic_write_text
+from speechlm_ext.utils.files.checkpoint_folders import latest_checkpoint, recover
+from speechlm_ext.utils.files.io import atomic_write_text
 
 logger = logging.getLogger("speechlm_ext")
 
 
-def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLM:
+def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLMModel:
     """The model of a run, with its initial weights."""
     settings = config.model
     backbone = settings.llama() if settings.backbone is None else backbone_settings(settings.backbone)
     torch.manual_seed(config.seed)
-    model = SpeechLM(
+    model = SpeechLMModel(
         ModelConfig(
             backbone,
             tuple(loader.tasks),
@@ -178,7 +178,7 @@ def _launch(config: TrainConfig) -> Path:
 
 def _loop(
     engine: Any,
-    model: SpeechLM,
+    model: SpeechLMModel,
     loader: PackLoader,
     config: TrainConfig,
     state: ckpt.TrainerState,

@@ -1,0 +1,70 @@
+"""What became slower between two results files: ``python benchmarks/common/compare.py OLD NEW [--band 0.05]``.
+
+Judged are ratios to the rivals of the same run, not times: machines differ, and one machine differs from hour to hour.
+A ratio has fallen when it lies below the old one by more than the band: the larger of ``--band`` and three times the
+spread of both runs' rounds. Exit code 1 when one has fallen for every rival of its row, 2 for unusable files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.common.rows import ResultsError, Row, read  # noqa: E402
+from speechlm_ext.utils.console import make_output_safe  # noqa: E402
+
+
+def judge(old: Row, new: Row, band: float) -> tuple[str, str]:
+    """``("slower" | "faster" | "same" | "unknown", text)`` of one row."""
+    rivals = sorted(set(old.ratios) & set(new.ratios))
+    if not rivals:
+        return "unknown", "no rival in common"
+    band = max(band, 3 * (old.spread + new.spread))
+    changes = {rival: new.ratios[rival] / old.ratios[rival] for rival in rivals if old.ratios[rival] > 0}
+    shown = ", ".join(
+        f"{rival} {old.ratios[rival]:.3g} -> {new.ratios[rival]:.3g}" for rival in sorted(changes)
+    )
+    # One rival that became faster is its own news; all of them at once is ours.
+    if all(change < 1 - band for change in changes.values()):
+        verdict = "slower"
+    elif all(change > 1 + band for change in changes.values()):
+        verdict = "faster"
+    else:
+        verdict = "same"
+    return verdict, f"{shown} (band {band:.0%})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a line per row; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("old")
+    parser.add_argument("new")
+    parser.add_argument("--band", type=float, default=0.05, help="least change of a ratio that counts (0.05)")
+    arguments = parser.parse_args(argv)
+    try:
+        old, new = read(arguments.old), read(arguments.new)
+    except ResultsError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    before = {row.key: row for row in old.rows}
+    print(f"{old.commit[:12]} -> {new.commit[:12]}")
+    slower = 0
+    for row in new.rows:
+        name = " ".join(row.key)
+        if row.key not in before:
+            print(f"  new      {name}")
+            continue
+        verdict, text = judge(before.pop(row.key), row, arguments.band)
+        slower += verdict == "slower"
+        print(f"  {verdict:8} {name}: {text}")
+    for key in before:
+        print(f"  gone     {' '.join(key)}")
+    print(f"{slower} slower" if slower else "nothing became slower")
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    make_output_safe()
+    sys.exit(main())

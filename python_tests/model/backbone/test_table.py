@@ -1,0 +1,20 @@
+"""Every causal LM class of transformers, tried as a backbone: docs/training.md says what came of it."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from python_tests.model.backbone import table as backbones
+
+
+def test_the_table_is_true() -> None:
+    written = backbones.written().splitlines()
+    if f"transformers {transformers.__version__}:" not in written[1]:
+        pytest.skip(f"the table in docs/training.md is of another release: {written[1]}")
+    backbones.quiet()
+    exact = written[1].split(": ")[1].split()[0]
+    assert f"({exact} classes are carried exactly" in (backbones.DOCS.parents[1] / "README.md").read_text(
+        "utf-8"
+    )
+    assert written == backbones.table().splitlines(), "write it anew: python -m python_tests.model.backbone.table"

@@ -1,0 +1,1 @@
+"""Sound files: reading, converting, writing, and writing piece by piece."""

@@ -1,0 +1,134 @@
+"""Sound written while it is made: a wav file that is valid at every moment, or raw samples to a pipe.
+
+Samples are 16-bit PCM, mono, rounded as :func:`speechlm_ext.audio.files.write_wav` rounds them.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from speechlm_ext.audio.files import check_wave
+from speechlm_ext.errors import AudioError, StorageError
+from speechlm_ext.utils.files.io import storage_error
+
+_HEADER = 44
+#: The header counts bytes with 32 bits.
+_MOST = 2**32 - 1 - _HEADER
+
+
+def pcm16(wave: np.ndarray) -> bytes:
+    """Samples ``[n]``, n >= 0, as little-endian 16-bit samples; values outside [-1, 1] are clipped.
+
+    Args:
+        wave: floats in [-1, 1] or integer PCM, as :func:`speechlm_ext.audio.files.check_wave` takes them.
+
+    Raises:
+        AudioError: samples that cannot be used.
+    """
+    wave = check_wave(wave, "samples to be written") if np.size(wave) else np.zeros(0, np.float32)
+    # As libsndfile: to 32 bits, of which the upper half is kept.
+    wide = np.rint(np.clip(wave, -1.0, 1.0).astype(np.float64) * 2.0**31).astype(np.int64) >> 16
+    return np.minimum(wide, 2**15 - 1).astype("<i2").tobytes()
+
+
+class WavStream:
+    """A wav file that grows. Use it as a context manager.
+
+    The header is written anew behind every piece: a reader finds a whole file of what was written until then, and so
+    does one after a crash.
+
+    Args:
+        path: made anew; folders that are missing are made.
+        sample_rate: Hz.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+
+    def __init__(self, path: str | Path, sample_rate: int) -> None:
+        self.path, self.sample_rate = Path(path), sample_rate
+        self.num_samples = 0
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = open(self.path, "wb", buffering=0)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+        self.write(np.zeros(0, np.float32))
+
+    def write(self, wave: np.ndarray) -> None:
+        """Append samples ``[n]``: floats in [-1, 1] or integer PCM.
+
+        Raises:
+            AudioError: samples that cannot be used, or more than a wav file can hold.
+            StorageError: they cannot be written.
+        """
+        total = 2 * (self.num_samples + len(wave))
+        if total > _MOST:
+            raise AudioError(f"{self.path}: a wav file holds 4 GiB at most; write raw samples instead.")
+        try:
+            # The samples come first: what the header counts is always there.
+            self._put(_HEADER + 2 * self.num_samples, pcm16(wave))
+            self._put(0, self._header(total))
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+        self.num_samples += len(wave)
+
+    def _put(self, place: int, data: bytes) -> None:
+        self._file.seek(place)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def _header(self, num_bytes: int) -> bytes:
+        rate = self.sample_rate
+        head = struct.pack("<4sI4s", b"RIFF", _HEADER - 8 + num_bytes, b"WAVE")
+        form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
+        return head + form + struct.pack("<4sI", b"data", num_bytes)
+
+    def close(self) -> None:
+        """Close the file; it stays as it is."""
+        self._file.close()
+
+    def __enter__(self) -> WavStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class RawStream:
+    """The same for a pipe: samples without a header, each piece sent at once.
+
+    Args:
+        file: binary, e.g. ``sys.stdout.buffer``; it stays open.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.num_samples = 0
+
+    def write(self, wave: np.ndarray) -> None:
+        """Send samples ``[n]``: floats in [-1, 1] or integer PCM.
+
+        Raises:
+            AudioError: samples that cannot be used.
+            StorageError: they cannot be written. BrokenPipeError: nobody listens any more.
+        """
+        try:
+            self._file.write(pcm16(wave))
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise StorageError(f"the samples cannot be written: {error.strerror or error}.") from error
+        self.num_samples += len(wave)
+
+    def __enter__(self) -> RawStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None

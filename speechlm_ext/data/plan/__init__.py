@@ -1,0 +1,1 @@
+"""Which samples go into which pack, before anything is read: the pack plan, its report, its memory estimate."""

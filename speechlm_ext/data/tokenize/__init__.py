@@ -1,0 +1,1 @@
+"""``speechlm tokenize``: manifests to token folders."""

@@ -1,0 +1,1 @@
+"""Token folders: Parquet shards, their index, and their reader."""

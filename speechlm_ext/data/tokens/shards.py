@@ -1,0 +1,398 @@
+"""Token folders: what ``speechlm tokenize`` writes and everything later reads.
+
+A folder holds ``token_layout.json``, ``tokenizers/``, ``shard-00000.parquet`` …, ``lengths.npz`` (frames, speaker,
+data set, language, shard and row of every utterance) and ``index.json``, which is written last: a folder without
+it is not finished. The index has every shard's rows, size and sha256, so a cut-off copy is found at opening.
+Ids in shards are raw, from 0. A shard is read when it is first asked for and then stays in memory as two flat
+arrays per column, of 16 bits where the vocabulary allows it: about 1 MB for 10 minutes of 9 streams at 50 Hz.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from speechlm_ext.data.tokens.index import (
+    COLUMNS,
+    FORMAT,
+    HINT,
+    INDEX,
+    LENGTHS,
+    VERSION,
+    WAY_OUT,
+    check_file,
+    check_lengths,
+    index_sha256,
+    read_index,
+    shard_name,
+)
+from speechlm_ext.errors import ShardError, foreign_errors
+from speechlm_ext.layout import FILE_NAME, TokenLayout
+from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, sha256_file
+from speechlm_ext.utils.files.json_shape import check_shape
+from speechlm_ext.utils.files.json_text import parse_json
+
+_META_LAYOUT = b"speechlm.layout_sha256"
+_META_INPUTS = b"speechlm.inputs_sha256"
+_META_REJECTED = b"speechlm.rejected"
+
+_SCHEMA = pa.schema(
+    [("id", pa.string()), ("dataset", pa.string()), ("speaker", pa.string()), ("lang", pa.string())]
+    + [("text", pa.string()), ("duration", pa.float64())]
+    + [(c, pa.list_(pa.int32())) for c in COLUMNS]
+    + [(f"{c}_len", pa.int32()) for c in COLUMNS]
+)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------
+def write_shard(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    layout: TokenLayout,
+    inputs_sha256: str = "",
+    rejected: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write one shard atomically.
+
+    Args:
+        path: its final name.
+        rows: per utterance ``id``, ``dataset``, ``speaker``, ``lang``, ``text``, ``duration`` and int arrays
+            ``[T, C]`` (or None) under ``text_bpe``, ``ssl``, ``codec``.
+        inputs_sha256: hash over what the shard was made from; a restart compares it.
+        rejected: items of this shard that were left out.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    for row in rows:
+        for name in ("id", "dataset", "speaker", "lang", "text", "duration"):
+            columns[name].append(row.get(name))
+        for name in COLUMNS:
+            ids = row.get(name)
+            columns[name].append(None if ids is None else np.ascontiguousarray(ids, np.int32).reshape(-1))
+            columns[f"{name}_len"].append(0 if ids is None else len(ids))
+    schema = _SCHEMA.with_metadata(
+        {
+            _META_LAYOUT: layout.sha256.encode(),
+            _META_INPUTS: inputs_sha256.encode(),
+            _META_REJECTED: json.dumps(list(rejected)).encode(),
+        }
+    )
+    table = pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+@dataclass(frozen=True)
+class ShardHead:
+    """What a shard says about itself."""
+
+    rows: int
+    layout_sha256: str
+    inputs_sha256: str
+    rejected: list[dict[str, Any]]
+
+
+def read_head(path: Path) -> ShardHead | None:
+    """A shard's own description, or None where there is no readable shard of ours."""
+    try:
+        meta = pq.read_metadata(path)
+        keys = meta.metadata or {}
+        rejected = parse_json(keys[_META_REJECTED])
+        check_shape(rejected, list[dict[str, Any]])
+        return ShardHead(meta.num_rows, keys[_META_LAYOUT].decode(), keys[_META_INPUTS].decode(), rejected)
+    except (OSError, LookupError, ValueError, pa.ArrowException):
+        return None
+
+
+def write_index(
+    folder: Path, layout: TokenLayout, num_shards: int, extra: Mapping[str, Any] | None = None
+) -> int:
+    """Write ``lengths.npz`` and then ``index.json`` over the first ``num_shards`` shards of ``folder``.
+
+    Returns:
+        Number of utterances.
+
+    Raises:
+        ShardError: a shard is missing, unreadable or of another layout. StorageError: the disk is full.
+    """
+    names: dict[str, dict[str, int]] = {"dataset": {}, "speaker": {}, "lang": {}}
+    parts: dict[str, list[np.ndarray]] = {}
+    shards = []
+    for number in range(num_shards):
+        path = folder / shard_name(number)
+        head = read_head(path)
+        if head is None or head.layout_sha256 != layout.sha256:
+            raise ShardError(
+                f"{path} is missing, damaged, or of another layout than {layout}; run `speechlm tokenize` again, it "
+                "writes the shards that are not there."
+            )
+        with foreign_errors(ShardError, f"{path} is damaged", "Delete it and run `speechlm tokenize` again."):
+            # All columns, for the pages' checksums: the index would else vouch for what was damaged before it.
+            table = pq.read_table(path, page_checksum_verification=True)
+            for key, known in names.items():
+                values = table[key].to_pylist()
+                ids = [-1 if v is None else known.setdefault(v, len(known)) for v in values]
+                parts.setdefault(key, []).append(np.array(ids, np.int32))
+            for column in COLUMNS:
+                parts.setdefault(column, []).append(table[f"{column}_len"].to_numpy().astype(np.int32))
+        parts.setdefault("shard", []).append(np.full(head.rows, number, np.int32))
+        parts.setdefault("row", []).append(np.arange(head.rows, dtype=np.int32))
+        shards.append(
+            {"name": path.name, "rows": head.rows, "size": path.stat().st_size, "sha256": sha256_file(path)}
+        )
+    arrays = {key: np.concatenate(value) for key, value in parts.items()}
+    with atomic_path(folder / LENGTHS) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    layout.save(folder)
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layout_sha256": layout.sha256,
+        "num_utterances": len(arrays["row"]),
+        "frames": {c: int(arrays[c].sum()) for c in COLUMNS},
+        "lengths": {"size": (folder / LENGTHS).stat().st_size, "sha256": sha256_file(folder / LENGTHS)},
+        "shards": shards,
+        "names": {key: list(known) for key, known in names.items()},
+        **(extra or {}),
+    }
+    atomic_write_json(folder / INDEX, {**index, "sha256": index_sha256(index)})
+    return len(arrays["row"])
+
+
+# ---- reading --------------------------------------------------------------------------------------------------
+class _Shard:
+    """One shard in memory: per token column the ids of all rows on end and where each row begins."""
+
+    def __init__(self, path: Path, rows: int, sha256: str) -> None:
+        with foreign_errors(ShardError, f"shard {path} cannot be read", HINT):
+            data = path.read_bytes()
+            # Before the decoder sees them: damaged bytes may decode to other ids without a word.
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise ShardError(f"{path}: content does not match the sha256 in {INDEX}; {WAY_OUT}")
+            self._read(pq.read_table(pa.BufferReader(data)), path, rows)
+
+    def _read(self, table: pa.Table, path: Path, rows: int) -> None:
+        if table.num_rows != rows:
+            raise ShardError(f"shard {path} has {table.num_rows} rows, its index says {rows}; {WAY_OUT}")
+        self.plain = {
+            n: table[n].combine_chunks() for n in ("id", "dataset", "speaker", "lang", "text", "duration")
+        }
+        self.tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for name in COLUMNS:
+            column = (
+                pa.concat_arrays(table[name].chunks) if table[name].num_chunks != 1 else table[name].chunk(0)
+            )
+            flat = column.values.to_numpy(zero_copy_only=True)
+            small = flat.size == 0 or (flat.min() >= 0 and flat.max() <= np.iinfo(np.uint16).max)
+            self.tokens[name] = (
+                flat.astype(np.uint16) if small else flat.copy(),
+                column.offsets.to_numpy().copy(),
+            )
+
+
+class TokenFolder:
+    """A finished token folder, opened for reading; see the module's text.
+
+    Attributes:
+        path: the folder.
+        layout: its token layout.
+        lengths: int32 ``[n]`` frames per utterance under ``text_bpe``, ``ssl`` and ``codec``; 0 where it has none.
+        speaker, dataset, lang: int32 ``[n]`` index into ``names["speaker"]`` …, -1 where there is none.
+        names: the names that those indices mean.
+        index: the content of ``index.json``.
+    """
+
+    def __init__(
+        self, path: Path, layout: TokenLayout, index: dict[str, Any], arrays: dict[str, np.ndarray]
+    ) -> None:
+        self.path = path
+        self.layout = layout
+        self.index = index
+        self.names: dict[str, list[str]] = index["names"]
+        self.lengths = {c: arrays[c] for c in COLUMNS}
+        self.speaker, self.dataset, self.lang = arrays["speaker"], arrays["dataset"], arrays["lang"]
+        self._shard, self._row = arrays["shard"], arrays["row"]
+        self._loaded: dict[int, _Shard] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> TokenFolder:
+        """Open and check a folder: index, layout, each shard's size and layout hash.
+
+        Args:
+            verify: also read every shard and compare its sha256 now; otherwise that is done when it is first asked
+                for.
+
+        Raises:
+            ShardError: not a finished token folder, or a file in it is missing, truncated or of another layout.
+            LayoutError: the layout file is damaged.
+        """
+        path = Path(path)
+        if not (path / INDEX).is_file():
+            what = "was not finished; run the same `speechlm tokenize` again, it continues where it stopped"
+            if not any(path.glob("shard-*.parquet")):
+                what = "is not a token folder; give the `out` folder of `speechlm tokenize`"
+            raise ShardError(f"{path} has no {INDEX}: it {what}.")
+        index = read_index(path / INDEX)
+        shards, names = index["shards"], index["names"]
+        layout = TokenLayout.load(path)
+        if layout.sha256 != index["layout_sha256"]:
+            raise ShardError(
+                f"{path}: the index was made for layout {index['layout_sha256'][:8]} but {FILE_NAME} holds {layout}; "
+                "files of two folders were mixed. Tokenize again into an empty folder."
+            )
+        check_file(path / LENGTHS, index["lengths"], verify=True)
+        for shard in shards:
+            check_file(path / shard["name"], shard, verify)
+            head = read_head(path / shard["name"])
+            if head is None:
+                raise ShardError(f"shard {path / shard['name']} cannot be read; {WAY_OUT}")
+            if head.layout_sha256 != layout.sha256:
+                raise ShardError(
+                    f"shard {path / shard['name']} was written with layout {head.layout_sha256[:8]} but the folder has "
+                    f"{layout}; their ids mean different things. Tokenize again into an empty folder."
+                )
+        with foreign_errors(ShardError, f"{path / LENGTHS} is damaged", HINT):
+            with np.load(path / LENGTHS, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in (*COLUMNS, *names, "shard", "row")}
+            check_lengths(arrays, index)
+        if index.get("sha256", index_sha256(index)) != index_sha256(index):  # older folders have none
+            raise ShardError(f"{path / INDEX}: content does not match its own sha256; {WAY_OUT}")
+        return cls(path, layout, index, arrays)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Every utterance's id, in order."""
+        out: list[str] = []
+        for number in range(len(self.index["shards"])):
+            out += self._get(number).plain["id"].to_pylist()
+        return out
+
+    def utterance(self, i: int) -> dict[str, Any]:
+        """Everything stored about utterance ``i``.
+
+        Returns:
+            ``id``, ``dataset``, ``speaker``, ``lang``, ``text``, ``duration`` (seconds), and raw ids int32
+            ``text_bpe [T, 1]``, ``ssl [T, 1]``, ``codec [T, K]``; None for what the utterance does not have.
+
+        Raises:
+            ShardError: its shard cannot be read.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path} has {len(self)} utterances, asked for number {i}.")
+        shard, row = self._get(int(self._shard[i])), int(self._row[i])
+        out: dict[str, Any] = {name: column[row].as_py() for name, column in shard.plain.items()}
+        for name in COLUMNS:
+            width = self.layout.num_codebooks if name == "codec" else 1
+            length = int(self.lengths[name][i])
+            flat, offsets = shard.tokens[name]
+            ids = flat[offsets[row] : offsets[row + 1]]
+            if ids.size != length * width:
+                raise ShardError(
+                    f"{self.path}: utterance {out['id']!r} has {ids.size} {name} ids, expected {length * width}; "
+                    f"{WAY_OUT}"
+                )
+            out[name] = ids.astype(np.int32).reshape(length, width) if length else None
+        return out
+
+    def _get(self, number: int) -> _Shard:
+        shard = self._loaded.get(number)
+        if shard is None:
+            entry = self.index["shards"][number]
+            shard = self._loaded[number] = _Shard(self.path / entry["name"], entry["rows"], entry["sha256"])
+        return shard
+
+
+class TokenCorpus:
+    """Several token folders of one layout as one list of utterances, folder after folder.
+
+    Attributes as in :class:`TokenFolder`; a speaker is the same person only within one data set.
+    """
+
+    def __init__(self, folders: Sequence[TokenFolder]) -> None:
+        if not folders:
+            raise ShardError(
+                "no token folder was given; give at least one `out` folder of `speechlm tokenize`."
+            )
+        self.folders = list(folders)
+        self.layout = folders[0].layout
+        for other in folders[1:]:
+            self.layout.require_same(
+                other.layout, f"token folder {folders[0].path}", f"token folder {other.path}"
+            )
+        self._start = np.cumsum([0] + [len(f) for f in folders])
+        self.lengths = {c: np.concatenate([f.lengths[c] for f in folders]) for c in COLUMNS}
+        self.datasets: list[str] = []
+        self.langs: list[str] = []
+        self.dataset = np.concatenate([_merge(f.dataset, f.names["dataset"], self.datasets) for f in folders])
+        self.lang = np.concatenate([_merge(f.lang, f.names["lang"], self.langs) for f in folders])
+        # (data set, speaker) pairs, numbered; -1 stays "nobody".
+        names: list[str] = []
+        local = np.concatenate([_merge(f.speaker, f.names["speaker"], names) for f in folders]).astype(
+            np.int64
+        )
+        pair = np.where(local < 0, -1, self.dataset.astype(np.int64) * max(len(names), 1) + local)
+        self.speaker = np.where(pair < 0, -1, np.unique(pair, return_inverse=True)[1] - int((pair < 0).any()))
+
+    @classmethod
+    def open(cls, paths: Sequence[str | Path]) -> TokenCorpus:
+        """Open the folders; errors are those of :meth:`TokenFolder.open` and :class:`LayoutMismatchError`."""
+        return cls([TokenFolder.open(p) for p in paths])
+
+    def __len__(self) -> int:
+        return int(self._start[-1])
+
+    def utterance(self, i: int) -> dict[str, Any]:
+        """As :meth:`TokenFolder.utterance`, counted over all folders."""
+        folder = int(np.searchsorted(self._start, i, side="right")) - 1
+        return self.folders[folder].utterance(int(i - self._start[folder]))
+
+
+def _merge(indices: np.ndarray, names: Sequence[str], known: list[str]) -> np.ndarray:
+    """Renumber one folder's name indices into the list ``known``, which grows."""
+    position = {name: k for k, name in enumerate(known)}
+    table = []
+    for name in names:
+        if name not in position:
+            position[name] = len(known)
+            known.append(name)
+        table.append(position[name])
+    return np.array([*table, -1], np.int32)[indices]
+
+
+#: Token folders in any form.
+Tokens = str | Path | TokenFolder | TokenCorpus | Sequence[str | Path | TokenFolder]
+
+
+def open_tokens(tokens: Tokens, delays: Sequence[int] | None = None) -> TokenCorpus:
+    """Open token folders given in any form.
+
+    Args:
+        delays: of each stream, instead of those in the folders' layout. What is stored is not delayed, so the same
+            folders serve every stream layout.
+
+    Raises:
+        ShardError, LayoutMismatchError: the folders cannot be used. LayoutError: another number of delays than streams.
+    """
+    if not isinstance(tokens, TokenCorpus):
+        if isinstance(tokens, (str, Path, TokenFolder)):
+            tokens = [tokens]
+        tokens = TokenCorpus([t if isinstance(t, TokenFolder) else TokenFolder.open(t) for t in tokens])
+    if delays is not None and tuple(delays) != tokens.layout.delays:
+        tokens = copy.copy(tokens)
+        tokens.layout = tokens.layout.with_delays(delays)
+    return tokens

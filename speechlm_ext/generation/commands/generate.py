@@ -1,0 +1,300 @@
+"""``speechlm generate``: one request from the command line, or a file of requests into a results folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from speechlm_ext.audio.files import write_wav
+from speechlm_ext.errors import ConfigError, GenerationError
+from speechlm_ext.generation.commands.generate_stream import STDOUT, run_stream
+from speechlm_ext.generation.requests.prompt import find_task
+from speechlm_ext.generation.requests.results_folder import ResultsFolder
+from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
+from speechlm_ext.generation.requests.request_file import Line, RefusedRequest, read_requests
+from speechlm_ext.generation.generate import generate
+from speechlm_ext.generation.requests.settings import SamplingSettings
+from speechlm_ext.utils.files.run_folders import find_model_folder
+from speechlm_ext.utils.console import argument_text
+from speechlm_ext.utils.files.io import atomic_write_text, sha256_file
+
+if TYPE_CHECKING:
+    from speechlm_ext.model.lm import SpeechLMModel
+
+
+#: Shown below the options by ``speechlm generate --help``.
+EXAMPLES = """\
+examples (M is a model folder or a run folder; -o is --output; dashes and underscores in names are alike):
+
+  speechlm generate --model M --task tts --text "three seven one" -o out.wav
+  speechlm generate --model M --task asr --audio in.wav                     print the text
+  speechlm generate --model M --task asr --audio in.wav --beam-size 5 --n-best 3
+  speechlm generate --model M --task asr --audio in.wav --target-text "six"  score a text
+  speechlm generate --model M --task textlm --text "three sev" --temperature 0.9 --seed 1
+  speechlm generate --model M --task tts --text "six" --temperature "[0.9,0,0,0]" -o out.wav
+  speechlm generate --model M --task tts --text "six" --stream -o - | aplay -f S16_LE -r 16000
+  speechlm generate --model M --requests requests.jsonl --output-dir results
+
+Each line of a requests file is one request, with sampling settings of its own:
+
+  {"id": "u1", "task": "tts", "text": "three seven one", "seed": 3, "max_len_ratio": 20}
+  {"id": "u2", "task": "asr", "audio": "clips/u2.wav", "lang": "en", "n_best": 2}
+
+A run that was stopped, in whatever way, goes on with the same command. The exit code is 1 when some requests failed."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Generate text or speech with a trained model."""
+
+    model: Path
+    """Model folder: a checkpoint, an export, or a folder downloaded from the Hub; of a run folder its newest
+    checkpoint is taken."""
+    task: str | None = None
+    """Task name or kind: tts, asr, textlm, audiolm, … With ``requests``: for lines that name none."""
+    text: str | None = None
+    """Text to speak (tts), or to continue (textlm)."""
+    audio: Path | None = None
+    """Recording to transcribe (asr), or to continue (audiolm)."""
+    speaker_prompt: Path | None = None
+    """Recording of the voice to speak with, for tasks with a speaker condition."""
+    lang: str | None = None
+    """Language code, kept in the record."""
+    target_text: str | None = None
+    """Text that the task would end in: it is not generated but scored, token by token."""
+    target_audio: Path | None = None
+    """The same for a task that ends in speech: a recording."""
+    output: Path | None = None
+    """Where the result goes: a wav file for speech; text is printed and also written here if given. With ``stream``,
+    ``-`` sends raw 16-bit samples to standard output."""
+    stream: bool = False
+    """Write the sound or text of one request while it is made: the wav file grows and is valid at every moment."""
+    chunk_frames: int = 1
+    """With ``stream``: fewest frames that are written at a time."""
+    requests: Path | None = None
+    """JSONL file of requests: id, task, text, audio, speaker_prompt, lang, target_text, target_audio, resample and any
+    of the sampling settings below. Audio paths are relative to the file."""
+    output_dir: Path | None = None
+    """Folder for ``results.jsonl`` and ``wav/`` of ``requests``; a stopped run goes on where it was."""
+    batch_size: int = 16
+    """Requests decoded at once."""
+    greedy: bool | None = None
+    """Take the most probable token. Default: true for text, false for speech."""
+    temperature: float | list[float] | None = None
+    """Sampling temperature. Default for speech: 0.8. This, top_k, top_p, min_p and those of repetition also take a list
+    with a value for each stream, as in ``"[0.8,0.5,0.5]"``; a temperature of 0 in it is the most probable token."""
+    codec_temperature: float | None = None
+    """Temperature of the streams behind the first; 0 takes their most probable code. Default: as ``temperature``."""
+    top_k: int | list[int] | None = None
+    """Sample among the k most probable tokens. Default for speech: 30."""
+    top_p: float | list[float] | None = None
+    """Sample among the fewest tokens whose probabilities reach p."""
+    min_p: float | list[float] | None = None
+    """Leave out tokens that are less probable than this times the most probable one."""
+    repetition_penalty: float | list[float] | None = None
+    """Makes ids that a stream had lately less probable; 1 is off, 1.1 is mild."""
+    repetition_window: int | list[int] | None = None
+    """Rows that the repetition penalty looks back; default 50."""
+    guidance: float | None = None
+    """Classifier-free guidance; 1 is off, 1.5 to 3 follow the text or voice more closely. Made for models that were
+    trained with conditions left out at times."""
+    beam_size: int | None = None
+    """Beam search over so many beginnings, for text and units; default 1, off."""
+    length_penalty: float | None = None
+    """Beam search compares log p / tokens^length_penalty; default 1, and 0 favours short targets."""
+    seed: int | None = None
+    """Seed of the draws; default 0."""
+    n_best: int | None = None
+    """Results of each request: with ``beam_size`` the best, else samples with seeds from ``seed`` on. Default 1."""
+    best_of: int | None = None
+    """Tries at speaking a text; the one that the model itself recognises best is kept. Default 1."""
+    min_len: int | None = None
+    """Fewest new frames (text tokens or speech frames) before the end; default 1."""
+    min_len_ratio: float | None = None
+    """Fewest new frames as a multiple of the prompt's content frames, instead of ``min_len``."""
+    max_len: int | None = None
+    """Most new frames; default: as many as the context holds, at most 2048."""
+    max_len_ratio: float | None = None
+    """Most new frames as a multiple of the prompt's content frames, instead of ``max_len``."""
+    resample: bool = True
+    """Convert recordings of another sampling rate, which is said once; ``false`` makes them an error."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA where there is a device."""
+    dtype: str = "auto"
+    """``float32``, ``bfloat16``, or ``auto``: bfloat16 on CUDA, float32 on the CPU."""
+    verify: bool = True
+    """Compare the model's files with their digests before use."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}.")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}.")
+        if self.stream and self.requests is not None:
+            raise ConfigError("stream is for one request; leave it out, or give task instead of requests.")
+        if self.output == STDOUT and not self.stream:
+            raise ConfigError("output - (standard output) goes with stream; add --stream, or name a file.")
+        if self.requests is None:
+            if self.task is None:
+                raise ConfigError("give a task (for one request) or requests (a JSONL file).")
+            if self.output_dir is not None:
+                raise ConfigError("output_dir goes with requests; give output (-o) for one request.")
+        else:
+            one = ("text", "audio", "speaker_prompt", "target_text", "target_audio", "output")
+            extra = [n for n in one if getattr(self, n) is not None]
+            if extra:
+                raise ConfigError(
+                    f"{', '.join(extra)} cannot be given together with requests; put it in the file."
+                )
+            if self.output_dir is None:
+                raise ConfigError("requests needs output_dir, the folder for the results.")
+
+    def sampling(self) -> dict[str, Any]:
+        """The sampling settings that were given."""
+        names = [f.name for f in dataclasses.fields(SamplingSettings)]
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+
+    def defaults(self) -> dict[str, Any]:
+        """What a line of a requests file leaves out."""
+        more = {"task": self.task, "lang": self.lang, "resample": self.resample}
+        return self.sampling() | {name: value for name, value in more.items() if value is not None}
+
+
+def run_generate(cfg: GenerateConfig) -> int:
+    """Serve what the config asks for.
+
+    Returns:
+        0, or 1 when some requests of a file failed (their errors stand in the records).
+
+    Raises:
+        SpeechLMError: the model or the requests cannot be read, or the one request failed.
+    """
+    settings = SamplingSettings(**cfg.sampling())
+    cfg = dataclasses.replace(cfg, model=find_model_folder(cfg.model))
+    if cfg.requests is not None:
+        return _run_file(cfg, read_requests(cfg.requests, cfg.defaults()))
+    request = GenerationRequest(
+        id="request",
+        task=cfg.task or "",
+        text=argument_text(cfg.text),
+        audio=cfg.audio,
+        speaker_prompt=cfg.speaker_prompt,
+        lang=cfg.lang,
+        settings=settings,
+        resample=cfg.resample,
+        target_text=argument_text(cfg.target_text),
+        target_audio=cfg.target_audio,
+    )
+    model = load_model(cfg)
+    template = find_task(request, model.tasks)
+    is_scored = cfg.target_text is not None or cfg.target_audio is not None
+    if is_scored and (cfg.output is not None or cfg.stream):
+        raise ConfigError("a given target is scored and makes no file; leave out output and stream.")
+    if template.targets[-1].modality.startswith("codec") and cfg.output is None and not is_scored:
+        raise ConfigError(f"task {cfg.task!r} makes speech; say where to write it with -o out.wav.")
+    if cfg.stream:
+        return run_stream(model, request, cfg.output, cfg.chunk_frames)
+    result = generate(model, [request])[0]
+    if is_scored and result.logprob is not None:
+        nats = -result.logprob / result.num_scored
+        print(
+            f"log p {result.logprob:.4f} over {result.num_scored} tokens with the end, {nats:.4f} nats a token"
+        )
+        return 0
+    _write_one(result, cfg.output)
+    return 0
+
+
+def load_model(cfg: GenerateConfig) -> SpeechLMModel:
+    """Load the model folder onto the device. Raises :class:`SpeechLMError` if that is not possible."""
+    import torch
+
+    from speechlm_ext.model.lm import SpeechLMModel
+
+    device = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        on_gpu = torch.device(device).type == "cuda"
+    except RuntimeError:
+        raise ConfigError(f"device must be auto, cpu or cuda[:N], got {cfg.device!r}.") from None
+    if on_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {cfg.device} was asked for but torch sees no CUDA device; use cpu or auto."
+        )
+    model = SpeechLMModel.from_pretrained(cfg.model, device, verify=cfg.verify)
+    if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and on_gpu):
+        model = model.to(torch.bfloat16)
+    return model
+
+
+def _run_file(cfg: GenerateConfig, lines: list[Line]) -> int:
+    from speechlm_ext.utils.files.run_folders import WEIGHTS_NAME
+
+    assert cfg.output_dir is not None
+    model = load_model(cfg)
+    folder = ResultsFolder(
+        cfg.output_dir,
+        cfg.model,
+        sha256_file(Path(cfg.model) / WEIGHTS_NAME),
+        layout=model.layout.sha256,
+        dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
+    )
+    try:
+        requests = [line for line in lines if isinstance(line, GenerationRequest)]
+        for line in lines:
+            if isinstance(line, RefusedRequest):
+                folder.refuse(line)
+        todo = [r for r in requests if not folder.is_done(r)]
+        if len(todo) < len(requests):
+            print(f"{len(requests) - len(todo)} of {len(lines)} requests are done already.", file=sys.stderr)
+
+        def keep(index: int, result: GenerationResult) -> None:
+            folder.add(todo[index], result)
+
+        generate(model, todo, cfg.batch_size, progress=True, on_result=keep)
+        path = folder.close(lines)
+    finally:
+        folder.release()
+    failed = [line for line in lines if folder.records[line.id]["finished"] == "failed"]
+    print(f"{len(lines) - len(failed)} of {len(lines)} requests served: {path}", file=sys.stderr)
+    for line in failed[:5]:
+        print(f"failed: {folder.records[line.id]['error']}", file=sys.stderr)
+    if len(failed) > 5:
+        print(f"… and {len(failed) - 5} more; their errors stand in {path}.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _write_one(result: GenerationResult, output: Path | None) -> None:
+    """Print text, write speech; say on stderr what became of it. Of several results each is printed or written."""
+    results = [result, *result.alternatives]
+    for one in results:
+        if one.finished == "failed":
+            raise GenerationError(one.error or "the request failed.")
+    if any(one.finished == "max_len" for one in results):
+        print(
+            "note: the model did not end by itself; the result was cut at the longest length.",
+            file=sys.stderr,
+        )
+    if result.wav is not None and result.sample_rate:
+        if output is None:
+            raise ConfigError(f"task {result.task!r} makes speech; say where to write it with -o out.wav.")
+        for number, one in enumerate(results, 1):
+            assert one.wav is not None and one.sample_rate is not None
+            path = output if number == 1 else output.with_stem(f"{output.stem}.{number}")
+            write_wav(path, one.wav, one.sample_rate)
+            seconds = len(one.wav) / one.sample_rate
+            print(f"wrote {path}: {seconds:.2f} s of speech in {one.seconds:.2f} s.", file=sys.stderr)
+        return
+    text = "\n".join(_said(one) for one in results)
+    print(text)
+    if output is not None:
+        atomic_write_text(output, text + "\n")
+
+
+def _said(result: GenerationResult) -> str:
+    """The text, or ids where there is none."""
+    if result.text is not None:
+        return result.text
+    return " ".join(str(i) for i in result.ids.ravel().tolist()) if result.ids is not None else ""

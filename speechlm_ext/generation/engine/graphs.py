@@ -1,0 +1,63 @@
+"""CUDA graphs of the decode step: one launch instead of hundreds, for every size that comes up.
+
+A graph is captured for a number of slots, a number of keys, and the streams and products of the head that are read.
+Slots are rounded up to a power of two and keys to a multiple of 256, so that few graphs serve all batches: a slot
+without a request is fill for the sampler, and keys behind a request's rows are masked out. A size is first run without
+a graph, which lets the libraries set themselves up, and captured when it comes again. Random numbers follow the rows
+that are counted on the device, so each replay draws new ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from speechlm_ext.ops.multistream_sample.multistream_sample import SampledStep
+
+if TYPE_CHECKING:
+    from speechlm_ext.generation.engine.engine import Engine
+
+KEYS = 256
+#: For each call of the head in a step, the products that are read (None: all). A model with a frame transformer calls
+#: it once for each stream that is sampled, others once for all.
+Calls = tuple[tuple[bool, ...] | None, ...]
+Size = tuple[int, int, Calls]
+
+
+class StepGraphs:
+    """The captured steps of an engine. On the CPU it runs the same padded sizes without capturing anything."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._seen: set[Size] = set()
+        self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, SampledStep]] = {}
+        self._rows = 0
+
+    def forget(self) -> None:
+        """Drop all graphs: the memory that they work on was replaced."""
+        self._graphs.clear()
+
+    def step(self, num_active: int, calls: Calls) -> SampledStep:
+        """A step for ``num_active`` requests and what fills the slots up."""
+        engine, cache = self.engine, self.engine._cache
+        n = min(1 << (num_active - 1).bit_length(), engine.num_slots)
+        num_keys = -(-(cache.longest(num_active) + 1) // KEYS) * KEYS
+        cache.reserve(num_keys)
+        if cache.num_rows != self._rows:
+            self._rows = cache.num_rows
+            self.forget()
+        size = n, num_keys, calls
+        if engine.device.type != "cuda" or size not in self._seen:
+            self._seen.add(size)
+            return engine._step(n, num_keys, calls)
+        if size not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = engine._step(n, num_keys, calls)
+            self._graphs[size] = graph, out
+        else:
+            cache.count_step(n)
+        graph, out = self._graphs[size]
+        graph.replay()
+        return out

@@ -1,0 +1,176 @@
+"""The sampler's state for prompts: columns of the logits, scopes, settings and lengths of every request.
+
+Axes: B requests, G targets of a request, S streams, R forced rows, H rows of history.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speechlm_ext.generation.requests.prompt import Prompt, Segment
+from speechlm_ext.generation.requests.settings import SamplingSettings
+from speechlm_ext.layout import TokenLayout
+from speechlm_ext.ops.multistream_sample.decode_state import DecodeState
+
+#: The packed tensors of a state that have a row for each request; the history is written before it is read.
+GIVEN = ("sampling", "choice", "limits", "request", "guidance", "progress", "forced")
+ROWS = (*GIVEN, "history", "history_logprob")
+
+
+class Columns:
+    """Which ids the logits' columns stand for: per stream the union of what some modalities may have there.
+
+    Columns ascend by id, so the first column among equals is the lowest id.
+
+    Attributes:
+        modalities: what may be generated.
+        ranges: per stream the id ranges, the end among stream 0's.
+        ids: per stream int64 ``[V_s]``; a stream that none of the modalities uses has the pad alone, which is never
+            read.
+    """
+
+    def __init__(self, layout: TokenLayout, modalities: Iterable[str]) -> None:
+        self.layout, self.modalities = layout, frozenset(modalities)
+        unused = [(layout.pad_id, layout.pad_id + 1)]
+        self.ranges = [stream or unused for stream in self.ranges_of(self.modalities)]
+        self.ids = [torch.cat([torch.arange(a, b) for a, b in parts]) for parts in self.ranges]
+
+    def ranges_of(self, modalities: Iterable[str]) -> list[list[tuple[int, int]]]:
+        """Per stream the id ranges that some modalities may have there, the end among stream 0's, ascending."""
+        contents = [self.layout.content_ranges(m) for m in modalities]
+        eos = {(self.layout.sos_eos_id, self.layout.sos_eos_id + 1)}
+        return [
+            sorted({r for c in contents if (r := c[s]) is not None} | (eos if s == 0 else set()))
+            for s in range(self.layout.num_streams)
+        ]
+
+    def scope(self, modality: str) -> list[tuple[int, int]]:
+        """Per stream the ids that content of ``modality`` may have; (-1, -1) for none."""
+        return [(-1, -1) if r is None else r for r in self.layout.content_ranges(modality)]
+
+
+def new_state(
+    prompts: Sequence[Prompt],
+    columns: Columns,
+    forced: Sequence[np.ndarray],
+    device: torch.device,
+) -> DecodeState:
+    """The sampler's state before the first row of ``prompts``, with a history of one row (see :func:`resized`).
+
+    Args:
+        columns: of the logits; they hold every target's modality.
+        forced: for each prompt the rows int64 ``[R_b, S]`` that are given, -1 where a token is to be sampled.
+    """
+    layout = columns.layout
+    G, R = max(len(p.segments) for p in prompts), max(map(len, forced))
+    first = min(layout.delays)
+
+    def per_segment(value: object) -> Tensor:
+        rows = [[value(p, s) for s in _padded(p, G)] for p in prompts]  # type: ignore[operator]
+        return torch.tensor(rows)
+
+    def per_stream(name: str, missing: float) -> Tensor:
+        return per_segment(lambda p, s: s.settings.per_stream(name, layout.num_streams, missing))
+
+    repetition_penalty = per_stream("repetition_penalty", 1.0)
+    is_off = repetition_penalty == 1
+    rows_BRS = np.full((len(prompts), R, layout.num_streams), -1, dtype=np.int64)
+    for b, rows in enumerate(forced):
+        rows_BRS[b, : len(rows)] = rows
+    return DecodeState.new(
+        len(prompts),
+        scope_ids=columns.ids,
+        delays=layout.delays,
+        pad_ids=[layout.pad_id] * layout.num_streams,
+        eos_id=layout.sos_eos_id,
+        scope=per_segment(lambda p, s: columns.scope(s.modality)),
+        num_segments=torch.tensor([len(p.segments) for p in prompts]),
+        markers=per_segment(lambda p, s: layout.marker_id(s.modality)),
+        temperature=per_segment(lambda p, s: _temperatures(s.settings, layout.num_streams)),
+        top_k=per_stream("top_k", 0),
+        top_p=per_stream("top_p", 1.0).clamp(min=1e-30),  # not 0 in float32
+        min_p=per_stream("min_p", 0.0),
+        repetition_penalty=repetition_penalty,
+        repetition_window=per_stream("repetition_window", 0).masked_fill(is_off, 0),
+        seed=torch.tensor([p.segments[0].settings.seed for p in prompts]),
+        min_frames=per_segment(lambda p, s: s.min_new + (p.num_given if s is p.segments[0] else 0)),
+        max_frames=per_segment(lambda p, s: s.max_new + (p.num_given if s is p.segments[0] else 0)),
+        row_limit=per_segment(lambda p, s: s.row_limit - len(p.frames_PS) - first),
+        step=torch.tensor([p.num_given + first for p in prompts]),
+        guidance=torch.tensor([float(p.segments[0].settings.guidance) for p in prompts]),
+        forced=torch.from_numpy(rows_BRS),
+        num_rows=1,
+        tail=layout.max_delay,
+        device=device,
+    )
+
+
+def _padded(prompt: Prompt, num_segments: int) -> list[Segment]:
+    """The prompt's segments; the last one again where another prompt has more."""
+    return [*prompt.segments, *[prompt.segments[-1]] * (num_segments - len(prompt.segments))]
+
+
+def _temperatures(settings: SamplingSettings, num_streams: int) -> list[float]:
+    """Of each stream; 0 is greedy."""
+    if settings.greedy or settings.temperature is None:
+        return [0.0] * num_streams
+    first, *rest = settings.per_stream("temperature", num_streams, 0.0)
+    return [
+        first,
+        *(rest if settings.codec_temperature is None else [settings.codec_temperature] * len(rest)),
+    ]
+
+
+def slots(state: DecodeState, count: int) -> DecodeState:
+    """The first ``count`` requests of a state, as views."""
+    return dataclasses.replace(state, **{name: getattr(state, name)[:count] for name in ROWS})
+
+
+def resized(state: DecodeState, num_slots: int, segments: int, forced: int, rows: int) -> DecodeState:
+    """A state with at least these B, G, R and H; what it holds is kept, new requests are done."""
+
+    def grown(x: Tensor, *sizes: int, value: float = 0) -> Tensor:
+        pads: list[int] = []
+        for size, wanted in reversed(list(zip(x.shape, (*sizes, *x.shape[len(sizes) :]), strict=True))):
+            pads += [0, max(0, wanted - size)]
+        return F.pad(x, pads, value=value) if any(pads) else x
+
+    old = state.progress.shape[0]
+    parts = {
+        name: grown(getattr(state, name), num_slots, segments) for name in ("sampling", "choice", "limits")
+    }
+    parts |= {name: grown(getattr(state, name), num_slots) for name in ("request", "guidance", "progress")}
+    parts["forced"] = grown(state.forced, num_slots, forced, value=-1)
+    parts["history"] = grown(state.history, num_slots, rows)
+    parts["history_logprob"] = grown(state.history_logprob, num_slots, rows, value=float("nan"))
+    if all(part is getattr(state, name) for name, part in parts.items()):
+        return state
+    parts["progress"][old:, 4] = 1
+    return dataclasses.replace(state, **parts)
+
+
+def sizes(state: DecodeState) -> tuple[int, int, int]:
+    """G, R and H of a state."""
+    return state.limits.shape[1], state.forced.shape[1], state.history.shape[1]
+
+
+def corner(x: Tensor) -> tuple[slice, ...]:
+    """Where a tensor of this shape lies in a larger one."""
+    return tuple(slice(0, size) for size in x.shape)
+
+
+def put(state: DecodeState, slot: int, other: DecodeState, row: int) -> None:
+    """Write request ``row`` of ``other``, which is no wider, into ``slot``."""
+    for name in GIVEN:
+        into, new = getattr(state, name)[slot], getattr(other, name)[row]
+        if new.dim() == 0 or into.shape == new.shape:
+            into.copy_(new)
+            continue
+        into.fill_(-1 if name == "forced" else 0)
+        into[: new.shape[0]] = new

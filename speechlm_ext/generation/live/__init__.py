@@ -1,0 +1,1 @@
+"""Generation while it is decoded or heard: streams, dialogues, transcripts of audio that arrives."""

@@ -1,0 +1,1 @@
+"""Requests and what becomes of them: fields, sampling settings, files, prompts, results."""

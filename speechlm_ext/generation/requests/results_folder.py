@@ -1,0 +1,270 @@
+"""The results of a run as a folder: ``results.jsonl``, and ``wav/`` for speech.
+
+A record holds everything that scoring needs later: the request, the settings with their defaults, raw ids and their
+log-probabilities, text or audio path, how it ended, and which model made it. While a run is going on, records are
+appended to ``results.partial.jsonl``; at its end ``results.jsonl`` is written whole, in the order of the requests. A
+run that was stopped goes on where it was: a request is done when a record of the same request and model exists and did
+not fail. One run at a time may write into a folder, and a file with fewer requests loses nothing of an earlier one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speechlm_ext.audio.files import write_wav
+from speechlm_ext.errors import GenerationError
+from speechlm_ext.generation.requests.request import RECORDINGS, GenerationRequest, GenerationResult
+from speechlm_ext.generation.requests.request_file import RefusedRequest
+from speechlm_ext.utils.files.io import atomic_write_text, sha256_file, storage_error
+from speechlm_ext.utils.files.json_shape import check_shape
+from speechlm_ext.utils.files.json_text import json_line, parse_json, split_lines
+from speechlm_ext.utils.names import file_name
+
+RESULTS = "results.jsonl"
+PARTIAL = "results.partial.jsonl"
+VERSION = 1
+
+
+def request_dict(request: GenerationRequest) -> dict[str, Any]:
+    """A request as plain data; waveforms given as arrays are named by their hash."""
+
+    def source(value: str | Path | np.ndarray | None) -> str | None:
+        if isinstance(value, np.ndarray):
+            # With the type: the same bytes are other samples in another one.
+            digest = hashlib.sha256(f"{value.dtype.str} {value.shape} ".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+            return "array:" + digest.hexdigest()
+        return None if value is None else str(value)
+
+    return {
+        "id": request.id,
+        "task": request.task,
+        "text": request.text,
+        **{name: source(getattr(request, name)) for name in RECORDINGS},
+        "target_text": request.target_text,
+        "lang": request.lang,
+        "resample": request.resample,
+        "settings": dataclasses.asdict(request.settings),
+    }
+
+
+def fingerprint(request: GenerationRequest, model: dict[str, str]) -> str:
+    """sha256 of a request and the model that serves it; equal ones give equal tokens."""
+    data: dict[str, Any] = {"request": request_dict(request), "model": model}
+    for name in RECORDINGS:
+        value = getattr(request, name)
+        if isinstance(value, np.ndarray) and request.audio_rate is not None:
+            data["audio_rate"] = request.audio_rate
+        if isinstance(value, (str, Path)) and os.path.isfile(value):
+            # By content: recordings of one length have one size.
+            with contextlib.suppress(OSError):
+                data[name] = sha256_file(value)
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+class ResultsFolder:
+    """Writes records as they come, and knows which requests are done.
+
+    Args:
+        folder: made if missing; locked until :meth:`release`, or the end of the process.
+        model_path: for the records.
+        model_hash: sha256 of the weights.
+        identity: what else decides the tokens, for the records: the layout's hash, the dtype.
+
+    Raises:
+        GenerationError: an existing record file is not one of ours, or another run writes into the folder.
+        StorageError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, model_path: str | Path, model_hash: str, **identity: str) -> None:
+        self.folder = Path(folder)
+        self.model = {"path": str(model_path), "sha256": model_hash, **identity}
+        self.records: dict[str, dict[str, Any]] = {}
+        self._identity = {"sha256": model_hash, **identity}
+        self._fingerprints: dict[str, str] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise storage_error(error, self.folder / RESULTS) from error
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                _take(self._lock, self.folder)
+            # A killed run leaves the file that it was writing under a name of its own.
+            for path in (*self.folder.glob(f".{RESULTS}.*"), *self.folder.glob("wav/.*.wav")):
+                path.unlink(missing_ok=True)
+            self.records.update(_read(self.folder / RESULTS, partial=False))
+            self.records.update(_read(self.folder / PARTIAL, partial=True))
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let other runs write into the folder."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def is_done(self, request: GenerationRequest) -> bool:
+        """Whether this request was served by this model already, without failing, and its audio is there."""
+        record = self.records.get(request.id)
+        if record is None or record.get("finished") == "failed":
+            return False
+        marks = [self._fingerprint(request)]
+        if record.get("fingerprint") not in marks and request.resample:
+            # What was served without conversion, the default once, needed none.
+            marks.append(fingerprint(dataclasses.replace(request, resample=False), self._identity))
+        if record.get("fingerprint") not in marks:
+            return False
+        paths = [one.get("audio") for one in (record, *record.get("alternatives", []))]
+        return all(path is None or (self.folder / path).is_file() for path in paths)
+
+    def _fingerprint(self, request: GenerationRequest) -> str:
+        """Of a request of this run; its recordings are read once."""
+        if request.id not in self._fingerprints:
+            self._fingerprints[request.id] = fingerprint(request, self._identity)
+        return self._fingerprints[request.id]
+
+    def add(self, request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
+        """Write a result's audio and append its record.
+
+        Raises:
+            StorageError: the disk is full; what was written before is intact and the run can be resumed.
+        """
+        alternatives = [
+            self._outcome(one, result.id, number) for number, one in enumerate(result.alternatives, 2)
+        ]
+        record = {
+            "version": VERSION,
+            "id": result.id,
+            "task": result.task,
+            "modality": result.modality,
+            **self._outcome(result, result.id),
+            **({"alternatives": alternatives} if alternatives else {}),
+            "request": request_dict(request),
+            "model": self.model,
+            "fingerprint": self._fingerprint(request),
+        }
+        path = self.folder / PARTIAL
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(_lines([record]))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise storage_error(error, path) from error
+        self.records[result.id] = record
+        return record
+
+    def _outcome(self, result: GenerationResult, request_id: str, number: int = 1) -> dict[str, Any]:
+        """What came of a request, or the ``number``-th of several results; its audio is written to ``wav/``."""
+        audio = None
+        if result.wav is not None and result.wav.size and result.sample_rate:
+            audio = f"wav/{file_name(request_id, '.wav', number=number)}"
+            write_wav(self.folder / audio, result.wav, result.sample_rate)
+        return {
+            "finished": result.finished,
+            "text": result.text,
+            "audio": audio,
+            "sample_rate": result.sample_rate,
+            "ids": None if result.ids is None else result.ids.tolist(),
+            "num_given": result.num_given,
+            "chain": [ids.tolist() for ids in result.chain],
+            "logprob": result.logprob,
+            "num_scored": result.num_scored,
+            "logprobs": None if result.logprobs is None else _rounded(result.logprobs),
+            "end_logprob": result.end_logprob,
+            "tries": [x if math.isfinite(x) else None for x in result.tries],
+            "seconds": round(result.seconds, 3),
+            "settings": None if result.settings is None else dataclasses.asdict(result.settings),
+            "error": result.error,
+        }
+
+    def refuse(self, refused: RefusedRequest) -> None:
+        """Note a line of the requests file that is no request; it is read again in every run."""
+        text = {name: refused.data.get(name) for name in ("text", "lang")}
+        self.records[refused.id] = {
+            "version": VERSION,
+            "id": refused.id,
+            "task": refused.task,
+            "modality": None,
+            **self._outcome(GenerationResult(refused.id, refused.task, "failed", error=refused.error), ""),
+            "request": {"id": refused.id, "task": refused.task, "audio": refused.data.get("audio"), **text},
+            "model": self.model,
+            "fingerprint": None,
+        }
+
+    def close(self, requests: Sequence[GenerationRequest | RefusedRequest]) -> Path:
+        """Write ``results.jsonl`` with the records of ``requests`` in their order.
+
+        Served requests that the file does not have, of an earlier run with a longer one, stay in the partial file, so
+        that they need not be served again; without any it is removed.
+        """
+        wanted = {r.id for r in requests}
+        served = {name: record for name, record in self.records.items() if record.get("fingerprint")}
+        others = [record for name, record in served.items() if name not in wanted]
+        if others:  # nothing may be lost between the two writes
+            atomic_write_text(self.folder / PARTIAL, _lines(served.values()))
+        atomic_write_text(self.folder / RESULTS, _lines(self.records[r.id] for r in requests))
+        if others:
+            atomic_write_text(self.folder / PARTIAL, _lines(others))
+        else:
+            (self.folder / PARTIAL).unlink(missing_ok=True)
+        return self.folder / RESULTS
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(map(json_line, records))
+
+
+def _rounded(logprobs_TC: np.ndarray) -> list[list[float | None]]:
+    """Log-probabilities with five decimals; None where there is none, which JSON can say."""
+    return [[None if np.isnan(x) else round(float(x), 5) for x in row] for row in logprobs_TC]
+
+
+_OUTCOME = {"finished?": str, "audio?": str | None, "...": Any}
+#: What this module relies on in a record.
+_RECORD = {**_OUTCOME, "id": str, "fingerprint?": str | None, "alternatives?": [_OUTCOME]}
+
+
+def _take(lock: int, folder: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise GenerationError(
+            f"another run is writing into {folder}; wait for it, or choose another folder."
+        ) from None
+
+
+def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:
+    """Records by id. A partial file may end in the middle of a line, where its run was killed: the file is cut back to
+    its last whole line, so that the next record begins a new one."""
+    if not path.is_file():
+        return {}
+    records: dict[str, dict[str, Any]] = {}
+    data = path.read_bytes()
+    if partial and not data.endswith(b"\n"):
+        data = data[: data.rfind(b"\n") + 1]
+        os.truncate(path, len(data))
+    for number, line in split_lines(data):
+        try:
+            record = parse_json(line, allow_nan=True)
+            check_shape(record, _RECORD)
+            records[record["id"]] = record
+        except ValueError as problem:
+            raise GenerationError(
+                f"{path}, line {number}: not a generation record: {problem}; choose another folder or remove the file."
+            ) from None
+    return records

@@ -1,0 +1,105 @@
+"""Several tries at a sentence, and the one that the model itself understands best.
+
+Speech is sampled, so now and then a word is left out or said twice. A model that was also trained to recognise speech
+can hear that: each try is laid out as a sample of the recognition task, and one forward pass gives
+log p(text | speech), the try's score. It works on tokens, before any waveform is made, and no other model is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from speechlm_ext.data.batch import Sample, SequencePacker
+from speechlm_ext.data.sequence import LossWeights, sequence_length
+from speechlm_ext.errors import GenerationError
+from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
+from speechlm_ext.tasks import Entry, TaskTemplate
+
+if TYPE_CHECKING:
+    from speechlm_ext.model.lm import SpeechLMModel
+
+_TEXT = Entry("text", "text_bpe")
+_EQUAL = LossWeights(text=1.0, ssl=1.0, codec=1.0, special=1.0)
+
+
+def recognition_of(template: TaskTemplate, tasks: Sequence[TaskTemplate], where: str) -> TaskTemplate:
+    """The trained task that turns the speech which ``template`` produces back into its text.
+
+    Raises:
+        GenerationError: ``template`` does not turn text into speech, or there is no such task.
+    """
+    target = template.targets[-1]
+    if _TEXT not in template.conditions or target.modality not in ("codec", "codec_ssl", "ssl"):
+        raise GenerationError(
+            f"{where}: best_of chooses among tries at speaking a text; task {template.name} does not speak one."
+        )
+    for task in tasks:
+        if task.conditions == (target,) and task.targets == (_TEXT,):
+            return task
+    raise GenerationError(
+        f"{where}: best_of needs a model that was trained to recognise {target.modality} speech (a task with condition "
+        f"{target.field}/{target.modality} and target text/text_bpe); this one knows {[t.name for t in tasks]}."
+    )
+
+
+@torch.no_grad()
+def scores(model: SpeechLMModel, task: TaskTemplate, text: str, tries: Sequence[np.ndarray]) -> list[float]:
+    """How well the model recognises ``text`` in each try.
+
+    Args:
+        task: the recognition task.
+        tries: raw ids int ``[T, C]`` of the task's condition.
+
+    Returns:
+        log p(text, end | try) in nats for each; minus infinity for an empty try and for one that the context cannot
+        hold.
+    """
+    assert model.tokenizers is not None and model.tokenizers.text is not None
+    ids = model.tokenizers.text.encode(text)
+    modality = task.conditions[0].modality
+    out = [float("-inf")] * len(tries)
+    samples, places = [], []
+    for place, raw_TC in enumerate(tries):
+        if len(raw_TC) == 0:
+            continue
+        speech = (
+            {"ssl": raw_TC[:, :1], "codec": raw_TC[:, 1:]} if modality == "codec_ssl" else {modality: raw_TC}
+        )
+        utterance = {"id": "try", "text_bpe": ids, **speech}
+        lengths = {name: len(column) for name, column in utterance.items() if name != "id"}
+        if sequence_length(task, lengths, model.layout) <= model.max_positions:
+            samples.append(Sample(task, utterance))
+            places.append(place)
+    if not samples:
+        return out
+    batch = SequencePacker(model.layout, _EQUAL).pack(samples).to(model.device)
+    logprobs_NS, _ = model.logprobs(
+        batch.ids, batch.labels, batch.loss_weight > 0, batch.position, batch.cu_seqlens
+    )
+    score_N = logprobs_NS.double().sum(1)
+    borders = batch.cu_seqlens.tolist()
+    for place, start, end in zip(places, borders[:-1], borders[1:], strict=True):
+        out[place] = float(score_N[start:end].sum())
+    return out
+
+
+def choose(
+    model: SpeechLMModel, request: GenerationRequest, tries: Sequence[GenerationResult]
+) -> GenerationResult:
+    """The best of the tries, with all scores; the first of equals, a failed one only if all failed.
+
+    Tries that ended by themselves go before those that were cut at the longest length.
+    """
+    usable = [t for t in tries if t.finished != "failed" and t.ids is not None]
+    if not usable:
+        return tries[0]
+    template = next(t for t in model.tasks if t.name == usable[0].task)
+    task = recognition_of(template, model.tasks, f"request {request.id!r}")
+    found = scores(model, task, request.text or "", [t.ids for t in usable if t.ids is not None])
+    best = max(range(len(usable)), key=lambda i: (usable[i].finished == "eos", found[i], -i))
+    return replace(usable[best], tries=tuple(found), seconds=max(t.seconds for t in usable))

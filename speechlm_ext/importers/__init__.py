@@ -1,0 +1,1 @@
+"""Other people's files to ours, one module a kind."""

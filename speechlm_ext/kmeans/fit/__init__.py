@@ -1,0 +1,1 @@
+"""Fitting: scan, seeding, iterations, checkpoints, shares of several processes."""

@@ -1,0 +1,153 @@
+"""The state of a fit on disk, for an exact resume.
+
+A folder with ``kmeans_state.json`` (settings, data, where the fit stands, and name and sha256 of its tensors' file) and
+one ``kmeans_state-*.safetensors``. The JSON is written last and atomically, so the pair it names is always whole; a
+write that is cut off leaves the one before. Rank 0 reads and writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from speechlm_ext.errors import CheckpointError, KMeansError, foreign_errors
+from speechlm_ext.kmeans.fit.ranks import Ranks
+from speechlm_ext.kmeans.fit.state import State
+from speechlm_ext.utils.finite import require_finite
+from speechlm_ext.utils.files.io import atomic_write_bytes, atomic_write_json
+from speechlm_ext.utils.files.json_shape import SHA256, check_shape
+from speechlm_ext.utils.files.json_text import parse_json
+
+STATE_NAME = "kmeans_state.json"
+VERSION = 1
+
+
+class Checkpoint:
+    """The checkpoint of one fit.
+
+    Args:
+        folder: where it lies; made when it is first written.
+        ranks: of the fit.
+        settings, data: what the fit is of; a checkpoint of others is refused.
+    """
+
+    def __init__(
+        self, folder: str | Path, ranks: Ranks, settings: Mapping[str, Any], data: Mapping[str, Any]
+    ) -> None:
+        self.folder, self.ranks = Path(folder), ranks
+        # As JSON gives them back: tuples become lists.
+        self.identity = json.loads(json.dumps({"settings": dict(settings), "data": dict(data)}))
+
+    def load(self, device: torch.device) -> State | None:
+        """The state to go on from; None where there is no checkpoint yet.
+
+        Raises:
+            CheckpointError: damaged, or of other settings or data; on every rank.
+        """
+        head, blob, error = b"", b"", None
+        if self.ranks.rank == 0:
+            try:
+                head, blob = self._read()
+            except CheckpointError as caught:
+                error = caught
+        self.ranks.agree(error)
+        head, blob = self.ranks.gather_bytes(head)[0], self.ranks.gather_bytes(blob)[0]
+        if not head:
+            return None
+        with foreign_errors(CheckpointError, f"checkpoint {self.folder} cannot be used", _WAY_OUT):
+            return State.from_disk(load_tensors(blob), parse_json(head)["state"], device, str(self.folder))
+
+    def _read(self) -> tuple[bytes, bytes]:
+        path = self.folder / STATE_NAME
+        if not path.exists():
+            if self.folder.is_file():
+                raise CheckpointError(f"checkpoint {self.folder} is a file; give a folder.")
+            if any(self.folder.glob("kmeans_state-*.safetensors")):
+                raise CheckpointError(
+                    f"checkpoint {self.folder} has tensors but no {STATE_NAME}; delete the folder to start from the "
+                    "beginning, or choose another."
+                )
+            return b"", b""
+        with foreign_errors(CheckpointError, f"checkpoint {path} cannot be used as it is", _WAY_OUT):
+            head = path.read_bytes()
+            record = parse_json(head)
+            check_shape(record, _SHAPE)
+            if record["version"] != VERSION:
+                raise CheckpointError(
+                    f"{path}: version {record['version']} is not {VERSION}; use the release that wrote it."
+                )
+            blob = (self.folder / record["tensors"]).read_bytes()
+            state, found = record["state"], {"settings": record["settings"], "data": record["data"]}
+            if hashlib.sha256(blob + _state_bytes(state)).hexdigest() != record["sha256"]:
+                raise ValueError("content does not match its sha256")
+            load_tensors(blob)
+        self._compare(found)
+        return head, blob
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        for part, wanted in self.identity.items():
+            for key, value in wanted.items():
+                was = found[part].get(key)
+                if was != value:
+                    raise CheckpointError(
+                        f"checkpoint {self.folder} is of a fit with {part} {key} = {_short(was)}, this one has "
+                        f"{_short(value)}; give the same {part} to go on, or another folder to start anew."
+                    )
+
+    def save(self, state: State) -> None:
+        """Write the state.
+
+        Raises:
+            KMeansError: a centroid is not finite. StorageError: it cannot be written. In both cases the checkpoint
+                before is untouched.
+        """
+        error: Exception | None = None
+        if self.ranks.rank == 0:
+            try:
+                self._write(state)
+            except Exception as caught:
+                error = caught
+        self.ranks.agree(error)
+
+    def _write(self, state: State) -> None:
+        tensors, record = state.to_disk()
+        numbers = [v for v in (*state.history, state.smoothed, state.lowest) if v is not None]
+        every = tensors | {"inertia": torch.tensor(numbers, dtype=torch.float64)}
+        hint = "The rows are too large for their type; the checkpoint before is untouched."
+        require_finite(every, KMeansError, f"the fit was not saved to {self.folder}", hint)
+        blob = save_tensors(tensors)
+        name = f"kmeans_state-{state.run}-{state.iteration}-{'done' if state.done else 'going'}.safetensors"
+        atomic_write_bytes(self.folder / name, blob)
+        head = {
+            "version": VERSION,
+            "tensors": name,
+            "sha256": hashlib.sha256(blob + _state_bytes(record)).hexdigest(),
+            **self.identity,
+            "state": record,
+        }
+        atomic_write_json(self.folder / STATE_NAME, head)
+        for old in self.folder.glob("kmeans_state-*.safetensors"):
+            if old.name != name:
+                with contextlib.suppress(OSError):
+                    old.unlink()
+
+
+_WAY_OUT = "It is damaged: delete the folder to start from the beginning, or restore it."
+_SHAPE = {"version": int, "tensors": str, "sha256": SHA256, "settings": dict, "data": dict, "state": dict}
+
+
+def _state_bytes(state: Mapping[str, Any]) -> bytes:
+    return json.dumps(state, sort_keys=True).encode()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"

@@ -1,0 +1,116 @@
+"""Greedy k-means++ on points in memory, with weights.
+
+Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007: each next centre is a point drawn
+with probability proportional to its squared distance from the centres so far. Greedy: of several points drawn so
+(``2 + floor(ln K)`` unless told otherwise), the one is taken that leaves the smallest sum of squared distances.
+
+Distances come from float64 products of points moved to the middle of their range, so nothing cancels for data far from
+the origin; what lies below the rounding error of that product counts as 0, so equal rows are equal. For few points all
+pairs are multiplied at once, which for K draws of L trials costs M/(K L) of multiplying the trials one by one and
+leaves only table look-ups in the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from speechlm_ext.kmeans.counter_rng import uniforms
+from speechlm_ext.utils.progress import stage_bar
+from speechlm_ext.kmeans.fit.fixed_point import grid_step, to_grid
+
+# Products in tiles of one thread each: the same bits for any number of threads.
+from speechlm_ext.ops.common.matmul import put_logits
+
+_ALL_PAIRS = 1 << 14  # most points whose pairs are all kept: 1 GiB of float32
+
+
+def greedy_plus_plus(
+    points: Tensor,
+    num_clusters: int,
+    *,
+    seed: int,
+    purpose: str,
+    weights: Tensor | None = None,
+    trials: int | None = None,
+    progress: bool | None = False,
+) -> Tensor:
+    """Choose ``num_clusters`` of the points.
+
+    Args:
+        points: float64 ``[M, F]``, finite, around 0 (less the middle of their range).
+        num_clusters: K <= M.
+        seed, purpose: of the draws (see ``hashing.py``).
+        weights: float64 ``[M]`` >= 0: how many rows a point stands for; default 1.
+        trials: points drawn for each centre, of which the best is taken; default ``2 + floor(ln K)``. 1 is plain
+            k-means++.
+        progress: a bar, see ``progress.py``.
+
+    Returns:
+        int64 ``[K]`` indices. When fewer than K points are distinct, the rest repeat.
+    """
+    num_points = points.shape[0]
+    if weights is None:
+        weights = points.new_ones(num_points)
+    if trials is None:
+        trials = 2 + int(math.log(num_clusters))
+    numbers = torch.arange(num_clusters * trials, device=points.device)
+    chances = uniforms(seed, purpose, numbers).view(num_clusters, trials)
+    distances = _distances(points, num_clusters * trials, progress)
+
+    first = _draw(weights, chances[0, :1])
+    chosen = [first[0]]
+    nearest = distances(first)[0]
+    with stage_bar("k-means++", num_clusters, unit="centroid", progress=progress) as bar:
+        bar.update()
+        for k in range(1, num_clusters):
+            mass = nearest * weights
+            step = grid_step(mass.max(), num_points)
+            tried = _draw(to_grid(mass, step), chances[k])
+            left = torch.minimum(distances(tried), nearest)
+            # On the grid the sums are exact, so two trials compare the same in any order of addition.
+            best = to_grid(left * weights, step).sum(dim=1).argmin()
+            chosen.append(tried[best])
+            nearest = left[best]
+            bar.update()
+    return torch.stack(chosen)
+
+
+def _draw(mass: Tensor, chances: Tensor) -> Tensor:
+    """Indices drawn in proportion to ``mass`` (on a grid, so that the running sums are exact)."""
+    running = mass.cumsum(0)
+    spots = torch.minimum(chances * running[-1], torch.nextafter(running[-1], -torch.ones_like(running[-1])))
+    # right=True passes over points without mass.
+    return torch.searchsorted(running, spots, right=True).clamp_(max=mass.shape[0] - 1)
+
+
+def _distances(points: Tensor, num_drawn: int, progress: bool | None) -> Callable[[Tensor], Tensor]:
+    """A function from indices ``[L]`` to squared distances of those points to all, float64 ``[L, M]``."""
+    num_points, width = points.shape
+    largest = points.abs().max()
+    # A power of two: exact, and keeps squares and the float32 table in range.
+    points = points * torch.where(largest > 0, 2.0 ** -torch.frexp(largest).exponent.double(), 1.0)
+    norms = points.square().sum(dim=1)
+    unit = 4 * torch.finfo(torch.float64).eps * (width + 4)
+
+    def direct(rows: Tensor, others: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        products = torch.empty(rows.shape[0], others.shape[0], dtype=torch.float64, device=rows.device)
+        put_logits(products, rows, others)
+        scale = first[:, None] + second
+        squared = products.mul_(-2).add_(scale)
+        return squared.masked_fill_(squared <= scale.mul_(unit), 0.0)
+
+    if num_points > _ALL_PAIRS or num_points > 4 * num_drawn:
+        return lambda chosen: direct(points[chosen], points, norms[chosen], norms)
+    table = torch.empty(num_points, num_points, dtype=torch.float32, device=points.device)
+    with stage_bar("k-means++, distances", num_points, progress=progress) as bar:
+        for start in range(0, num_points, 512):
+            rows = slice(start, min(num_points, start + 512))
+            strip = direct(points[rows], points[: rows.stop], norms[rows], norms[: rows.stop])
+            table[rows, : rows.stop] = strip
+            table[:start, rows] = strip[:, :start].T
+            bar.update(strip.shape[0])
+    return lambda chosen: table[chosen].double()

@@ -1,0 +1,233 @@
+"""The first look at the data: is it usable, how large is it, where does it lie; and :class:`Data`, all that later
+walks need.
+
+Two walks. The first finds the range of every feature (minima and maxima do not depend on the order), the rows that are
+not finite, and a hash of some rows; the second, on the grid that follows from the range, sums and squares, which give
+the variance that the stopping rule is relative to and, being exact, a check of the whole content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from speechlm_ext.errors import KMeansError
+from speechlm_ext.utils.progress import stage_bar
+from speechlm_ext.kmeans.fit.ranks import Ranks
+from speechlm_ext.kmeans.features.sources import FeatureSource, where
+from speechlm_ext.kmeans.fit.fixed_point import Grid, grid_step, to_grid
+
+_BLOCK_VALUES = 1 << 23  # 32 MiB of float32
+_SAMPLED_ROWS = 64
+#: Where squares and their sums over a row stay normal numbers.
+_FLOAT32_RANGE, _FLOAT64_LARGEST = (1e-12, 1e12), 1e140
+
+
+def default_block_rows(num_features: int) -> int:
+    """Rows of a block of about 32 MiB."""
+    return max(256, _BLOCK_VALUES // max(1, num_features))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a fit, on all ranks, and what is known of them."""
+
+    source: FeatureSource
+    """This rank's rows."""
+    ranks: Ranks
+    device: torch.device
+    block_rows: int
+    first_row: int
+    """Global number of this rank's first row: ranks hold consecutive rows, in rank order."""
+    num_rows: int
+    """Of all ranks."""
+    num_dropped: int
+    """Rows of all ranks that are not finite and left out."""
+    low: Tensor
+    """float64 ``[F]``: smallest value of each feature."""
+    high: Tensor
+    """float64 ``[F]``: the largest."""
+    grid: Grid
+    mean_variance: float
+    """Mean over the features of their variance."""
+    content: str
+    """sha256 of ranges, sums, squares and some rows, as hex digits; does not depend on ranks or blocks."""
+    progress: bool | None = None
+
+    @property
+    def num_usable(self) -> int:
+        """Rows that count."""
+        return self.num_rows - self.num_dropped
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of centroids: float64 for float64 features, else float32."""
+        return self.source.dtype
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """What rows are compared in: the features' own, or float64 where float32 squares would over- or underflow."""
+        largest = float(torch.maximum(self.low.abs(), self.high.abs()).max())
+        safe = largest == 0 or _FLOAT32_RANGE[0] <= largest <= _FLOAT32_RANGE[1]
+        return self.dtype if safe else torch.float64
+
+    def blocks(self, what: str | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Walk this rank's rows: pairs of the first row's number on this rank and ``[n, F]`` in ``work_dtype``.
+
+        Args:
+            what: name of the walk for a progress bar, which appears when the walk takes longer than two seconds.
+        """
+        dtype, total = self.work_dtype, self.source.num_rows
+        with stage_bar(what, total, progress=self.progress) as bar:
+            for first, block in self.source.blocks(0, total, self.block_rows):
+                yield first, block.to(device=self.device, dtype=dtype)
+                bar.update(block.shape[0])
+
+    def identity(self) -> dict[str, Any]:
+        """What two fits of the same data have in common."""
+        return {
+            "num_rows": self.num_rows,
+            "num_features": self.source.num_features,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "num_dropped": self.num_dropped,
+            "content": self.content,
+        }
+
+
+def survey(
+    source: FeatureSource,
+    ranks: Ranks,
+    *,
+    nonfinite: Literal["error", "drop"] = "error",
+    device: torch.device | None = None,
+    block_rows: int | None = None,
+    progress: bool | None = None,
+) -> Data:
+    """Look at all rows.
+
+    Args:
+        source: this rank's rows; may be empty on some ranks.
+        nonfinite: what a row with a NaN or an infinity is: an error that names it, or left out.
+        device: where blocks are worked on; default where the rows are, the CPU for files.
+        block_rows: rows of a block; default about 32 MiB. Does not change any result.
+        progress: see :class:`~speechlm_ext.kmeans.KMeans`.
+
+    Raises:
+        KMeansError: no rows, rows that are not finite, values beyond 1e140, or ranks with different widths.
+    """
+    device = device or getattr(source, "device", None) or torch.device("cpu")
+    block_rows = block_rows or default_block_rows(source.num_features)
+    error: Exception | None = None
+    width, double = source.num_features, source.dtype == torch.float64
+    heads = [json.loads(h) for h in ranks.gather_bytes(json.dumps([width, double]).encode())]
+    if heads != heads[:1] * len(heads):
+        raise KMeansError(
+            f"features: the ranks have different ones (width, is float64): {heads}; all rows of a fit come from one "
+            "encoder and layer."
+        )
+    shares = ranks.shares(source.num_rows)
+    first_row, num_rows = sum(shares[: ranks.rank]), sum(shares)
+    low = torch.full((width,), torch.inf, dtype=torch.float64, device=device)
+    high, dropped = -low, torch.zeros((), dtype=torch.int64, device=device)
+    bar = stage_bar("features, range", source.num_rows, progress=progress)
+    try:
+        for first, block in source.blocks(0, source.num_rows, block_rows):
+            if block.ndim != 2 or block.shape[1] != width or not block.is_floating_point():
+                raise KMeansError(
+                    f"features: {where(source, first)}: expected a float block [n, {width}], got {block.dtype} "
+                    f"{list(block.shape)}; mend the source's blocks()."
+                )
+            bar.update(block.shape[0])
+            block = block.to(device)
+            least, most = torch.aminmax(block, dim=0)  # a NaN shows in both, an infinity in one
+            if not bool((least.isfinite() & most.isfinite()).all()):
+                finite = block.isfinite().all(dim=1)
+                if nonfinite == "error":
+                    bad = first + int((~finite).nonzero()[0])
+                    raise KMeansError(
+                        f"features: {where(source, bad)} has a value that is not a finite number; mend the features, "
+                        'or leave such rows out with nonfinite="drop".'
+                    )
+                dropped += (~finite).sum()
+                block = block[finite]
+                if block.shape[0] == 0:
+                    continue
+                least, most = torch.aminmax(block, dim=0)
+            low, high = torch.minimum(low, least.double()), torch.maximum(high, most.double())
+    except KMeansError as caught:
+        error = caught
+    finally:
+        bar.close()
+    ranks.agree(error)
+    negated = -low
+    ranks.max_(negated, high)
+    ranks.sum_(dropped)
+    low, num_dropped = -negated, int(dropped)
+    if num_dropped == num_rows:
+        raise KMeansError(
+            "features: there are no rows to fit on"
+            + (f"; none of the {num_rows} is finite" if num_rows else "")
+            + ". Give features of at least as many frames as clusters."
+        )
+    if float(torch.maximum(high.abs(), low.abs()).max()) > _FLOAT64_LARGEST:
+        raise KMeansError(
+            "features: a value is larger than 1e140 and its square no number; scale the features."
+        )
+    grid = Grid.build(low, high, num_rows)
+    data = Data(
+        source,
+        ranks,
+        device,
+        block_rows,
+        first_row,
+        num_rows,
+        num_dropped,
+        low,
+        high,
+        grid,
+        0.0,
+        "",
+        progress,
+    )
+    variance, content = _moments(data)
+    return replace(data, mean_variance=variance, content=content)
+
+
+def _moments(data: Data) -> tuple[float, str]:
+    """Mean variance of the features, and the hash of the content."""
+    width, device = data.source.num_features, data.device
+    sums = torch.zeros(width, dtype=torch.float64, device=device)
+    squares = torch.zeros_like(sums)
+    step = grid_step((data.high - data.low).square(), data.num_rows)
+    hashed = torch.zeros(1, dtype=torch.int64)
+    spots = [i * data.num_rows // _SAMPLED_ROWS - data.first_row for i in range(_SAMPLED_ROWS)]
+    for first, block in data.blocks("features, sums"):
+        for spot in {s for s in spots if first <= s < first + block.shape[0]}:
+            hashed += _row_hash(data.first_row + spot, block[spot - first])
+        chunk = max(1, (1 << 18) // width)
+        for part in block.split(chunk):
+            centred = part.double() - data.grid.offset
+            if data.num_dropped:
+                centred.masked_fill_(~part.isfinite().all(dim=1, keepdim=True), 0.0)
+            sums += to_grid(centred, data.grid.step).sum(dim=0)
+            squares += to_grid(centred.square(), step).sum(dim=0)
+    data.ranks.sum_(sums, squares, hashed)
+    mean = sums / data.num_usable
+    variance = (squares / data.num_usable - mean.square()).clamp(min=0.0)
+    digest = hashlib.sha256(json.dumps([data.num_rows, data.num_dropped, int(hashed)]).encode())
+    for tensor in (data.low, data.high, sums, squares):
+        digest.update(tensor.cpu().numpy().tobytes())
+    # Python's sum has one order, whatever the threads.
+    return sum(variance.tolist()) / width, digest.hexdigest()
+
+
+def _row_hash(number: int, row: Tensor) -> int:
+    """A 64-bit hash of a row and its global number; sums of these wrap, and do not depend on who adds them."""
+    data = str(number).encode() + row.double().cpu().numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little", signed=True)

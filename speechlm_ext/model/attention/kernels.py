@@ -1,0 +1,251 @@
+"""Attention over packed rows: the one file that decides which kernel runs.
+
+Order of choice: flash-attn varlen, torch's ``varlen_attn``, SDPA. The first two read the packed row as
+it is; SDPA gathers the segments into padded groups of similar length, so that its cost follows the
+segments and not the square of the pack. All three are registered with transformers as one attention
+implementation, ``speechlm``. What a layer asks for beyond plain causal attention (``attention_scores.py``) and a kernel
+cannot do goes to SDPA, with a word in the log.
+
+Axes: N packed positions, H heads, G key/value heads, E head size, B segments of a group, T its longest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from speechlm_ext.errors import ConfigError
+from speechlm_ext.model.attention.scores import ScoreRule, causal_mask, dense_attention
+from speechlm_ext.model.attention.packing import Gather, Packing, Ungather
+
+if TYPE_CHECKING:
+    from speechlm_ext.model.attention.kv_cache import KVCache
+
+NAME = "speechlm"
+logger = logging.getLogger("speechlm_ext")
+
+
+def choose_attention(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
+    """Say which attention will run for packed rows, and why.
+
+    Args:
+        device: where the model runs.
+        dtype: the dtype of its activations.
+
+    Returns:
+        ``(name, reason)`` with name ``flash-attn``, ``varlen_attn`` or ``sdpa``.
+    """
+    return _choose(torch.device(device).type, dtype)
+
+
+@functools.cache
+def _choose(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    if device_type != "cuda":
+        return "sdpa", f"no CUDA device in use ({device_type}); SDPA over padded groups of segments"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa", f"variable-length kernels take fp16 or bf16, not {dtype}; train in bf16 to use them"
+    if importlib.util.find_spec("flash_attn") is not None:
+        return "flash-attn", "flash_attn is installed"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        return "varlen_attn", "flash_attn is not installed; torch has varlen_attn"
+    return (
+        "sdpa",
+        "neither flash_attn nor torch's varlen_attn is there; pip install 'speechlm_ext[flash]' for speed",
+    )
+
+
+def _grouped_sdpa(q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing, rule: ScoreRule) -> Tensor:
+    """Causal attention inside each segment; returns ``[N, H, F]``."""
+    unpad = packing.pad()
+    heads = (q_NHE.shape[1], k_NGE.shape[1], v_NGF.shape[1])
+    rows = torch.cat([rows for rows, _ in packing.groups])
+    if q_NHE.shape[-1] == v_NGF.shape[-1]:
+        padded = Gather.apply(torch.cat((q_NHE, k_NGE, v_NGF), dim=1), rows, unpad).split(heads, dim=1)
+    else:
+        padded = tuple(Gather.apply(x, rows, unpad) for x in (q_NHE, k_NGE, v_NGF))
+    outputs, base = [], 0
+    for group, T in packing.groups:
+        q, k, v = (x[base : base + group.numel()].unflatten(0, (-1, T)).transpose(1, 2) for x in padded)
+        mask = None
+        if rule.window is not None and rule.window < T:
+            mask = causal_mask(torch.arange(T, device=q.device), T, rule.window)
+        outputs.append(dense_attention(q, k, v, rule, mask).transpose(1, 2).flatten(0, 1))
+        base += group.numel()
+    return Ungather.apply(torch.cat(outputs), unpad)
+
+
+def packed_attention(
+    q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing, rule: ScoreRule | float
+) -> Tensor:
+    """Causal attention inside each segment of a packed row.
+
+    Args:
+        q_NHE, k_NGE, v_NGF: float ``[N, H, E]``, ``[N, G, E]``, ``[N, G, F]``; H a multiple of G.
+        packing: the segments.
+        rule: how scores are made; a number is the factor on ``q·k`` of plain attention.
+
+    Returns:
+        float ``[N, H, F]``.
+    """
+    rule = rule if isinstance(rule, ScoreRule) else ScoreRule(rule)
+    kernel, _ = choose_attention(q_NHE.device, q_NHE.dtype)
+    if kernel != "sdpa" and (lacking := _lacking(kernel, rule, q_NHE.shape[-1], v_NGF.shape[-1])):
+        _say_once(f"attention: {kernel} cannot do {lacking}; these layers run on SDPA over padded segments")
+        kernel = "sdpa"
+    if kernel == "sdpa":
+        if not rule.is_plain:
+            _say_once(
+                f"attention: SDPA cannot do {replace(rule, window=None).describe()}; these layers compute their scores "
+                "by definition, with those of a group of segments in memory"
+            )
+        return _grouped_sdpa(q_NHE, k_NGE, v_NGF, packing, rule)
+    cu, longest = packing.cu_seqlens, packing.max_seqlen
+    if kernel == "flash-attn":
+        from flash_attn import flash_attn_varlen_func
+
+        window = (-1, -1) if rule.window is None else (rule.window - 1, 0)
+        return flash_attn_varlen_func(
+            q_NHE, k_NGE, v_NGF, cu, cu, longest, longest, softmax_scale=rule.scale, causal=True,
+            window_size=window, softcap=rule.softcap or 0.0,
+        )  # fmt: skip
+    from torch.nn.attention.varlen import varlen_attn
+
+    repeat = q_NHE.shape[1] // k_NGE.shape[1]
+    if repeat > 1:
+        k_NGE, v_NGF = k_NGE.repeat_interleave(repeat, 1), v_NGF.repeat_interleave(repeat, 1)
+    # The first releases of varlen_attn had is_causal; later ones say the same with window_size.
+    causal: dict[str, object] = {"window_size": (-1 if rule.window is None else rule.window - 1, 0)}
+    if not _varlen_has_window():
+        q_NHE, causal = q_NHE * (rule.scale * q_NHE.shape[-1] ** 0.5), {"is_causal": True}
+    else:
+        causal["scale"] = rule.scale
+    return varlen_attn(q_NHE, k_NGE, v_NGF, cu, cu, longest, longest, **causal)
+
+
+@functools.cache
+def _varlen_has_window() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def _lacking(kernel: str, rule: ScoreRule, key_size: int, value_size: int) -> str:
+    """What a variable-length kernel cannot do of ``rule``; empty if it can do all."""
+    lacking = []
+    if key_size != value_size:
+        lacking.append(f"heads of {key_size} for keys and {value_size} for values")
+    if rule.sinks_H is not None:
+        lacking.append("attention sinks")
+    if kernel == "varlen_attn":
+        if rule.softcap is not None:
+            lacking.append("capped scores")
+        if rule.window is not None and not _varlen_has_window():
+            lacking.append("a sliding window")
+    return " and ".join(lacking)
+
+
+def _say_once(message: str) -> None:
+    if _current.rules is None and message not in _said:  # not for a small model that is only tried
+        _said.add(message)
+        logger.info("%s", message)
+
+
+_said: set[str] = set()
+
+
+# ---- the backbone's attention ---------------------------------------------------------------------------------------
+class _Current(threading.local):
+    """What the attention of this thread works on."""
+
+    packing: Packing | None = None
+    kv: KVCache | None = None
+    rules: set[str] | None = None
+
+
+_current = _Current()
+
+
+@contextlib.contextmanager
+def attending(packing: Packing | None = None, kv: KVCache | None = None) -> Iterator[None]:
+    """Inside, a backbone's attention works on this pack or cache, also in classes that do not pass keywords on.
+
+    The keywords of the forward call say the same once more for classes that do: they reach a layer that activation
+    checkpointing computes again in the backward pass, after this block has ended.
+    """
+    before = _current.packing, _current.kv
+    _current.packing, _current.kv = packing, kv
+    try:
+        yield
+    finally:
+        _current.packing, _current.kv = before
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[set[str]]:
+    """Collects what layers ask for beyond plain causal attention while the block runs."""
+    found: set[str] = set()
+    _current.rules = found
+    try:
+        yield found
+    finally:
+        _current.rules = None
+
+
+def speechlm_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: Packing | None = None,
+    kv: KVCache | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The ``speechlm`` implementation for transformers: over a pack, or through the decoder's cache.
+
+    Args:
+        query, key, value: ``[B, H, T, E]``, ``[B, G, T, E]``, ``[B, G, T, F]``; B is 1 for a packed row, and T is 1
+            in a step of the cache.
+        attention_mask: None; where rows may look is known from the pack or cache.
+        scaling, sliding_window, softcap, s_aux: as in :class:`ScoreRule`, under the names of transformers.
+
+    Returns:
+        ``([B, T, H, F], None)``.
+
+    Raises:
+        ConfigError: neither a pack nor a cache is known: activation checkpointing of a class that does not pass the
+            forward's keywords to its attention.
+    """
+    if packing is None and kv is None:
+        packing, kv = _current.packing, _current.kv
+    rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    if _current.rules is not None:
+        _current.rules.add(rule.describe())
+    if kv is not None:
+        return kv.attend(module.layer_idx, query, key, value, rule), None  # type: ignore[arg-type]
+    if packing is None:
+        raise ConfigError(
+            f"{type(module).__name__} was called outside a SpeechLM's forward: its class does not hand the pack on. "
+            "With such a backbone leave activation_checkpointing out."
+        )
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return packed_attention(q, k, v, packing, rule).unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, speechlm_attention)

@@ -1,0 +1,1 @@
+"""The causal LM of transformers underneath: built, run, compared with its own code, loaded."""

@@ -1,0 +1,122 @@
+"""Save a model to a folder and load it again, strictly: every weight must be there, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from speechlm_ext.errors import CheckpointError, file_errors
+from speechlm_ext.layout import TokenLayout
+from speechlm_ext.model.config import ModelConfig
+from speechlm_ext.model.files.digests import verify_digests, write_digests
+from speechlm_ext.model.files.weights import check_sizes
+from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.utils.files.io import atomic_path, atomic_write_json
+from speechlm_ext.utils.files.run_folders import CONFIG_NAME, MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME
+from speechlm_ext.utils.finite import require_finite
+
+Model = TypeVar("Model", bound=SpeechLMModel)
+#: Of the weights file. One entry: safetensors writes several in any order, and files of equal weights would differ.
+METADATA = {"format": "pt"}
+
+
+def save_model(model: SpeechLMModel, folder: str | Path) -> None:
+    """Write a model folder: ``config.json``, ``model.safetensors``, ``token_layout.json``, ``tokenizers/``,
+    ``digests.json``.
+
+    Raises:
+        CheckpointError: a weight is not finite; what the folder holds is untouched.
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    require_finite(state, CheckpointError, f"the model was not saved to {folder}", "Nothing was written.")
+    if model.config.tie_head:
+        state.pop("head.weight")
+    with atomic_path(folder / WEIGHTS_NAME) as temporary:
+        save_file(state, temporary, metadata=METADATA)
+    model.layout.save(folder)
+    if model.tokenizers is not None:
+        model.tokenizers.save(folder / TOKENIZERS_NAME)
+    atomic_write_json(folder / CONFIG_NAME, model.config.to_dict())
+    write_digests(folder, MODEL_FILES, () if model.tokenizers is None else (TOKENIZERS_NAME,))
+
+
+def load_model(
+    folder: str | Path, kind: type[Model], device: torch.device | str = "cpu", *, verify: bool = True
+) -> Model:
+    """Load a model folder, in eval mode.
+
+    Args:
+        folder: a checkpoint or an export.
+        kind: class of the model.
+        device: where the model goes.
+        verify: compare its files with their digests, and see that every weight is finite.
+
+    Raises:
+        CheckpointError: not a model folder, or one of its files is missing or damaged, or its weights are of
+            another shape or not finite.
+        LayoutError, LayoutMismatchError: its layout is damaged or is not the one of its tokenizers.
+    """
+    from speechlm_ext.tokenizers import TokenizerSet
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(
+            f"model folder {folder} {problem}. Give a checkpoint (runs/NAME/checkpoints/step-…) or an export."
+        )
+    if verify:
+        verify_digests(folder, MODEL_FILES, (TOKENIZERS_NAME,))
+    config, layout = ModelConfig.load(folder), TokenLayout.load(folder)
+    tokenizers = None
+    if (folder / TOKENIZERS_NAME).is_dir():
+        tokenizers = TokenizerSet.load(folder / TOKENIZERS_NAME)
+        fingerprints = dict(layout.tokenizers)
+        for modality, found in tokenizers.fingerprints().items():
+            if fingerprints.get(modality) != found:
+                raise CheckpointError(
+                    f"{folder}: its {modality} tokenizer has fingerprint {found[:16]}, its token layout names "
+                    f"{str(fingerprints.get(modality))[:16]}. The folder was put together from two models."
+                )
+    weights = folder / WEIGHTS_NAME
+    check_sizes(weights, config.backbone)
+    with file_errors(CheckpointError, folder / CONFIG_NAME, "does not make a model", "Copy the folder again."):
+        model = kind(config, layout, tokenizers)
+    check_revision(model, folder)
+    try:
+        state = load_file(weights)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: the folder is incomplete.") from None
+    except Exception as error:  # safetensors raises its own type for damaged files
+        raise CheckpointError(f"{weights} cannot be read ({error}); it is damaged or truncated.") from None
+    if verify:
+        hint = "Its training had diverged when it was saved: use an older checkpoint."
+        require_finite(state, CheckpointError, f"{weights} cannot be used", hint)
+    if config.tie_head and "embedding.weight" in state:
+        state["head.weight"] = state["embedding.weight"]
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        words = " ".join(str(error).split())[:600]
+        raise CheckpointError(f"{weights} does not fit {folder / CONFIG_NAME}: {words}") from None
+    return model.to(device).eval()
+
+
+def check_revision(model: SpeechLMModel, folder: str | Path) -> None:
+    """Refuse weights that were trained on another computation than this release's.
+
+    Raises:
+        CheckpointError: the folder is of before revision 2, and the backbone has what was left out then.
+    """
+    config, ends = model.config, model.ends
+    if config.revision >= 2 or (ends.is_plain and not model.attention_rules):
+        return
+    found = ", ".join([*model.attention_rules, *([] if ends.is_plain else [str(ends)])])
+    raise CheckpointError(
+        f"{folder} was trained by a release that left out what backbone {config.backbone['model_type']!r} has "
+        f"({found}), so its weights belong to another model. Start again from the pretrained backbone."
+    )

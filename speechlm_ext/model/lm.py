@@ -1,0 +1,295 @@
+"""The model: a causal LM over several parallel token streams.
+
+The input of a position is the sum of its streams' embeddings (pads contribute exactly zero), the body is that of a
+causal LM of transformers, carried exactly (``backbone/``), and one head serves all streams: side by side, or one
+after the other through a small transformer inside the frame (``frame.py``). Training reads packed rows; generation
+prefills packed rows and then takes one row a step, with a key/value cache.
+
+Axes: N packed positions, B batch, T frames, S streams, D hidden, V vocabulary, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from speechlm_ext.errors import ConfigError
+from speechlm_ext.layout import TokenLayout
+from speechlm_ext.model.attention.kv_cache import KVCache
+from speechlm_ext.model.backbone import body as bb
+from speechlm_ext.model.backbone.body import TextEnds
+from speechlm_ext.model.backbone.pretrained import load_backbone
+from speechlm_ext.model.backbone.proof import examine
+from speechlm_ext.model.config import LossSettings, ModelConfig
+from speechlm_ext.model.decode_head import ScopeHead
+from speechlm_ext.model.embedding import MultiStreamEmbedding
+from speechlm_ext.model.frame import FrameCache, Frames, FrameTransformer
+from speechlm_ext.model.head import MultiStreamHead
+from speechlm_ext.ops import MultiStreamLoss
+
+if TYPE_CHECKING:
+    from speechlm_ext.tasks import TaskTemplate
+    from speechlm_ext.tokenizers import TokenizerSet
+
+
+class SpeechLMModel(nn.Module):
+    """A speech language model with its token layout and, where known, its tokenizers.
+
+    Args:
+        config: backbone, tasks and loss settings.
+        layout: what the ids mean; its vocabulary sizes the embedding table and the head.
+        tokenizers: turn text and audio into raw ids and back; only generation needs them.
+
+    Raises:
+        ConfigError: the backbone's configuration is not a causal LM's; a frame transformer with delayed streams, or
+            with one stream; another softcap than the backbone's.
+        BackboneError: (a ConfigError) a SpeechLM would not compute what this kind of backbone does.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layout: TokenLayout, tokenizers: TokenizerSet | None = None
+    ) -> None:
+        super().__init__()
+        if config.frame_transformer is not None:
+            _check_layout(layout)
+        self.config, self.layout, self.tokenizers = config, layout, tokenizers
+        backbone_config = bb.make_config(config.backbone)
+        facts = examine(config.backbone, verify=config.verify_backbone)
+        self.ends: TextEnds = facts.ends
+        """What the backbone's own model does to embeddings and logits besides its tables."""
+        self.attention_rules = facts.rules
+        """What the backbone asks of attention beyond plain causal softmax, in words."""
+        self.backbone = bb.build_body(backbone_config, layout.vocab_size)
+        settings = _loss_settings(config, self.ends)
+        D = backbone_config.hidden_size
+        std = float(getattr(backbone_config, "initializer_range", 0.02))
+        self.embedding = MultiStreamEmbedding(layout.vocab_size, D, pad_id=layout.pad_id, std=std)
+        self.head = MultiStreamHead(
+            layout.vocab_size,
+            D,
+            layout.num_streams,
+            layout.scopes(config.loss.scope),
+            settings,
+            weight=self.embedding.weight if config.tie_head else None,
+            heads=config.heads,
+            contents=layout.stream0_contents() if config.loss.scope == "modality" else None,
+            has_bias=self.ends.has_bias,
+        )
+        # Kept in float32 and cast to the table's dtype, as transformers does it.
+        self.register_buffer("_embed_scale", torch.tensor(self.ends.embed_scale), persistent=False)
+        self._init_head(std)
+        self.frame: FrameTransformer | None = None
+        """The transformer inside a frame of a multi-scale model."""
+        if config.frame_transformer is not None:
+            self.frame = FrameTransformer(config.frame_transformer, D, layout.num_streams)
+
+    # ---- properties ---------------------------------------------------------------------------------------------
+    @property
+    def tasks(self) -> tuple[TaskTemplate, ...]:
+        """The tasks that the model is trained for."""
+        return self.config.tasks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence, in frames, that the backbone was configured for."""
+        return bb.max_positions(self.backbone.config)
+
+    def num_parameters(self) -> int:
+        """Number of trainable values, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def init_tables(self, std: float) -> None:
+        """Draw embedding, head and stream vectors from N(0, std²); the pad's row is zero."""
+        self.embedding.reset_parameters(std)
+        self._init_head(std)
+
+    def _init_head(self, std: float) -> None:
+        if not self.config.tie_head:
+            nn.init.normal_(self.head.weight, std=std)
+        if self.head.stream_embed is not None:
+            nn.init.normal_(self.head.stream_embed, std=std)
+
+    # ---- forward ------------------------------------------------------------------------------------------------
+    def hidden(self, ids_NS: Tensor, position_N: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Last hidden states of a packed row, as the head takes them.
+
+        Args:
+            ids_NS: int ``[N, S]`` delayed ids.
+            position_N: int ``[N]``, restarting at 0 in each segment.
+            cu_seqlens: int32 ``[n+1]`` segment bounds.
+
+        Returns:
+            float ``[N, D]``.
+        """
+        return self.for_head(bb.run_packed(self.backbone, self.embed(ids_NS), position_N, cu_seqlens))
+
+    def embed(self, ids_NS: Tensor) -> Tensor:
+        """The backbone's input ``[N, D]``."""
+        embedded_ND = self.embedding(ids_NS)
+        if self.ends.embed_scale == 1:
+            return embedded_ND
+        return embedded_ND * self._embed_scale.to(embedded_ND.dtype)
+
+    def for_head(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the head takes them: a factor on the logits is one on them."""
+        return hidden if self.ends.logit_scale == 1 else hidden * self.ends.logit_scale
+
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        loss_weight: Tensor,
+        position: Tensor,
+        cu_seqlens: Tensor,
+        reduction: Literal["sum", "none"] = "sum",
+    ) -> MultiStreamLoss:
+        """Loss of a packed batch; the arguments are the fields of :class:`speechlm_ext.ops.PackedBatch`.
+
+        Args:
+            ids, labels: int ``[N, S]``.
+            loss_weight: float32 ``[N, S]``, 0 where nothing is learnt.
+            position: int ``[N]``.
+            cu_seqlens: int32 ``[n+1]``.
+            reduction: ``sum``, or ``none`` to get each token's loss as well.
+        """
+        hidden_ND = self.hidden(ids, position, cu_seqlens)
+        frames = self._frames(hidden_ND, labels, loss_weight)
+        return self.head(hidden_ND, labels, loss_weight, reduction, frames)
+
+    def _frames(self, hidden_ND: Tensor, labels_NS: Tensor, weight_NS: Tensor) -> Frames | None:
+        """Hidden states of the streams behind the first, where a label of them is asked for; None without a frame
+        transformer."""
+        if self.frame is None:
+            return None
+        rows_R = (weight_NS[:, 1:] > 0).any(dim=1).nonzero().squeeze(1)
+        if len(rows_R) == 0:
+            # A frame that nobody weighs, so that every rank calls every module and every parameter has a gradient.
+            rows_R = rows_R.new_zeros(1)
+        tokens_RE = labels_NS[rows_R, :-1]
+        return Frames(rows_R, self.frame(hidden_ND[rows_R], self.embedding(tokens_RE[..., None])))
+
+    def logprobs(
+        self, ids: Tensor, labels: Tensor, mask: Tensor, position: Tensor, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of a packed batch's labels, for scoring: no gradients.
+
+        Args:
+            ids, labels: int ``[N, S]``.
+            mask: bool ``[N, S]``, which labels are asked for.
+            position: int ``[N]``.
+            cu_seqlens: int32 ``[n+1]``.
+
+        Returns:
+            ``(logprobs, entropy)``, float32 ``[N, S]`` in nats, 0 where not asked for; the entropy is that of the
+            softmax that gave the label its probability.
+        """
+        with torch.no_grad():
+            hidden_ND = self.hidden(ids, position, cu_seqlens)
+            return self.head.logprobs(hidden_ND, labels, mask, self._frames(hidden_ND, labels, mask))
+
+    # ---- generation ---------------------------------------------------------------------------------------------
+    def new_cache(self, num_slots: int, num_rows: int) -> KVCache:
+        """An empty key/value cache for :meth:`prefill` and :meth:`step_hidden`: ``num_rows`` rows for each request."""
+        return KVCache(num_slots, num_rows, self.embedding.weight.dtype, self.device)
+
+    def prefill(self, ids_NS: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Put the rows of several requests behind what their slots hold, all in one packed forward.
+
+        Args:
+            ids_NS: int ``[N, S]`` delayed ids, one request after the other.
+            cache: updated in place.
+            slots, lengths: of each request; the lengths sum to N.
+
+        Returns:
+            float ``[N, D]`` hidden states.
+        """
+        return self.for_head(bb.run_prefill(self.backbone, self.embed(ids_NS), cache, slots, lengths))
+
+    def step_hidden(self, ids_BS: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
+        """Hidden states ``[B, D]`` of one more row for each of the first B slots.
+
+        Args:
+            ids_BS: int ``[B, S]`` delayed ids.
+            cache: updated in place.
+            num_keys: keys that attention looks at; default as many as the longest slot has then.
+        """
+        return self.for_head(bb.run_step(self.backbone, self.embed(ids_BS), cache, num_keys))
+
+    def new_frame_cache(self, num_slots: int) -> FrameCache:
+        """Memory for :meth:`stream_hidden`, of a model with a frame transformer."""
+        assert self.frame is not None
+        return self.frame.new_cache(num_slots, self.embedding.weight.dtype, self.device)
+
+    def stream_hidden(self, hidden_BD: Tensor, token_B: Tensor, stream: int, cache: FrameCache) -> Tensor:
+        """Hidden states ``[B, D]`` of ``stream``, 1 to S - 1, of a model with a frame transformer: one call per stream,
+        in order.
+
+        Args:
+            hidden_BD: of :meth:`step_hidden`.
+            token_B: int ``[B]``, what the stream before says in this frame.
+            cache: updated in place.
+        """
+        assert self.frame is not None
+        return self.frame.step(hidden_BD, self.embedding(token_B[:, None]), stream, cache)
+
+    def scope_head(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> ScopeHead:
+        """Logits over chosen id ranges of each stream, all at once; see :class:`ScopeHead`. With a frame transformer
+        every product serves one stream."""
+        return ScopeHead(self.head, ranges, join=self.frame is None)
+
+    # ---- the backbone ---------------------------------------------------------------------------------------------
+    def describe_backbone(self) -> str:
+        """One line on the backbone for a log: whether it was compared, what it asks of attention, and what is off."""
+        compared = self.config.verify_backbone
+        parts = [
+            str(self.config.backbone["model_type"]),
+            "text logits equal to its own code's" if compared else "NOT compared with its own code",
+        ]
+        if self.attention_rules:
+            kernel, _ = bb.choose_attention(self.device, self.embedding.weight.dtype)
+            parts.append(f"attention with {'; '.join(self.attention_rules)} on {kernel}")
+        noise = bb.noise_in(self.config.backbone)
+        if noise:
+            parts.append("switched off: " + ", ".join(f"{name} {value:g}" for name, value in noise.items()))
+        return ", ".join(parts)
+
+    def load_backbone(self, folder: str | Path) -> None:
+        """Start from a pretrained causal LM, proven to compute the same text logits; see
+        :func:`speechlm_ext.model.backbone.pretrained.load_backbone`."""
+        load_backbone(self, folder)
+
+
+def _loss_settings(config: ModelConfig, ends: TextEnds) -> LossSettings:
+    """The loss with the backbone's own soft cap on the logits."""
+    asked = config.loss.softcap
+    if ends.softcap is None or asked == ends.softcap:
+        return config.loss
+    if asked is not None:
+        raise ConfigError(
+            f"loss.softcap is {asked}, but the backbone caps its logits at {ends.softcap}; leave loss.softcap out."
+        )
+    return replace(config.loss, softcap=ends.softcap)
+
+
+def _check_layout(layout: TokenLayout) -> None:
+    """Refuse a frame transformer where a frame's streams do not stand in one row."""
+    if layout.num_streams < 2:
+        raise ConfigError(
+            f"model.frame_transformer predicts a frame's streams one after the other, but layout {layout} has one "
+            "stream. Leave it out."
+        )
+    if any(layout.delays):
+        raise ConfigError(
+            f"model.frame_transformer predicts all streams of a frame in its own row, but layout {layout} delays them "
+            f"by {list(layout.delays)}. Set data.delays to {[0] * layout.num_streams}, or leave frame_transformer out."
+        )

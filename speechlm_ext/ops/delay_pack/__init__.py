@@ -1,0 +1,1 @@
+"""Delay-interleaved packing and its inverse."""

@@ -1,0 +1,1 @@
+"""Nearest centroid of each row, certified to be that of float64."""

@@ -1,0 +1,273 @@
+"""multistream_embed: the sum of the embeddings of all streams of a row, and of continuous features where there are any.
+
+Pads contribute exactly 0 whatever their table row holds, and get no gradient. The gradients are in
+:mod:`speechlm_ext.ops.scatter_sum.scatter_sum`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from speechlm_ext.ops.common.native import (
+    LIBRARY,
+    OpError,
+    OpIndexError,
+    check,
+    describe,
+    int_list,
+    native,
+    partition_hint,
+    stream_handle,
+)
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTS = (torch.int32, torch.int64)
+#: What fits into a kernel's argument.
+MOST_STREAMS = 64
+
+
+def multistream_embed(
+    ids: Tensor,
+    table: Tensor,
+    *,
+    pad_id: int = 0,
+    offsets: Sequence[int] | None = None,
+    scale: Sequence[float] | None = None,
+    features: Tensor | None = None,
+    feature_positions: Tensor | None = None,
+    sparse: bool = False,
+    check_ids: bool = False,
+) -> Tensor:
+    """Embed S ids per row and sum them; add continuous features to the rows that have them.
+
+    ``out[n] = Σ_s scale[s] · table[ids[n, s] + offsets[s]]`` over the streams whose id is not ``pad_id``, plus
+    ``features[m]`` where ``feature_positions[m] == n``.
+
+    Args:
+        ids: int32 or int64 ``[N, S]``, S up to 64.
+        table: float ``[V, D]``; differentiable. One table for all streams, or several stacked, with ``offsets``.
+        pad_id: contributes nothing, compared before ``offsets`` are added; any int, e.g. -1.
+        offsets: row at which each stream's part of the table starts, S values; None is 0.
+        scale: factor of each stream, S values; None is 1.
+        features: float ``[M, D]``, e.g. of a speech encoder; differentiable. Another float dtype than the table's is
+            converted to it first, which is exact where it widens (bfloat16 features of autocast, a float32 table).
+        feature_positions: int32 or int64 ``[M]``, distinct rows in ``[0, N)``, in any order.
+        sparse: make the table's gradient a coalesced `torch.sparse_coo` tensor of the touched rows, which are those of
+            the dense gradient to the bit; nothing of the table's size is allocated. For optimizers that take it (SGD,
+            SparseAdam). On a GPU its backward waits once for the device, to learn how many rows there are, so it
+            cannot be captured in a CUDA graph. It can be differentiated once only.
+        check_ids: on a GPU, wait for the result and raise for an id or a position outside its range and for a position
+            that occurs twice, as the CPU always does. Without it such an id or position adds nothing there, of the
+            features of one position the last counts, and nothing waits.
+
+    Returns:
+        ``[N, D]`` in the table's dtype, also under autocast, as `F.embedding` does; summed in float32 (float64 for a
+        float64 table) and rounded once. Gradients are the same to the bit in every run and for every number of threads.
+
+    Raises:
+        OpError: (a ValueError) for shapes or dtypes that do not fit, and for a position that occurs twice.
+        OpIndexError: (an IndexError too) for an id outside the table, with row, stream and id, or a position outside
+            the rows.
+    """
+    if not (
+        ids.dim() == 2
+        and ids.dtype in INTS
+        and table.dim() == 2
+        and table.dtype in FLOATS
+        and ids.device == table.device
+        and ids.shape[1] <= MOST_STREAMS
+    ):
+        _raise_bad_inputs(ids, table)
+    if offsets is None:
+        offsets = []
+    else:
+        offsets = int_list(offsets, "multistream_embed: offsets", ids.shape[1])
+    if scale is None:
+        factors = []
+    else:
+        factors = [float(v) for v in scale]
+        check(
+            len(factors) == ids.shape[1],
+            f"multistream_embed: scale must have {ids.shape[1]} values, one per stream; got {len(factors)}",
+        )
+    if features is not None or feature_positions is not None:
+        features = _checked_features(features, feature_positions, table)
+    arguments = (ids, table, pad_id, offsets, factors, features, feature_positions, sparse, check_ids)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # What autograd's kernel of the op does in this case too, in less time: a decode step is as short as that.
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OP(*arguments)
+    return _OP(*arguments)
+
+
+def _raise_bad_inputs(ids: Tensor, table: Tensor) -> None:
+    """Say which of the conditions on ids and table does not hold."""
+    op = "multistream_embed"
+    check(
+        ids.dim() == 2 and ids.dtype in INTS,
+        f"{op}: ids must be int32 or int64 [N, S]; got {describe(ids)}",
+    )
+    check(
+        table.dim() == 2 and table.dtype in FLOATS,
+        f"{op}: table must be float [V, D]; got {describe(table)}{partition_hint(table)}",
+    )
+    check(ids.device == table.device, f"{op}: ids is {describe(ids)} but table is on {table.device}")
+    raise OpError(f"{op}: at most {MOST_STREAMS} streams; got {describe(ids)}")
+
+
+def _checked_features(features: Tensor | None, positions: Tensor | None, table: Tensor) -> Tensor:
+    """The features in the table's dtype."""
+    op = "multistream_embed"
+    if features is None or positions is None:
+        missing = "features" if features is None else "feature_positions"
+        raise OpError(f"{op}: features and feature_positions belong together; {missing} is None")
+    width = table.shape[1]
+    if features.dim() != 2 or features.dtype not in FLOATS or features.shape[1] != width:
+        raise OpError(
+            f"{op}: features must be float [M, {width}], as wide as the table; got {describe(features)}"
+        )
+    if tuple(positions.shape) != (features.shape[0],) or positions.dtype not in INTS:
+        raise OpError(
+            f"{op}: feature_positions must be int32 or int64 [{features.shape[0]}], one row for each feature; got "
+            f"{describe(positions)}"
+        )
+    for name, tensor in (("features", features), ("feature_positions", positions)):
+        if tensor.device != table.device:
+            raise OpError(f"{op}: {name} is {describe(tensor)} but table is on {table.device}")
+    return features if features.dtype == table.dtype else features.to(table.dtype)
+
+
+LIBRARY.define(
+    "multistream_embed(Tensor ids, Tensor table, SymInt? pad_id, SymInt[] offsets, float[] scale, "
+    "Tensor? features, Tensor? feature_positions, bool sparse, bool check_ids) -> Tensor"
+)
+_OP = torch.ops.speechlm_ext.multistream_embed.default
+
+
+def _embed_cpu(
+    ids: Tensor,
+    table: Tensor,
+    pad_id: int | None,
+    offsets: list[int],
+    scale: list[float],
+    features: Tensor | None,
+    positions: Tensor | None,
+    sparse: bool,
+    check_ids: bool,
+) -> Tensor:
+    out = table.new_empty(ids.shape[0], table.shape[1])
+    bad_id, bad_positions = native.multistream_embed(
+        *(ids.contiguous(), table.contiguous(), pad_id, offsets, scale),
+        *((None, None) if features is None else (features.contiguous(), _int64(positions))),
+        *(out, None, None, torch.get_num_threads(), 0),
+    )
+    if bad_positions:
+        _raise_bad_positions(positions, ids.shape[0])
+    if bad_id >= 0:
+        _raise_bad_id(ids, divmod(bad_id, ids.shape[1]), table.shape[0], offsets)
+    return out
+
+
+def _embed_cuda(
+    ids: Tensor,
+    table: Tensor,
+    pad_id: int | None,
+    offsets: list[int],
+    scale: list[float],
+    features: Tensor | None,
+    positions: Tensor | None,
+    sparse: bool,
+    check_ids: bool,
+) -> Tensor:
+    out = table.new_empty(ids.shape[0], table.shape[1])
+    nothing_bad = ids.numel()
+    bad = ids.new_full((2,), nothing_bad, dtype=torch.int64) if check_ids else None
+    slots = None if features is None else ids.new_full((ids.shape[0],), -1, dtype=torch.int32)
+    native.multistream_embed(
+        *(ids.contiguous(), table.contiguous(), pad_id, offsets, scale),
+        *((None, None) if features is None else (features.contiguous(), _int64(positions))),
+        *(out, slots, bad, 0, stream_handle(ids)),
+    )
+    if bad is not None:
+        bad_id, bad_positions = bad.tolist()
+        if bad_positions != nothing_bad:
+            _raise_bad_positions(positions, ids.shape[0])
+        if bad_id != nothing_bad:
+            _raise_bad_id(ids, divmod(bad_id, ids.shape[1]), table.shape[0], offsets)
+    return out
+
+
+def _int64(positions: Tensor | None) -> Tensor:
+    assert positions is not None
+    return positions.to(torch.int64).contiguous()
+
+
+def _raise_bad_id(ids: Tensor, place: tuple[int, int], num_rows: int, offsets: Sequence[int]) -> None:
+    n, s = place
+    value = int(ids[n, s])
+    shifted = f", with offset {offsets[s]} row {value + offsets[s]}" if any(offsets) else ""
+    raise OpIndexError(
+        f"multistream_embed: ids[{n}, {s}] (row {n}, stream {s}) is {value}{shifted}; the table has rows 0 to "
+        f"{num_rows - 1}"
+    )
+
+
+def _raise_bad_positions(positions: Tensor | None, num_rows: int) -> None:
+    assert positions is not None
+    seen: dict[int, int] = {}
+    for m, n in enumerate(positions.tolist()):
+        if not 0 <= n < num_rows:
+            raise OpIndexError(
+                f"multistream_embed: feature_positions[{m}] is {n}; the output has rows 0 to {num_rows - 1}"
+            )
+        if n in seen:
+            raise OpError(
+                f"multistream_embed: feature_positions[{m}] and feature_positions[{seen[n]}] are both {n}; a row takes "
+                "one feature: sum those of one row first"
+            )
+        seen[n] = m
+
+
+LIBRARY.impl("multistream_embed", _embed_cpu, "CPU")
+LIBRARY.impl("multistream_embed", _embed_cuda, "CUDA")
+
+
+@torch.library.register_fake("speechlm_ext::multistream_embed", lib=LIBRARY)
+def _embed_fake(ids, table, pad_id, offsets, scale, features, positions, sparse, check_ids):  # type: ignore[no-untyped-def]
+    return table.new_empty(ids.shape[0], table.shape[1])
+
+
+# scatter_sum is the gradient of multistream_embed for the table, and multistream_embed that of scatter_sum for the
+# values and that of itself for the features, so all can be differentiated as often as wanted.
+
+
+def _embed_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ids, table, *ctx.rule, _, positions, ctx.sparse, _ = inputs
+    ctx.num_rows = table.shape[0]
+    ctx.save_for_backward(ids, positions)
+
+
+def _embed_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    ids, positions = ctx.saved_tensors
+    grad_table = grad_features = None
+    if ctx.needs_input_grad[1]:
+        if ctx.sparse:
+            sums, rows = torch.ops.speechlm_ext.scatter_sum_rows(grad, ids, *ctx.rule, ctx.num_rows)
+            shape = (ctx.num_rows, grad.shape[1])
+            grad_table = torch.sparse_coo_tensor(
+                rows[None], sums, shape, is_coalesced=True, check_invariants=False
+            )
+        else:
+            grad_table = torch.ops.speechlm_ext.scatter_sum(grad, ids, *ctx.rule, ctx.num_rows)
+    if ctx.needs_input_grad[5]:
+        # Rows of the gradient, and 0 for a position that a GPU has left out.
+        grad_features = _OP(positions[:, None], grad, None, [], [], None, None, False, False)
+    return None, grad_table, None, None, None, grad_features, None, None, None
+
+
+torch.library.register_autograd(
+    "speechlm_ext::multistream_embed", _embed_backward, setup_context=_embed_setup, lib=LIBRARY
+)

@@ -1,0 +1,1 @@
+"""Linear layer and weighted cross-entropy of all streams at once."""

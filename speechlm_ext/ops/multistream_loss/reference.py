@@ -1,0 +1,270 @@
+"""multistream_loss in plain torch: one GEMM for all streams that share a scope, chunked, gradients by hand.
+
+The hidden state of stream s is ``h + e_s``, so its logits are ``h Wᵀ + e_s Wᵀ``: the product ``Z = h Wᵀ`` is computed
+once per row and each stream adds a bias row. Going back, the streams' logit gradients are summed in one buffer ``G``
+before the two big products ``dH = G W`` and ``dW = Gᵀ H``; what ``e_s`` adds to dW is the rank-one term
+``colsum(g_s) ⊗ e_s``. Nothing of size N·S·V or N·S·D is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speechlm_ext.ops.multistream_loss.scopes import Interval, Scopes, ScopeSets, local_targets
+
+#: Bytes of logits per chunk (a chunk has at least _MIN_ROWS rows). On the CPU the C library hands buffers of more than
+#: 32 MiB back to the system at once, and zeroing their pages again for each chunk costs more than the arithmetic.
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 384 << 20}
+_MIN_ROWS = 512
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The settings that are numbers; see `speechlm_ext.ops.multistream_loss.multistream_loss`."""
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+
+
+@dataclass
+class LossResult:
+    """Sums over all rows, and the gradients of ``coef_loss · loss + coef_nll · nll`` where asked for."""
+
+    stream_loss: Tensor  # [S] sum of coef_loss * loss
+    stream_correct: Tensor  # [S]
+    token_nll: Tensor | None  # [N, S]
+    token_entropy: Tensor | None  # [N, S]
+    grad_hidden: Tensor | None = None
+    grad_weight: Tensor | None = None
+    grad_embed: Tensor | None = None
+    grad_bias: Tensor | None = None
+
+
+def group_streams(scopes: Scopes) -> list[tuple[tuple[Interval, ...], list[int]]]:
+    """Streams that one GEMM can serve: a widest scope, and the streams whose scopes lie inside it."""
+    groups: list[tuple[tuple[Interval, ...], list[int]]] = []
+    for s in sorted(range(len(scopes)), key=lambda s: -sum(i.num_ids for i in scopes[s])):
+        for root, members in groups:
+            if all(local_columns(root, [i]) for i in scopes[s]):
+                members.append(s)
+                break
+        else:
+            groups.append((scopes[s], [s]))
+    return groups
+
+
+def local_columns(root: Sequence[Interval], scope: Sequence[Interval]) -> list[slice]:
+    """Where a scope's intervals lie among the concatenated columns of ``root``; those that do not are left out."""
+    slices = []
+    for i in scope:
+        base = 0
+        for outer in root:
+            if outer.row <= i.row and i.row + i.num_ids <= outer.row + outer.num_ids:
+                slices.append(slice(base + i.row - outer.row, base + i.row - outer.row + i.num_ids))
+                break
+            base += outer.num_ids
+    return slices
+
+
+def _rows_of(matrix: Tensor, intervals: Sequence[Interval]) -> Tensor:
+    parts = [matrix[i.row : i.row + i.num_ids] for i in intervals]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _columns(matrix: Tensor, slices: Sequence[slice]) -> Tensor:
+    return matrix[:, slices[0]] if len(slices) == 1 else torch.cat([matrix[:, c] for c in slices], dim=1)
+
+
+def _stream_pass(
+    logits: Tensor,
+    target: Tensor,
+    coef_loss: Tensor,
+    coef_nll: Tensor | None,
+    options: LossOptions,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Cross-entropy of ``logits [R, C]``: loss, nll, entropy, is_correct, each ``[R]``, and dlogits ``[R, C]``."""
+    capped_slope = None
+    if options.softcap is not None:
+        tanh = torch.tanh(logits / options.softcap)
+        logits = options.softcap * tanh
+        capped_slope = 1 - tanh * tanh if want_grad else None
+    largest = logits.amax(dim=1)
+    below = (logits - largest[:, None]).clamp_(min=-87)  # 0 · -infinity is 0 in the entropy
+    exponentials = torch.sub(logits, largest[:, None]).exp_()
+    total = exponentials.sum(dim=1)
+    entropy = total.log() - below.mul_(exponentials).sum(dim=1) / total
+    lse = largest + total.log()
+    at_target = logits.gather(1, target[:, None]).squeeze(1)
+    nll = lse - at_target
+    is_correct = at_target == largest
+    eps, classes = options.label_smoothing, logits.shape[1]
+    loss = nll
+    if eps:
+        loss = (1 - eps) * nll + eps * (lse - logits.mean(dim=1))
+    if options.z_loss:
+        loss = loss + options.z_loss * lse * lse
+    if not want_grad:
+        return loss, nll, entropy, is_correct, None
+    scale = coef_loss * (1 + 2 * options.z_loss * lse)
+    at = coef_loss * (1 - eps)
+    if coef_nll is not None:
+        scale, at = scale + coef_nll, at + coef_nll
+    grad = exponentials.mul_((scale / total)[:, None])  # scale * softmax
+    if eps:
+        grad.sub_((coef_loss * (eps / classes))[:, None])
+    grad.scatter_add_(1, target[:, None], -at[:, None])
+    if capped_slope is not None:
+        grad.mul_(capped_slope)
+    return loss, nll, entropy, is_correct, grad
+
+
+def loss_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    live: Tensor,
+    coef_loss: Tensor,
+    coef_nll: Tensor | None,
+    row_scope: Tensor | None,
+    sets: ScopeSets,
+    stream_embed: Tensor | None,
+    bias: Tensor | None,
+    options: LossOptions,
+    want_grad: bool,
+    want_tokens: bool,
+    want_entropy: bool,
+    chunk_bytes: int | None = None,
+) -> LossResult:
+    """Losses of all live targets, and gradients of ``Σ coef_loss · loss + coef_nll · nll`` when ``want_grad``.
+
+    Args:
+        hidden: ``[N, D]``. weight: ``[V, D]``. targets: int64 ``[N, S]``. live: bool ``[N, S]``.
+        coef_loss, coef_nll: ``[N, S]`` weights of the full loss and of the bare NLL.
+        row_scope: int64 ``[N]``, which of ``sets`` each row uses, or None with one set.
+        sets: per kind of row, per stream, merged intervals. stream_embed: ``[S, D]``. bias: ``[V]``.
+        chunk_bytes: bytes of logits per chunk.
+    """
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    device = hidden.device
+    num_rows, num_streams = targets.shape
+    stream_loss = torch.zeros(num_streams, dtype=dtype, device=device)
+    stream_correct = torch.zeros(num_streams, dtype=torch.int64, device=device)
+    token_nll = torch.zeros(num_rows, num_streams, dtype=dtype, device=device) if want_tokens else None
+    token_entropy = torch.zeros(num_rows, num_streams, dtype=dtype, device=device) if want_entropy else None
+    result = LossResult(stream_loss, stream_correct, token_nll, token_entropy)
+    # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
+    weight_f = weight.to(dtype)
+    embed_f = None if stream_embed is None else stream_embed.to(dtype)
+    bias_f = None if bias is None else bias.to(dtype)
+    if want_grad:
+        result.grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device)
+        result.grad_weight = torch.zeros(weight.shape, dtype=dtype, device=device)
+        result.grad_embed = None if embed_f is None else torch.zeros_like(embed_f)
+        result.grad_bias = None if bias_f is None else torch.zeros_like(bias_f)
+
+    for scopes, live_here, root, members in _parts(sets, live, row_scope):
+        rows = live_here[:, members].any(dim=1).nonzero().squeeze(1)
+        if rows.numel() == 0:
+            continue
+        root_weight = _rows_of(weight_f, root)
+        num_columns = root_weight.shape[0]
+        root_bias = None if bias_f is None else _rows_of(bias_f[:, None], root).squeeze(1)
+        grad_root = torch.zeros_like(root_weight) if want_grad else None
+        column_sums = {s: torch.zeros(num_columns, dtype=dtype, device=device) for s in members}
+        stream_bias: dict[int, Tensor | None] = {}
+        for s in members:
+            parts = [] if root_bias is None else [root_bias]
+            if embed_f is not None:
+                parts.append(root_weight @ embed_f[s])
+            stream_bias[s] = sum(parts[1:], parts[0]) if parts else None
+        chunk = max(_MIN_ROWS, (chunk_bytes or _CHUNK_BYTES[device.type]) // (num_columns * dtype.itemsize))
+        for chunk_rows in rows.split(chunk):
+            hidden_rows = hidden[chunk_rows].to(dtype)
+            logits = hidden_rows @ root_weight.T
+            grad: Tensor | None = None
+            for s in members:
+                is_live = live_here[chunk_rows, s]
+                picked = is_live.nonzero().squeeze(1)
+                if picked.numel() == 0:
+                    continue
+                everyone = picked.numel() == chunk_rows.numel()
+                at_rows = chunk_rows[picked]
+                columns = local_columns(root, scopes[s])
+                mine = _columns(logits, columns)
+                mine = mine if everyone else mine[picked]
+                if stream_bias[s] is not None:
+                    mine = mine + _columns(stream_bias[s][None], columns)  # type: ignore[index]
+                target = local_targets(targets[at_rows, s], scopes[s])
+                coef = coef_loss[at_rows, s].to(dtype)
+                coef_n = None if coef_nll is None else coef_nll[at_rows, s].to(dtype)
+                loss, nll, entropy, is_correct, dlogits = _stream_pass(
+                    mine, target, coef, coef_n, options, want_grad
+                )
+                stream_loss[s] += (loss * coef).sum()
+                stream_correct[s] += is_correct.sum()
+                if token_nll is not None:
+                    token_nll[at_rows, s] = nll
+                if token_entropy is not None:
+                    token_entropy[at_rows, s] = entropy
+                if dlogits is None:
+                    continue
+                sums = dlogits.sum(dim=0)
+                if grad is None and everyone and dlogits.shape == logits.shape:
+                    grad = dlogits
+                    column_sums[s] += sums
+                    continue
+                if grad is None:
+                    grad = torch.zeros_like(logits)
+                base = 0
+                for column in columns:
+                    width = column.stop - column.start
+                    part = dlogits[:, base : base + width]
+                    if everyone:
+                        grad[:, column] += part
+                    else:
+                        grad[:, column].index_add_(0, picked, part)
+                    column_sums[s][column] += sums[base : base + width]
+                    base += width
+            if grad is not None and grad_root is not None:
+                result.grad_hidden.index_add_(0, chunk_rows, grad @ root_weight)  # type: ignore[union-attr]
+                grad_root.addmm_(grad.T, hidden_rows)
+        if grad_root is not None:
+            _add_root_gradients(result, grad_root, column_sums, root, root_weight, embed_f)
+    return result
+
+
+def _parts(sets: ScopeSets, live: Tensor, row_scope: Tensor | None):  # type: ignore[no-untyped-def]
+    """``(scopes, live targets, root, members)`` of every product."""
+    for kind, scopes in enumerate(sets):
+        live_here = live if row_scope is None else live & (row_scope == kind)[:, None]
+        for root, members in group_streams(scopes):
+            yield scopes, live_here, root, members
+
+
+def _add_root_gradients(
+    result: LossResult,
+    grad_root: Tensor,
+    column_sums: dict[int, Tensor],
+    root: Sequence[Interval],
+    root_weight: Tensor,
+    embed: Tensor | None,
+) -> None:
+    """What the stream embeddings and the bias get, and dW's rank-one terms; then dW goes back to its rows."""
+    for s, sums in column_sums.items():
+        if embed is not None:
+            grad_root.addr_(sums, embed[s])
+            result.grad_embed[s] += sums @ root_weight  # type: ignore[index]
+    base = 0
+    for interval in root:
+        rows, width = slice(interval.row, interval.row + interval.num_ids), interval.num_ids
+        result.grad_weight[rows] += grad_root[base : base + width]  # type: ignore[index]
+        if result.grad_bias is not None:
+            for sums in column_sums.values():
+                result.grad_bias[rows] += sums[base : base + width]
+        base += width

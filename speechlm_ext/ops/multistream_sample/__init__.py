@@ -1,0 +1,1 @@
+"""One decode step of all requests and streams."""

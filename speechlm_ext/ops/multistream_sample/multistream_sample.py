@@ -1,0 +1,253 @@
+"""multistream_sample: one row of tokens (one per stream) for every request of a batch, in one call per decode step.
+
+The state machine of a delayed segment lives here too. Count rows from the row in which a stream without delay shows the
+segment's frame 0. In row ``j`` stream s carries frame ``j - delays[s]``: fill before frame 0 (ramp-in), content, and
+fill again from the frame on at which stream 0 said end-of-segment (ramp-out). The end counts in the row in which it is
+sampled. After the last segment's ramp-out the request is done and all its rows are fill; after another one's come
+``tail`` rows of fill, the next segment's marker in stream 0, and its content.
+
+    state = DecodeState.new(batch_size, scope_ids=..., delays=..., pad_ids=..., eos_id=..., top_k=30)
+    while True:
+        step = multistream_sample(head(hidden), state)  # logits [B, C] of all streams side by side
+        if bool(step.done.all()):
+            break
+        hidden = body(embed(step.tokens))               # tokens [B, S]
+
+A row may also be sampled in several calls, a few streams at a time, where a stream's logits follow from the tokens of
+the streams before it in the same row:
+
+    step = None
+    for s in range(S):
+        step = multistream_sample(logits, state, streams=(s, s + 1), partial=step)
+        logits[:, bounds[s + 1] : bounds[s + 2]] = next_head(step.tokens[:, s])   # not after the last stream
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from speechlm_ext.ops.common.native import LIBRARY, OpError, check, describe, native, stream_handle
+from speechlm_ext.ops.multistream_sample.decode_state import DecodeState
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SampledStep(NamedTuple):
+    """One row for every request."""
+
+    tokens: Tensor
+    """``[B, S]`` int64 token ids, fill where a stream has no content in this row."""
+    logprob: Tensor
+    """``[B, S]`` float32 log-probability of each content token at temperature 1 among the columns that were allowed,
+    after guidance and before the repetition penalty; 0 for fill, for a forced token outside of them, and for stream 0
+    of a request that fails; NaN for a forced token whose row of logits has a NaN or +inf."""
+    is_content: Tensor
+    """``[B, S]`` bool: the stream has content in this row, end-of-segment included."""
+    failed: Tensor
+    """``[B]`` bool: a logit that mattered was NaN or +inf, or nothing was allowed. Such a request is done: stream 0
+    says ``eos_id``, a stream that failed is fill."""
+    done: Tensor
+    """``[B]`` bool: this row is the request's last one, or it was done before."""
+
+
+def multistream_sample(
+    logits: Tensor | Sequence[Tensor],
+    state: DecodeState,
+    *,
+    streams: tuple[int, int] | None = None,
+    partial: SampledStep | None = None,
+) -> SampledStep:
+    """Sample the next row of every request and move ``state`` past it, in one launch and without a wait.
+
+    Per stream: guidance, mask by scope, ``allowed`` and the length limits, repetition penalty, then top-k, top-p (the
+    token that crosses the border is kept) and min-p of the softmax at the temperature, and a draw by inverse transform
+    in column order. Temperature 0 takes the maximum, the lowest column among equals. Tokens are a function of the
+    request's own logits, settings and rows: not of the batch, the device, threads, or the processor.
+
+    With ``streams`` a row is sampled in several calls, streams 0 to a - 1, then a to b - 1, and so on to S - 1, each
+    with what the call before gave. After the last one results and state are, to the bit, those of one call with all
+    the logits; until then the state stays as it is, streams that have not been sampled are fill, ``failed`` speaks of
+    the streams so far, ``done`` of the rows before, and stream 0's token is the one that was sampled, also where a
+    later stream has failed. The caller keeps the order of the calls, without gaps and without another change of the
+    state in between.
+
+    Args:
+        logits: float32, bfloat16 or float16 ``[R, C]``, R at least B, all streams' columns side by side as in
+            ``state.column_ids``; or S tensors ``[R, V_s]``, which are copied together.
+        state: `DecodeState`, changed in place; with ``streams`` by the call that samples the last stream alone.
+        streams: ``(first, last)``: sample streams ``first`` to ``last - 1``; no column of another stream is read.
+        partial: where ``first`` is above 0, the result of the call that sampled the streams before; completed in place.
+
+    Returns:
+        `SampledStep`; ``partial``, where it was given.
+
+    Raises:
+        OpError: (a ValueError) if shapes, dtypes or devices differ from the state's; if ``streams`` is no range of
+            streams; if ``partial`` is missing, or given where a row begins.
+    """
+    B, C = state.batch_size, state.column_ids.shape[0]
+    if not isinstance(logits, Tensor):
+        logits = _side_by_side(logits, state)
+    # Messages are made where they are needed: they would take longer than a small batch's step.
+    check(
+        logits.dim() == 2 and logits.shape[0] >= B and logits.shape[1] == C and logits.dtype in _DTYPES,
+        lambda: (
+            f"multistream_sample: logits must be float32, bfloat16 or float16 [{B} or more, {C}]; "
+            f"got {describe(logits)}"
+        ),
+    )
+    check(
+        logits.device == state.progress.device,
+        lambda: (
+            f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}"
+        ),
+    )
+    arguments = (
+        logits.detach(),
+        state.column_ids,
+        state.sampling,
+        state.choice,
+        state.limits,
+        state.request,
+        state.guidance,
+        state.progress,
+        state.forced,
+        state.history,
+        state.history_logprob,
+        state.allowed,
+        state.bounds,
+        state.delays,
+        state.pad_ids,
+        state.eos_id,
+        state.eos_column,
+        state.tail,
+    )
+    if streams is None and partial is None:
+        return SampledStep(*_OP(*arguments))
+    row, first, last = _checked_part(logits, state, streams, partial)
+    _STREAMS_OP(*arguments, *row, first, last)
+    return row
+
+
+def _checked_part(
+    logits: Tensor, state: DecodeState, streams: tuple[int, int] | None, partial: SampledStep | None
+) -> tuple[SampledStep, int, int]:
+    """The row to complete, and which streams of it."""
+    B, S = state.batch_size, state.num_streams
+    check(
+        isinstance(streams, (tuple, list)) and len(streams) == 2 and all(type(s) is int for s in streams),
+        lambda: (
+            f"multistream_sample: streams must be two whole numbers (first, last); got {streams}"
+            + (": partial is given, so the call must say which streams to sample" if streams is None else "")
+        ),
+    )
+    assert streams is not None
+    first, last = streams
+    check(
+        0 <= first < last <= S,
+        lambda: (
+            f"multistream_sample: streams must be (first, last) with 0 <= first < last <= {S}; got ({first}, {last})"
+        ),
+    )
+    if first == 0:
+        check(
+            partial is None,
+            lambda: (
+                f"multistream_sample: streams ({first}, {last}) begin a row, so partial must be None; to go on with a "
+                "row, give the streams that follow those of the call before"
+            ),
+        )
+        partial = SampledStep(*_empty(logits, B, S))
+    else:
+        check(
+            isinstance(partial, SampledStep),
+            lambda: (
+                f"multistream_sample: streams ({first}, {last}) go on with a row, so partial must be the SampledStep "
+                f"of the call that sampled the streams before {first}; got {describe(partial)}"
+            ),
+        )
+    assert partial is not None
+    return partial, first, last
+
+
+def _side_by_side(parts: Sequence[Tensor], state: DecodeState) -> Tensor:
+    S = state.num_streams
+    check(len(parts) == S, f"multistream_sample: logits has {len(parts)} streams, the state has {S}")
+    for s, part in enumerate(parts):
+        width = state.bounds[s + 1] - state.bounds[s]
+        check(
+            part.dim() == 2 and part.shape[1] == width,
+            f"multistream_sample: logits[{s}] must be float [R, {width}]; got {describe(part)}",
+        )
+    return torch.cat(list(parts), dim=1)
+
+
+_STATE = (
+    "Tensor logits, Tensor column_ids, Tensor sampling, Tensor choice, Tensor limits, "
+    "Tensor request, Tensor guidance, Tensor(a!) progress, Tensor forced, Tensor(b!) history, "
+    "Tensor(c!) history_logprob, Tensor? allowed, int[] bounds, int[] delays, int[] pad_ids, int eos_id, "
+    "int eos_column, int tail"
+)
+LIBRARY.define(f"multistream_sample({_STATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+# An op of its own, for it completes tensors that it is given; the whole row's op makes its results.
+LIBRARY.define(
+    f"multistream_sample_streams({_STATE}, Tensor(d!) tokens, Tensor(e!) logprob, Tensor(f!) is_content, "
+    "Tensor(g!) failed, Tensor(h!) done, int first, int last) -> ()"
+)
+
+
+_OP = torch.ops.speechlm_ext.multistream_sample.default
+_STREAMS_OP = torch.ops.speechlm_ext.multistream_sample_streams.default
+
+
+def _sample(logits: Tensor, *state: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = _sample_fake(logits, *state)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    try:
+        native.multistream_sample(logits, *state, *out, torch.get_num_threads(), stream_handle(logits))
+    except ValueError as error:
+        raise OpError(str(error)) from None
+    return out
+
+
+def _sample_some(logits: Tensor, *rest: Any) -> None:
+    *tensors, first, last = rest  # the state, then the row
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    try:
+        native.multistream_sample(
+            logits, *tensors, torch.get_num_threads(), stream_handle(logits), first, last
+        )
+    except ValueError as error:
+        raise OpError(str(error)) from None
+
+
+LIBRARY.impl("multistream_sample", _sample, "CPU")
+LIBRARY.impl("multistream_sample", _sample, "CUDA")
+LIBRARY.impl("multistream_sample_streams", _sample_some, "CPU")
+LIBRARY.impl("multistream_sample_streams", _sample_some, "CUDA")
+
+
+@torch.library.register_fake("speechlm_ext::multistream_sample", lib=LIBRARY)
+def _sample_fake(logits, column_ids, sampling, choice, limits, request, guidance, progress, *rest):  # type: ignore[no-untyped-def]
+    return _empty(logits, progress.shape[0], choice.shape[2])
+
+
+@torch.library.register_fake("speechlm_ext::multistream_sample_streams", lib=LIBRARY)
+def _sample_some_fake(logits, *rest):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _empty(logits: Tensor, B: int, S: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        logits.new_empty((B, S), dtype=torch.int64),
+        logits.new_empty((B, S), dtype=torch.float32),
+        logits.new_empty((B, S), dtype=torch.bool),
+        logits.new_empty((B,), dtype=torch.bool),
+        logits.new_empty((B,), dtype=torch.bool),
+    )

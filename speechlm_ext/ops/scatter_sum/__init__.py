@@ -1,0 +1,1 @@
+"""Sums of rows by their target row, in a fixed order."""

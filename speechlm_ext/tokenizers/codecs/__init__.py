@@ -1,0 +1,1 @@
+"""Neural-codec tokenizers: sound to codes and back."""

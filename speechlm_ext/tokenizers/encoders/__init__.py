@@ -1,0 +1,1 @@
+"""Feature encoders: a waveform to frames of features, for K-Means units."""

@@ -1,0 +1,197 @@
+"""Feature encoders: a 16 kHz waveform → float32 features ``[T, F]`` at a stated frame rate, for K-Means units.
+
+An encoder is named by a string, the same one in settings, on the command line and in artefacts:
+
+    mfcc                 13 MFCCs with first and second differences, 39 numbers, 100 frames/s
+    log-mel              80 log-mel bands, 100 frames/s
+    hf:NAME:LAYER        hidden state LAYER of a Hugging Face speech encoder, 50 frames/s for all common ones
+
+``NAME`` is a folder or a name on the Hub. ``LAYER`` counts as transformers' ``hidden_states`` do: 0 is what enters the
+first layer, L is the output of layer L. ``frames_per_token`` averages that many consecutive frames to one.
+
+A waveform of ``n`` samples has ``ceil(n / samples_per_frame)`` frames whatever the encoder, the codec's own rule, so
+that units and codes of one recording have equal lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from speechlm_ext.audio.files import check_wave
+from speechlm_ext.errors import AudioError, ConfigError
+from speechlm_ext.tokenizers.encoders.mel import MelConfig, MelSpectrogram, one_thread
+from speechlm_ext.tokenizers.encoders.mfcc import MFCC, NUM_FEATURES
+
+SAMPLE_RATE = 16000
+KINDS = "mfcc, log-mel or hf:FOLDER_OR_HUB_NAME:LAYER"
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Which encoder, and how many of its frames make one feature frame."""
+
+    kind: str
+    """``mfcc``, ``log-mel`` or ``hf``."""
+    name: str = ""
+    """Of ``hf``: the model's folder or its name on the Hugging Face Hub."""
+    layer: int = 0
+    """Of ``hf``: index into the model's hidden states."""
+    frames_per_token: int = 1
+    """Consecutive frames averaged to one."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("mfcc", "log-mel", "hf"):
+            raise ConfigError(f"unknown feature encoder {self.kind!r}; expected {KINDS}.")
+        if (self.kind == "hf") != bool(self.name) or self.layer < 0:
+            raise ConfigError(f"feature encoder {self}: expected {KINDS}, with LAYER from 0.")
+        if self.frames_per_token < 1:
+            raise ConfigError(
+                f"feature encoder {self}: frames_per_token must be at least 1, got {self.frames_per_token}."
+            )
+
+    @classmethod
+    def parse(cls, text: str, frames_per_token: int = 1) -> EncoderSpec:
+        """Read ``mfcc``, ``log-mel`` or ``hf:NAME:LAYER``; the name may hold colons itself.
+
+        Raises:
+            ConfigError: anything else.
+        """
+        if not text.startswith("hf:"):
+            return cls(text, frames_per_token=frames_per_token)
+        name, colon, layer = text[3:].rpartition(":")
+        if not colon or not name or not layer.isdecimal():
+            raise ConfigError(
+                f"feature encoder {text!r}: expected hf:FOLDER_OR_HUB_NAME:LAYER, e.g. hf:facebook/hubert-base-ls960:9."
+            )
+        return cls("hf", name, int(layer), frames_per_token)
+
+    def __str__(self) -> str:
+        return f"hf:{self.name}:{self.layer}" if self.kind == "hf" else self.kind
+
+
+@runtime_checkable
+class FeatureEncoder(Protocol):
+    """Turns a 16 kHz waveform into features."""
+
+    spec: EncoderSpec
+    """What was asked for."""
+    sample_rate: int
+    """Hz of the waveforms: 16000."""
+    frame_rate: float
+    """Feature frames per second."""
+    num_features: int
+    """F."""
+
+    def __call__(self, wave: np.ndarray, sample_rate: int | None = None) -> torch.Tensor:
+        """Features of a waveform.
+
+        Args:
+            wave: float32 ``[n]`` in [-1, 1], n >= 1.
+            sample_rate: its rate in Hz, where the caller wants it checked.
+
+        Returns:
+            float32 ``[T, F]`` on the CPU with ``T = ceil(n / 16000 · frame_rate)``.
+
+        Raises:
+            AudioError: a waveform that cannot be used, or of another rate.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What an artefact records of the encoder, as JSON: two encoders with equal descriptions give features that
+        mean the same."""
+        ...
+
+
+class SignalEncoder:
+    """``mfcc`` or ``log-mel``: analysis without a model, 100 frames/s before averaging.
+
+    One thread computes it, so the features do not depend on the number of cores.
+    """
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self.spec = spec
+        self.frame_rate = 100 / spec.frames_per_token
+        self._analyse: Callable[[np.ndarray], torch.Tensor]
+        if spec.kind == "mfcc":
+            self._analyse, self.num_features = MFCC(SAMPLE_RATE), NUM_FEATURES
+        else:
+            config = MelConfig()
+            self._analyse, self.num_features = MelSpectrogram(config).encode, config.num_mels
+
+    def __call__(self, wave: np.ndarray, sample_rate: int | None = None) -> torch.Tensor:
+        """See `FeatureEncoder`."""
+        wave = check_encoder_wave(wave, sample_rate, self.spec)
+        with one_thread():
+            return average_frames(self._analyse(wave), self.spec.frames_per_token)
+
+    def describe(self) -> dict[str, Any]:
+        """See `FeatureEncoder`."""
+        return describe_spec(self.spec, self.frame_rate, self.num_features)
+
+
+def build_encoder(
+    spec: EncoderSpec | str, *, frames_per_token: int = 1, device: str | torch.device = "cpu"
+) -> FeatureEncoder:
+    """Make the encoder that ``spec`` names.
+
+    Args:
+        spec: as a string (see the module's text) or parsed.
+        frames_per_token: with a string, frames averaged to one.
+        device: where a model runs; ``mfcc`` and ``log-mel`` always run on the CPU.
+
+    Raises:
+        ConfigError: an encoder that is not known.
+        TokenizerError: the model is missing, damaged, of a family that is not supported, or has no such layer.
+    """
+    if isinstance(spec, str):
+        spec = EncoderSpec.parse(spec, frames_per_token)
+    if spec.kind != "hf":
+        return SignalEncoder(spec)
+    from speechlm_ext.tokenizers.encoders.huggingface import HFEncoder
+
+    return HFEncoder(spec, device=device)
+
+
+def check_encoder_wave(wave: np.ndarray, sample_rate: int | None, spec: EncoderSpec) -> np.ndarray:
+    """The waveform as contiguous float32 ``[n]``. Raises :class:`AudioError`."""
+    if sample_rate is not None and sample_rate != SAMPLE_RATE:
+        raise AudioError(
+            f"feature encoder {spec}: expected a waveform at {SAMPLE_RATE} Hz, got {sample_rate} Hz; resample it "
+            f"first, e.g. read_audio(path, {SAMPLE_RATE})."
+        )
+    return check_wave(wave, f"waveform for {spec}")
+
+
+def describe_spec(spec: EncoderSpec, frame_rate: float, num_features: int) -> dict[str, Any]:
+    """The part of a description that all encoders share."""
+    return {
+        "encoder": str(spec),
+        "frames_per_token": spec.frames_per_token,
+        "sample_rate": SAMPLE_RATE,
+        "frame_rate": frame_rate,
+        "num_features": num_features,
+    }
+
+
+def average_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
+    """Mean of each ``count`` consecutive frames, ``[ceil(T / count), F]``; the last frame is repeated to fill up."""
+    if count == 1:
+        return x_TF
+    missing = -len(x_TF) % count
+    if missing:
+        x_TF = torch.cat([x_TF, x_TF[-1:].expand(missing, -1)])
+    return x_TF.reshape(-1, count, x_TF.shape[1]).mean(1)
+
+
+def num_frames(num_samples: int, samples_per_frame: int) -> int:
+    """Frames of a waveform: ``ceil(num_samples / samples_per_frame)``."""
+    return math.ceil(num_samples / samples_per_frame)

@@ -1,0 +1,1 @@
+"""``speechlm kmeans``: units fitted to recordings, and recordings labelled with them."""

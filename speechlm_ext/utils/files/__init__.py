@@ -1,0 +1,1 @@
+"""Files: atomic writes, folders, JSON and YAML read strictly, checkpoint folders."""
