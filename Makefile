@@ -115,7 +115,7 @@ compile-gate: dev  ## registers, spills and shared memory of every CUDA kernel a
 	@$(BIN)/python -m python_tests.compile_gate $(ARGS)
 
 sanitize: dev    ## the op tests on kernels built with address, undefined-behaviour and thread sanitizers
-	$(BIN)/python -m python_tests.sanitize $(ARGS)
+	$(BIN)/python -m python_tests.project.sanitize $(ARGS)
 
 doctor: build    ## what is installed, compiled and will be used, and why
 	@$(BIN)/speechlm doctor $(ARGS)

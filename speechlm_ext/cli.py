@@ -44,7 +44,10 @@ VERBS = {
         "what is installed, compiled and will be used, and why",
     ),
     "tokenize": Verb(
-        "speechlm_ext.data.tokenize.command", "TokenizeConfig", "run_tokenize", "recordings and texts -> token shards"
+        "speechlm_ext.data.tokenize.command",
+        "TokenizeConfig",
+        "run_tokenize",
+        "recordings and texts -> token shards",
     ),
     "plan": Verb(
         "speechlm_ext.data.plan.report",
@@ -59,7 +62,10 @@ VERBS = {
         "train a model on token shards, or go on with a run",
     ),
     "generate": Verb(
-        "speechlm_ext.generation.commands.generate", "GenerateConfig", "run_generate", "text or speech from a model"
+        "speechlm_ext.generation.commands.generate",
+        "GenerateConfig",
+        "run_generate",
+        "text or speech from a model",
     ),
     "evaluate": Verb(
         "speechlm_ext.evaluation.evaluate",

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from speechlm_ext.generation import Chat, GenerationRequest, GenerationResult, Listener, SamplingSettings, StreamChunk
+from speechlm_ext.generation import (
+    Chat,
+    GenerationRequest,
+    GenerationResult,
+    Listener,
+    SamplingSettings,
+    StreamChunk,
+)
 from speechlm_ext.generation.generate import generate
 from speechlm_ext.generation.live.stream import request_of, stream
 from speechlm_ext.model.files.model_folder import load_model, save_model
@@ -70,6 +77,8 @@ class SpeechLM(SpeechLMModel):
         """A dialogue that opens with ``task``'s token."""
         return Chat(self, task)
 
-    def listen(self, task: str, chunk_seconds: float = 1.0, settings: SamplingSettings | None = None) -> Listener:
+    def listen(
+        self, task: str, chunk_seconds: float = 1.0, settings: SamplingSettings | None = None
+    ) -> Listener:
         """Transcribe audio as it arrives."""
         return Listener(self, task, chunk_seconds, settings)

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common.rows import ResultsError, Row, read  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 

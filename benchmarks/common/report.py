@@ -10,14 +10,14 @@ import io
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common.rows import Results, ResultsError, Row, read  # noqa: E402
-from speechlm_ext.evaluation.report.page import page as report  # noqa: E402
+from speechlm_ext.evaluation.report import page as report  # noqa: E402
 from speechlm_ext.evaluation.report.page import Cell, Section  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.files.io import atomic_write_text  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 
 def newest(history: list[Results]) -> dict[tuple[str, str, str], tuple[Results, Row]]:

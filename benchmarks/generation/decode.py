@@ -29,8 +29,8 @@ import torch
 from benchmarks.generation.espnet_loop import decode_one
 from benchmarks.generation.models import build, tts_prompt
 from benchmarks.gpu_check.report import decode_table
-from speechlm_ext.generation.engine.engine import Engine, Work, decode
 from speechlm_ext import SpeechLM
+from speechlm_ext.generation.engine.engine import Engine, Work, decode
 from speechlm_ext.utils.console import make_output_safe
 
 TEXT, WARM = 30, 3

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from speechlm_ext.generation.requests.prompt import Prompt
-from speechlm_ext.generation.engine.rows import prefix_rows
 from speechlm_ext import SpeechLM
+from speechlm_ext.generation.engine.rows import prefix_rows
+from speechlm_ext.generation.requests.prompt import Prompt
 
 
 def decode_one(

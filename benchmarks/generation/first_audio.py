@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from benchmarks.generation.models import build
+from speechlm_ext import SpeechLM
 from speechlm_ext.generation.engine.engine import Engine, Work
-from speechlm_ext.generation.requests.prompt import build_prompt, raw_content
-from speechlm_ext.generation.requests.request import GenerationRequest, SamplingSettings
 from speechlm_ext.generation.engine.rows import FrameReader
 from speechlm_ext.generation.live.incremental import voice_of
-from speechlm_ext import SpeechLM
+from speechlm_ext.generation.requests.prompt import build_prompt, raw_content
+from speechlm_ext.generation.requests.request import GenerationRequest, SamplingSettings
 from speechlm_ext.tasks import builtin_tasks
 from speechlm_ext.tokenizers import RVQConfig, RVQKMeansCodec, SentencePieceText, TextConfig, TokenizerSet
 from speechlm_ext.utils.console import make_output_safe

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from speechlm_ext import SpeechLM
 from speechlm_ext.generation.requests.prompt import Prompt, Segment, content_frames, special_frame
 from speechlm_ext.generation.requests.request import SamplingSettings
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext import SpeechLM
 from speechlm_ext.model.config import ModelConfig
 from speechlm_ext.tasks import builtin_tasks
 from speechlm_ext.training.config import ModelSettings

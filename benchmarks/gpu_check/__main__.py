@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.report import write_report
+from benchmarks.gpu_check.result import Result
 from speechlm_ext.utils.console import make_output_safe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,16 +25,6 @@ TOTAL = 530
 #: A dry run measures nothing; its limits only end what hangs, on a machine that may be busy with other work.
 DRY_RUN = 10
 TINY = ("--shape", "smoke", "--batches", "1", "2", "--frames", "6")
-
-
-@dataclass
-class Result:
-    """What came of a part: ``passed``, ``failed``, ``skipped`` (with the reason) or ``timeout``."""
-
-    status: str
-    seconds: float = 0.0
-    note: str = ""
-    data: dict[str, Any] = field(default_factory=dict)
 
 
 def run(command: list[str], seconds: float, env: dict[str, str] | None = None) -> tuple[int | None, str]:

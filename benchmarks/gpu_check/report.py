@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from speechlm_ext.utils.machine import commit_of, describe_machine
+from benchmarks.gpu_check.result import Result
 from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text
-
-if TYPE_CHECKING:
-    from benchmarks.gpu_check.__main__ import Result
+from speechlm_ext.utils.machine import commit_of, describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import speechlm_ext as sx
 from benchmarks.common.harness import compare, compiled, devices
-from speechlm_ext.ops.delay_pack.delay_pack import reference as reference
+from speechlm_ext.ops.delay_pack import reference
 
 # name: (streams, frames per segment). The packs that training makes, a batch of utterances, and one small utterance.
 SHAPES = {

@@ -16,11 +16,11 @@ import torch
 
 import speechlm_ext as sx
 from benchmarks.common.harness import compare, compiled, devices
+from speechlm_ext.kmeans.features.sources import ArraySource
 from speechlm_ext.kmeans.fit.lloyd import lloyd_step
 from speechlm_ext.kmeans.fit.ranks import Ranks
-from speechlm_ext.kmeans.features.sources import ArraySource
-from speechlm_ext.kmeans.fit.state import State
 from speechlm_ext.kmeans.fit.scan import survey
+from speechlm_ext.kmeans.fit.state import State
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.kmeans_assign.kmeans_assign import _coarse, _multiply
 from speechlm_ext.ops.kmeans_assign.reference import kmeans_assign as direct

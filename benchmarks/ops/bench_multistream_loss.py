@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import speechlm_ext as sx
 from benchmarks.common.harness import compare, compiled, devices
-from speechlm_ext.ops.multistream_loss.multistream_loss import chunks as internals
+from speechlm_ext.ops.multistream_loss import chunks as internals
 from speechlm_ext.ops.multistream_loss.scopes import read_scopes
 
 

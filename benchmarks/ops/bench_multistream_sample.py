@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from benchmarks.common.harness import compare, devices
-from speechlm_ext.ops import DecodeState
-from speechlm_ext.ops.multistream_sample.multistream_sample import multistream_sample
+from speechlm_ext.ops import DecodeState, multistream_sample
 from speechlm_ext.ops.multistream_sample.reference import multistream_sample as reference
 
 # name: (requests, columns of each stream)

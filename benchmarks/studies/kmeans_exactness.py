@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import speechlm_ext as sx  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 

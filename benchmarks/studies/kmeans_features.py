@@ -5,7 +5,8 @@ The folder holds pairs ``NAME.npy`` (float [N, F], from ``speechlm kmeans fit --
 fit from the same start for the same number of iterations: ours, and scikit-learn's KMeans (lloyd). Printed as a table
 in Markdown, and written as JSON:
 
-- PNMI and purities of our labels against the phones (speechlm_ext/evaluation/unit_quality.py), and PNMI of scikit-learn's
+- PNMI and purities of our labels against the phones (speechlm_ext/evaluation/unit_quality.py),
+  and PNMI of scikit-learn's
 - agreement: share of rows where scikit-learn's predict and where the float64 argmin, on our centroids, say the same as
   kmeans_assign; the latter must be 1, or the script fails
 - re-ranked: share of rows that kmeans_assign settles in float64
@@ -27,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import speechlm_ext as sx  # noqa: E402
-from speechlm_ext.kmeans import KMeans  # noqa: E402
 from speechlm_ext.evaluation.unit_quality import unit_quality  # noqa: E402
-from speechlm_ext.ops.kmeans_assign.kmeans_assign import CentroidIndex  # noqa: E402
+from speechlm_ext.kmeans import KMeans  # noqa: E402
+from speechlm_ext.ops import CentroidIndex  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.files.io import atomic_write_json  # noqa: E402
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import speechlm_ext as sx  # noqa: E402
 from benchmarks.common.harness import peak_bytes, seconds_of  # noqa: E402
 from benchmarks.ops.bench_multistream_loss import Shape, eager, make_inputs, one_by_one  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 
-PICTURE = Path(__file__).resolve().parents[1] / "docs/ops/multistream_loss_growth.svg"
+PICTURE = Path(__file__).resolve().parents[2] / "docs/ops/multistream_loss_growth.svg"
 ROWS, VOCABULARIES, STREAMS = (512, 2048, 4096), (13_192, 62_670, 113_870), (1, 2, 3, 5, 9, 17)
 D = 576
 CODES = (5_000, 13_192)

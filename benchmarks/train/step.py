@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import speechlm_ext as sx
-from speechlm_ext.layout import TokenLayout
 from speechlm_ext import SpeechLM
+from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model.attention.kernels import choose_attention
 from speechlm_ext.model.config import ModelConfig
 from speechlm_ext.training.config import ModelSettings

@@ -1,7 +1,7 @@
 // multistream_sample on a GPU: one launch, a block for each stream that it samples of each request. What a stream
 // behind stream 0 says is found before it is known whether it has content, which stream 0's token decides; the last
 // block of a request to arrive knows all tokens and moves the request on.
-#include "multistream_sample/select.cuh"
+#include "multistream_sample/device/select.cuh"
 
 namespace speechlm {
 namespace {

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from python_tests.data_fixtures import recordings, waves
+from python_tests.assets import recordings, waves
 from speechlm_ext.audio.files import check_wave, read_audio, resample_audio, write_wav
+from speechlm_ext.audio.wav_stream import pcm16
 from speechlm_ext.errors import AudioError, StorageError
 from speechlm_ext.evaluation.report.media import flac_bytes
-from speechlm_ext.audio.wav_stream import pcm16
 
 
 def tone(rate: int, seconds: float = 0.5, hz: float = 440.0) -> np.ndarray:

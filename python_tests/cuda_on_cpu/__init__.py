@@ -117,12 +117,14 @@ def kernels_on_cpu(shim: ModuleType, seed: int = 0) -> Iterator[None]:
 
     Fresh tensors are filled with NaN or the largest integer, so that an element that no thread writes is seen.
     """
-    from speechlm_ext.ops.delay_pack.delay_pack import op as _delay_pack_op
     from speechlm_ext.ops.common import native as _native
+    from speechlm_ext.ops.delay_pack import op as _delay_pack_op
 
     shim.set_seed(seed)
     modules = [
-        m for n, m in sys.modules.items() if n.startswith("speechlm_ext.ops.") and hasattr(m, "native")
+        m
+        for n, m in sys.modules.items()
+        if n.startswith("speechlm_ext.ops.") and hasattr(m, "native") and not hasattr(m, "__path__")
     ]
     before = torch.are_deterministic_algorithms_enabled()
     overrides = torch.library.Library("speechlm_ext", "IMPL")

@@ -12,9 +12,9 @@ import torch
 
 from python_tests.damage.harness import plain
 from speechlm_ext.kmeans import KMeans
+from speechlm_ext.kmeans.features.sources import open_source
 from speechlm_ext.units.assign import AssignConfig, run_assign
 from speechlm_ext.units.fit import FitConfig, run_fit
-from speechlm_ext.kmeans.features.sources import open_source
 
 # ---- K-Means ---------------------------------------------------------------------------------------------------
 WAVE = (0.3 * np.sin(np.arange(8000) * 0.05 * (1 + np.arange(8000) / 8000))).astype(np.float32)

@@ -39,17 +39,17 @@ from python_tests.damage.kmeans_files import (
     read_kmeans_checkpoint,
     recordings,
 )
-from speechlm_ext.data.tokenize.fit import CodecFit, SSLFit, TextFit
+from speechlm_ext import SpeechLM
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.data.samples import TaskUse
-from speechlm_ext.data.tokens.shards import TokenFolder, shard_name, write_index, write_shard
 from speechlm_ext.data.tokenize.command import TokenizeConfig, run_tokenize
+from speechlm_ext.data.tokenize.fit import CodecFit, SSLFit, TextFit
+from speechlm_ext.data.tokens.shards import TokenFolder, shard_name, write_index, write_shard
 from speechlm_ext.evaluation.records import Record, read_records, write_records
-from speechlm_ext.generation.requests.results_folder import ResultsFolder
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult, SamplingSettings
+from speechlm_ext.generation.requests.results_folder import ResultsFolder
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext import SpeechLM
 from speechlm_ext.model import ModelConfig
 from speechlm_ext.tasks import builtin_tasks
 from speechlm_ext.tokenizers import (
@@ -65,7 +65,7 @@ from speechlm_ext.tokenizers import (
     TokenizerSet,
     load_tokenizer,
 )
-from speechlm_ext.tokenizers.encoders.spec import build_encoder
+from speechlm_ext.tokenizers.encoders.build import build_encoder
 from speechlm_ext.training import checkpoint as ckpt
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from python_tests.data.conftest import LAYOUT, MakeFolder, random_rows
 from python_tests.data.sequence_oracle import assemble
 from speechlm_ext.data.loader import PackLoader, iter_eval
 from speechlm_ext.data.plan.plan import PlanConfig
@@ -18,8 +19,6 @@ from speechlm_ext.errors import ConfigError, LayoutError, LayoutMismatchError, P
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops import delay_unpack
 from speechlm_ext.tasks import builtin_tasks
-
-from python_tests.data.conftest import LAYOUT, MakeFolder, random_rows
 
 PLAIN = [
     TaskUse("codec_ssl_asr"),

@@ -11,15 +11,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from python_tests.data_fixtures import recordings
+from python_tests.assets import recordings
 from speechlm_ext.audio.files import read_audio, write_wav
 from speechlm_ext.data.manifest import Utterance
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, StorageError
-from speechlm_ext.evaluation.judge.whisper import whisper as judge_module
 from speechlm_ext.evaluation.collect import read_utterance
+from speechlm_ext.evaluation.evaluate import EvaluateConfig, run_evaluate
+from speechlm_ext.evaluation.judge import whisper as judge_module
 from speechlm_ext.evaluation.judge.whisper import JudgeUnavailable
 from speechlm_ext.evaluation.records import RecordError, read_records
-from speechlm_ext.evaluation.evaluate import EvaluateConfig, run_evaluate
 from speechlm_ext.evaluation.scores import rate, score_records
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from python_tests.data_fixtures import demo_module, recordings, waves
+from python_tests.assets import demo_module, recordings, waves
 from speechlm_ext.audio.files import write_wav
-from speechlm_ext.evaluation.report.page import media
-from speechlm_ext.evaluation.report.page import page as report
-from speechlm_ext.evaluation.records import Record, write_records
 from speechlm_ext.evaluation.evaluate import SCORES
+from speechlm_ext.evaluation.records import Record, write_records
+from speechlm_ext.evaluation.report import media
+from speechlm_ext.evaluation.report import page as report
 from speechlm_ext.evaluation.scores import score_records
 from speechlm_ext.utils.files.io import atomic_write_json
 

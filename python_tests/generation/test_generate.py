@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from python_tests.data.sequence_oracle import assemble
 from python_tests.generation.conftest import make_model, make_wave
 from python_tests.generation.tools import make_layout, make_prompt, random_content
-from python_tests.data.sequence_oracle import assemble
 from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import AudioError, GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
 from speechlm_ext.generation.engine.engine import decode
 from speechlm_ext.generation.requests.prompt import build_prompt, raw_content
-from speechlm_ext.ops.delay_pack.delay_pack import delay_pack
+from speechlm_ext.ops import delay_pack
 from speechlm_ext.tasks import Entry, TaskTemplate, builtin_tasks
 
 SHORT = SamplingSettings(max_len=9)

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from python_tests.generation.live import test_stream
 from python_tests.generation.conftest import FRAME, make_model, make_wave
-from python_tests.generation.live.test_chat import talk
 from python_tests.generation.engine.test_slots import TASKS, prompts_of
-from python_tests.generation.test_generate import CHAIN
+from python_tests.generation.live import test_stream
+from python_tests.generation.live.test_chat import talk
 from python_tests.generation.live.test_stream import SETTINGS, TTS, requests
+from python_tests.generation.test_generate import CHAIN
 from python_tests.generation.tools import make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
-from speechlm_ext.generation.live import stream as stream_room
-from speechlm_ext.generation.search.beam import beam_search
-from speechlm_ext.generation.live.chat import Chat
 from speechlm_ext.generation.engine.engine import Engine, Work, decode
-from speechlm_ext.ops.delay_pack.delay_pack import delay_pack
+from speechlm_ext.generation.live import stream as stream_room
+from speechlm_ext.generation.live.chat import Chat
+from speechlm_ext.generation.search.beam import beam_search
+from speechlm_ext.ops import delay_pack
 
 GREEDY = SamplingSettings(greedy=True)
 

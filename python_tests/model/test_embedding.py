@@ -8,7 +8,7 @@ import torch
 import speechlm_ext as sx
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.model.embedding import load_rows
-from speechlm_ext.ops.multistream_embed.multistream_embed import reference as reference
+from speechlm_ext.ops.multistream_embed import reference
 
 
 @pytest.mark.parametrize(

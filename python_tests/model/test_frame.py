@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from speechlm_ext import SpeechLM
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext import SpeechLM
 from speechlm_ext.model import FrameTransformerConfig, LossSettings, ModelConfig
 from speechlm_ext.training import ModelSettings
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from python_tests.model.test_lm import LAYOUT, make, rows
+from speechlm_ext import SpeechLM
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext import SpeechLM
 from speechlm_ext.model import LossSettings, ModelConfig
 from speechlm_ext.ops import separate_head_rows
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from speechlm_ext import SpeechLM
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext import SpeechLM
 from speechlm_ext.model import LossSettings, ModelConfig
 from speechlm_ext.model.attention.kernels import Packing, choose_attention, packed_attention
 from speechlm_ext.model.backbone.body import BackboneError

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import compare
-from benchmarks.common import report
-from benchmarks.common import rows
+from benchmarks.common import compare, report, rows
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def results(path: Path, commit: str, date: str, **ratios: float) -> Path:

@@ -15,7 +15,7 @@ import torch
 from python_tests import cuda_on_cpu
 from speechlm_ext.ops.common.native import OPENMP_RUNTIME, native
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="needs the source tree")
 
 
@@ -87,7 +87,7 @@ def test_cpp_tests():
         "CMAKE_CXX_FLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -g1",
         # Half the time: the rooms that the program tests, with the optimization that sanitizers are made for.
         "SPEECHLM_OPTIMIZE": "-O1",
-        "SPEECHLM_OPS": "delay_pack;multistream_embed",
+        "SPEECHLM_OPS": "delay_pack;multistream_embed;scatter_sum",
     }
     done = configure(build, **options)
     assert done.returncode == 0, done.stderr

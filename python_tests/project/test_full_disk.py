@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from python_tests.data_fixtures import MANIFEST
+from python_tests.assets import MANIFEST
 
 pytest.importorskip("deepspeed", reason="training needs deepspeed: pip install 'speechlm_ext[train]'")
 
@@ -21,7 +21,8 @@ pytest.importorskip("deepspeed", reason="training needs deepspeed: pip install '
 #: process of its own, forked from one that has imported what takes long.
 DRIVER = """
 import json, os, subprocess, sys, tempfile, traceback
-import speechlm_ext.cli, speechlm_ext.generation.commands.generate, speechlm_ext.data.tokenize.command, speechlm_ext.training.config
+import speechlm_ext.cli, speechlm_ext.generation.commands.generate
+import speechlm_ext.data.tokenize.command, speechlm_ext.training.config
 disk, steps = sys.argv[1], json.loads(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], check=True)
 filler, out = os.path.join(disk, "filler"), []

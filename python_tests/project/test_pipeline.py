@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from python_tests.data_fixtures import MANIFEST, SPEECH
+from python_tests.assets import MANIFEST, SPEECH
 from speechlm_ext.cli import main
 
 pytest.importorskip("deepspeed", reason="training needs deepspeed: pip install 'speechlm_ext[train]'")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from python_tests.data_fixtures import demo_module, waves
+from python_tests.assets import demo_module, waves
 from speechlm_ext.errors import ConfigError
 
 number_words = demo_module("number_words")

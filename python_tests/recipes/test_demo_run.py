@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from python_tests.data_fixtures import demo_module, recordings
+from python_tests.assets import demo_module, recordings
 from speechlm_ext.errors import ConfigError
 
 run = demo_module("run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from python_tests.data_fixtures import recordings, waves
+from python_tests.assets import recordings, waves
 from speechlm_ext.tokenizers import (
     MFCCKMeans,
     RVQConfig,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from python_tests.data_fixtures import waves
+from python_tests.assets import waves
 from python_tests.kmeans.conftest import plus_plus
 from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
 from speechlm_ext.kmeans import KMeans

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from python_tests.data_fixtures import waves
+from python_tests.assets import waves
 from speechlm_ext.errors import TokenizerError
 from speechlm_ext.tokenizers import (
     MFCCKMeans,

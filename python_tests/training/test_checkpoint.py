@@ -17,13 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from python_tests.model.files.test_digests import make
-from speechlm_ext.errors import CheckpointError, StorageError, TrainingError
 from speechlm_ext import SpeechLM
-from speechlm_ext.utils.files.run_folders import find_model_folder
+from speechlm_ext.errors import CheckpointError, StorageError, TrainingError
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.utils.files import checkpoint_folders
-from speechlm_ext.utils.files.checkpoint_folders import latest_checkpoint, list_checkpoints, recover, resolve_latest
+from speechlm_ext.utils.files.checkpoint_folders import (
+    latest_checkpoint,
+    list_checkpoints,
+    recover,
+    resolve_latest,
+)
 from speechlm_ext.utils.files.io import sha256_file
+from speechlm_ext.utils.files.run_folders import find_model_folder
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,17 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from python_tests.data_fixtures import MANIFEST, SPEECH, recordings, waves
+from python_tests.assets import MANIFEST, SPEECH, recordings, waves
+from python_tests.kmeans.conftest import kmeans, rows_of
 from python_tests.tokenizers.encoders import models as hf_models
+from speechlm_ext.importers.kmeans_centroids import from_centroids
 from speechlm_ext.kmeans import KMeans
+from speechlm_ext.tokenizers.encoders.build import build_encoder
+from speechlm_ext.tokenizers.units import EncoderKMeans
 from speechlm_ext.units import fit as cli_fit
 from speechlm_ext.units.inspect import nearest_pairs
-from speechlm_ext.importers.kmeans_centroids import from_centroids
 from speechlm_ext.units.unit_files import deduplicated, unit_writer
-from speechlm_ext.tokenizers.units import EncoderKMeans
-from speechlm_ext.tokenizers.encoders.spec import build_encoder
-
-from python_tests.kmeans.conftest import kmeans, rows_of
 
 
 @pytest.fixture(scope="module")

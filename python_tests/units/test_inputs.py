@@ -9,13 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from python_tests.data_fixtures import MANIFEST
+from python_tests.assets import MANIFEST
+from python_tests.kmeans.conftest import kmeans, rows_of
 from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import CheckpointError
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.words import counted, in_options
-
-from python_tests.kmeans.conftest import kmeans, rows_of
 
 
 # ---- inputs that have changed ------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 
 from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import AudioError, KMeansError
-from speechlm_ext.units.recordings import estimated_frames, find_audio
 from speechlm_ext.kmeans.features.sources import open_source
+from speechlm_ext.units.recordings import estimated_frames, find_audio
 
 
 def test_linked_folders_are_read_and_side_files_counted(tmp_path, caplog):

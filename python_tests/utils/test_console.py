@@ -43,7 +43,7 @@ logging.warning("три \\udcff")
 )
 def test_what_the_encoding_cannot_hold_is_escaped_and_said_once(env, out, num_notes, tmp_path: Path):
     (tmp_path / "prints.py").write_text(PRINTS, "utf-8")
-    clean = {"PYTHONPATH": str(Path(__file__).parents[1])} | {
+    clean = {"PYTHONPATH": str(Path(__file__).parents[2])} | {
         k: v for k, v in os.environ.items() if not k.startswith(("PYTHONIO", "PYTHONUTF", "LC_"))
     }
     done = subprocess.run([sys.executable, tmp_path / "prints.py"], capture_output=True, env=clean | env)

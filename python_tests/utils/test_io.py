@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from speechlm_ext.errors import StorageError
-from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, atomic_write_text, make_folder, sha256_file
+from speechlm_ext.utils.files.io import (
+    atomic_path,
+    atomic_write_json,
+    atomic_write_text,
+    make_folder,
+    sha256_file,
+)
 
 
 def test_replaces_whole_files(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from speechlm_ext.errors import CheckpointError
-from speechlm_ext.utils.files.run_folders import find_model_folder
-from speechlm_ext.utils.files.run_folders import WEIGHTS_NAME
+from speechlm_ext.utils.files.run_folders import WEIGHTS_NAME, find_model_folder
 
 FILES = ("config.json", "token_layout.json", WEIGHTS_NAME)
 

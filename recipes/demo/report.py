@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from speechlm_ext.utils.machine import commit_of, describe_machine
 from speechlm_ext.evaluation.scores import ALL, rate
 from speechlm_ext.utils.files.io import atomic_write_json
 from speechlm_ext.utils.files.json_text import parse_json
+from speechlm_ext.utils.machine import commit_of, describe_machine
 
 HERE = Path(__file__).resolve().parent
 GOALS = {"asr_wer": 0.05, "tts_wer": 0.20}

@@ -8,9 +8,9 @@ from typing import Any
 from markupsafe import Markup
 from report_inputs import LANGUAGES, Inputs
 
-from speechlm_ext.evaluation.report.page import media
-from speechlm_ext.evaluation.report.page import page as report
 from speechlm_ext.evaluation.records import Record
+from speechlm_ext.evaluation.report import media
+from speechlm_ext.evaluation.report import page as report
 
 EXAMPLES = 8
 TRANSCRIPTS = 24

@@ -10,8 +10,8 @@ from markupsafe import Markup
 from report_inputs import LANGUAGES, Inputs
 from report_items import continuations, listen, transcripts
 
-from speechlm_ext.evaluation.report.page import media
-from speechlm_ext.evaluation.report.page import page as report
+from speechlm_ext.evaluation.report import media
+from speechlm_ext.evaluation.report import page as report
 from speechlm_ext.evaluation.report.page import Cell, Section, num
 
 KINDS = {

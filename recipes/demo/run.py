@@ -34,13 +34,13 @@ from make_requests import make_requests  # noqa: E402
 
 from speechlm_ext.data.plan.memory import ModelShape  # noqa: E402
 from speechlm_ext.errors import ConfigError, SpeechLMError  # noqa: E402
-from speechlm_ext.utils.machine import commit_of  # noqa: E402
-from speechlm_ext.utils.files.run_folders import find_model_folder  # noqa: E402
 from speechlm_ext.tokenizers import TokenizerSet  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text, sha256_file  # noqa: E402
 from speechlm_ext.utils.files.json_text import parse_json  # noqa: E402
+from speechlm_ext.utils.files.run_folders import find_model_folder  # noqa: E402
 from speechlm_ext.utils.files.yaml_text import parse_yaml  # noqa: E402
+from speechlm_ext.utils.machine import commit_of  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "demo.yaml"

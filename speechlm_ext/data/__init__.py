@@ -1,7 +1,7 @@
 """From a manifest to packed batches: read, tokenize, plan, load."""
 
-from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest, scan_manifest
 from speechlm_ext.data.batch import Sample, SequencePacker
+from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest, scan_manifest
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig
 from speechlm_ext.data.samples import SampleTable, TaskUse
 from speechlm_ext.data.sequence import LossWeights, sequence_length

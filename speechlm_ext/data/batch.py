@@ -13,9 +13,7 @@ import torch
 from speechlm_ext.data.sequence import LossWeights, content_ids
 from speechlm_ext.errors import ShardError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.ops import OpError
-from speechlm_ext.ops.delay_pack.delay_pack import delay_pack
-from speechlm_ext.ops.delay_pack.delay_pack import PackedBatch
+from speechlm_ext.ops import OpError, PackedBatch, delay_pack
 from speechlm_ext.tasks import TaskTemplate
 
 

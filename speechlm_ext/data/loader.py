@@ -25,7 +25,7 @@ from speechlm_ext.data.sequence import LossWeights
 from speechlm_ext.data.tokens.shards import Tokens, open_tokens
 from speechlm_ext.errors import ConfigError, PlanError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.ops.delay_pack.delay_pack import PackedBatch
+from speechlm_ext.ops import PackedBatch
 from speechlm_ext.tasks import TaskTemplate
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from speechlm_ext.audio.files import read_audio, write_wav
-from speechlm_ext.data.tokenize.fit import read_wave
 from speechlm_ext.data.manifest import Utterance, read_manifest
+from speechlm_ext.data.tokenize.fit import read_wave
 from speechlm_ext.errors import AudioError, ManifestError, SpeechLMError, StorageError
 from speechlm_ext.evaluation.judge.heard import HeardClips
 from speechlm_ext.evaluation.judge.whisper import SAMPLE_RATE
@@ -26,8 +26,8 @@ from speechlm_ext.utils.names import file_name
 from speechlm_ext.utils.options import as_list
 
 if TYPE_CHECKING:
+    from speechlm_ext.evaluation.config import EvaluateConfig
     from speechlm_ext.evaluation.judge.whisper import Judge
-    from speechlm_ext.evaluation.evaluate import EvaluateConfig
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +171,8 @@ def _original(utterance: Utterance, out: Path, lang: str) -> Record:
 
 def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: str) -> list[Record]:
     """Encode and decode recordings with the model's codec, into ``out/resynthesis/``."""
-    from speechlm_ext.utils.files.run_folders import TOKENIZERS_NAME
     from speechlm_ext.tokenizers import TokenizerSet
+    from speechlm_ext.utils.files.run_folders import TOKENIZERS_NAME
 
     codec = TokenizerSet.load(model / TOKENIZERS_NAME).codec
     if codec is None:

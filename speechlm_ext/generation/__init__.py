@@ -3,12 +3,12 @@
 results = generate(model, [GenerationRequest("a", "tts", text="one two")])
 """
 
+from speechlm_ext.generation.generate import generate
 from speechlm_ext.generation.live.chat import Chat
 from speechlm_ext.generation.live.listen import Listener, PartialText
-from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
-from speechlm_ext.generation.generate import generate
-from speechlm_ext.generation.requests.settings import SamplingSettings
 from speechlm_ext.generation.live.stream import StreamChunk
+from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
+from speechlm_ext.generation.requests.settings import SamplingSettings
 
 __all__ = [
     "Chat",

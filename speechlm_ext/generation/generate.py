@@ -10,24 +10,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from speechlm_ext.audio.files import says_conversions
 from speechlm_ext.errors import GenerationError, SpeechLMError
-from speechlm_ext.generation.search import best_of
-from speechlm_ext.generation.search.beam import beam_search
 from speechlm_ext.generation.engine.engine import Engine, Work
+from speechlm_ext.generation.engine.rows import Decoded, failed
 from speechlm_ext.generation.requests.prompt import Prompt, build_prompt, find_task, live_columns, raw_content
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
-from speechlm_ext.generation.engine.rows import Decoded, failed
 from speechlm_ext.generation.requests.settings import SamplingSettings, integer
-
-if TYPE_CHECKING:
-    from speechlm_ext.model.lm import SpeechLMModel
-
+from speechlm_ext.generation.search import best_of
+from speechlm_ext.generation.search.beam import beam_search
+from speechlm_ext.model.lm import SpeechLMModel
 
 #: Requests are sorted by what they produce in windows of this many batches, so that results come early and what is
 #: decoded side by side needs the same logits.
@@ -242,7 +239,9 @@ def result_of(
         return replace(result, finished="failed", error=f"request {result.id!r}: {error}")
 
 
-def _best(request: GenerationRequest, tries: list[GenerationResult], model: SpeechLMModel) -> GenerationResult:
+def _best(
+    request: GenerationRequest, tries: list[GenerationResult], model: SpeechLMModel
+) -> GenerationResult:
     """The try that is kept, made audible."""
     try:
         chosen = best_of.choose(model, request, tries)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from speechlm_ext.errors import KMeansError, SpeechLMError
+from speechlm_ext.kmeans.artifact import Fitted
 from speechlm_ext.kmeans.estimator import KMeans
 from speechlm_ext.kmeans.features.shards import why_no_npy
 from speechlm_ext.utils.console import make_output_safe
@@ -60,8 +61,9 @@ def from_centroids(
             raise KMeansError(f"centroids: expected counts [{num_clusters}] >= 0, got {list(rows.shape)}.")
     model = KMeans(num_clusters)
     dtype = torch.float64 if centers.dtype == torch.float64 else torch.float32
-    model._adopt(centers.detach().cpu().to(dtype), rows)
-    model.features_ = dict(features or {})
+    model._adopt(
+        Fitted(centers.detach().cpu().to(dtype), rows, {}, dict(features or {}), n_rows=int(rows.sum()))
+    )
     return model
 
 

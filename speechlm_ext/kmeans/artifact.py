@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -17,55 +18,80 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError, foreign_errors
-from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.files.io import atomic_write_bytes, atomic_write_json
 from speechlm_ext.utils.files.json_shape import SHA256, SIZE, check_shape
 from speechlm_ext.utils.files.json_text import read_json
-
-if TYPE_CHECKING:
-    from speechlm_ext.kmeans.estimator import KMeans
+from speechlm_ext.utils.finite import require_finite
 
 ARRAYS_NAME, JSON_NAME = "kmeans.safetensors", "kmeans.json"
 FORMAT, VERSION = "speechlm-kmeans", 1
 
 
-def fingerprint(model: KMeans) -> str:
-    """sha256 over centroids, counts and the description of the features."""
-    return _fingerprint(_tensors(model), model.features_)
+@dataclass
+class Fitted:
+    """All that an artifact holds."""
+
+    centers: Tensor
+    """``[K, F]``."""
+    counts: Tensor
+    """``[K]`` rows of each cluster."""
+    settings: dict[str, Any]
+    """Of the fit, as JSON values."""
+    features: dict[str, Any] = field(default_factory=dict)
+    """What made the features, as JSON values."""
+    n_rows: int = 0
+    n_dropped: int = 0
+    n_iter: int = 0
+    n_steps: int = 0
+    inertia: float | None = None
+    inertia_history: list[float] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over centroids, counts and the description of the features."""
+        return _fingerprint(self.tensors(), self.features)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes into the safetensors file."""
+        return {
+            "cluster_centers": self.centers.detach().cpu().contiguous(),
+            "counts": self.counts.detach().to(device="cpu", dtype=torch.int64).contiguous(),
+        }
 
 
-def write(folder: str | Path, model: KMeans) -> None:
-    """Write a fitted model.
+NUMBERS = ("n_rows", "n_dropped", "n_iter", "n_steps", "inertia", "inertia_history")
 
-    Raises:
-        KMeansError: features that are not JSON, or a number that is not finite; what the folder holds is untouched.
-        StorageError: it cannot be written.
-    """
+
+def json_features(features: Any) -> dict[str, Any]:
+    """A copy as JSON has it. Raises :class:`KMeansError`: not JSON values."""
     try:
-        features = json.loads(json.dumps(model.features_, allow_nan=False))
+        return json.loads(json.dumps(features, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise KMeansError(
             f"K-Means: features should be JSON values that say what made the features; {error}."
         ) from None
-    model.features_ = features
-    tensors = _tensors(model)
+
+
+def write(folder: str | Path, fitted: Fitted) -> None:
+    """Write a fitted model.
+
+    Raises:
+        KMeansError: a number that is not finite; what the folder holds is untouched.
+        StorageError: it cannot be written.
+    """
+    tensors = fitted.tensors()
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "n_clusters": int(tensors["cluster_centers"].shape[0]),
-        "n_features": int(tensors["cluster_centers"].shape[1]),
-        "dtype": str(tensors["cluster_centers"].dtype).removeprefix("torch."),
-        "features": features,
-        "settings": model.settings.record(),
-        "n_rows": model.n_rows_,
-        "n_dropped": model.n_dropped_,
-        "n_iter": model.n_iter_,
-        "n_steps": model.n_steps_,
-        "inertia": model.inertia_,
-        "inertia_history": model.inertia_history_,
-        "sha256": _fingerprint(tensors, features),
+        "n_clusters": int(fitted.centers.shape[0]),
+        "n_features": int(fitted.centers.shape[1]),
+        "dtype": str(fitted.centers.dtype).removeprefix("torch."),
+        "features": fitted.features,
+        "settings": fitted.settings,
+        **{name: getattr(fitted, name) for name in NUMBERS},
+        "sha256": fitted.fingerprint,
     }
-    inertia = [value for value in (model.inertia_, *model.inertia_history_) if value is not None]
+    inertia = [value for value in (fitted.inertia, *fitted.inertia_history) if value is not None]
     numbers = {"inertia": torch.tensor(inertia, dtype=torch.float64)}
     hint = "The rows that it was fitted on are too large for their type; nothing was written."
     require_finite(tensors | numbers, KMeansError, f"K-Means was not saved to {folder}", hint)
@@ -73,7 +99,7 @@ def write(folder: str | Path, model: KMeans) -> None:
     atomic_write_json(Path(folder) / JSON_NAME, record)
 
 
-def read(folder: str | Path, cls: type[KMeans]) -> KMeans:
+def read(folder: str | Path) -> Fitted:
     """Read a fitted model. Raises :class:`KMeansError`."""
     folder = Path(folder)
     record = read_record(folder)
@@ -97,20 +123,8 @@ def read(folder: str | Path, cls: type[KMeans]) -> KMeans:
         )
     if not bool(centers.isfinite().all()) or bool((counts < 0).any()):
         raise KMeansError(f"{path}: centroids must be finite and counts 0 or more; fit again.")
-    try:
-        settings = dict(record["settings"])
-        if str(settings["init"]).startswith("array "):
-            settings["init"] = centers  # the array itself is not kept; its hash is in the record
-        with foreign_errors(KMeansError, "settings", "Expected are those of KMeans."):
-            model = cls(**settings)
-        names = ("n_rows", "n_dropped", "n_iter", "n_steps", "inertia", "inertia_history")
-        model._adopt(centers, counts, **{name: record[name] for name in names})
-    except (KeyError, KMeansError) as error:
-        raise KMeansError(
-            f"{folder / JSON_NAME}: not a K-Means description ({str(error)[:300]}); save it again."
-        ) from None
-    model.features_ = record["features"]
-    return model
+    numbers = {name: record[name] for name in NUMBERS}
+    return Fitted(centers, counts, record["settings"], record["features"], **numbers)
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -150,13 +164,6 @@ _SHAPE = {
     "inertia_history": list[float],
     "sha256": SHA256,
 }
-
-
-def _tensors(model: KMeans) -> dict[str, Tensor]:
-    return {
-        "cluster_centers": model.cluster_centers_.detach().cpu().contiguous(),
-        "counts": model.counts_.detach().to(device="cpu", dtype=torch.int64).contiguous(),
-    }
 
 
 def _fingerprint(tensors: dict[str, Tensor], features: Any) -> str:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.kmeans.settings import is_whole
 from speechlm_ext.kmeans.features.sources import FeatureSource
 from speechlm_ext.kmeans.fit.scan import Data
+from speechlm_ext.kmeans.settings import is_whole
 from speechlm_ext.kmeans.words import counted
 
 _LOG = logging.getLogger("speechlm_ext")

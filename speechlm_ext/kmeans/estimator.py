@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechlm_ext.errors import KMeansError
+from speechlm_ext.errors import KMeansError, foreign_errors
 from speechlm_ext.kmeans import artifact, checks
-from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
-from speechlm_ext.kmeans.fit.loop import partial_step, run_fit
-from speechlm_ext.kmeans.fit.lloyd import walk
-from speechlm_ext.kmeans.predict import nearest_of
-from speechlm_ext.kmeans.fit.ranks import Ranks
-from speechlm_ext.kmeans.settings import Settings
 from speechlm_ext.kmeans.features.sources import open_source
-from speechlm_ext.kmeans.fit.state import State
+from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
+from speechlm_ext.kmeans.fit.lloyd import walk
+from speechlm_ext.kmeans.fit.loop import partial_step, run_fit
+from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.fit.scan import Data, survey
+from speechlm_ext.kmeans.fit.state import State
+from speechlm_ext.kmeans.predict import nearest_of
+from speechlm_ext.kmeans.settings import Settings
 
 _DEFAULT_ITERATIONS = {"lloyd": 300, "minibatch": 100}
 _DEFAULT_EVERY = {"lloyd": 1, "minibatch": 100}
@@ -236,8 +236,8 @@ class KMeans:
             KMeansError: not fitted, or ``features`` are not JSON. StorageError: it cannot be written.
         """
         self._fitted("save")
-        self.features_ = dict(self.features_ if features is None else features)
-        artifact.write(folder, self)
+        self.features_ = artifact.json_features(dict(self.features_ if features is None else features))
+        artifact.write(folder, self._record())
 
     @classmethod
     def load(cls, folder: str | Path) -> KMeans:
@@ -246,22 +246,40 @@ class KMeans:
         Raises:
             KMeansError: missing, damaged, edited, or of another version.
         """
-        return artifact.read(folder, cls)
+        fitted = artifact.read(folder)
+        settings = dict(fitted.settings)
+        try:
+            if str(settings["init"]).startswith("array "):
+                settings["init"] = fitted.centers  # the array itself is not kept; its hash is in the record
+            with foreign_errors(KMeansError, "settings", "Expected are those of KMeans."):
+                model = cls(**settings)
+        except (KeyError, KMeansError) as error:
+            raise KMeansError(
+                f"{Path(folder) / artifact.JSON_NAME}: not a K-Means description ({str(error)[:300]}); save it again."
+            ) from None
+        model._adopt(fitted)
+        return model
 
     @property
     def fingerprint(self) -> str:
         """sha256 over centroids, counts and the description of the features, 64 hex digits."""
         self._fitted("fingerprint")
-        return artifact.fingerprint(self)
+        return self._record().fingerprint
 
-    def _adopt(self, centers: Tensor, counts: Tensor, **found: Any) -> None:
-        """Be fitted with what a file says; ``found``: attributes without their underscore."""
-        self.cluster_centers_, self.counts_, self.labels_ = centers, counts, None
-        self.n_features_in_ = int(centers.shape[1])
-        known = {"n_rows": int(counts.sum()), "n_dropped": 0, "n_iter": 0, "n_steps": 0}
-        for name, value in {**known, "inertia": None, "inertia_history": [], **found}.items():
-            setattr(self, f"{name}_", value)
-        self._learnt = State(centers=centers, seen=counts.double(), iteration=self.n_steps_)
+    def _record(self) -> artifact.Fitted:
+        numbers = {name: getattr(self, f"{name}_") for name in artifact.NUMBERS}
+        return artifact.Fitted(
+            self.cluster_centers_, self.counts_, self.settings.record(), self.features_, **numbers
+        )
+
+    def _adopt(self, fitted: artifact.Fitted) -> None:
+        """Set the fitted attributes from a file."""
+        self.cluster_centers_, self.counts_, self.labels_ = fitted.centers, fitted.counts, None
+        self.n_features_in_ = int(fitted.centers.shape[1])
+        self.features_ = fitted.features
+        for name in artifact.NUMBERS:
+            setattr(self, f"{name}_", getattr(fitted, name))
+        self._learnt = State(fitted.centers, fitted.counts.double(), iteration=self.n_steps_)
 
     def _survey(self, x: Any) -> Data:
         ranks, source, error = Ranks.join(self.distributed), None, None

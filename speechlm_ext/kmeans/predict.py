@@ -8,7 +8,7 @@ from torch import Tensor
 from speechlm_ext.errors import KMeansError
 from speechlm_ext.kmeans.features.sources import FeatureSource, where
 from speechlm_ext.kmeans.fit.scan import default_block_rows
-from speechlm_ext.ops.kmeans_assign.kmeans_assign import CentroidIndex, kmeans_assign
+from speechlm_ext.ops import CentroidIndex, kmeans_assign
 
 
 def nearest_of(

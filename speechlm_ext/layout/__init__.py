@@ -1,5 +1,5 @@
 """TokenLayout: what every token id means, as versioned data."""
 
-from speechlm_ext.layout.layout import FILE_NAME, Entry, Interval, Stream, TokenLayout
+from speechlm_ext.layout.layout import FILE_NAME, Interval, Stream, TokenLayout
 
-__all__ = ["FILE_NAME", "Entry", "Interval", "Stream", "TokenLayout"]
+__all__ = ["FILE_NAME", "Interval", "Stream", "TokenLayout"]

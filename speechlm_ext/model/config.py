@@ -9,8 +9,8 @@ from typing import Any, Literal
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.tasks import TaskTemplate, check_tasks
 from speechlm_ext.utils.files.json_shape import build, check_shape
-from speechlm_ext.utils.files.run_folders import CONFIG_NAME
 from speechlm_ext.utils.files.json_text import read_json
+from speechlm_ext.utils.files.run_folders import CONFIG_NAME
 from speechlm_ext.utils.transformers_config import check_num_layers
 
 MODEL_TYPE = "speechlm"

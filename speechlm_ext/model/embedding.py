@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from speechlm_ext.errors import CheckpointError, ConfigError
-from speechlm_ext.ops.multistream_embed.multistream_embed import multistream_embed
+from speechlm_ext.ops import multistream_embed
 
 #: Rows that are drawn at a time, so that a large table needs no second one.
 _BLOCK = 4096
@@ -30,7 +30,7 @@ class MultiStreamEmbedding(nn.Module):
         pad_id: the id that contributes nothing.
         offsets: row at which each stream's part of the table starts; None: all streams share the whole table.
         scale: factor of each stream; None is 1.
-        sparse: give the weight a sparse gradient; see :func:`speechlm_ext.ops.multistream_embed.multistream_embed`.
+        sparse: give the weight a sparse gradient; see :func:`speechlm_ext.ops.multistream_embed`.
         std: standard deviation of the first draw.
         device, dtype: of the weight; float32, float64, bfloat16 or float16.
 
@@ -88,7 +88,7 @@ class MultiStreamEmbedding(nn.Module):
             ``[..., D]`` in the weight's dtype.
 
         Raises:
-            OpError, OpIndexError: as :func:`speechlm_ext.ops.multistream_embed.multistream_embed` does.
+            OpError, OpIndexError: as :func:`speechlm_ext.ops.multistream_embed` does.
         """
         out = multistream_embed(
             ids.reshape(-1, ids.shape[-1]),

@@ -161,7 +161,7 @@ class FrameCache:
         """The inner position that the next forward writes."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :meth:`speechlm_ext.model.attention.kv_cache.KVCache.attend` in a step: ``[B, H, 1, P]`` to ``[B, 1, H, P]``."""
+        """As :meth:`KVCache.attend` in a step: ``[B, H, 1, P]`` to ``[B, 1, H, P]``."""
         B, e = query.shape[0], self.inner
         keys, values = self.keys_LBHEP[layer, :B], self.values_LBHEP[layer, :B]
         keys[:, :, e], values[:, :, e] = key[:, :, 0], value[:, :, 0]

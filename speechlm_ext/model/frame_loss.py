@@ -9,17 +9,13 @@ Axes: N packed positions, R of them with a frame, E = S - 1, S streams, D hidden
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from speechlm_ext.model.frame import Frames
-
-if TYPE_CHECKING:
-    from speechlm_ext.model.head import MultiStreamHead
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,31 +43,35 @@ class FrameRows:
 
 
 def frame_rows(
-    head: MultiStreamHead, hidden_ND: Tensor, targets_NS: Tensor, weight_NS: Tensor, frames: Frames
+    hidden_ND: Tensor,
+    targets_NS: Tensor,
+    weight_NS: Tensor,
+    frames: Frames,
+    kind_N: Tensor | None,
+    scopes: list[Any],
 ) -> FrameRows:
     """Lay a batch out for the op.
 
     Args:
-        head: gives stream vectors, scopes and the places of ids in its weight.
         hidden_ND: of stream 0.
-        targets_NS, weight_NS: labels, and their weights or a bool mask.
-        frames: hidden states of the other streams, for every position that has a weight there.
+        targets_NS: rows of the head's weight.
+        weight_NS: their weights, or a bool mask.
+        frames: hidden states of the other streams, with the streams' vectors in them, for every position that has a
+            weight there.
+        kind_N: int64, which content each position is of; None: all of the first.
+        scopes: of every content and stream in turn.
     """
     S = targets_NS.shape[1]
     hidden_RED, rows_R = frames.hidden_RED, frames.rows_R
-    if head.stream_embed is not None:
-        hidden_RED = hidden_RED + head.stream_embed
-    kind_N = head.row_scope(targets_NS, weight_NS)
     kind_N = torch.zeros_like(targets_NS[:, 0], dtype=torch.int64) if kind_N is None else kind_N
     stream_E = torch.arange(1, S, device=rows_R.device)
     kind_M = torch.cat((kind_N * S, (kind_N[rows_R, None] * S + stream_E).flatten()))
-    targets_NS = head.places(targets_NS)
     return FrameRows(
         torch.cat((hidden_ND, hidden_RED.to(hidden_ND.dtype).flatten(0, 1))),
         _unrolled(targets_NS, rows_R),
         _unrolled(weight_NS, rows_R),
         kind_M,
-        _kinds(head),
+        scopes,
         rows_R,
     )
 
@@ -84,15 +84,3 @@ def _unrolled(value_NS: Tensor, rows_R: Tensor) -> Tensor:
     further = out_MS[N:].view(len(rows_R), S - 1, S).diagonal(offset=1, dim1=1, dim2=2)
     further.copy_(value_NS[rows_R, 1:])
     return out_MS
-
-
-def _kinds(head: MultiStreamHead) -> list[list[list[tuple[int, int]]]]:
-    """Scopes of each kind, content by content and stream by stream in it: the one stream's, as rows of the weight, in
-    every column, so that one product of that width serves the kind."""
-    contents: Sequence[Any] = head.scopes if head.contents is not None else [head.scopes]
-    kinds = []
-    for scopes in contents:
-        for s, scope in enumerate(scopes):
-            rows = [head.rows_of(s, start, end) for start, end in scope]
-            kinds.append([[(r.start, r.stop) for r in rows]] * len(scopes))
-    return kinds

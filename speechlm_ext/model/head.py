@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.model.config import LossSettings
 from speechlm_ext.model.frame import Frames
-from speechlm_ext.model.frame_loss import frame_rows
-from speechlm_ext.ops import MultiStreamLoss, separate_head_rows
-from speechlm_ext.ops.multistream_loss.multistream_loss import multistream_logprobs
-from speechlm_ext.ops.multistream_loss.multistream_loss import multistream_loss
+from speechlm_ext.model.frame_loss import FrameRows, frame_rows
+from speechlm_ext.ops import MultiStreamLoss, multistream_logprobs, multistream_loss, separate_head_rows
 from speechlm_ext.ops.multistream_loss.arguments import Heads, head_rows
 
 
@@ -31,7 +29,7 @@ class MultiStreamHead(nn.Module):
         settings: loss settings.
         weight: share this ``[V, D]`` parameter (a tied embedding) instead of making one.
         heads: ``shared``, or ``separate`` for rows of every stream's own: ``[rows, D]`` in the order that
-            :func:`speechlm_ext.ops.multistream_loss.multistream_loss` defines, and no stream vectors.
+            :func:`speechlm_ext.ops.multistream_loss` defines, and no stream vectors.
         contents: id ranges ``(start, end)`` of stream 0 that tell which kind a row is of; see :meth:`row_scope`.
         has_bias: add a bias to the logits, one value for each row of the weight; zero at first.
     """
@@ -95,7 +93,7 @@ class MultiStreamHead(nn.Module):
         reduction: Literal["sum", "none"] = "sum",
         frames: Frames | None = None,
     ) -> MultiStreamLoss:
-        """Weighted cross-entropy over all streams; see :func:`speechlm_ext.ops.multistream_loss.multistream_loss`.
+        """Weighted cross-entropy over all streams; see :func:`speechlm_ext.ops.multistream_loss`.
 
         Args:
             hidden_ND: of all streams, or with ``frames`` of stream 0.
@@ -122,7 +120,7 @@ class MultiStreamHead(nn.Module):
                 stream_embed=self.stream_vectors(),
                 **options,
             )
-        rows = frame_rows(self, hidden_ND, targets_NS, loss_weight_NS, frames)
+        rows = self._frame_rows(hidden_ND, targets_NS, loss_weight_NS, frames)
         out = multistream_loss(
             rows.hidden_MD,
             self.weight,
@@ -137,7 +135,7 @@ class MultiStreamHead(nn.Module):
     def logprobs(
         self, hidden_ND: Tensor, targets_NS: Tensor, mask_NS: Tensor, frames: Frames | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies; see :func:`speechlm_ext.ops.multistream_loss.multistream_logprobs`."""
+        """Log-probabilities and entropies; see :func:`speechlm_ext.ops.multistream_logprobs`."""
         if frames is None:
             return multistream_logprobs(
                 hidden_ND,
@@ -151,7 +149,7 @@ class MultiStreamHead(nn.Module):
                 bias=self.bias,
                 softcap=self.settings.softcap,
             )
-        rows = frame_rows(self, hidden_ND, targets_NS, mask_NS, frames)
+        rows = self._frame_rows(hidden_ND, targets_NS, mask_NS, frames)
         logprobs_MS, entropy_MS = multistream_logprobs(
             rows.hidden_MD,
             self.weight,
@@ -163,6 +161,21 @@ class MultiStreamHead(nn.Module):
             softcap=self.settings.softcap,
         )
         return rows.unroll(logprobs_MS), rows.unroll(entropy_MS)
+
+    def _frame_rows(
+        self, hidden_ND: Tensor, targets_NS: Tensor, weight_NS: Tensor, frames: Frames
+    ) -> FrameRows:
+        """A multi-scale batch as rows of the op."""
+        if self.stream_embed is not None:
+            frames = Frames(frames.rows_R, frames.hidden_RED + self.stream_embed)
+        kind_N = self.row_scope(targets_NS, weight_NS)
+        # The scope of one stream of one content, in every column, so that one product of that width serves the kind.
+        scopes = []
+        for content in self.scopes if self.contents is not None else [self.scopes]:
+            for s, scope in enumerate(content):
+                rows = [self.rows_of(s, start, end) for start, end in scope]
+                scopes.append([[(r.start, r.stop) for r in rows]] * len(content))
+        return frame_rows(hidden_ND, self.places(targets_NS), weight_NS, frames, kind_N, scopes)
 
     def places(self, targets_NS: Tensor) -> Tensor:
         """The weight's rows of ids, int64 ``[N, S]``: the ids themselves for a shared head. An id that its stream has

@@ -16,11 +16,11 @@ import numpy as np
 from speechlm_ext.errors import TokenizerError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tokenizers.base import Tokenizer, load_tokenizer, register_tokenizer
-from speechlm_ext.tokenizers.units import EncoderKMeans, EncoderKMeansConfig
 from speechlm_ext.tokenizers.codecs.rvq import RVQConfig, RVQKMeansCodec
 from speechlm_ext.tokenizers.mfcc_units import MFCCKMeans, SSLConfig
 from speechlm_ext.tokenizers.streaming import OverlapDecoder, StreamDecoder, stream_decoder
 from speechlm_ext.tokenizers.text.text import HuggingFaceText, SentencePieceText, TextConfig
+from speechlm_ext.tokenizers.units import EncoderKMeans, EncoderKMeansConfig
 
 __all__ = [
     "EncoderKMeans",

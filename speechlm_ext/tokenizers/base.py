@@ -21,9 +21,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from speechlm_ext.errors import TokenizerError, file_errors, foreign_errors
-from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.files.io import atomic_write_bytes, atomic_write_json
 from speechlm_ext.utils.files.json_shape import SHA256, read_shaped
+from speechlm_ext.utils.finite import require_finite
 
 FILE_NAME = "tokenizer.json"
 ARRAYS_NAME = "arrays.safetensors"

@@ -8,7 +8,7 @@ import torch
 
 from speechlm_ext.errors import TokenizerError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.ops.kmeans_assign.kmeans_assign import kmeans_assign
+from speechlm_ext.ops import kmeans_assign
 
 
 class Fitted(NamedTuple):

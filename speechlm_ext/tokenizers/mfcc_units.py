@@ -21,10 +21,10 @@ import torch
 from speechlm_ext.audio.files import check_wave
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.tokenizers import base
-from speechlm_ext.tokenizers.encoders.spec import average_frames
 from speechlm_ext.tokenizers.centroids import assign, fit
 from speechlm_ext.tokenizers.encoders.mel import one_thread
 from speechlm_ext.tokenizers.encoders.mfcc import MFCC, NUM_FEATURES
+from speechlm_ext.tokenizers.encoders.spec import average_frames
 from speechlm_ext.utils.files.json_shape import build
 
 

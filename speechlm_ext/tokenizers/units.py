@@ -24,9 +24,10 @@ import torch
 
 from speechlm_ext.audio.files import check_wave
 from speechlm_ext.errors import ConfigError, TokenizerError
-from speechlm_ext.ops.kmeans_assign.kmeans_assign import CentroidIndex, kmeans_assign
+from speechlm_ext.ops import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers import base
-from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder, build_encoder
+from speechlm_ext.tokenizers.encoders.build import build_encoder
+from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder
 from speechlm_ext.utils.files.json_shape import Range, check_shape
 
 _SHAPE = {

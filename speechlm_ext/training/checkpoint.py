@@ -21,9 +21,8 @@ from torch import Tensor
 from speechlm_ext.errors import CheckpointError, TrainingError
 from speechlm_ext.model.config import CONFIG_NAME
 from speechlm_ext.model.files.digests import verify_digests, write_digests
-from speechlm_ext.model.files.model_folder import METADATA, check_revision
+from speechlm_ext.model.files.model_folder import METADATA
 from speechlm_ext.model.lm import SpeechLMModel
-from speechlm_ext.utils.files.run_folders import MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME
 from speechlm_ext.training.ranks import from_rank_0
 from speechlm_ext.training.state import TrainerState, read_state
 from speechlm_ext.utils.files.checkpoint_folders import (
@@ -39,8 +38,9 @@ from speechlm_ext.utils.files.checkpoint_folders import (
     remove,
     step_of,
 )
-from speechlm_ext.utils.finite import first_not_finite, is_finite, require_finite
 from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, make_folder, storage_error
+from speechlm_ext.utils.files.run_folders import MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME
+from speechlm_ext.utils.finite import first_not_finite, is_finite, require_finite
 
 __all__ = [
     "LATEST",
@@ -159,7 +159,11 @@ def prune(root: Path, step: int, keep: int) -> None:
 
 
 def _write(
-    folder: Path, model: SpeechLMModel, weights: dict[str, Tensor], moments: dict[str, Tensor], state: TrainerState
+    folder: Path,
+    model: SpeechLMModel,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    state: TrainerState,
 ) -> None:
     temporary = incomplete_name(folder)
     try:

@@ -25,8 +25,7 @@ import yaml
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.errors import CheckpointError, ConfigError, SpeechLMError, StorageError, TrainingError
 from speechlm_ext.model import ModelConfig, SpeechLMModel
-from speechlm_ext.utils.files.run_folders import CHECKPOINTS
-from speechlm_ext.model.lm import backbone_settings
+from speechlm_ext.model.backbone.body import backbone_settings
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig
 from speechlm_ext.training.engine import build_engine, gradient_norm, init_distributed, set_threads
@@ -36,6 +35,7 @@ from speechlm_ext.training.ranks import from_rank_0, together
 from speechlm_ext.training.resume import agree_on_resume, find_resume
 from speechlm_ext.utils.files.checkpoint_folders import latest_checkpoint, recover
 from speechlm_ext.utils.files.io import atomic_write_text
+from speechlm_ext.utils.files.run_folders import CHECKPOINTS
 
 logger = logging.getLogger("speechlm_ext")
 

@@ -25,14 +25,14 @@ from speechlm_ext.audio.files import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError, foreign_errors
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.units.recordings import AudioJob, AudioPool, find_audio, recording_rows
-from speechlm_ext.units.fit import REJECTED, refuse_options, resolve_device
 from speechlm_ext.kmeans.features.shards import check_npy_size, content_key
 from speechlm_ext.kmeans.features.sources import FeatureSource, ShardSource, open_source
-from speechlm_ext.units.unit_files import SUFFIXES, Format, deduplicated, unit_writer
 from speechlm_ext.kmeans.words import counted, speaks_options
-from speechlm_ext.ops.kmeans_assign.kmeans_assign import CentroidIndex, kmeans_assign
+from speechlm_ext.ops import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.units import EncoderKMeans
+from speechlm_ext.units.fit import REJECTED, refuse_options, resolve_device
+from speechlm_ext.units.recordings import AudioJob, AudioPool, find_audio, recording_rows
+from speechlm_ext.units.unit_files import SUFFIXES, Format, deduplicated, unit_writer
 from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, atomic_write_text, sha256_file
 from speechlm_ext.utils.files.json_shape import SHA256, check_shape, read_shaped
 from speechlm_ext.utils.files.json_text import parse_json

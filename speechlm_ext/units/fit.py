@@ -22,13 +22,14 @@ from speechlm_ext.audio.files import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.units.recordings import AudioJob, AudioPool, estimated_frames, find_audio
 from speechlm_ext.kmeans.checks import missing_gpu
-from speechlm_ext.units.fit_record import CHECKPOINT, FEATURES, claim, record_of
 from speechlm_ext.kmeans.features.sampling import sample_size, sampled_rows, write_sample
 from speechlm_ext.kmeans.features.sources import FeatureSource, open_source
 from speechlm_ext.kmeans.words import counted, speaks_options
-from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder, build_encoder
+from speechlm_ext.tokenizers.encoders.build import build_encoder
+from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder
+from speechlm_ext.units.fit_record import CHECKPOINT, FEATURES, claim, record_of
+from speechlm_ext.units.recordings import AudioJob, AudioPool, estimated_frames, find_audio
 from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, atomic_write_text, sha256_file
 from speechlm_ext.utils.files.json_shape import SHA256, read_shaped
 from speechlm_ext.utils.files.json_text import json_line
@@ -131,7 +132,7 @@ def run_fit(cfg: FitConfig) -> int:
     spec = None if cfg.encoder is None else EncoderSpec.parse(cfg.encoder, cfg.frames_per_token)
     utterances = find_audio(cfg.audio) if cfg.audio is not None else []
     shards = None if cfg.features is None else open_source(cfg.features, column=cfg.column)
-    claim(out, record_of(cfg, utterances if shards is None else shards))
+    claim(out, record_of(asdict(cfg), utterances if shards is None else shards))
     if (out / "kmeans.json").is_file():
         KMeans.load(out)  # says so where it is damaged
         print(f"{out}: these units are fitted already; see `speechlm kmeans inspect --kmeans {out}`")

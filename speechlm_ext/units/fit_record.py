@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from speechlm_ext.data.manifest import Utterance
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.units.recordings import recording_rows
 from speechlm_ext.kmeans.features.shards import content_key
 from speechlm_ext.kmeans.features.sources import FeatureSource, ShardSource
+from speechlm_ext.units.recordings import recording_rows
 from speechlm_ext.utils.files.io import atomic_write_json
 from speechlm_ext.utils.files.json_shape import read_shaped
-
-if TYPE_CHECKING:
-    from speechlm_ext.units.fit import FitConfig
 
 RECORD = "fit.json"
 FEATURES = "features"
@@ -31,13 +27,14 @@ _OF_KMEANS = (
 _CONTENTS = {"recordings": "--audio", "shards": "--features"}
 
 
-def record_of(cfg: FitConfig, inputs: Sequence[Utterance] | FeatureSource) -> dict[str, Any]:
+def record_of(settings: dict[str, Any], inputs: Sequence[Utterance] | FeatureSource) -> dict[str, Any]:
     """Everything that decides the result, as JSON.
 
     Args:
+        settings: of the command.
         inputs: the recordings or shards that the settings name; what tells their contents apart is recorded.
     """
-    settings = asdict(cfg)
+    settings = dict(settings)
     for name in ("output_dir", "output", "device", "num_workers", "keep_features", "skip_bad"):
         del settings[name]
     if isinstance(inputs, ShardSource):

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 from speechlm_ext.audio.files import add_conversions, audio_seconds, take_conversions
-from speechlm_ext.data.tokenize.fit import read_wave
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest
+from speechlm_ext.data.tokenize.fit import read_wave
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, TokenizerError
 from speechlm_ext.kmeans.features.shards import content_key
 from speechlm_ext.kmeans.words import counted
-from speechlm_ext.ops.kmeans_assign.kmeans_assign import CentroidIndex, kmeans_assign
-from speechlm_ext.tokenizers.encoders.spec import SAMPLE_RATE, EncoderSpec, build_encoder
+from speechlm_ext.ops import CentroidIndex, kmeans_assign
+from speechlm_ext.tokenizers.encoders.build import build_encoder
+from speechlm_ext.tokenizers.encoders.spec import SAMPLE_RATE, EncoderSpec
 from speechlm_ext.utils.files.folders import find_files
 
 logger = logging.getLogger("speechlm_ext")

@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from python_tests.data.conftest import MakeFolder, random_rows
 from speechlm_ext.data.plan.bin_packing import pack_random, pack_tight, split_to
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import TaskUse
 from speechlm_ext.data.tokens.shards import TokenCorpus
 from speechlm_ext.errors import PlanError
-
-from python_tests.data.conftest import MakeFolder, random_rows
 
 
 def speech_like(count: int, seed: int = 0) -> np.ndarray:

@@ -9,6 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from python_tests.data.conftest import LAYOUT, MakeFolder, random_rows
+from speechlm_ext import SpeechLM
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.data.plan.memory import ModelShape, estimate_memory
 from speechlm_ext.data.plan.plan import PlanConfig
@@ -17,11 +19,8 @@ from speechlm_ext.data.samples import TaskUse
 from speechlm_ext.data.sequence import LossWeights
 from speechlm_ext.errors import ConfigError, PlanError, ShardError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext import SpeechLM
 from speechlm_ext.model import FrameTransformerConfig, ModelConfig
 from speechlm_ext.training import ModelSettings
-
-from python_tests.data.conftest import LAYOUT, MakeFolder, random_rows
 
 TASKS = [
     TaskUse("codec_ssl_asr"),

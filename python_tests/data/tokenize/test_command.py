@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechlm_ext.data.tokenize.command import command as tokenize_module
-from speechlm_ext.data.tokenize.fit import CodecFit, SSLFit, TextFit
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.data.samples import TaskUse
-from speechlm_ext.data.tokens.shards import INDEX, TokenFolder
+from speechlm_ext.data.tokenize import command as tokenize_module
 from speechlm_ext.data.tokenize.command import TokenizeConfig, run_tokenize
+from speechlm_ext.data.tokenize.fit import CodecFit, SSLFit, TextFit
+from speechlm_ext.data.tokens.shards import INDEX, TokenFolder
 from speechlm_ext.errors import (
     AudioError,
     ConfigError,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from python_tests.data.conftest import LAYOUT, MakeFolder, random_rows
 from speechlm_ext.data.tokens.shards import (
     INDEX,
     LENGTHS,
@@ -21,8 +22,6 @@ from speechlm_ext.data.tokens.shards import (
 )
 from speechlm_ext.errors import LayoutError, LayoutMismatchError, ShardError, StorageError
 from speechlm_ext.layout import TokenLayout
-
-from python_tests.data.conftest import LAYOUT, MakeFolder, random_rows
 
 
 def test_roundtrip(make_folder: MakeFolder) -> None:

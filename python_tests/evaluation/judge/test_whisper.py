@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from python_tests.data_fixtures import recordings
+from python_tests.assets import recordings
 from speechlm_ext.audio.files import read_audio
 from speechlm_ext.errors import ConfigError, SpeechLMError
-from speechlm_ext.evaluation.judge.whisper import whisper as judge_module
+from speechlm_ext.evaluation.judge import whisper as judge_module
 from speechlm_ext.evaluation.judge.whisper import JudgeUnavailable, load_judge
 
 

@@ -7,7 +7,7 @@ import time
 import num2words
 import pytest
 
-from speechlm_ext.evaluation.text.word_errors import numbers
+from speechlm_ext.evaluation.text import numbers
 from speechlm_ext.evaluation.text.numbers import number_words
 from speechlm_ext.evaluation.text.word_errors import best_reading, normalize, wer
 

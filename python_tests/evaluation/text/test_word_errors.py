@@ -8,7 +8,15 @@ import jiwer
 import pytest
 
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.evaluation.text.word_errors import align, best_reading, cer, normalize, reading_graph, tokens, wer
+from speechlm_ext.evaluation.text.word_errors import (
+    align,
+    best_reading,
+    cer,
+    normalize,
+    reading_graph,
+    tokens,
+    wer,
+)
 
 
 @pytest.mark.parametrize(

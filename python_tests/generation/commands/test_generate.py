@@ -16,8 +16,8 @@ from speechlm_ext.audio.files import write_wav
 from speechlm_ext.cli import main
 from speechlm_ext.errors import ConfigError, GenerationError, StorageError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
-from speechlm_ext.generation.requests import results_folder as records
 from speechlm_ext.generation.commands.generate import EXAMPLES, GenerateConfig, run_generate
+from speechlm_ext.generation.requests import results_folder as records
 
 
 @pytest.fixture

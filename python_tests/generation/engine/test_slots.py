@@ -11,7 +11,7 @@ from python_tests.generation.tools import ScriptedModel, make_layout, make_promp
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine.engine import Engine, Work, decode
 from speechlm_ext.generation.requests.request import SamplingSettings
-from speechlm_ext.ops.delay_pack.delay_pack import delay_pack
+from speechlm_ext.ops import delay_pack
 
 TASKS = ("codec_ssl_plain_tts", "textlm", "codec_ssl_asr", "ssl_audiolm")
 

@@ -75,7 +75,7 @@ def test_the_benchmark_compares_equals(monkeypatch):
     """Its reference loop says what the engine says, and it notices when that is not so."""
     model = build("smoke", "cpu")
     check(model)
-    from speechlm_ext.generation.engine.engine import sampler_state as state
+    from speechlm_ext.generation.engine import sampler_state as state
 
     monkeypatch.setattr(state, "_temperatures", lambda settings, num_streams: [5.0] * num_streams)
     with pytest.raises(AssertionError, match="differ"):

@@ -9,8 +9,8 @@ import torch
 from python_tests.generation.conftest import make_model, make_wave
 from speechlm_ext.errors import GenerationError, LayoutError
 from speechlm_ext.generation import SamplingSettings
-from speechlm_ext.generation.live.chat import Chat
 from speechlm_ext.generation.engine.rows import prefix_rows
+from speechlm_ext.generation.live.chat import Chat
 
 SAMPLED = SamplingSettings(greedy=False, temperature=1.5, seed=3, max_len=7)
 

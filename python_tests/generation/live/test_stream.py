@@ -17,14 +17,14 @@ import torch
 from python_tests.generation.conftest import TASKS, make_model, make_wave
 from python_tests.generation.test_generate import CHAIN
 from speechlm_ext.audio.files import write_wav
+from speechlm_ext.audio.wav_stream import RawStream, WavStream, pcm16
 from speechlm_ext.errors import AudioError, ConfigError, GenerationError, SpeechLMError, StorageError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, StreamChunk, generate
-from speechlm_ext.generation.live import stream as stream_room
 from speechlm_ext.generation.commands.generate import GenerateConfig, run_generate
 from speechlm_ext.generation.engine.engine import Engine
+from speechlm_ext.generation.live import stream as stream_room
 from speechlm_ext.generation.live.incremental import TextPieces
 from speechlm_ext.tokenizers import HuggingFaceText, SentencePieceText, TextConfig, TokenizerSet
-from speechlm_ext.audio.wav_stream import RawStream, WavStream, pcm16
 
 DELAYS = [None, (0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 3, 2), (2, 3, 2, 4)]
 SETTINGS = [

@@ -10,8 +10,8 @@ import pytest
 
 from speechlm_ext.audio.files import read_audio
 from speechlm_ext.generation import GenerationRequest
-from speechlm_ext.generation.requests.results_folder import ResultsFolder, fingerprint
 from speechlm_ext.generation.requests.request import GenerationResult
+from speechlm_ext.generation.requests.results_folder import ResultsFolder, fingerprint
 from speechlm_ext.utils.names import id_of
 
 IDS = ["a", "a/2", "a.2", "a@2", "a_2", "A", "../b", "b", "con", "ü", "x" * 300, "x" * 299 + "y"]

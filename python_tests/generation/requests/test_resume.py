@@ -16,8 +16,8 @@ import soundfile
 from python_tests.generation.conftest import make_wave
 from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.requests import results_folder as records
 from speechlm_ext.generation.commands.generate import GenerateConfig, run_generate
+from speechlm_ext.generation.requests import results_folder as records
 
 
 def read_lines(path):

@@ -12,12 +12,12 @@ from python_tests.generation.conftest import make_model, make_wave
 from python_tests.generation.tools import make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, generate
-from speechlm_ext.generation.search.beam import beam_search
 from speechlm_ext.generation.engine.engine import decode
 from speechlm_ext.generation.requests.prompt import build_prompt, find_task, raw_content
 from speechlm_ext.generation.requests.request import SamplingSettings
+from speechlm_ext.generation.search.beam import beam_search
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.ops.delay_pack.delay_pack import delay_pack
+from speechlm_ext.ops import delay_pack
 
 
 @pytest.mark.parametrize("delays", [None, (1, 0, 2)])

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from python_tests.generation.conftest import make_model
 from python_tests.data.sequence_oracle import assemble
+from python_tests.generation.conftest import make_model
 from speechlm_ext.data.sequence import LossWeights
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
-from speechlm_ext.generation.search import best_of
 from speechlm_ext.generation.engine.sampler_state import _temperatures
-from speechlm_ext.ops.delay_pack.delay_pack import delay_pack
+from speechlm_ext.generation.search import best_of
+from speechlm_ext.ops import delay_pack
 from speechlm_ext.tasks import builtin_tasks
 
 ASR = builtin_tasks()["codec_ssl_asr"]
@@ -61,9 +62,7 @@ def test_keeps_the_try_that_is_recognised_best(model):
 
 
 def test_beside_other_requests_and_across_windows(model, monkeypatch):
-    from speechlm_ext.generation import generate as run
-
-    monkeypatch.setattr(run, "WINDOW", 1)
+    monkeypatch.setattr(sys.modules["speechlm_ext.generation.generate"], "WINDOW", 1)
     (alone,) = generate(model, [ask(5)])
     text = GenerationRequest("t", "textlm", text="four", settings=SamplingSettings(max_len=4))
     seen = []

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import speechlm_ext as sx
-from speechlm_ext.errors import KMeansError, SpeechLMError
-
 from python_tests.kmeans.conftest import clustered
+from speechlm_ext.errors import KMeansError, SpeechLMError
 
 sk = pytest.importorskip("sklearn.cluster", reason="the oracle needs scikit-learn: pip install scikit-learn")
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import speechlm_ext as sx
+from python_tests.kmeans.conftest import clustered
 from speechlm_ext.errors import KMeansError
+from speechlm_ext.kmeans.features.sources import ArraySource
 from speechlm_ext.kmeans.fit import minibatch
 from speechlm_ext.kmeans.fit.minibatch import Batches
 from speechlm_ext.kmeans.fit.ranks import Ranks
-from speechlm_ext.kmeans.features.sources import ArraySource
 from speechlm_ext.kmeans.fit.scan import survey
-
-from python_tests.kmeans.conftest import clustered
 
 
 def test_partial_fit_by_hand():

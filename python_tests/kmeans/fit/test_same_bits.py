@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 import speechlm_ext as sx
-from speechlm_ext.errors import CheckpointError
-from speechlm_ext.kmeans.features.sources import ArraySource
-
 from python_tests.kmeans.conftest import clustered
 from python_tests.kmeans.fit.shared_fit import FITS, found_by, run
+from speechlm_ext.errors import CheckpointError
+from speechlm_ext.kmeans.features.sources import ArraySource
 
 HERE = Path(__file__).parent
 

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 import speechlm_ext as sx
+from python_tests.kmeans.conftest import clustered, plus_plus
 from speechlm_ext.errors import CheckpointError
-from speechlm_ext.utils import progress
-from speechlm_ext.kmeans.fit.seeding import initial_centers
+from speechlm_ext.kmeans.features.sources import ArraySource
 from speechlm_ext.kmeans.fit.greedy_seeding import greedy_plus_plus
 from speechlm_ext.kmeans.fit.ranks import Ranks
-from speechlm_ext.kmeans.features.sources import ArraySource
 from speechlm_ext.kmeans.fit.scan import survey
-
-from python_tests.kmeans.conftest import clustered, plus_plus
+from speechlm_ext.kmeans.fit.seeding import initial_centers
+from speechlm_ext.utils import progress
 
 sk = pytest.importorskip("sklearn.cluster", reason="the oracle needs scikit-learn: pip install scikit-learn")
 

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.model.backbone.proof import examine
 
-DOCS = Path(__file__).parents[2] / "docs" / "training.md"
+DOCS = Path(__file__).parents[3] / "docs" / "training.md"
 BEGIN, END = "<!-- backbones: begin -->", "<!-- backbones: end -->"
 
 #: Sizes under all the names that classes use; a class gets those that it knows.

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from python_tests.model.backbone.table import quiet, settings_of
+from speechlm_ext import SpeechLM
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext import SpeechLM
 from speechlm_ext.model import LossSettings, ModelConfig
 from speechlm_ext.model.attention.kernels import Packing, packed_attention
 from speechlm_ext.model.attention.scores import ScoreRule

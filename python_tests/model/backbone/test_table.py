@@ -17,4 +17,6 @@ def test_the_table_is_true() -> None:
     assert f"({exact} classes are carried exactly" in (backbones.DOCS.parents[1] / "README.md").read_text(
         "utf-8"
     )
-    assert written == backbones.table().splitlines(), "write it anew: python -m python_tests.model.backbone.table"
+    assert written == backbones.table().splitlines(), (
+        "write it anew: python -m python_tests.model.backbone.table"
+    )

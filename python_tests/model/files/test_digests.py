@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from speechlm_ext import SpeechLM
 from speechlm_ext.errors import CheckpointError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext import SpeechLM
 from speechlm_ext.model import ModelConfig
 from speechlm_ext.model.files.digests import DIGESTS_NAME
 from speechlm_ext.tokenizers import MFCCKMeans, SSLConfig, TokenizerSet

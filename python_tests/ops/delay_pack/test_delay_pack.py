@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speechlm_ext as sx
-from speechlm_ext.ops.delay_pack.delay_pack import reference as reference
+from speechlm_ext.ops.delay_pack import reference
 
 FIELDS = ("ids", "labels", "loss_weight", "position", "cu_seqlens", "segment_map", "stream_map")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import speechlm_ext as sx
 from python_tests.ops.delay_pack.test_delay_pack import assert_same
 from speechlm_ext.ops.common.native import native
-from speechlm_ext.ops.delay_pack.delay_pack import reference as reference
+from speechlm_ext.ops.delay_pack import reference
 
 SMALL = st.integers(-3, 40)
 

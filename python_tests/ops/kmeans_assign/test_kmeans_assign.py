@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 import speechlm_ext as sx
 from python_tests import cuda_on_cpu
 from python_tests.conftest import CUDA, CUDA_ON_CPU, on_device
+from python_tests.ops.instruction_sets import simd
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.kmeans_assign.reference import kmeans_assign as direct
-
-from python_tests.ops.instruction_sets import simd
 
 #: The CPU's codes: integers of 16 bits alone, or bfloat16 tiles before them, in plain C++ where there is no tile unit.
 CODES = {

@@ -7,11 +7,10 @@ import torch
 from torch.library import opcheck
 
 import speechlm_ext as sx
+from python_tests.ops.multistream_embed.cases import DTYPES, SETTINGS, assert_no_worse, make_ids, rule_of
 from speechlm_ext.errors import SpeechLMError
 from speechlm_ext.ops.common.native import native
-from speechlm_ext.ops.multistream_embed.multistream_embed import reference as reference
-
-from python_tests.ops.multistream_embed.cases import DTYPES, SETTINGS, assert_no_worse, make_ids, rule_of
+from speechlm_ext.ops.multistream_embed import reference
 
 POSITIONS = [16, 4, 0, 9, 7]  # row 4 has pads alone; not in order, first and last row among them
 

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import speechlm_ext as sx
+from python_tests.ops.multistream_embed.cases import DTYPES, SETTINGS, assert_no_worse, make_ids
 from speechlm_ext.errors import SpeechLMError
 from speechlm_ext.ops.common.native import native
-from speechlm_ext.ops.multistream_embed.multistream_embed import reference as reference
-
-from python_tests.ops.multistream_embed.cases import DTYPES, SETTINGS, assert_no_worse, make_ids
+from speechlm_ext.ops.multistream_embed import reference
 
 
 def naive(ids, table, pad_id=0, offsets=None, scale=None):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import speechlm_ext as sx
-from speechlm_ext.ops.multistream_loss.multistream_loss import chunks as internals
+from speechlm_ext.ops.multistream_loss import chunks as internals
 
 SCOPES = {
     "full_and_own": (20, [[(0, 20)], [(3, 9)], [(9, 12)]]),

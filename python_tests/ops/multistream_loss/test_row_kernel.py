@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 import speechlm_ext as sx
 from python_tests.ops.multistream_loss.test_multistream_loss import OPTIONS, SCOPES, make_case
-from speechlm_ext.ops.multistream_loss.multistream_loss import chunks as internals
-from speechlm_ext.ops.multistream_loss.scopes import flatten, read_scopes
 from speechlm_ext.ops.common.native import native
-from speechlm_ext.ops.multistream_loss.reference import LossOptions, loss_pass
+from speechlm_ext.ops.multistream_loss import chunks as internals
+from speechlm_ext.ops.multistream_loss.reference import loss_pass
+from speechlm_ext.ops.multistream_loss.scopes import flatten, read_scopes
+from speechlm_ext.ops.multistream_loss.types import LossOptions
 
 
 def large_case(dtype=torch.float32, num_rows=700):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from python_tests import cuda_on_cpu
 from speechlm_ext.ops.multistream_loss.row_kernel import loss_rows
-from speechlm_ext.ops.multistream_loss.reference import LossOptions
+from speechlm_ext.ops.multistream_loss.types import LossOptions
 
 FIRST_ID = 1000  # column 0 holds this id, so that a kernel that takes one for the other is found
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speechlm_ext as sx
-from speechlm_ext.ops.multistream_loss.multistream_loss import chunks as internals
+from speechlm_ext.ops.multistream_loss import chunks as internals
+from speechlm_ext.ops.multistream_loss.reference import loss_pass
 from speechlm_ext.ops.multistream_loss.scopes import read_scopes
-from speechlm_ext.ops.multistream_loss.reference import LossOptions, loss_pass
+from speechlm_ext.ops.multistream_loss.types import LossOptions
 
 # Ids 0-3 special, 4-9 speech, 10-15 codes, 16-24 text. Kind 0: a frame of speech, 1: text, 2: anything.
 KINDS = [

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from speechlm_ext.ops import DecodeState
-from speechlm_ext.ops.multistream_sample.multistream_sample import multistream_sample
+from speechlm_ext.ops import DecodeState, multistream_sample
 from speechlm_ext.ops.multistream_sample.reference import multistream_sample as reference
 
 NAMES = ("tokens", "logprob", "is_content", "failed", "done")

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from speechlm_ext.ops import DecodeState
-from speechlm_ext.ops.multistream_sample.multistream_sample import multistream_sample
-from speechlm_ext.ops.multistream_sample.multistream_sample import reference as internals
+from speechlm_ext.ops import DecodeState, multistream_sample
+from speechlm_ext.ops.multistream_sample import reference as internals
 
 #: temperature, top_k, top_p, min_p
 SETTINGS = [

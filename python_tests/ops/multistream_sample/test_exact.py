@@ -7,13 +7,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from speechlm_ext.ops import DecodeState
-from speechlm_ext.ops.multistream_sample.multistream_sample import multistream_sample
+from python_tests.ops.instruction_sets import simd
+from python_tests.ops.multistream_sample.cases import (
+    DTYPES,
+    LOGITS,
+    MUTABLE,
+    assert_step,
+    copy_of,
+    move,
+    random_case,
+    roll,
+)
+from speechlm_ext.ops import DecodeState, multistream_sample
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.multistream_sample.reference import multistream_sample as reference
-
-from python_tests.ops.instruction_sets import simd
-from python_tests.ops.multistream_sample.cases import DTYPES, LOGITS, MUTABLE, assert_step, copy_of, move, random_case, roll
 
 WIDTHS = st.lists(st.sampled_from([1, 2, 3, 17, 63, 64, 100, 257, 300]), min_size=1, max_size=12)
 COMMON = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -6,11 +6,9 @@ import pytest
 import torch
 
 import speechlm_ext as sx
-from speechlm_ext.ops import DecodeState, OpError
-from speechlm_ext.ops.multistream_sample.multistream_sample import multistream_sample
-
 from python_tests.ops.multistream_sample.cases import copy_of
 from python_tests.ops.multistream_sample.test_multistream_sample import make_logits, make_state
+from speechlm_ext.ops import DecodeState, OpError, multistream_sample
 
 
 def test_logits_of_each_stream_or_side_by_side():

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from speechlm_ext.ops import DecodeState
-from speechlm_ext.ops.multistream_sample.multistream_sample import multistream_sample
-
 from python_tests.ops.multistream_sample.cases import assert_step, copy_of, move
+from speechlm_ext.ops import DecodeState, multistream_sample
 
 EOS, PADS = 5, (0, 90, 91)
 SCOPES = [torch.tensor([EOS, 10, 11, 12]), torch.tensor([20, 21]), torch.tensor([30, 31])]

@@ -10,14 +10,29 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from speechlm_ext.ops.multistream_sample.multistream_sample import multistream_sample
+from python_tests.ops.instruction_sets import simd
+from python_tests.ops.multistream_sample.cases import (
+    DTYPES,
+    LOGITS,
+    MUTABLE,
+    NAMES,
+    assert_close,
+    copy_of,
+    move,
+    random_case,
+)
+from python_tests.ops.multistream_sample.test_exact import wide_case
+from python_tests.ops.multistream_sample.test_multistream_sample import (
+    END,
+    EOS,
+    NAN,
+    SAY,
+    make_logits,
+    make_state,
+)
+from speechlm_ext.ops import multistream_sample
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.multistream_sample.reference import multistream_sample as reference
-
-from python_tests.ops.instruction_sets import simd
-from python_tests.ops.multistream_sample.cases import DTYPES, LOGITS, MUTABLE, NAMES, assert_close, copy_of, move, random_case
-from python_tests.ops.multistream_sample.test_multistream_sample import END, EOS, NAN, SAY, make_logits, make_state
-from python_tests.ops.multistream_sample.test_exact import wide_case
 
 WIDTHS = st.lists(st.sampled_from([1, 2, 17, 64, 100, 257]), min_size=1, max_size=9)
 COMMON = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from speechlm_ext.ops import OpError, SampledStep
-from speechlm_ext.ops.multistream_sample.multistream_sample import multistream_sample
-
 from python_tests.ops.multistream_sample.cases import MUTABLE, copy_of, move, random_case
 from python_tests.ops.multistream_sample.test_multistream_sample import NAN, make_logits, make_state
 from python_tests.ops.multistream_sample.test_streams import assert_same_bits
 from python_tests.ops.multistream_sample.test_torch import STATE, a_state
+from speechlm_ext.ops import OpError, SampledStep, multistream_sample
 
 
 def a_part(state, streams=(0, 1)):

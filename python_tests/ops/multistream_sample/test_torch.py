@@ -7,10 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from speechlm_ext.ops.multistream_sample.multistream_sample import multistream_sample
-from speechlm_ext.ops.multistream_sample.decode_state import DecodeState
-
 from python_tests.ops.multistream_sample.cases import MUTABLE, assert_same_state, copy_of, move, random_case
+from speechlm_ext.ops import DecodeState, multistream_sample
 
 STATE = ("column_ids", "sampling", "choice", "limits", "request", "guidance", "progress", "forced", "history",
          "history_logprob", "allowed", "bounds", "delays", "pad_ids", "eos_id", "eos_column", "tail")  # fmt: skip

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 import speechlm_ext as sx
-from speechlm_ext.ops.multistream_embed.multistream_embed import reference as reference
-from speechlm_ext.ops.scatter_sum.scatter_sum import lazy_zeros
-
 from python_tests.ops.multistream_embed.cases import DTYPES, SETTINGS, assert_no_worse, make_ids, rule_of
+from speechlm_ext.ops.multistream_embed import reference
+from speechlm_ext.ops.scatter_sum.scatter_sum import lazy_zeros
 
 
 def gradient(ids, table, grad, **options):

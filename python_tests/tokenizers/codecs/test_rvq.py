@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from python_tests.data_fixtures import waves
+from python_tests.assets import waves
 from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
 from speechlm_ext.tokenizers import RVQConfig, RVQKMeansCodec, load_tokenizer
-from speechlm_ext.tokenizers.encoders.mel import MelConfig, MelSpectrogram, one_thread
 from speechlm_ext.tokenizers.codecs.rvq import beam_search
+from speechlm_ext.tokenizers.encoders.mel import MelConfig, MelSpectrogram, one_thread
 
 
 def rmse(a, b) -> float:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from python_tests.data_fixtures import waves
+from python_tests.assets import waves
 from speechlm_ext.errors import TokenizerError
 from speechlm_ext.tokenizers import OverlapDecoder, RVQKMeansCodec, StreamDecoder, TokenizerSet
-from speechlm_ext.tokenizers.encoders.mel import MelConfig
 from speechlm_ext.tokenizers.codecs.phase import OnlinePhase
+from speechlm_ext.tokenizers.encoders.mel import MelConfig
 from speechlm_ext.tokenizers.streaming import stream_decoder
 
 

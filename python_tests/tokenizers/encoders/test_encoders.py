@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from python_tests.data_fixtures import waves
+from python_tests.assets import waves
 from python_tests.tokenizers.encoders import models as hf_models
 from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
-from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder, build_encoder
+from speechlm_ext.tokenizers.encoders.build import build_encoder
 from speechlm_ext.tokenizers.encoders.huggingface import OVERLAP, WINDOW, HFEncoder, windows
-from speechlm_ext.tokenizers.encoders.weights import weights_sha256
 from speechlm_ext.tokenizers.encoders.mel import MelConfig, MelSpectrogram
 from speechlm_ext.tokenizers.encoders.mfcc import MFCC
+from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder
+from speechlm_ext.tokenizers.encoders.weights import weights_sha256
 
 KINDS = ("hubert", "hubert-stable", "wav2vec2", "wav2vec2-ctc", "wavlm", "wav2vec2-bert", "whisper")
 LAYERS = 3

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from python_tests.data_fixtures import recordings
+from python_tests.assets import recordings
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.tokenizers import HuggingFaceText, SentencePieceText, TextConfig, load_tokenizer
 

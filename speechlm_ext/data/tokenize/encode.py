@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from speechlm_ext.audio.files import add_conversions, take_conversions
-from speechlm_ext.data.tokenize.fit import read_wave
 from speechlm_ext.data.manifest import Rejected, Utterance
+from speechlm_ext.data.tokenize.fit import read_wave
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, TokenizerError
 from speechlm_ext.tokenizers import TokenizerSet
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import ConfigError, GenerationError
 from speechlm_ext.generation.commands.generate_stream import STDOUT, run_stream
+from speechlm_ext.generation.generate import generate
 from speechlm_ext.generation.requests.prompt import find_task
-from speechlm_ext.generation.requests.results_folder import ResultsFolder
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.requests.request_file import Line, RefusedRequest, read_requests
-from speechlm_ext.generation.generate import generate
+from speechlm_ext.generation.requests.results_folder import ResultsFolder
 from speechlm_ext.generation.requests.settings import SamplingSettings
-from speechlm_ext.utils.files.run_folders import find_model_folder
 from speechlm_ext.utils.console import argument_text
 from speechlm_ext.utils.files.io import atomic_write_text, sha256_file
+from speechlm_ext.utils.files.run_folders import find_model_folder
 
 if TYPE_CHECKING:
     from speechlm_ext.model.lm import SpeechLMModel
@@ -212,6 +212,7 @@ def load_model(cfg: GenerateConfig) -> SpeechLMModel:
     """Load the model folder onto the device. Raises :class:`SpeechLMError` if that is not possible."""
     import torch
 
+    from speechlm_ext.model.files import model_folder
     from speechlm_ext.model.lm import SpeechLMModel
 
     device = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -223,7 +224,7 @@ def load_model(cfg: GenerateConfig) -> SpeechLMModel:
         raise ConfigError(
             f"device {cfg.device} was asked for but torch sees no CUDA device; use cpu or auto."
         )
-    model = SpeechLMModel.from_pretrained(cfg.model, device, verify=cfg.verify)
+    model = model_folder.load_model(cfg.model, SpeechLMModel, device, verify=cfg.verify)
     if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and on_gpu):
         model = model.to(torch.bfloat16)
     return model

@@ -10,10 +10,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speechlm_ext.generation.requests.request import GenerationRequest
-from speechlm_ext.generation.live.stream import StreamChunk, stream
-from speechlm_ext.utils.files.io import atomic_write_text
 from speechlm_ext.audio.wav_stream import RawStream, WavStream
+from speechlm_ext.generation.live.stream import StreamChunk, stream
+from speechlm_ext.generation.requests.request import GenerationRequest
+from speechlm_ext.utils.files.io import atomic_write_text
 
 if TYPE_CHECKING:
     from speechlm_ext.model.lm import SpeechLMModel
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 STDOUT = Path("-")
 
 
-def run_stream(model: SpeechLMModel, request: GenerationRequest, output: Path | None, chunk_frames: int) -> int:
+def run_stream(
+    model: SpeechLMModel, request: GenerationRequest, output: Path | None, chunk_frames: int
+) -> int:
     """Serve the request.
 
     Args:

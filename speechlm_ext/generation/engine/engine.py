@@ -14,21 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.engine.engine import sampler_state as states
+from speechlm_ext.generation.engine import sampler_state as states
 from speechlm_ext.generation.engine.graphs import Calls, StepGraphs
-from speechlm_ext.generation.requests.prompt import Prompt
 from speechlm_ext.generation.engine.rows import Decoded, forced_rows, given_rows, prefix_rows, read_decoded
-from speechlm_ext.ops.multistream_sample.decode_state import DecodeState
-from speechlm_ext.ops.multistream_sample.multistream_sample import SampledStep, multistream_sample
-
-if TYPE_CHECKING:
-    from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.generation.requests.prompt import Prompt
+from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.ops import DecodeState, SampledStep, multistream_sample
 
 #: Rows that one prefill forward may have, which bounds its memory.
 PREFILL_ROWS = 8192
@@ -67,7 +64,11 @@ class Engine:
     """
 
     def __init__(
-        self, model: SpeechLMModel, num_slots: int = 16, poll: int | None = None, cuda_graphs: bool | None = None
+        self,
+        model: SpeechLMModel,
+        num_slots: int = 16,
+        poll: int | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
         if num_slots < 1:
             raise GenerationError(f"the engine needs at least 1 slot, got {num_slots}.")
@@ -75,13 +76,14 @@ class Engine:
         self.device = next(model.parameters()).device
         self.poll = poll if poll is not None else (1 if self.device.type == "cpu" else 8)
         on_gpu = self.device.type == "cuda"
-        self._graphs = StepGraphs(self) if (on_gpu if cuda_graphs is None else cuda_graphs) else None
         self.active: list[_Slot] = []
         self.steps = 0
         self._columns = states.Columns(self.layout, [])
         self._state: DecodeState | None = None
         self._calls_for: dict[frozenset[str], Calls] = {}
         self._cache = model.new_cache(num_slots, 64)
+        uses_graphs = on_gpu if cuda_graphs is None else cuda_graphs
+        self._graphs = StepGraphs(self._step, self._cache, num_slots) if uses_graphs else None
         self._frame_cache = model.new_frame_cache(num_slots) if model.frame is not None else None
         self._row_BS = torch.zeros(num_slots, self.layout.num_streams, dtype=torch.int64, device=self.device)
 

@@ -9,14 +9,12 @@ that are counted on the device, so each replay draws new ones.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 
-from speechlm_ext.ops.multistream_sample.multistream_sample import SampledStep
-
-if TYPE_CHECKING:
-    from speechlm_ext.generation.engine.engine import Engine
+from speechlm_ext.model.attention.kv_cache import KVCache
+from speechlm_ext.ops import SampledStep
 
 KEYS = 256
 #: For each call of the head in a step, the products that are read (None: all). A model with a frame transformer calls
@@ -26,10 +24,18 @@ Size = tuple[int, int, Calls]
 
 
 class StepGraphs:
-    """The captured steps of an engine. On the CPU it runs the same padded sizes without capturing anything."""
+    """The captured steps of an engine. On the CPU it runs the same padded sizes without capturing anything.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    Args:
+        step: computes one step for a number of slots, a number of keys, and calls of the head.
+        cache: what the steps read and write.
+        num_slots: most slots of a step.
+    """
+
+    def __init__(
+        self, step: Callable[[int, int, Calls], SampledStep], cache: KVCache, num_slots: int
+    ) -> None:
+        self._step, self._cache, self._num_slots = step, cache, num_slots
         self._seen: set[Size] = set()
         self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, SampledStep]] = {}
         self._rows = 0
@@ -40,21 +46,21 @@ class StepGraphs:
 
     def step(self, num_active: int, calls: Calls) -> SampledStep:
         """A step for ``num_active`` requests and what fills the slots up."""
-        engine, cache = self.engine, self.engine._cache
-        n = min(1 << (num_active - 1).bit_length(), engine.num_slots)
+        cache = self._cache
+        n = min(1 << (num_active - 1).bit_length(), self._num_slots)
         num_keys = -(-(cache.longest(num_active) + 1) // KEYS) * KEYS
         cache.reserve(num_keys)
         if cache.num_rows != self._rows:
             self._rows = cache.num_rows
             self.forget()
         size = n, num_keys, calls
-        if engine.device.type != "cuda" or size not in self._seen:
+        if cache.device.type != "cuda" or size not in self._seen:
             self._seen.add(size)
-            return engine._step(n, num_keys, calls)
+            return self._step(n, num_keys, calls)
         if size not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = engine._step(n, num_keys, calls)
+                out = self._step(n, num_keys, calls)
             self._graphs[size] = graph, out
         else:
             cache.count_step(n)

@@ -16,7 +16,7 @@ from torch import Tensor
 from speechlm_ext.generation.requests.prompt import Prompt, Segment
 from speechlm_ext.generation.requests.settings import SamplingSettings
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.ops.multistream_sample.decode_state import DecodeState
+from speechlm_ext.ops import DecodeState
 
 #: The packed tensors of a state that have a row for each request; the history is written before it is read.
 GIVEN = ("sampling", "choice", "limits", "request", "guidance", "progress", "forced")

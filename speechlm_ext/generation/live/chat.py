@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from speechlm_ext.audio.files import says_conversions
 from speechlm_ext.errors import GenerationError
+from speechlm_ext.generation.generate import result_of
+from speechlm_ext.generation.live.session import Session, check_one_row
 from speechlm_ext.generation.requests.prompt import (
     Prompt,
     content_frames,
@@ -24,13 +25,9 @@ from speechlm_ext.generation.requests.prompt import (
     special_frame,
 )
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
-from speechlm_ext.generation.generate import result_of
-from speechlm_ext.generation.live.session import Session, check_one_row
 from speechlm_ext.generation.requests.settings import SamplingSettings
+from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.tasks import Entry, TaskTemplate
-
-if TYPE_CHECKING:
-    from speechlm_ext.model.lm import SpeechLMModel
 
 ROLES = ("system", "user", "assistant")
 #: What a turn may be made of.

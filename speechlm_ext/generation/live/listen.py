@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
 
 from speechlm_ext.audio.files import check_wave
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.requests.prompt import build_prompt, find_task
-from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.generate import result_of
 from speechlm_ext.generation.live.session import Session, check_one_row
+from speechlm_ext.generation.requests.prompt import build_prompt, find_task
+from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.requests.settings import SamplingSettings, number
+from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.utils.scripts import NO_SPACES
-
-if TYPE_CHECKING:
-    from speechlm_ext.model.lm import SpeechLMModel
-
 
 _UNIT = regex.compile(rf"(?={NO_SPACES})\X|(?:(?!{NO_SPACES})\S)+")
 
@@ -64,7 +60,11 @@ class Listener:
     """
 
     def __init__(
-        self, model: SpeechLMModel, task: str, chunk_seconds: float = 1.0, settings: SamplingSettings | None = None
+        self,
+        model: SpeechLMModel,
+        task: str,
+        chunk_seconds: float = 1.0,
+        settings: SamplingSettings | None = None,
     ) -> None:
         if model.tokenizers is None:
             raise GenerationError(

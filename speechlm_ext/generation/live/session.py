@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine.engine import Engine, Work
-from speechlm_ext.generation.requests.prompt import Prompt
 from speechlm_ext.generation.engine.rows import Decoded, prefix_rows
+from speechlm_ext.generation.requests.prompt import Prompt
 from speechlm_ext.generation.requests.settings import SamplingSettings
-
-if TYPE_CHECKING:
-    from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.model.lm import SpeechLMModel
 
 
 def check_one_row(settings: SamplingSettings, where: str) -> None:

@@ -11,22 +11,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from speechlm_ext.audio.files import says_conversions
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine.engine import Engine, Work
-from speechlm_ext.generation.requests.prompt import Prompt, raw_content
-from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.engine.rows import Decoded, FrameReader
 from speechlm_ext.generation.generate import prepare, require_tokenizers
-from speechlm_ext.generation.requests.settings import SamplingSettings
 from speechlm_ext.generation.live.incremental import Voice, voice_of
-
-if TYPE_CHECKING:
-    from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.generation.requests.prompt import Prompt, raw_content
+from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
+from speechlm_ext.generation.requests.settings import SamplingSettings
+from speechlm_ext.model.lm import SpeechLMModel
 
 _KEY = "stream"
 

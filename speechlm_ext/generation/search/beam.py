@@ -9,19 +9,16 @@ compared by ``log p / n^length_penalty`` with n tokens, the end included (Wu et 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.requests.prompt import Prompt
 from speechlm_ext.generation.engine.rows import Decoded, delayed_rows, failed
 from speechlm_ext.generation.engine.sampler_state import Columns
+from speechlm_ext.generation.requests.prompt import Prompt
 from speechlm_ext.layout import TokenLayout
-
-if TYPE_CHECKING:
-    from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.model.lm import SpeechLMModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,10 +17,8 @@ from speechlm_ext.data.batch import Sample, SequencePacker
 from speechlm_ext.data.sequence import LossWeights, sequence_length
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
+from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.tasks import Entry, TaskTemplate
-
-if TYPE_CHECKING:
-    from speechlm_ext.model.lm import SpeechLMModel
 
 _TEXT = Entry("text", "text_bpe")
 _EQUAL = LossWeights(text=1.0, ssl=1.0, codec=1.0, special=1.0)

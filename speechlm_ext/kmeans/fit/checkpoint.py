@@ -21,10 +21,10 @@ from safetensors.torch import save as save_tensors
 from speechlm_ext.errors import CheckpointError, KMeansError, foreign_errors
 from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.fit.state import State
-from speechlm_ext.utils.finite import require_finite
 from speechlm_ext.utils.files.io import atomic_write_bytes, atomic_write_json
 from speechlm_ext.utils.files.json_shape import SHA256, check_shape
 from speechlm_ext.utils.files.json_text import parse_json
+from speechlm_ext.utils.finite import require_finite
 
 STATE_NAME = "kmeans_state.json"
 VERSION = 1

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.kmeans.counter_rng import uniforms
-from speechlm_ext.utils.progress import stage_bar
 from speechlm_ext.kmeans.fit.fixed_point import grid_step, to_grid
 
 # Products in tiles of one thread each: the same bits for any number of threads.
 from speechlm_ext.ops.common.matmul import put_logits
+from speechlm_ext.utils.progress import stage_bar
 
 _ALL_PAIRS = 1 << 14  # most points whose pairs are all kept: 1 GiB of float32
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speechlm_ext.kmeans.fit.state import State, Step
 from speechlm_ext.kmeans.fit.fixed_point import add_cluster_sums, exact_sum, grid_step, to_grid
 from speechlm_ext.kmeans.fit.scan import Data
+from speechlm_ext.kmeans.fit.state import State, Step
+from speechlm_ext.ops import CentroidIndex, kmeans_assign
 from speechlm_ext.ops.common.memory import lazy_zeros
-from speechlm_ext.ops.kmeans_assign.kmeans_assign import CentroidIndex, kmeans_assign
 
 
 class Farthest:

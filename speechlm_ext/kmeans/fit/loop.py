@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
-from speechlm_ext.kmeans.fit.seeding import initial_centers, subsample
 from speechlm_ext.kmeans.fit.lloyd import lloyd_step, walk
 from speechlm_ext.kmeans.fit.minibatch import Batches, judge_progress, minibatch_step
-from speechlm_ext.kmeans.settings import Settings
-from speechlm_ext.kmeans.fit.state import Best, State, Step
 from speechlm_ext.kmeans.fit.scan import Data
+from speechlm_ext.kmeans.fit.seeding import initial_centers, subsample
+from speechlm_ext.kmeans.fit.state import Best, State, Step
+from speechlm_ext.kmeans.settings import Settings
 
 _LOG = logging.getLogger(__name__)
 #: Where there is no bar, a line of log so often.

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.kmeans.counter_rng import row_keys
-from speechlm_ext.kmeans.fit.lloyd import farthest_possible
-from speechlm_ext.kmeans.fit.state import State, Step
 from speechlm_ext.kmeans.fit.fixed_point import add_cluster_sums, exact_sum, grid_step, to_grid
+from speechlm_ext.kmeans.fit.lloyd import farthest_possible
 from speechlm_ext.kmeans.fit.scan import Data
-from speechlm_ext.ops.kmeans_assign.kmeans_assign import kmeans_assign
+from speechlm_ext.kmeans.fit.state import State, Step
+from speechlm_ext.ops import kmeans_assign
 
 SEGMENT = 1024
 _LEAST_SEGMENTS = 32

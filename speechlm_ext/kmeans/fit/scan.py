@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.utils.progress import stage_bar
-from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.features.sources import FeatureSource, where
 from speechlm_ext.kmeans.fit.fixed_point import Grid, grid_step, to_grid
+from speechlm_ext.kmeans.fit.ranks import Ranks
+from speechlm_ext.utils.progress import stage_bar
 
 _BLOCK_VALUES = 1 << 23  # 32 MiB of float32
 _SAMPLED_ROWS = 64

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
 from speechlm_ext.kmeans.counter_rng import row_keys, uniforms
-from speechlm_ext.kmeans.fit.greedy_seeding import greedy_plus_plus
-from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.features.sources import ArraySource
 from speechlm_ext.kmeans.fit.fixed_point import grid_step, to_grid
+from speechlm_ext.kmeans.fit.greedy_seeding import greedy_plus_plus
+from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.fit.scan import Data, survey
-from speechlm_ext.ops.kmeans_assign.kmeans_assign import CentroidIndex, kmeans_assign
+from speechlm_ext.ops import CentroidIndex, kmeans_assign
 
 METHODS = ("k-means++", "k-means||", "random")
 _GREEDY_WORK, _GREEDY_VALUES = 2e9, 1 << 25

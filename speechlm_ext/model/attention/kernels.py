@@ -19,21 +19,26 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.model.attention.scores import ScoreRule, causal_mask, dense_attention
 from speechlm_ext.model.attention.packing import Gather, Packing, Ungather
-
-if TYPE_CHECKING:
-    from speechlm_ext.model.attention.kv_cache import KVCache
+from speechlm_ext.model.attention.scores import ScoreRule, causal_mask, dense_attention
 
 NAME = "speechlm"
 logger = logging.getLogger("speechlm_ext")
+
+
+class AttentionCache(Protocol):
+    """Keys and values of earlier rows, such as a :class:`KVCache`."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:
+        """Store one layer's new keys and values and attend to all; shapes as in :func:`speechlm_attention`."""
+        ...
 
 
 def choose_attention(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
@@ -169,7 +174,7 @@ class _Current(threading.local):
     """What the attention of this thread works on."""
 
     packing: Packing | None = None
-    kv: KVCache | None = None
+    kv: AttentionCache | None = None
     rules: set[str] | None = None
 
 
@@ -177,7 +182,7 @@ _current = _Current()
 
 
 @contextlib.contextmanager
-def attending(packing: Packing | None = None, kv: KVCache | None = None) -> Iterator[None]:
+def attending(packing: Packing | None = None, kv: AttentionCache | None = None) -> Iterator[None]:
     """Inside, a backbone's attention works on this pack or cache, also in classes that do not pass keywords on.
 
     The keywords of the forward call say the same once more for classes that do: they reach a layer that activation
@@ -211,7 +216,7 @@ def speechlm_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packing: Packing | None = None,
-    kv: KVCache | None = None,
+    kv: AttentionCache | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,

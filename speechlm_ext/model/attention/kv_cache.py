@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechlm_ext.model.attention.kernels import Packing, packed_attention
+from speechlm_ext.model.attention.kernels import packed_attention
+from speechlm_ext.model.attention.packing import Packing
 from speechlm_ext.model.attention.scores import ScoreRule, causal_mask, dense_attention
 from speechlm_ext.ops.common.memory import lazy_zeros
 

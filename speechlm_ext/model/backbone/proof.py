@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from speechlm_ext.model.attention.kernels import watching
+from speechlm_ext.model.attention.kv_cache import KVCache
 from speechlm_ext.model.backbone.body import (
     BackboneError,
     TextEnds,
@@ -35,7 +36,6 @@ from speechlm_ext.model.backbone.body import (
     run_step,
     text_body,
 )
-from speechlm_ext.model.attention.kv_cache import KVCache
 
 #: Largest difference, as a share of the largest logit.
 TOLERANCE = 1e-4

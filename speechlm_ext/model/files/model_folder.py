@@ -84,7 +84,9 @@ def load_model(
                 )
     weights = folder / WEIGHTS_NAME
     check_sizes(weights, config.backbone)
-    with file_errors(CheckpointError, folder / CONFIG_NAME, "does not make a model", "Copy the folder again."):
+    with file_errors(
+        CheckpointError, folder / CONFIG_NAME, "does not make a model", "Copy the folder again."
+    ):
         model = kind(config, layout, tokenizers)
     check_revision(model, folder)
     try:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.delay_pack.op import Counts, eager
 from speechlm_ext.ops.common.native import check, describe, int_list
+from speechlm_ext.ops.delay_pack.op import Counts, eager
 
 ID_DTYPES = (torch.int32, torch.int64)
 MOST_STREAMS = 64

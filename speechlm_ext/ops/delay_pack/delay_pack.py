@@ -18,10 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.delay_pack.delay_pack import arguments as args
+from speechlm_ext.ops.common.native import check, describe, int_list
+from speechlm_ext.ops.delay_pack import arguments as args
 from speechlm_ext.ops.delay_pack.op import delay_pack_op, delay_pack_segments_op
 from speechlm_ext.ops.delay_pack.special_ids import specials
-from speechlm_ext.ops.common.native import check, describe, int_list
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ def delay_pack(
     fill_weight: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(ids, labels, loss_weight, position, cu_seqlens, segment_map, stream_map)`` of `speechlm_ext.ops.delay_pack.delay_pack`,
+    """``(ids, labels, loss_weight, position, cu_seqlens, segment_map, stream_map)`` of `speechlm_ext.ops.delay_pack`,
     list form only, with special ids as one list per segment."""
     S, most = len(delays), max(delays)
     device = segments[0].device if segments else torch.device("cpu")

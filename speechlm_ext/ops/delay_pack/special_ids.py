@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.delay_pack.arguments import Specials, SpecialWeight, check_fits, host_tensor
 from speechlm_ext.ops.common.native import check, describe, int_list
+from speechlm_ext.ops.delay_pack.arguments import Specials, SpecialWeight, check_fits, host_tensor
 
 
 def specials(

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 from speechlm_ext.ops.common.native import LIBRARY, OpError, check, describe, native, stream_handle
+from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: On a GPU: bytes of the products of a chunk, which should stay in its second-level cache, and of the rounded rows.

@@ -1,7 +1,7 @@
 """multistream_embed: the sum of the embeddings of all streams of a row, and of continuous features where there are any.
 
 Pads contribute exactly 0 whatever their table row holds, and get no gradient. The gradients are in
-:mod:`speechlm_ext.ops.scatter_sum.scatter_sum`.
+:mod:`speechlm_ext.ops.scatter_sum`.
 """
 
 from __future__ import annotations

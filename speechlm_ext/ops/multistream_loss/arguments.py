@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.multistream_loss.scopes import GivenScopes, flatten, read_scopes
 from speechlm_ext.ops.common.native import OpError, check, describe, partition_hint
+from speechlm_ext.ops.multistream_loss.scopes import GivenScopes, flatten, read_scopes
 
 Heads = Literal["shared", "separate"]
 _MOST_STREAMS = 64

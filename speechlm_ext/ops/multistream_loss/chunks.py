@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.memory import empty_in_huge_pages
 from speechlm_ext.ops.common.matmul import (
     add_hidden_gradient,
     add_weight_gradient,
@@ -20,6 +19,7 @@ from speechlm_ext.ops.common.matmul import (
     run,
     weight_tiles,
 )
+from speechlm_ext.ops.common.memory import empty_in_huge_pages
 from speechlm_ext.ops.multistream_loss.row_kernel import loss_rows
 from speechlm_ext.ops.multistream_loss.scopes import (
     Group,
@@ -30,7 +30,7 @@ from speechlm_ext.ops.multistream_loss.scopes import (
     group_all,
     group_streams,
 )
-from speechlm_ext.ops.multistream_loss.reference import LossOptions, LossResult
+from speechlm_ext.ops.multistream_loss.types import LossOptions, LossResult
 
 #: Bytes of logits in a chunk, but at least _MIN_ROWS rows: with fewer, the products wait for memory.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 384 << 20}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops.common.native import check, describe
 from speechlm_ext.ops.multistream_loss.arguments import Heads, check_arguments
 from speechlm_ext.ops.multistream_loss.op import LossSettings
 from speechlm_ext.ops.multistream_loss.scopes import GivenScopes
-from speechlm_ext.ops.common.native import check, describe
 
 
 def multistream_logprobs(

@@ -13,10 +13,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops.common.native import check
 from speechlm_ext.ops.multistream_loss.arguments import Heads, check_arguments
 from speechlm_ext.ops.multistream_loss.op import LossSettings, MultiStreamLossFunction
 from speechlm_ext.ops.multistream_loss.scopes import GivenScopes
-from speechlm_ext.ops.common.native import check
 
 
 class MultiStreamLoss(NamedTuple):

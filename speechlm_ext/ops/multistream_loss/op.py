@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops.common.native import LIBRARY
 from speechlm_ext.ops.multistream_loss.chunks import capturing, native_pass
 from speechlm_ext.ops.multistream_loss.scopes import check_values, unflatten
-from speechlm_ext.ops.common.native import LIBRARY
-from speechlm_ext.ops.multistream_loss.reference import LossOptions
+from speechlm_ext.ops.multistream_loss.types import LossOptions
 
 LIBRARY.define(
     "multistream_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor live, Tensor coef, Tensor? coef_nll, "

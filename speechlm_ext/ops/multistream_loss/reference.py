@@ -9,40 +9,17 @@ before the two big products ``dH = G W`` and ``dW = Gᵀ H``; what ``e_s`` adds 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from speechlm_ext.ops.multistream_loss.scopes import Interval, Scopes, ScopeSets, local_targets
+from speechlm_ext.ops.multistream_loss.types import LossOptions, LossResult
 
 #: Bytes of logits per chunk (a chunk has at least _MIN_ROWS rows). On the CPU the C library hands buffers of more than
 #: 32 MiB back to the system at once, and zeroing their pages again for each chunk costs more than the arithmetic.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 384 << 20}
 _MIN_ROWS = 512
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """The settings that are numbers; see `speechlm_ext.ops.multistream_loss.multistream_loss`."""
-
-    z_loss: float = 0.0
-    label_smoothing: float = 0.0
-    softcap: float | None = None
-
-
-@dataclass
-class LossResult:
-    """Sums over all rows, and the gradients of ``coef_loss · loss + coef_nll · nll`` where asked for."""
-
-    stream_loss: Tensor  # [S] sum of coef_loss * loss
-    stream_correct: Tensor  # [S]
-    token_nll: Tensor | None  # [N, S]
-    token_entropy: Tensor | None  # [N, S]
-    grad_hidden: Tensor | None = None
-    grad_weight: Tensor | None = None
-    grad_embed: Tensor | None = None
-    grad_bias: Tensor | None = None
 
 
 def group_streams(scopes: Scopes) -> list[tuple[tuple[Interval, ...], list[int]]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.ops.common.native import native, stream_handle
-from speechlm_ext.ops.multistream_loss.reference import LossOptions
+from speechlm_ext.ops.multistream_loss.types import LossOptions
 
 #: A stream that a chunk serves: its column of the targets, whether its column sums are wanted, its slices
 #: ``(id, first column, count)``, which ascend and do not overlap.

@@ -3,7 +3,7 @@
 ``frames_per_token`` consecutive 10 ms log-mel frames make one token frame (2: 50 Hz, 4: 25 Hz). Stage ``s``
 quantises what stages ``0..s-1`` left over, with its own codebook. Encoding keeps the ``beam`` best partial
 codes instead of the single best, which lowers the error by about an eighth at no cost in decoding. Decoding
-sums the chosen centroids and turns the mel frames into sound as they come (:mod:`speechlm_ext.tokenizers.codecs.rvq_stream`).
+sums the chosen centroids and turns the mel frames into sound as they come (:mod:`.rvq_stream`).
 
 Frames: a waveform of ``n`` samples has ``ceil(n / (hop * frames_per_token))`` frames and decodes to that many
 times ``hop * frames_per_token`` samples; the end of the last frame is silence that was not in the input.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -23,58 +23,13 @@ import torch
 from torch.nn import functional
 
 from speechlm_ext.audio.files import check_wave
-from speechlm_ext.errors import ConfigError, TokenizerError
+from speechlm_ext.errors import TokenizerError
 from speechlm_ext.tokenizers import base
 from speechlm_ext.tokenizers.centroids import fit
-from speechlm_ext.tokenizers.encoders.mel import MelConfig, MelSpectrogram, one_thread
+from speechlm_ext.tokenizers.codecs.config import RVQConfig
 from speechlm_ext.tokenizers.codecs.rvq_stream import RVQStreamDecoder
+from speechlm_ext.tokenizers.encoders.mel import MelSpectrogram, one_thread
 from speechlm_ext.utils.files.json_shape import build
-
-
-@dataclass(frozen=True)
-class RVQConfig:
-    """Settings of the codec."""
-
-    mel: MelConfig = field(default_factory=MelConfig)
-    """The analysis underneath."""
-    frames_per_token: int = 2
-    """Mel frames (10 ms) in one token frame: 2 is 50 Hz, 4 is 25 Hz."""
-    num_codebooks: int = 8
-    """Residual stages."""
-    codebook_size: int = 256
-    """Centroids of a stage."""
-    beam: int = 4
-    """Partial codes kept while encoding; 1 is greedy."""
-    griffin_lim_iterations: int = 60
-    """Phase reconstruction steps."""
-    griffin_lim_momentum: float = 0.99
-    """Momentum of fast Griffin-Lim."""
-    max_fit_frames: int = 30000
-    """Token frames that the fit uses at most, drawn at random."""
-    fit_iterations: int = 10
-    """Lloyd steps of each stage."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "frames_per_token",
-            "num_codebooks",
-            "codebook_size",
-            "beam",
-            "max_fit_frames",
-            "fit_iterations",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rvq-kmeans codec: {name} must be at least 1, got {getattr(self, name)}.")
-        if self.griffin_lim_iterations < 0 or not 0 <= self.griffin_lim_momentum < 1:
-            raise ConfigError(
-                "rvq-kmeans codec: griffin_lim_iterations must be >= 0 and griffin_lim_momentum in [0, 1), "
-                f"got {self.griffin_lim_iterations} and {self.griffin_lim_momentum}."
-            )
-
-    @property
-    def frame_rate(self) -> float:
-        """Token frames per second."""
-        return self.mel.sample_rate / (self.mel.hop * self.frames_per_token)
 
 
 class RVQKMeansCodec:
@@ -177,7 +132,7 @@ class RVQKMeansCodec:
 
     def stream_decoder(self) -> RVQStreamDecoder:
         """A decoder for codes that arrive bit by bit."""
-        return RVQStreamDecoder(self)
+        return RVQStreamDecoder(self.config, self.vocab_sizes, self.magnitude)
 
     def decode_whole(self, ids: np.ndarray) -> np.ndarray:
         """The waveform by Griffin-Lim over the whole utterance, which needs all codes at once; shape and errors as

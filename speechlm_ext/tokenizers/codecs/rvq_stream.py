@@ -9,17 +9,15 @@ as the codec's ``griffin_lim_iterations`` says, so streaming costs what decoding
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from speechlm_ext.tokenizers.encoders.mel import one_thread
+from speechlm_ext.tokenizers.codecs.config import RVQConfig
 from speechlm_ext.tokenizers.codecs.phase import OnlinePhase
+from speechlm_ext.tokenizers.encoders.mel import one_thread
 from speechlm_ext.tokenizers.streaming import Blocks
-
-if TYPE_CHECKING:
-    from speechlm_ext.tokenizers.codecs.rvq import RVQKMeansCodec
 
 #: Fewest mel frames of a block: with fewer there is little new to each step, and the same steps reach less.
 BLOCK = 4
@@ -29,12 +27,20 @@ LOOKAHEAD = 6
 
 
 class RVQStreamDecoder:
-    """Stream decoder of a :class:`RVQKMeansCodec`; see the module's text and :class:`StreamDecoder`."""
+    """Stream decoder of an ``rvq-kmeans`` codec; see the module's text and :class:`StreamDecoder`.
 
-    def __init__(self, codec: RVQKMeansCodec) -> None:
-        c = codec.config
-        self._codec = codec
-        self._blocks = Blocks(codec.vocab_sizes, math.ceil(BLOCK / c.frames_per_token))
+    Args:
+        config: the codec's settings.
+        vocab_sizes: codes of each codebook.
+        magnitude: STFT magnitudes ``[T * frames_per_token, n_fft / 2 + 1]`` of codes ``[T, num_codebooks]``.
+    """
+
+    def __init__(
+        self, config: RVQConfig, vocab_sizes: Sequence[int], magnitude: Callable[[np.ndarray], torch.Tensor]
+    ) -> None:
+        c = config
+        self._magnitude = magnitude
+        self._blocks = Blocks(tuple(vocab_sizes), math.ceil(BLOCK / c.frames_per_token))
         num_mel = self._blocks.block * c.frames_per_token
         self._phase = OnlinePhase(
             c.mel,
@@ -43,8 +49,8 @@ class RVQStreamDecoder:
             iterations=math.ceil(c.griffin_lim_iterations * num_mel / (num_mel + LOOKAHEAD)),
             momentum=c.griffin_lim_momentum,
         )
-        self.frame_samples = codec.frame_samples
-        self.lookahead = math.ceil(self._phase.lag / codec.frame_samples) + self._blocks.block - 1
+        self.frame_samples = c.mel.hop * c.frames_per_token
+        self.lookahead = math.ceil(self._phase.lag / self.frame_samples) + self._blocks.block - 1
 
     def push(self, codes: np.ndarray) -> np.ndarray:
         """See :class:`StreamDecoder`."""
@@ -69,4 +75,4 @@ class RVQStreamDecoder:
         codes_TC = self._blocks.take(first, first + count)
         self._blocks.forget(first + count)
         with one_thread(), torch.inference_mode():
-            return self._phase.push(self._codec.magnitude(codes_TC)).numpy()
+            return self._phase.push(self._magnitude(codes_TC)).numpy()

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from speechlm_ext.errors import TokenizerError, foreign_errors
+from speechlm_ext.tokenizers.encoders.mel import one_thread
 from speechlm_ext.tokenizers.encoders.spec import (
     SAMPLE_RATE,
     EncoderSpec,
@@ -37,7 +38,6 @@ from speechlm_ext.tokenizers.encoders.spec import (
     num_frames,
 )
 from speechlm_ext.tokenizers.encoders.weights import load_parts, model_folder, weights_sha256
-from speechlm_ext.tokenizers.encoders.mel import one_thread
 
 WINDOW = 1500
 """Frames that go through the layers at once; Whisper has no positions beyond."""

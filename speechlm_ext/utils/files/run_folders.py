@@ -1,4 +1,4 @@
-"""Names of the files of a model folder, and the model folder that a path means: itself, or a run's newest checkpoint."""
+"""Names of the files of a model folder, and the folder that a path means: itself, or a run's newest checkpoint."""
 
 from __future__ import annotations
 

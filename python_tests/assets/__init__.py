@@ -1,5 +1,5 @@
 """Real recordings for tests: a dozen short English prompts (16 kHz FLAC, CC-BY-SA, see
-``assets/speech/NOTICE``).
+``speech/NOTICE``).
 
 They lie in the repository, so no test needs a network. ``debian_packages()`` gives the demo's whole material
 where the packages can be had, and skips the test with the reason elsewhere.
@@ -17,7 +17,7 @@ import pytest
 
 from speechlm_ext.audio.files import read_audio
 
-SPEECH = Path(__file__).parent / "assets" / "speech"
+SPEECH = Path(__file__).parent / "speech"
 MANIFEST = SPEECH / "manifest.jsonl"
 SAMPLE_RATE = 16000
 
@@ -61,7 +61,7 @@ def demo_module(name: str):
     import importlib
     import sys
 
-    folder = str(Path(__file__).parents[1] / "recipes" / "demo")
+    folder = str(Path(__file__).parents[2] / "recipes" / "demo")
     if folder not in sys.path:
         sys.path.insert(0, folder)
     return importlib.import_module(name)

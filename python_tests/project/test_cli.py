@@ -73,7 +73,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["layout", "--path", str(tmp_path)]) == 2
     message = capsys.readouterr().err.strip()
     assert message.startswith("speechlm: error: no token_layout.json") and "\n" not in message
-    recipe = Path(__file__).parents[1] / "recipes" / "demo_multiscale.yaml"
+    recipe = Path(__file__).parents[2] / "recipes" / "demo_multiscale.yaml"
     assert main(["train", "--config", str(recipe), "--model.frame_transformer.hidden_size", "30"]) == 2
     message = capsys.readouterr().err.strip()
     assert message.startswith("speechlm: error: frame_transformer.hidden_size 30") and "\n" not in message

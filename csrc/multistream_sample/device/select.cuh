@@ -7,7 +7,7 @@
 // the rank tell them apart until they are few.
 #pragma once
 
-#include "multistream_sample/scope.cuh"
+#include "multistream_sample/device/scope.cuh"
 
 namespace speechlm {
 

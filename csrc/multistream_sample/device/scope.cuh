@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "multistream_sample/block.cuh"
+#include "multistream_sample/device/block.cuh"
 #include "multistream_sample/choice.h"
 #include "multistream_sample/state_machine.h"
 

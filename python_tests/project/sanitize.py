@@ -1,4 +1,4 @@
-"""The CPU kernels under sanitizers: ``python -m python_tests.sanitize [address] [thread] [-- PYTEST ARGUMENTS]``.
+"""The CPU kernels under sanitizers: ``python -m python_tests.project.sanitize [address] [thread] [-- PYTEST ARGS]``.
 
 For each sanitizer ``_C`` is built with it, three planted faults show that it looks, and the op tests run on the CPU.
 ``address`` is AddressSanitizer and UndefinedBehaviorSanitizer together, ``thread`` is ThreadSanitizer. Python itself is

@@ -1,0 +1,54 @@
+"""Settings of the codec ``rvq-kmeans``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from speechlm_ext.errors import ConfigError
+from speechlm_ext.tokenizers.encoders.mel import MelConfig
+
+
+@dataclass(frozen=True)
+class RVQConfig:
+    """Settings of the codec."""
+
+    mel: MelConfig = field(default_factory=MelConfig)
+    """The analysis underneath."""
+    frames_per_token: int = 2
+    """Mel frames (10 ms) in one token frame: 2 is 50 Hz, 4 is 25 Hz."""
+    num_codebooks: int = 8
+    """Residual stages."""
+    codebook_size: int = 256
+    """Centroids of a stage."""
+    beam: int = 4
+    """Partial codes kept while encoding; 1 is greedy."""
+    griffin_lim_iterations: int = 60
+    """Phase reconstruction steps."""
+    griffin_lim_momentum: float = 0.99
+    """Momentum of fast Griffin-Lim."""
+    max_fit_frames: int = 30000
+    """Token frames that the fit uses at most, drawn at random."""
+    fit_iterations: int = 10
+    """Lloyd steps of each stage."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "frames_per_token",
+            "num_codebooks",
+            "codebook_size",
+            "beam",
+            "max_fit_frames",
+            "fit_iterations",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"rvq-kmeans codec: {name} must be at least 1, got {getattr(self, name)}.")
+        if self.griffin_lim_iterations < 0 or not 0 <= self.griffin_lim_momentum < 1:
+            raise ConfigError(
+                "rvq-kmeans codec: griffin_lim_iterations must be >= 0 and griffin_lim_momentum in [0, 1), "
+                f"got {self.griffin_lim_iterations} and {self.griffin_lim_momentum}."
+            )
+
+    @property
+    def frame_rate(self) -> float:
+        """Token frames per second."""
+        return self.mel.sample_rate / (self.mel.hop * self.frames_per_token)
