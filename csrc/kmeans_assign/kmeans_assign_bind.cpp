@@ -3,8 +3,8 @@
 #include <type_traits>
 
 #include "bind.h"
-#include "common/cuda/cuda_build.h"
 #include "common/cpu/simd.h"
+#include "common/cuda/cuda_build.h"
 #include "common/tensor/tensor_caster.h"
 #include "kmeans_assign/kmeans_assign.h"
 #include "kmeans_assign/kmeans_sums.h"

@@ -1,8 +1,8 @@
 // multistream_embed on the GPU: a warp per row, ids in registers, 16-byte loads, one store. Bytes that must move: every
 // real id's row of the table, every feature, every row of the output, once each.
 #include "common/cuda/cuda.cuh"
-#include "common/tensor/small_float.h"
 #include "common/cuda/vec.cuh"
+#include "common/tensor/small_float.h"
 #include "multistream_embed/multistream_embed.h"
 
 namespace speechlm {

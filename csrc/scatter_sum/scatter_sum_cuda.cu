@@ -3,8 +3,8 @@
 // time. A compact result has a row per run; a prefix sum over the runs' last pairs numbers them.
 #include "common/cuda/cub.cuh"
 #include "common/cuda/cuda.cuh"
-#include "common/tensor/small_float.h"
 #include "common/cuda/vec.cuh"
+#include "common/tensor/small_float.h"
 #include "scatter_sum/scatter_sum.h"
 
 namespace speechlm {

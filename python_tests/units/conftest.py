@@ -1,5 +1,5 @@
 """Fixtures that the K-Means tests share."""
 
-from python_tests.kmeans.conftest import features
+from python_tests.kmeans.conftest import _one_thread, features
 
-__all__ = ["features"]
+__all__ = ["_one_thread", "features"]

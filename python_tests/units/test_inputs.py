@@ -29,9 +29,11 @@ def test_shards_that_were_replaced_are_noticed(features, tmp_path, capsys, monke
     words += ["--share", 0.5] if stage == "sampled" else []
     with monkeypatch.context() as patch:
         if stage != "finished":
-            place = "speechlm_ext.kmeans.fit.loop." + ("run_fit" if stage == "sampled" else "walk")
-            place = place.replace("fitting.run_fit", "estimator.run_fit")
-            patch.setattr(place, lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+            place = {"sampled": "estimator.run_fit", "iterating": "fit.loop.walk"}[stage]
+            patch.setattr(
+                f"speechlm_ext.kmeans.{place}",
+                lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt),
+            )
         assert kmeans(*words) == (0 if stage == "finished" else 1)
     assert (tmp_path / "u" / "features" / "sample.npy").exists() == (stage == "sampled")
     assert (tmp_path / "u" / "checkpoint").exists() == (stage == "iterating")

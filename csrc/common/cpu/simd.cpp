@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "common/cpu/amx.h"
 #include "common/check.h"
+#include "common/cpu/amx.h"
 
 namespace speechlm {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <cmath>
 
-#include "multistream_sample/device/block.cuh"
 #include "multistream_sample/choice.h"
+#include "multistream_sample/device/block.cuh"
 #include "multistream_sample/state_machine.h"
 
 namespace speechlm {
