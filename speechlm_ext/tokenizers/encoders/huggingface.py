@@ -20,6 +20,7 @@ is left at random.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -28,16 +29,15 @@ import numpy as np
 import torch
 
 from speechlm_ext.errors import TokenizerError, foreign_errors
-from speechlm_ext.tokenizers.encoders.mel import one_thread
 from speechlm_ext.tokenizers.encoders.spec import (
     SAMPLE_RATE,
     EncoderSpec,
     average_frames,
     check_encoder_wave,
-    describe_spec,
-    num_frames,
+    describe_encoder,
 )
 from speechlm_ext.tokenizers.encoders.weights import load_parts, model_folder, weights_sha256
+from speechlm_ext.utils.threads import one_thread
 
 WINDOW = 1500
 """Frames that go through the layers at once; Whisper has no positions beyond."""
@@ -102,7 +102,7 @@ class HFEncoder:
 
     def __call__(self, wave: np.ndarray, sample_rate: int | None = None) -> torch.Tensor:
         """See `FeatureEncoder`."""
-        wave = check_encoder_wave(wave, sample_rate, self.spec)
+        wave = check_encoder_wave(wave, sample_rate, self)
         if self.device.type != "cpu":
             return self._encode(wave, self.device)
         with one_thread():
@@ -110,7 +110,7 @@ class HFEncoder:
 
     @torch.inference_mode()
     def _encode(self, wave: np.ndarray, device: torch.device) -> torch.Tensor:
-        length = num_frames(len(wave), self._samples_per_frame)
+        length = math.ceil(len(wave) / self._samples_per_frame)
         inputs = self._family.prepare(wave, length).to(device)
         parts = []
         for begin, end, keep_from, keep_to in windows(length):
@@ -131,7 +131,7 @@ class HFEncoder:
 
     def describe(self) -> dict[str, Any]:
         """See `FeatureEncoder`: with the weights' sha256 and how the input is normalised."""
-        return describe_spec(self.spec, self.frame_rate, self.num_features) | {
+        return describe_encoder(self) | {
             "model_type": self._config.model_type,
             "weights_sha256": self.weights_sha256,
             "do_normalize": bool(getattr(self._extractor, "do_normalize", False)),
