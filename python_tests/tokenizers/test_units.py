@@ -118,7 +118,9 @@ def test_refusals(units, model):
         units.encode(np.zeros(0, np.float32))
     with pytest.raises(TokenizerError, match="cannot be decoded to sound"):
         units.decode(np.zeros((3, 1), np.int32))
-    with pytest.raises(TokenizerError, match=r"200 units need .* got 50 \(1\.0 s of audio\).*at most 50"):
+    with pytest.raises(
+        TokenizerError, match=r"num_clusters 200 needs .* got 50 \(1\.0 s of audio\).*at most 50"
+    ):
         EncoderKMeans.fit([waves()[8][:16000]])
     with pytest.raises(ConfigError, match="num_clusters must be at least 1"):
         EncoderKMeansConfig(num_clusters=0)

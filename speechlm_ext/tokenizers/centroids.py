@@ -25,21 +25,31 @@ class Fitted(NamedTuple):
 def extract_features(
     waves: Iterable[np.ndarray],
     extract: Callable[[np.ndarray], torch.Tensor],
-    num_features: int,
-    what: str,
+    *,
+    frame_rate: float,
+    num_clusters: int,
+    setting: str,
 ) -> torch.Tensor:
-    """Features of all recordings of a fit, float32 ``[N, num_features]``.
+    """Features of all recordings of a fit, float32 ``[N, F]`` with ``N >= num_clusters``.
 
     Args:
         waves: float32 ``[n]`` waveforms; an iterator is read once.
-        extract: waveform → features ``[T, num_features]``.
-        what: name of the tokenizer, for errors.
+        extract: waveform → features ``[T, F]``.
+        frame_rate: features per second.
+        setting: name of the setting ``num_clusters``, for errors.
 
     Raises:
         AudioError: a waveform that cannot be used.
+        TokenizerError: fewer frames than clusters.
     """
-    parts = [extract(check_wave(w, f"waveform {i} of the fit of {what}")) for i, w in enumerate(waves)]
-    return torch.cat([torch.zeros(0, num_features), *parts])
+    parts = [extract(check_wave(wave, f"waveform {i} of the fit")) for i, wave in enumerate(waves)]
+    num_frames = sum(map(len, parts))
+    if num_frames < num_clusters:
+        raise TokenizerError(
+            f"{setting} {num_clusters} needs at least as many frames to fit on, got {num_frames} "
+            f"({num_frames / frame_rate:.1f} s of audio). Give more audio, or set {setting} to at most {num_frames}."
+        )
+    return torch.cat(parts)
 
 
 def sample_rows(x_NF: torch.Tensor, max_rows: int, seed: int) -> torch.Tensor:
@@ -48,24 +58,6 @@ def sample_rows(x_NF: torch.Tensor, max_rows: int, seed: int) -> torch.Tensor:
         return x_NF
     order = torch.randperm(len(x_NF), generator=torch.Generator().manual_seed(seed))
     return x_NF[order[:max_rows]]
-
-
-def require_frames(x_NF: torch.Tensor, setting: str, num_clusters: int, frame_rate: float, what: str) -> None:
-    """Require at least as many frames as clusters.
-
-    Args:
-        setting: name of the setting with the number of clusters.
-        what: name of the tokenizer.
-
-    Raises:
-        TokenizerError: fewer frames.
-    """
-    if len(x_NF) < num_clusters:
-        raise TokenizerError(
-            f"{what}: {setting} {num_clusters} needs at least as many frames, got {len(x_NF)} "
-            f"({len(x_NF) / frame_rate:.1f} s of audio). Give more audio to fit on, or set {setting} to at most "
-            f"{len(x_NF)}."
-        )
 
 
 def fit(x_NF: torch.Tensor, num_clusters: int, *, seed: int, iterations: int) -> Fitted:

@@ -1,6 +1,6 @@
-"""``mfcc-kmeans``: units by K-Means over normalised MFCCs, the first iteration of HuBERT (Hsu et al., 2021).
+"""``mfcc-kmeans``: units by K-Means over normalized MFCCs, the first iteration of HuBERT (Hsu et al., 2021).
 
-``frames_per_token`` frames of 10 ms are averaged to one frame (2: 50 Hz), and each feature is normalised by the mean
+``frames_per_token`` frames of 10 ms are averaged to one frame (2: 50 Hz), and each feature is normalized by the mean
 and standard deviation of the fit's data. No model is needed, and the sampling rate is free.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.tokenizers.base import register_tokenizer
-from speechlm_ext.tokenizers.centroids import extract_features, fit, require_frames, sample_rows
+from speechlm_ext.tokenizers.centroids import extract_features, fit, sample_rows
 from speechlm_ext.tokenizers.encoders.mfcc import NUM_FEATURES
 from speechlm_ext.tokenizers.encoders.signal import SignalEncoder
 from speechlm_ext.tokenizers.encoders.spec import EncoderSpec
@@ -50,12 +50,12 @@ class SSLConfig:
 
 
 class MFCCKMeans(KMeansUnits):
-    """K-Means units over normalised MFCCs; see the module's text.
+    """K-Means units over normalized MFCCs; see the module's text.
 
     Args:
         config: settings.
         mean, scale: float32 ``[39]``, normalisation of the features.
-        centroids: float32 ``[num_clusters, 39]`` in normalised space.
+        centroids: float32 ``[num_clusters, 39]`` in normalized space.
 
     Raises:
         TokenizerError: arrays of other shapes.
@@ -93,23 +93,22 @@ class MFCCKMeans(KMeansUnits):
         """
         config = config or SSLConfig()
         encoder = _encoder(config)
-        x_NF = extract_features(waves, encoder, NUM_FEATURES, "mfcc-kmeans units")
-        x_NF = sample_rows(x_NF, config.max_fit_frames, seed)
-        require_frames(
-            x_NF,
-            setting="num_clusters",
-            num_clusters=config.num_clusters,
+        x_NF = extract_features(
+            waves,
+            encoder,
             frame_rate=encoder.frame_rate,
-            what="mfcc-kmeans units",
+            num_clusters=config.num_clusters,
+            setting="num_clusters",
         )
+        x_NF = sample_rows(x_NF, config.max_fit_frames, seed)
         mean_F = x_NF.mean(0)
         scale_F = x_NF.std(0, correction=0).clamp_min(1e-5)
-        normalised_NF = (x_NF - mean_F) / scale_F
-        fitted = fit(normalised_NF, config.num_clusters, seed=seed, iterations=config.fit_iterations)
+        normalized_NF = (x_NF - mean_F) / scale_F
+        fitted = fit(normalized_NF, config.num_clusters, seed=seed, iterations=config.fit_iterations)
         return cls(config, mean_F, scale_F, fitted.centroids_KF)
 
     def features(self, wave: np.ndarray) -> torch.Tensor:
-        """See `KMeansUnits`: normalised MFCCs."""
+        """See `KMeansUnits`: normalized MFCCs."""
         with one_thread():
             return (self._encoder(wave) - self.mean_F) / self.scale_F
 

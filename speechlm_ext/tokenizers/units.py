@@ -30,7 +30,7 @@ from speechlm_ext.kmeans.features.sampling import sampled_rows
 from speechlm_ext.ops import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.artifact import ArrayTokenizer
 from speechlm_ext.tokenizers.base import register_tokenizer
-from speechlm_ext.tokenizers.centroids import extract_features, require_frames
+from speechlm_ext.tokenizers.centroids import extract_features
 from speechlm_ext.tokenizers.encoders.build import build_encoder
 from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder
 from speechlm_ext.utils.checks import check_positive
@@ -176,13 +176,12 @@ class EncoderKMeans(KMeansUnits):
         """
         config = config or EncoderKMeansConfig()
         encoder = averaged_encoder(config.encoder, config.frames_per_token)
-        x_NF = extract_features(waves, encoder, encoder.num_features, "encoder-kmeans units")
-        require_frames(
-            x_NF,
-            setting="num_clusters",
-            num_clusters=config.num_clusters,
+        x_NF = extract_features(
+            waves,
+            encoder,
             frame_rate=encoder.frame_rate,
-            what="encoder-kmeans units",
+            num_clusters=config.num_clusters,
+            setting="num_clusters",
         )
         if len(x_NF) > config.max_fit_frames:
             x_NF = x_NF[torch.from_numpy(sampled_rows(len(x_NF), config.max_fit_frames, seed))]

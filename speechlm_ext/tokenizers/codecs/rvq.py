@@ -24,7 +24,7 @@ from speechlm_ext.audio.files import check_wave
 from speechlm_ext.errors import TokenizerError
 from speechlm_ext.tokenizers.artifact import ArrayTokenizer
 from speechlm_ext.tokenizers.base import register_tokenizer
-from speechlm_ext.tokenizers.centroids import extract_features, fit, require_frames, sample_rows
+from speechlm_ext.tokenizers.centroids import extract_features, fit, sample_rows
 from speechlm_ext.tokenizers.codecs.config import RVQConfig
 from speechlm_ext.tokenizers.codecs.rvq_search import SearchTables, beam_search, search_tables
 from speechlm_ext.tokenizers.codecs.rvq_stream import RVQStreamDecoder
@@ -84,17 +84,11 @@ class RVQKMeansCodec(ArrayTokenizer):
         x_NF = extract_features(
             waves,
             lambda wave: stack_frames(mel.encode(wave), c.frames_per_token),
-            c.num_features,
-            "the rvq-kmeans codec",
+            frame_rate=c.frame_rate,
+            num_clusters=c.codebook_size,
+            setting="codebook_size",
         )
         x_NF = sample_rows(x_NF, c.max_fit_frames, seed)
-        require_frames(
-            x_NF,
-            setting="codebook_size",
-            num_clusters=c.codebook_size,
-            frame_rate=c.frame_rate,
-            what="rvq-kmeans codec",
-        )
         mean_F = x_NF.mean(0)
         residual_NF = x_NF - mean_F
         books = []
