@@ -120,6 +120,12 @@ def test_an_empty_recording_stays_empty(tmp_path):
             read_audio(put(tmp_path, wav(0, b"", behind)))
 
 
+def test_less_than_one_sample_is_an_empty_recording(tmp_path):
+    mono = wav(1, b"\x01", b"\0")
+    with pytest.raises(AudioError, match="holds no samples"):
+        read_audio(put(tmp_path, mono))
+
+
 def test_bytes_behind_the_counted_samples_are_said_but_titles_are_not(tmp_path, caplog):
     title = struct.pack("<4sI4s4sI6s", b"LIST", 18, b"INFO", b"INAM", 6, b"hello\0")
     assert len(read_audio(put(tmp_path, wav(2 * LENGTH, PCM.tobytes(), title)))[0]) == LENGTH

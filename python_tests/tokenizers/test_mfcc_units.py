@@ -9,7 +9,7 @@ import torch
 
 from python_tests.assets import waves
 from python_tests.kmeans.conftest import plus_plus
-from speechlm_ext.audio.files import resample_audio
+from speechlm_ext.audio.waveform import resample_audio
 from speechlm_ext.errors import AudioError, ConfigError, KMeansError, TokenizerError
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.counter_rng import row_keys

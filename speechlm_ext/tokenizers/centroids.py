@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from speechlm_ext.audio.files import check_wave
+from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import TokenizerError
 from speechlm_ext.kmeans import KMeans
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from speechlm_ext.audio.files import check_wave
+from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.features.sampling import sampled_rows

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from speechlm_ext.audio.files import check_wave
+from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import TokenizerError
 from speechlm_ext.tokenizers.artifact import ArrayTokenizer
 from speechlm_ext.tokenizers.base import register_tokenizer
