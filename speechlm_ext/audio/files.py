@@ -125,7 +125,7 @@ def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
             source = io.BytesIO(size.repaired(path.read_bytes()))
             warn_once(
                 f"audio file {path}: its header says that there are no samples, as that of a recorder that was stopped "
-                f"does, but {size.held} bytes follow; they are read to the end of the file."
+                f"does, but {size.available} bytes follow; they are read to the end of the file."
             )
         with _Stream(source) as file:
             yield file

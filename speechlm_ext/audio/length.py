@@ -62,21 +62,21 @@ def warn_once(text: str) -> None:
 def _pcm_promise(path: Path, file: soundfile.SoundFile, num_read: int) -> tuple[int, str]:
     """Samples that the header counts, and how; ``num_read`` if it promises nothing. Raises :class:`AudioError`."""
     size = data_size(path)
-    if size is not None and size.declared is not None and size.declared > size.held:
+    if size is not None and size.declared is not None and size.declared > size.available:
         if num_read == 0:
             raise AudioError(
                 f"audio file {path} counts {size.declared} bytes of samples in its header but ends before them, so it "
                 "was cut; copy or record it again, or leave it out."
             )
-        reason = f"its header counts {size.declared} bytes of samples and {size.held} follow"
-        return max(num_read + 1, round(num_read * size.declared / size.held)), reason
+        reason = f"its header counts {size.declared} bytes of samples and {size.available} follow"
+        return max(num_read + 1, round(num_read * size.declared / size.available)), reason
     if num_read < file.frames < UNKNOWN_FRAMES:
         return file.frames, "its header counts more"
     if size is not None and size.declared and num_read:
         bytes_per_sample = size.declared / num_read
-        if size.tail > _TOLERANCE * file.samplerate * bytes_per_sample:
+        if size.trailing > _TOLERANCE * file.samplerate * bytes_per_sample:
             warn_once(
-                f"audio file {path}: {size.tail} bytes behind the samples that its header counts are neither samples "
+                f"audio file {path}: {size.trailing} bytes behind the samples that its header counts are neither samples "
                 "nor other data and are not read."
             )
     return num_read, ""
