@@ -76,8 +76,8 @@ def _pcm_promise(path: Path, file: soundfile.SoundFile, num_read: int) -> tuple[
         bytes_per_sample = size.declared / num_read
         if size.trailing > _TOLERANCE * file.samplerate * bytes_per_sample:
             warn_once(
-                f"audio file {path}: {size.trailing} bytes behind the samples that its header counts are neither samples "
-                "nor other data and are not read."
+                f"audio file {path}: {size.trailing} bytes behind the samples that its header counts are neither "
+                "samples nor other data and are not read."
             )
     return num_read, ""
 

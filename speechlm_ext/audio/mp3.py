@@ -6,6 +6,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -32,38 +33,52 @@ _KBIT = {
 _KBIT[2, 3] = _KBIT[2, 2]
 
 
+class _Frame(NamedTuple):
+    """A frame by its header."""
+
+    num_bytes: int
+    num_samples: int
+    kind: tuple[int, int, int]
+    """Version, layer and sampling rate, which all frames of a file share."""
+
+
 def mp3_frames(path: Path) -> Mp3Frames | None:
     """Count the frames of an mp3 file by their headers; None if no two follow each other."""
     data = path.read_bytes()
-    at, count, samples, promised, is_cut, kind = _tags(data, 0), 0, 0, None, False, None
-    while at + 4 <= len(data):
-        frame = _mp3_frame(data, at)
-        if frame is None or (kind is not None and frame[2] != kind):
-            past = _tags(data, at)
-            # Skip other data. Two headers in a row are a frame; one alone may be chance.
-            at = past if past > at else _next_frame(data, at + 1, kind)
+    at, num_frames, num_samples = _tags(data, 0), 0, 0
+    promised: int | None = None
+    kind: tuple[int, int, int] | None = None
+    is_cut = False
+    while at + 4 <= len(data) and not is_cut:
+        frame = _frame_at(data, at)
+        if frame is None or kind not in (None, frame.kind):
+            after_tags = _tags(data, at)
+            # A header in other data may be chance; two in a row are frames.
+            at = after_tags if after_tags > at else _next_frame(data, at + 1, kind)
             continue
-        length, samples, kind = frame
-        if at + length > len(data):
-            is_cut = True
-            break
-        if count == 0 and promised is None:
-            head = re.search(rb"Xing|Info", data[at : at + min(length, 64)])
-            if head is not None and data[at + head.end() + 3] & 1:
-                promised = struct.unpack(">I", data[at + head.end() + 4 : at + head.end() + 8])[0]
-                at += length
-                continue
-            if data[at + 36 : at + 40] == b"VBRI":
-                promised = struct.unpack(">I", data[at + 50 : at + 54])[0]
-                at += length
-                continue
-        count += 1
-        at += length
-    return Mp3Frames(count, samples, promised, is_cut) if kind is not None and count else None
+        num_samples, kind = frame.num_samples, frame.kind
+        is_cut = at + frame.num_bytes > len(data)
+        if num_frames == 0 and promised is None and not is_cut:
+            promised = _frame_count(data[at : at + frame.num_bytes])
+            num_frames += promised is None
+        else:
+            num_frames += not is_cut
+        at += frame.num_bytes
+    return Mp3Frames(num_frames, num_samples, promised, is_cut) if num_frames else None
 
 
-def _mp3_frame(data: bytes, at: int) -> tuple[int, int, tuple[int, int, int]] | None:
-    """Bytes and samples of the frame at ``at``, and the part of its header that all frames share; None for no frame."""
+def _frame_count(frame: bytes) -> int | None:
+    """Number of frames by a header frame of LAME (Xing, Info) or Fraunhofer (VBRI); None for a frame of sound."""
+    tag = re.search(rb"(?:Xing|Info).{3}(.)(.{4})", frame[:72], re.DOTALL)
+    if tag is not None and tag[1][0] & 1:
+        return int.from_bytes(tag[2], "big")
+    if frame[36:40] == b"VBRI" and len(frame) >= 54:
+        return int.from_bytes(frame[50:54], "big")
+    return None
+
+
+def _frame_at(data: bytes, at: int) -> _Frame | None:
+    """The frame whose header is at ``at``; None if there is none."""
     if at + 4 > len(data) or data[at] != 0xFF or data[at + 1] & 0xE0 != 0xE0:
         return None
     version, layer = data[at + 1] >> 3 & 3, 4 - (data[at + 1] >> 1 & 3)
@@ -72,19 +87,19 @@ def _mp3_frame(data: bytes, at: int) -> tuple[int, int, tuple[int, int, int]] | 
         return None
     hertz = (44100, 48000, 32000)[rate] // {3: 1, 2: 2, 0: 4}[version]
     kbit = _KBIT[3 if version == 3 else 2, layer][bits - 1]
-    samples = 384 if layer == 1 else 1152 if layer == 2 or version == 3 else 576
+    num_samples = 384 if layer == 1 else 1152 if layer == 2 or version == 3 else 576
     unit = 4 if layer == 1 else 1
-    length = (samples // 8 * kbit * 1000 // (hertz * unit) + pad) * unit
-    return length, samples, (version, layer, rate)
+    num_bytes = (num_samples // 8 * kbit * 1000 // (hertz * unit) + pad) * unit
+    return _Frame(num_bytes, num_samples, (version, layer, rate))
 
 
 def _next_frame(data: bytes, at: int, kind: tuple[int, int, int] | None) -> int:
     """Position of the next frame that is followed by another one, or the file's end."""
     while (at := data.find(b"\xff", at)) >= 0:
-        frame = _mp3_frame(data, at)
-        if frame is not None and kind in (None, frame[2]):
-            after = _mp3_frame(data, at + frame[0])
-            if after is not None and after[2] == frame[2]:
+        frame = _frame_at(data, at)
+        if frame is not None and kind in (None, frame.kind):
+            following = _frame_at(data, at + frame.num_bytes)
+            if following is not None and following.kind == frame.kind:
                 return at
         at += 1
     return len(data)
