@@ -47,11 +47,9 @@ def test_the_fit_is_k_means_over_the_features(units, model):
     x = torch.cat([build_encoder(f"hf:{model}:2")(wave) for wave in waves()])
     expected = KMeans(24, max_iter=20, random_state=0, progress=False).fit(x)
     torch.testing.assert_close(units.centroids_KF, expected.cluster_centers_, rtol=0, atol=0)
-    again = EncoderKMeans.fit(waves(), EncoderKMeansConfig(encoder=f"hf:{model}:2", num_clusters=24))
-    assert again.fingerprint == units.fingerprint
     few = EncoderKMeansConfig(encoder="mfcc", num_clusters=24, max_fit_frames=100)
-    one, other = EncoderKMeans.fit(waves(), few, seed=1), EncoderKMeans.fit(waves(), few, seed=2)
-    assert one.fingerprint != other.fingerprint
+    one, same, other = (EncoderKMeans.fit(waves(), few, seed=seed) for seed in (1, 1, 2))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
 @pytest.mark.parametrize("frames_per_token", [2, 4])

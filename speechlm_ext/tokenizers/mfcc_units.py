@@ -54,7 +54,7 @@ class MFCCKMeans(KMeansUnits):
 
     Args:
         config: settings.
-        mean, scale: float32 ``[39]``, normalisation of the features.
+        mean, scale: float32 ``[39]``, normalization of the features.
         centroids: float32 ``[num_clusters, 39]`` in normalized space.
 
     Raises:

@@ -125,7 +125,7 @@ class EncoderKMeans(KMeansUnits):
     Args:
         description: of the encoder, as `FeatureEncoder.describe` gives it.
         centroids: float ``[num_clusters, F]``.
-        encoder: the encoder itself where it is loaded already.
+        encoder: the loaded encoder, if there is one.
 
     Raises:
         TokenizerError: a description or centroids that do not fit.

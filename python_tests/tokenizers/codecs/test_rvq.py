@@ -50,7 +50,7 @@ def test_more_stages_keep_more(codec):
     assert errors[0] > 1.2 * errors[1] > 1.2**2 * errors[2] > 1.2**3 * errors[3]
 
 
-@pytest.mark.parametrize("num_samples", [1, 160, 319, 320, 321, 16000, 5 * 16000])
+@pytest.mark.parametrize("num_samples", [1, 160, 319, 320, 321, 16000, 33000])
 def test_number_of_frames(codec, num_samples):
     wave = np.resize(waves()[5], num_samples)
     codes = codec.encode(wave)

@@ -131,7 +131,7 @@ class HFEncoder:
         return weights_sha256(self.folder)
 
     def describe(self) -> dict[str, Any]:
-        """See `FeatureEncoder`: with the weights' sha256 and how the input is normalised."""
+        """See `FeatureEncoder`: with the weights' sha256 and how the input is normalized."""
         return describe_encoder(self) | {
             "model_type": self._config.model_type,
             "weights_sha256": self.weights_sha256,

@@ -42,7 +42,7 @@ def model_folder(name: str) -> Path:
         except Exception as error:  # the Hub's client raises errors of a dozen libraries
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise TokenizerError(
-                f"feature encoder: {name} is not a folder and cannot be downloaded from the Hugging Face Hub ({reason}). "
+                f"feature encoder: {name} is not a folder and cannot be downloaded from the Hub ({reason}). "
                 "Check the name, or copy the model's folder to this machine and give its path."
             ) from None
     for file in ("config.json", "preprocessor_config.json"):

@@ -1,6 +1,6 @@
 """``sentencepiece``: a SentencePiece model trained on the user's own transcripts.
 
-Training does not normalise (``identity``: no case folding, no NFKC, spaces kept), so ``decode(encode(x)) == x`` for
+Training does not normalize (``identity``: no case folding, no NFKC, spaces kept), so ``decode(encode(x)) == x`` for
 every string; clean the transcripts first if they need it. ``byte_fallback`` is on: a character outside the training
 texts becomes its UTF-8 bytes, so no id means "unknown". SentencePiece itself makes one exception: the character U+2581
 (▁) stands for the space and comes back as one.
