@@ -128,7 +128,7 @@ def test_refusals(units, model):
         EncoderKMeans.fit(waves()[:1], EncoderKMeansConfig(encoder=f"hf:{model}:1", frames_per_token=3))
     with pytest.raises(TokenizerError, match=r"expected centroids \[K, 39\] for mfcc, got \[4, 3\]"):
         EncoderKMeans(build_encoder("mfcc").describe(), torch.zeros(4, 3))
-    with pytest.raises(TokenizerError, match="lacks 'encoder'"):
+    with pytest.raises(TokenizerError, match="key 'encoder' is missing"):
         EncoderKMeans({}, torch.zeros(4, 3))
 
 

@@ -136,17 +136,12 @@ class EncoderKMeans(KMeansUnits):
     def __init__(
         self, description: Mapping[str, Any], centroids: torch.Tensor, encoder: FeatureEncoder | None = None
     ) -> None:
-        missing = sorted(set(_SHAPE) - set(description))
-        if missing:
-            raise TokenizerError(
-                f"encoder-kmeans units: the description of the encoder lacks {missing[0]!r}, so the features of the "
-                "centroids are unknown. Fit with `speechlm kmeans fit --encoder …`."
-            )
         try:
-            check_shape({name: description[name] for name in _SHAPE}, _SHAPE)
+            check_shape(dict(description), {**_SHAPE, "...": Any})
         except ValueError as problem:
             raise TokenizerError(
-                f"encoder-kmeans units: in the description of the encoder {problem}."
+                f"encoder-kmeans units: in the description of the encoder {problem}. Fit with `speechlm kmeans fit "
+                "--encoder …`, which records it."
             ) from None
         num_features = int(description["num_features"])
         if centroids.dim() != 2 or centroids.shape[1] != num_features or not centroids.shape[0]:
