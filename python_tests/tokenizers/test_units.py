@@ -1,4 +1,4 @@
-"""``encoder-kmeans`` units: nearest centroids of an encoder's features; artefacts that know their model."""
+"""``encoder-kmeans`` units: nearest centroids of an encoder's features; artifacts that record their model."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ def test_a_missing_or_other_model_is_one_error(units, model, tmp_path):
         assert loaded.fingerprint == units.fingerprint
         with pytest.raises(TokenizerError, match=rf"folder {model} does not exist"):
             loaded.encode(waves()[0])
-        # Its new place can be written into the artefact: the units stay the same.
+        # Its new path can be written into the artifact: the units stay the same.
         path = tmp_path / "t" / "tokenizer.json"
         path.write_text(path.read_text().replace(str(model), str(moved)))
         there = load_tokenizer(tmp_path / "t")
         assert there.fingerprint == units.fingerprint
         np.testing.assert_array_equal(there.encode(waves()[2]), units.encode(waves()[2]))
-        # Another model in the same place is refused.
+        # Another model at the same path is refused.
         hf_models.make("hubert-stable", model)
         units.save(tmp_path / "s")
         with pytest.raises(TokenizerError, match=r"of the encoder .* but the centroids were fitted on"):

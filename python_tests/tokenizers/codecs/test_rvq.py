@@ -1,4 +1,4 @@
-"""The rvq-kmeans codec on real recordings: what is kept, what is deterministic, what is refused."""
+"""The rvq-kmeans codec on real recordings: accuracy, determinism, storage, refusals."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_save_and_load(codec, tmp_path):
     assert sorted(p.name for p in (tmp_path / "codec").iterdir()) == ["arrays.safetensors", "tokenizer.json"]
 
 
-def test_damaged_artefacts_are_refused(codec, tmp_path):
+def test_damaged_artifacts_are_refused(codec, tmp_path):
     codec.save(tmp_path)
     record = json.loads((tmp_path / "tokenizer.json").read_text())
     arrays = (tmp_path / "arrays.safetensors").read_bytes()

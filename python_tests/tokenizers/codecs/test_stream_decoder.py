@@ -1,4 +1,4 @@
-"""Codes that arrive bit by bit: any split gives the samples of the whole utterance, and the sound is as good."""
+"""Stream decoders: any split of the codes gives the samples of the whole utterance, and the sound is as accurate."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_any_split_gives_the_same_samples(codec, frames_per_token, lookahead):
         whole = small.decode(codes)
         assert whole.shape == (count * small.frame_samples,) and np.abs(whole).max() > 0.01
         for sizes in ([], [1] * count, [0, 2, 0, 5], rng.integers(0, 4, 6).tolist()):
-            # The same decoder again and again: a flush leaves nothing behind.
+            # One decoder for all utterances: a flush resets it.
             np.testing.assert_array_equal(decode_split(decoder, codes, sizes), whole)
     assert len(decoder.flush()) == 0
 
@@ -72,7 +72,7 @@ def test_earlier_samples_do_not_depend_on_later_codes(codec):
 
 
 def test_as_accurate_as_griffin_lim_over_the_whole(codec):
-    """Log-mel error of the sound against what the codes stand for."""
+    """Log-mel error of the sound to the codes."""
     errors = {"stream": 0.0, "whole": 0.0}
     for wave in waves()[::3]:
         codes = codec.encode(wave)
@@ -149,7 +149,7 @@ def test_a_tone_is_continuous():
 
 # ---- any codec of finite context ---------------------------------------------------------------------------
 class ConvCodec:
-    """Codes → two convolutions → samples; it hears 3 frames before and 2 behind. Whole numbers: sums are exact."""
+    """Codes → two convolutions → samples; its receptive field is 3 frames before and 2 after. Integers: sums are exact."""
 
     kind, vocab_sizes, frame_samples = "conv", (5, 7), 3
 
@@ -189,7 +189,7 @@ def test_overlap_equals_offline(block, count):
 
 
 def test_overlap_needs_the_whole_context():
-    """With less context than the codec hears the sound differs, but still not by how it is pushed."""
+    """With less context than the receptive field the sound differs, but is the same for any split."""
     conv, rng = ConvCodec(), np.random.default_rng(0)
     codes = np.stack([rng.integers(0, v, 23) for v in conv.vocab_sizes], axis=1)
     for left, right in ((2, 2), (3, 1)):

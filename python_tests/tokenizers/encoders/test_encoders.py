@@ -25,7 +25,7 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """``kind -> (folder, model, extractor)``, each made when it is first asked for."""
+    """``kind -> (folder, model, extractor)``, each made at its first use."""
     made = {}
 
     def get(kind: str):
@@ -68,7 +68,7 @@ def test_matches_transformers(models, kind, layer):
 
 @pytest.mark.parametrize("kind", ["hubert-stable", "wav2vec2-ctc", "wavlm", "wav2vec2-bert"])
 def test_a_last_frame_filled_up_with_zeros(models, kind):
-    """What a call gives is the model's forward of the prepared recording with zeros behind it."""
+    """A call equals the model's forward of the prepared recording with zeros after it."""
     folder, model, extractor = models(kind)
     wave = waves()[8][:31990]
     if kind == "wav2vec2-bert":
