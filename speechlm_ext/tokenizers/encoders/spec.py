@@ -23,6 +23,7 @@ import torch
 
 from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import AudioError, ConfigError
+from speechlm_ext.utils.checks import check_positive
 
 SAMPLE_RATE = 16000
 KINDS = "mfcc, log-mel or hf:FOLDER_OR_HUB_NAME:LAYER"
@@ -30,7 +31,7 @@ KINDS = "mfcc, log-mel or hf:FOLDER_OR_HUB_NAME:LAYER"
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Which encoder, and how many of its frames make one feature frame."""
+    """An encoder by name, and the number of its frames per feature frame."""
 
     kind: str
     """``mfcc``, ``log-mel`` or ``hf``."""
@@ -46,14 +47,11 @@ class EncoderSpec:
             raise ConfigError(f"unknown feature encoder {self.kind!r}; expected {KINDS}.")
         if (self.kind == "hf") != bool(self.name) or self.layer < 0:
             raise ConfigError(f"feature encoder {self}: expected {KINDS}, with LAYER from 0.")
-        if self.frames_per_token < 1:
-            raise ConfigError(
-                f"feature encoder {self}: frames_per_token must be at least 1, got {self.frames_per_token}."
-            )
+        check_positive(self, "frames_per_token")
 
     @classmethod
     def parse(cls, text: str, frames_per_token: int = 1) -> EncoderSpec:
-        """Read ``mfcc``, ``log-mel`` or ``hf:NAME:LAYER``; the name may hold colons itself.
+        """Read ``mfcc``, ``log-mel`` or ``hf:NAME:LAYER``; the name may contain colons.
 
         Raises:
             ConfigError: anything else.
@@ -126,8 +124,7 @@ def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
 
 
 def stack_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
-    """Each ``count`` consecutive frames joined: ``[ceil(T / count), count * F]``; the last frame is repeated to fill
-    up."""
+    """``count`` consecutive frames joined, ``[ceil(T / count), count * F]``; repeats of the last frame fill up."""
     missing = -len(x_TF) % count
     if missing:
         x_TF = torch.cat([x_TF, x_TF[-1:].expand(missing, -1)])
@@ -135,5 +132,5 @@ def stack_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def average_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
-    """Mean of each ``count`` consecutive frames, ``[ceil(T / count), F]``; the last frame is repeated to fill up."""
+    """Mean of ``count`` consecutive frames, ``[ceil(T / count), F]``; repeats of the last frame fill up."""
     return x_TF if count == 1 else stack_frames(x_TF, count).unflatten(1, (count, -1)).mean(1)
