@@ -1,6 +1,7 @@
-"""Comparing a recording with the length that its file promises, so that a cut copy is not taken for a short recording.
+"""Recordings that are shorter than their file promises.
 
-libsndfile reads the samples that are there without an error, so the containers' own counts are compared with them.
+libsndfile reads the samples of a cut file without an error, as if the recording were short, so the number of samples
+read is compared with the container's own counts.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ def warn_once(text: str) -> None:
 
 
 def _pcm_promise(path: Path, file: soundfile.SoundFile, num_read: int) -> tuple[int, str]:
-    """Samples that the header counts, and how; ``num_read`` if it promises nothing. Raises :class:`AudioError`."""
+    """Number of samples that the header counts, and the reason; ``num_read`` if it promises none.
+
+    Raises:
+        AudioError: the file ends before its samples.
+    """
     size = data_size(path)
     if size is not None and size.declared is not None and size.declared > size.available:
         if num_read == 0:

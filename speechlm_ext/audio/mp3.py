@@ -68,7 +68,7 @@ def mp3_frames(path: Path) -> Mp3Frames | None:
 
 
 def _frame_count(frame: bytes) -> int | None:
-    """Number of frames by a header frame of LAME (Xing, Info) or Fraunhofer (VBRI); None for a frame of sound."""
+    """Number of frames by a header frame (Xing, Info or VBRI); None for a frame of sound."""
     tag = re.search(rb"(?:Xing|Info).{3}(.)(.{4})", frame[:72], re.DOTALL)
     if tag is not None and tag[1][0] & 1:
         return int.from_bytes(tag[2], "big")

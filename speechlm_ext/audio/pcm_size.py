@@ -95,7 +95,7 @@ _FAMILIES = {
 
 
 def data_size(path: Path) -> DataSize | None:
-    """Size of the samples of a wav, RF64, W64, AIFF, CAF, AU or NIST file; None for others and damaged headers."""
+    """Size of the samples of an uncompressed file; None for other formats and damaged headers."""
     file_size = path.stat().st_size
     with open(path, "rb") as file:
         magic = file.read(4)
@@ -146,7 +146,7 @@ def _known(size: int, format: str) -> int | None:
 
 
 def _are_chunks(file: BinaryIO, at: int, file_size: int, family: _Chunks) -> bool:
-    """Whether chunks of other data, such as titles and markers, extend to the end; a few bytes more are padding."""
+    """Whether chunks of other data, e.g. titles, extend to the end; a few bytes more are padding."""
     while chunk := family.read(file, at):
         name, size = chunk
         is_chunk = re.fullmatch(rb"[ -~]{4}", name[:4]) and size >= 0

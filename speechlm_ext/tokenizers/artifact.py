@@ -51,7 +51,7 @@ class ArrayTokenizer(ABC):
     @classmethod
     @abstractmethod
     def from_artifact(cls: type[_Self], settings: dict[str, Any], arrays: dict[str, torch.Tensor]) -> _Self:
-        """Build the tokenizer from what ``settings`` and ``arrays`` return; :meth:`load` names the folder in errors."""
+        """The tokenizer of recorded settings and arrays; :meth:`load` names the folder in its errors."""
 
     def identity(self) -> dict[str, Any]:
         """Settings that count for the fingerprint."""

@@ -122,7 +122,7 @@ class TokenizerSet:
         return self._require("codec").decode(codes)
 
     def stream_codec(self) -> StreamDecoder:
-        """A decoder for codec codes that arrive piece by piece. Raises :class:`TokenizerError`: the codec has none."""
+        """A decoder for codes that arrive piece by piece. Raises :class:`TokenizerError`: the codec has none."""
         return stream_decoder(self._require("codec"))
 
     def _present(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from speechlm_ext.utils.files.json_shape import Range, check_shape
 
 
 class KMeansUnits(ArrayTokenizer):
-    """Units by K-Means over features: the unit of a frame is the float64 argmin over the centroids, ties to the lowest.
+    """Units by K-Means over features: the nearest centroid in float64, ties to the lowest index.
 
     Args:
         centroids: float ``[K, F]``.

@@ -149,7 +149,7 @@ def test_a_tone_is_continuous():
 
 # ---- any codec of finite context ---------------------------------------------------------------------------
 class ConvCodec:
-    """Codes → two convolutions → samples; its receptive field is 3 frames before and 2 after. Integers: sums are exact."""
+    """Codes → two convolutions → samples; it sees 3 frames before and 2 after. Integers: sums are exact."""
 
     kind, vocab_sizes, frame_samples = "conv", (5, 7), 3
 

@@ -56,7 +56,7 @@ class OnlinePhase:
         self._spectrum_TF = torch.zeros(0, self.n_fft // 2 + 1, dtype=torch.complex64)
 
     def push(self, magnitude_TF: Tensor) -> Tensor:
-        """Append a block of frames, float32 ``[T, F]`` with T >= 1; returns the samples that it completes, ``[n]``."""
+        """Append a block, float32 ``[T, F]`` with T >= 1; returns the samples ``[n]`` that it completes."""
         return self._advance(magnitude_TF, last=False)
 
     def finish(self) -> Tensor:
@@ -69,7 +69,7 @@ class OnlinePhase:
         return out_N
 
     def _advance(self, block_TF: Tensor, last: bool) -> Tensor:
-        """Append a block to the window, iterate, fix the frames before the lookahead, and return finished samples."""
+        """Append a block, iterate, fix the frames before the lookahead, and return the finished samples."""
         self._last_F = block_TF[-1]
         M_TF = torch.cat([self._held_TF, block_TF])
         X_TF = torch.cat([self._spectrum_TF, block_TF.to(torch.complex64)])

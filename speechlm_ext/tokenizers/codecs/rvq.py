@@ -101,7 +101,7 @@ class RVQKMeansCodec(ArrayTokenizer):
         return cls(c, mean_F, torch.stack(books))
 
     def encode(self, x: np.ndarray) -> np.ndarray:
-        """Codes of a float32 waveform ``[n]`` at ``sample_rate``: int32 ``[ceil(n / frame_samples), num_codebooks]``.
+        """Codes of a float32 waveform ``[n]``: int32 ``[ceil(n / frame_samples), num_codebooks]``.
 
         Raises:
             AudioError: an empty or unusable waveform.

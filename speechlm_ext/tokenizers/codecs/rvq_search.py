@@ -17,7 +17,7 @@ class SearchTables(NamedTuple):
     squares_SK: torch.Tensor
     """Squared norm of each centroid."""
     cross: list[torch.Tensor]
-    """For stage s, float32 ``[s * K, K]``: inner products of its centroids with those of all stages before it."""
+    """Of stage s, float32 ``[s * K, K]``: inner products of its centroids with those of earlier stages."""
 
 
 def search_tables(codebooks_SKF: torch.Tensor) -> SearchTables:

@@ -1,4 +1,4 @@
-"""Feature encoders: a 16 kHz waveform → float32 features ``[T, F]`` at a stated frame rate, for K-Means units.
+"""Feature encoders: a 16 kHz waveform → float32 features ``[T, F]`` at a stated frame rate.
 
 A string names an encoder in settings, on the command line and in artifacts:
 
@@ -124,7 +124,7 @@ def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
 
 
 def stack_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` consecutive frames joined, ``[ceil(T / count), count * F]``; repeats of the last frame fill up."""
+    """Join ``count`` consecutive frames: ``[ceil(T / count), count * F]``; the last frame fills up."""
     missing = -len(x_TF) % count
     if missing:
         x_TF = torch.cat([x_TF, x_TF[-1:].expand(missing, -1)])
@@ -132,5 +132,5 @@ def stack_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def average_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
-    """Mean of ``count`` consecutive frames, ``[ceil(T / count), F]``; repeats of the last frame fill up."""
+    """Mean of ``count`` consecutive frames: ``[ceil(T / count), F]``; the last frame fills up."""
     return x_TF if count == 1 else stack_frames(x_TF, count).unflatten(1, (count, -1)).mean(1)
