@@ -209,7 +209,7 @@ class EncoderKMeans(KMeansUnits):
         if encoder is None:
             if not is_described:
                 raise TokenizerError(
-                    f"{folder} does not record the encoder of its features; name it with encoder, e.g. --encoder "
+                    f"{folder} does not say which encoder its features came from; name it with encoder, e.g. --encoder "
                     "hf:facebook/hubert-base-ls960:9."
                 )
             return cls(recorded, centroids)
