@@ -1,4 +1,4 @@
-"""Files that hold another length than they say: cut ones are refused, unfinished ones read, nothing passes unseen."""
+"""Files of another length than they promise: cut ones are errors, unfinished ones are read with a warning."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def encoded(name: str, wave: np.ndarray = SINE, **how: object) -> bytes:
     return buffer.getvalue()
 
 
-def wav(size: int, data: bytes, behind: bytes = b"") -> bytes:
+def wav(size: int, data: bytes, after: bytes = b"") -> bytes:
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16)
-    body = b"WAVE" + form + struct.pack("<4sI", b"data", size) + data + behind
+    body = b"WAVE" + form + struct.pack("<4sI", b"data", size) + data + after
     return struct.pack("<4sI", b"RIFF", len(body)) + body
 
 
@@ -53,7 +53,7 @@ def put(folder: Path, data: bytes, name: str = "a.wav") -> Path:
 
 
 @pytest.mark.parametrize("name", [*CONTAINERS, "flac", "ogg", "mp3"])
-def test_whole_files_say_nothing(tmp_path, name, caplog):
+def test_whole_files_log_nothing(tmp_path, name, caplog):
     path = put(tmp_path, encoded(name), name)
     wave, rate = read_audio(path)
     assert (len(wave), rate) == (LENGTH, RATE) and not caplog.records
@@ -81,7 +81,7 @@ def test_the_message_has_both_counts_and_the_way_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in CONTAINERS if n != "stereo.wav"])
-def test_a_few_missing_samples_are_said(tmp_path, name, caplog):
+def test_a_few_missing_samples_are_a_warning(tmp_path, name, caplog):
     path = put(tmp_path, encoded(name)[:-8], name)
     for _ in range(2):
         wave, _ = read_audio(path)
@@ -115,12 +115,18 @@ def test_a_header_that_was_never_finished_is_read_to_the_end(tmp_path, caplog):
 
 def test_an_empty_recording_stays_empty(tmp_path):
     title = struct.pack("<4sI4s4sI6s", b"LIST", 18, b"INFO", b"INAM", 6, b"empty\0")
-    for behind in (b"", title, title + bytes(3)):
+    for after in (b"", title, title + bytes(3)):
         with pytest.raises(AudioError, match="holds no samples"):
-            read_audio(put(tmp_path, wav(0, b"", behind)))
+            read_audio(put(tmp_path, wav(0, b"", after)))
 
 
-def test_bytes_behind_the_counted_samples_are_said_but_titles_are_not(tmp_path, caplog):
+def test_less_than_one_sample_is_an_empty_recording(tmp_path):
+    mono = wav(1, b"\x01", b"\0")
+    with pytest.raises(AudioError, match="holds no samples"):
+        read_audio(put(tmp_path, mono))
+
+
+def test_bytes_after_the_counted_samples_are_a_warning_but_titles_are_not(tmp_path, caplog):
     title = struct.pack("<4sI4s4sI6s", b"LIST", 18, b"INFO", b"INAM", 6, b"hello\0")
     assert len(read_audio(put(tmp_path, wav(2 * LENGTH, PCM.tobytes(), title)))[0]) == LENGTH
     assert len(read_audio(put(tmp_path, wav(2 * LENGTH, PCM.tobytes(), bytes(4))))[0]) == LENGTH
@@ -143,7 +149,7 @@ def test_flac_of_unknown_length_is_read_and_a_wrong_one_refused(tmp_path):
         read_audio(put(tmp_path, bytes(data), "a.flac"))
 
 
-def test_ogg_without_an_end_is_said(tmp_path, caplog):
+def test_ogg_without_an_end_is_a_warning(tmp_path, caplog):
     data = bytearray(encoded("ogg"))
     at = data.rfind(b"OggS")
     whole = put(tmp_path, bytes(data[:at]), "a.ogg")  # up to a page's end, as a copy in blocks may leave it
@@ -153,7 +159,7 @@ def test_ogg_without_an_end_is_said(tmp_path, caplog):
     assert "may have been cut" in caplog.text
 
 
-def test_an_mp3_header_that_counts_more_frames_is_said(tmp_path, caplog):
+def test_an_mp3_header_that_counts_one_frame_more_is_a_warning(tmp_path, caplog):
     data = encoded("mp3", bitrate_mode="VARIABLE")
     at = data.index(b"Xing") + 8
     count = struct.unpack(">I", data[at : at + 4])[0]

@@ -9,13 +9,14 @@ import torch
 
 from python_tests.assets import waves
 from python_tests.kmeans.conftest import plus_plus
-from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
+from speechlm_ext.audio.waveform import resample_audio
+from speechlm_ext.errors import AudioError, ConfigError, KMeansError, TokenizerError
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.counter_rng import row_keys
 from speechlm_ext.tokenizers import MFCCKMeans, SSLConfig, load_tokenizer
-from speechlm_ext.tokenizers.centroids import assign, fit
+from speechlm_ext.tokenizers.centroids import fit
 from speechlm_ext.tokenizers.encoders.mfcc import MFCC, deltas
-from speechlm_ext.tokenizers.mfcc_units import average_frames
+from speechlm_ext.tokenizers.encoders.spec import average_frames
 
 
 def test_units_of_real_recordings(ssl):
@@ -74,7 +75,7 @@ def test_save_load_and_determinism(ssl, tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert isinstance(loaded, MFCCKMeans) and loaded.fingerprint == ssl.fingerprint
     np.testing.assert_array_equal(loaded.encode(waves()[2]), ssl.encode(waves()[2]))
-    again = MFCCKMeans.fit(waves(), SSLConfig(num_clusters=50))
+    again = MFCCKMeans.fit(waves(), SSLConfig(num_clusters=50))  # the fixture may come from another process
     assert again.fingerprint == ssl.fingerprint
     assert MFCCKMeans.fit(waves(), SSLConfig(num_clusters=50), seed=1).fingerprint != ssl.fingerprint
 
@@ -86,7 +87,9 @@ def test_refusals(ssl):
         ssl.encode(np.full(10, np.inf, np.float32))
     with pytest.raises(TokenizerError, match="cannot be decoded to sound"):
         ssl.decode(np.zeros((3, 1), np.int32))
-    with pytest.raises(TokenizerError, match=r"200 units need .* got 50 \(1\.0 s of audio\).*at most 50"):
+    with pytest.raises(
+        TokenizerError, match=r"num_clusters 200 needs .* got 50 \(1\.0 s of audio\).*at most 50"
+    ):
         MFCCKMeans.fit([waves()[8][:16000]])
     with pytest.raises(ConfigError, match="num_clusters must be at least 1"):
         SSLConfig(num_clusters=0)
@@ -94,27 +97,39 @@ def test_refusals(ssl):
         SSLConfig(sample_rate=11025)
 
 
+def test_units_are_the_nearest_centroids(ssl):
+    wave = waves()[3]
+    features_TF = average_frames(MFCC(16000)(wave), 2)
+    x_TF = ((features_TF - ssl.mean_F) / ssl.scale_F).double()
+    distance_TK = torch.cdist(x_TF, ssl.centroids_KF.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    np.testing.assert_array_equal(ssl.encode(wave)[:, 0], distance_TK.argmin(1).numpy())
+    # Ties go to the lowest index.
+    doubled = MFCCKMeans(SSLConfig(num_clusters=100), ssl.mean_F, ssl.scale_F, ssl.centroids_KF.repeat(2, 1))
+    np.testing.assert_array_equal(doubled.encode(wave), ssl.encode(wave))
+
+
+@pytest.mark.parametrize("rate", [8000, 24000])
+def test_other_sampling_rates(rate):
+    few = SSLConfig(sample_rate=rate, num_clusters=5, max_fit_frames=100)
+    units = MFCCKMeans.fit([resample_audio(wave, 16000, rate) for wave in waves()[:3]], few)
+    assert (units.sample_rate, units.frame_rate) == (rate, 50.0)
+    assert units.encode(np.zeros(rate // 10 + 1, np.float32)).shape == (6, 1)
+
+
 # ---- the K-Means underneath --------------------------------------------------------------------------------
-def test_assign_ties_go_to_the_lowest_index():
-    x = torch.zeros(2, 2)
-    assert assign(x, torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])).tolist() == [0, 0]
-
-
-def test_fit_is_the_kmeans_rooms_from_a_plain_start():
+def test_fit_is_k_means_from_a_plain_start():
     x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
-    found = fit(x, 6, seed=3, iterations=5, what="test")
+    found = fit(x, 6, seed=3, iterations=5)
     some = x[row_keys(3, "init rows/0", torch.arange(300)).argsort()[: 32 * 6]]
     start = some[plus_plus(some, 6, seed=3, purpose="k-means++/0")]
     assert len(start.unique(dim=0)) == 6
     want = KMeans(6, init=start, max_iter=5, tol=0.0).fit(x)
     assert torch.equal(found.centroids_KF, want.cluster_centers_)
     assert torch.equal(found.labels_N, want.labels_.long())
-    with pytest.raises(
-        TokenizerError, match="test: 6 clusters need at least as many frames, got 5. Give more audio"
-    ):
-        fit(x[:5], 6, seed=0, iterations=5, what="test")
+    with pytest.raises(KMeansError, match="6 clusters need at least as many rows, got 5"):
+        fit(x[:5], 6, seed=0, iterations=5)
 
 
 def test_fewer_distinct_frames_than_clusters():
     x = torch.zeros(20, 3)
-    assert torch.equal(fit(x, 5, seed=0, iterations=5, what="test").centroids_KF, torch.zeros(5, 3))
+    assert torch.equal(fit(x, 5, seed=0, iterations=5).centroids_KF, torch.zeros(5, 3))

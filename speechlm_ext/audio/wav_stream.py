@@ -1,4 +1,4 @@
-"""Sound written while it is made: a wav file that is valid at every moment, or raw samples to a pipe.
+"""Writing sound piece by piece: to a wav file that is valid at every moment, or as raw samples to a pipe.
 
 Samples are 16-bit PCM, mono, rounded as :func:`speechlm_ext.audio.files.write_wav` rounds them.
 """
@@ -11,38 +11,37 @@ from typing import BinaryIO
 
 import numpy as np
 
-from speechlm_ext.audio.files import check_wave
+from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import AudioError, StorageError
 from speechlm_ext.utils.files.io import storage_error
 
 _HEADER = 44
-#: The header counts bytes with 32 bits.
-_MOST = 2**32 - 1 - _HEADER
+#: The header counts bytes in 32 bits.
+_MAX_BYTES = 2**32 - 1 - _HEADER
 
 
 def pcm16(wave: np.ndarray) -> bytes:
-    """Samples ``[n]``, n >= 0, as little-endian 16-bit samples; values outside [-1, 1] are clipped.
+    """Little-endian 16-bit PCM of ``wave [n]``, n >= 0; values outside [-1, 1] are clipped.
 
     Args:
-        wave: floats in [-1, 1] or integer PCM, as :func:`speechlm_ext.audio.files.check_wave` takes them.
+        wave: floats in [-1, 1] or integer PCM, see :func:`speechlm_ext.audio.waveform.check_wave`.
 
     Raises:
-        AudioError: samples that cannot be used.
+        AudioError: unusable samples.
     """
-    wave = check_wave(wave, "samples to be written") if np.size(wave) else np.zeros(0, np.float32)
-    # As libsndfile: to 32 bits, of which the upper half is kept.
+    wave = check_wave(wave, "samples to write") if np.size(wave) else np.zeros(0, np.float32)
+    # As libsndfile rounds: to 32 bits, then the upper half.
     wide = np.rint(np.clip(wave, -1.0, 1.0).astype(np.float64) * 2.0**31).astype(np.int64) >> 16
     return np.minimum(wide, 2**15 - 1).astype("<i2").tobytes()
 
 
 class WavStream:
-    """A wav file that grows. Use it as a context manager.
+    """A growing wav file. Use it as a context manager.
 
-    The header is written anew behind every piece: a reader finds a whole file of what was written until then, and so
-    does one after a crash.
+    The header is rewritten after every piece, so the file is complete for a reader at any time, also after a crash.
 
     Args:
-        path: made anew; folders that are missing are made.
+        path: overwritten; missing folders are created.
         sample_rate: Hz.
 
     Raises:
@@ -63,14 +62,14 @@ class WavStream:
         """Append samples ``[n]``: floats in [-1, 1] or integer PCM.
 
         Raises:
-            AudioError: samples that cannot be used, or more than a wav file can hold.
-            StorageError: they cannot be written.
+            AudioError: unusable samples, or more than a wav file can hold.
+            StorageError: the file cannot be written.
         """
         total = 2 * (self.num_samples + len(wave))
-        if total > _MOST:
+        if total > _MAX_BYTES:
             raise AudioError(f"{self.path}: a wav file holds 4 GiB at most; write raw samples instead.")
         try:
-            # The samples come first: what the header counts is always there.
+            # The samples first, so that the header never counts more than is there.
             self._put(_HEADER + 2 * self.num_samples, pcm16(wave))
             self._put(0, self._header(total))
         except OSError as error:
@@ -90,7 +89,7 @@ class WavStream:
         return head + form + struct.pack("<4sI", b"data", num_bytes)
 
     def close(self) -> None:
-        """Close the file; it stays as it is."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> WavStream:
@@ -101,7 +100,7 @@ class WavStream:
 
 
 class RawStream:
-    """The same for a pipe: samples without a header, each piece sent at once.
+    """Raw samples to a pipe, without a header; each piece is sent at once.
 
     Args:
         file: binary, e.g. ``sys.stdout.buffer``; it stays open.
@@ -115,8 +114,9 @@ class RawStream:
         """Send samples ``[n]``: floats in [-1, 1] or integer PCM.
 
         Raises:
-            AudioError: samples that cannot be used.
-            StorageError: they cannot be written. BrokenPipeError: nobody listens any more.
+            AudioError: unusable samples.
+            StorageError: they cannot be written.
+            BrokenPipeError: the reader has closed the pipe.
         """
         try:
             self._file.write(pcm16(wave))

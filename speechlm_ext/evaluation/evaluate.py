@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speechlm_ext.audio.files import says_conversions
+from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.evaluation.collect import collect
 from speechlm_ext.evaluation.config import EvaluateConfig

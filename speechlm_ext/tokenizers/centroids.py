@@ -1,18 +1,20 @@
-"""K-Means as the tokenizers need it: small fits in memory, by this process alone, seeded."""
+"""Fits of codebooks: features of all recordings, and K-Means in memory, by this process alone, seeded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import TokenizerError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.ops import kmeans_assign
 
 
 class Fitted(NamedTuple):
-    """What a fit gives."""
+    """Result of :func:`fit`."""
 
     centroids_KF: torch.Tensor
     """float32 ``[K, F]``."""
@@ -20,33 +22,56 @@ class Fitted(NamedTuple):
     """int64 ``[N]``: the nearest centroid of each row."""
 
 
-def assign(x_NF: torch.Tensor, centroids_KF: torch.Tensor, *, exact: bool = True) -> torch.Tensor:
-    """Nearest centroid of each row by Euclidean distance, int64 ``[N]``; ties go to the lowest index.
+def extract_features(
+    waves: Iterable[np.ndarray],
+    extract: Callable[[np.ndarray], torch.Tensor],
+    *,
+    frame_rate: float,
+    num_clusters: int,
+    setting: str,
+) -> torch.Tensor:
+    """Features of all recordings of a fit, float32 ``[N, F]`` with ``N >= num_clusters``.
 
-    ``exact`` gives the float64 argmin, the same on every machine; a fit can do without.
+    Args:
+        waves: float32 ``[n]`` waveforms; an iterator is read once.
+        extract: waveform → features ``[T, F]``.
+        frame_rate: features per second.
+        setting: name of the setting ``num_clusters``, for errors.
+
+    Raises:
+        AudioError: a waveform that cannot be used.
+        TokenizerError: fewer frames than clusters.
     """
-    labels = kmeans_assign(x_NF, centroids_KF, mode="exact" if exact else "fast")
-    return torch.as_tensor(labels).long()
+    parts = [extract(check_wave(wave, f"waveform {i} of the fit")) for i, wave in enumerate(waves)]
+    num_frames = sum(map(len, parts))
+    if num_frames < num_clusters:
+        raise TokenizerError(
+            f"{setting} {num_clusters} needs at least as many frames to fit on, got {num_frames} "
+            f"({num_frames / frame_rate:.1f} s of audio). Give more audio, or set {setting} to at most {num_frames}."
+        )
+    return torch.cat(parts)
 
 
-def fit(x_NF: torch.Tensor, num_clusters: int, *, seed: int, iterations: int, what: str) -> Fitted:
+def sample_rows(x_NF: torch.Tensor, max_rows: int, seed: int) -> torch.Tensor:
+    """``max_rows`` rows drawn at random, or all where there are not more."""
+    if len(x_NF) <= max_rows:
+        return x_NF
+    order = torch.randperm(len(x_NF), generator=torch.Generator().manual_seed(seed))
+    return x_NF[order[:max_rows]]
+
+
+def fit(x_NF: torch.Tensor, num_clusters: int, *, seed: int, iterations: int) -> Fitted:
     """Fit ``num_clusters`` centroids to the rows of ``x_NF`` (float ``[N, F]``).
 
     Args:
         seed: fixes the start and thereby the result.
-        iterations: Lloyd steps; stops earlier when no centroid moves.
-        what: whose fit this is, for the error.
+        iterations: Lloyd steps; fewer if no centroid moves.
 
     Raises:
-        TokenizerError: fewer rows than clusters.
+        KMeansError: fewer rows than clusters.
     """
-    if len(x_NF) < num_clusters:
-        raise TokenizerError(
-            f"{what}: {num_clusters} clusters need at least as many frames, got {len(x_NF)}. Give more audio "
-            f"to fit on, or ask for at most {len(x_NF)} clusters."
-        )
     # The start is plain k-means++, not greedy: a codec from the greedy start used half as many codes in its last stages
-    # and erred by 6 % more on new speech. On a subsample, since the start only has to be spread out.
+    # and had a 6 % larger error on new speech. A subsample suffices, since the start only has to be spread out.
     model = KMeans(
         num_clusters,
         n_local_trials=1,

@@ -1,36 +1,33 @@
-"""``mfcc-kmeans``: discrete units of speech content by K-Means over MFCCs, the first iteration of HuBERT.
+"""``mfcc-kmeans``: units by K-Means over normalized MFCCs, the first iteration of HuBERT (Hsu et al., 2021).
 
-``frames_per_token`` frames of 10 ms are averaged to one unit frame (2: 50 Hz), each feature is normalised by
-the mean and deviation of the fit's data, and the nearest of ``num_clusters`` centroids is the unit. Units say
-what is heard, not
-how: they cannot be decoded to sound.
-
-Frames: ``ceil(n / (hop * frames_per_token))``, the same rule as the codec's, so codec_ssl frames match.
+``frames_per_token`` frames of 10 ms are averaged to one frame (2: 50 Hz), and each feature is normalized by the mean
+and standard deviation of the fit's data. No model is needed, and the sampling rate is free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from speechlm_ext.audio.files import check_wave
 from speechlm_ext.errors import ConfigError, TokenizerError
-from speechlm_ext.tokenizers import base
-from speechlm_ext.tokenizers.centroids import assign, fit
-from speechlm_ext.tokenizers.encoders.mel import one_thread
-from speechlm_ext.tokenizers.encoders.mfcc import MFCC, NUM_FEATURES
-from speechlm_ext.tokenizers.encoders.spec import average_frames
+from speechlm_ext.tokenizers.base import register_tokenizer
+from speechlm_ext.tokenizers.centroids import extract_features, fit, sample_rows
+from speechlm_ext.tokenizers.encoders.mfcc import NUM_FEATURES
+from speechlm_ext.tokenizers.encoders.signal import SignalEncoder
+from speechlm_ext.tokenizers.encoders.spec import EncoderSpec
+from speechlm_ext.tokenizers.units import KMeansUnits
+from speechlm_ext.utils.checks import check_positive
 from speechlm_ext.utils.files.json_shape import build
+from speechlm_ext.utils.threads import one_thread
 
 
 @dataclass(frozen=True)
 class SSLConfig:
-    """Settings of the units."""
+    """Settings of ``mfcc-kmeans`` units."""
 
     sample_rate: int = 16000
     """Hz."""
@@ -39,32 +36,32 @@ class SSLConfig:
     num_clusters: int = 200
     """Units."""
     max_fit_frames: int = 60000
-    """Frames that the fit uses at most, drawn at random."""
+    """Max. frames of the fit, drawn at random."""
     fit_iterations: int = 20
     """Lloyd steps."""
 
     def __post_init__(self) -> None:
-        for name in ("frames_per_token", "num_clusters", "max_fit_frames", "fit_iterations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"mfcc-kmeans units: {name} must be at least 1, got {getattr(self, name)}.")
+        check_positive(self, "frames_per_token", "num_clusters", "max_fit_frames", "fit_iterations")
         if self.sample_rate < 8000 or self.sample_rate % 100:
             raise ConfigError(
-                f"mfcc-kmeans units: sample_rate must be a multiple of 100 Hz from 8000 Hz, got "
+                "mfcc-kmeans units: sample_rate must be a multiple of 100 Hz and at least 8000 Hz, got "
                 f"{self.sample_rate}."
             )
 
 
-class MFCCKMeans:
-    """K-Means units over MFCCs; see the module's text.
+class MFCCKMeans(KMeansUnits):
+    """K-Means units over normalized MFCCs; see the module's text.
 
     Args:
         config: settings.
-        mean, scale: float32 ``[39]``, normalisation of the features.
-        centroids: float32 ``[num_clusters, 39]`` in normalised space.
+        mean, scale: float32 ``[39]``, normalization of the features.
+        centroids: float32 ``[num_clusters, 39]`` in normalized space.
+
+    Raises:
+        TokenizerError: arrays of other shapes.
     """
 
     kind = "mfcc-kmeans"
-    modality = "ssl"
 
     def __init__(
         self, config: SSLConfig, mean: torch.Tensor, scale: torch.Tensor, centroids: torch.Tensor
@@ -75,13 +72,10 @@ class MFCCKMeans:
                 f"mfcc-kmeans units: expected mean and scale [{NUM_FEATURES}] and centroids "
                 f"[{config.num_clusters}, {NUM_FEATURES}], got {shapes}."
             )
+        self._encoder = _encoder(config)
+        super().__init__(centroids, config.sample_rate, self._encoder.frame_rate)
         self.config = config
         self.mean_F, self.scale_F = mean.float().contiguous(), scale.float().contiguous()
-        self.centroids_KF = centroids.float().contiguous()
-        self.vocab_sizes: tuple[int, ...] = (config.num_clusters,)
-        self.sample_rate: int | None = config.sample_rate
-        self.frame_rate: float | None = 100 / config.frames_per_token
-        self._mfcc = MFCC(config.sample_rate)
 
     @classmethod
     def fit(
@@ -98,74 +92,43 @@ class MFCCKMeans:
             AudioError: a waveform that cannot be used.
         """
         config = config or SSLConfig()
-        mfcc = MFCC(config.sample_rate)
-        parts = [
-            average_frames(
-                mfcc(check_wave(wave, f"waveform {index} of the units' fit")), config.frames_per_token
-            )
-            for index, wave in enumerate(waves)
-        ]
-        x_NF = torch.cat(parts) if parts else torch.zeros(0, NUM_FEATURES)
-        if len(x_NF) > config.max_fit_frames:
-            order = torch.randperm(len(x_NF), generator=torch.Generator().manual_seed(seed))
-            x_NF = x_NF[order[: config.max_fit_frames]]
-        if len(x_NF) < config.num_clusters:
-            raise TokenizerError(
-                f"mfcc-kmeans units: {config.num_clusters} units need at least as many frames, got "
-                f"{len(x_NF)} ({len(x_NF) * config.frames_per_token / 100:.1f} s of audio). Give more audio "
-                f"to fit on, or set num_clusters to at most {len(x_NF)}."
-            )
+        encoder = _encoder(config)
+        x_NF = extract_features(
+            waves,
+            encoder,
+            frame_rate=encoder.frame_rate,
+            num_clusters=config.num_clusters,
+            setting="num_clusters",
+        )
+        x_NF = sample_rows(x_NF, config.max_fit_frames, seed)
         mean_F = x_NF.mean(0)
         scale_F = x_NF.std(0, correction=0).clamp_min(1e-5)
-        found = fit(
-            (x_NF - mean_F) / scale_F,
-            config.num_clusters,
-            seed=seed,
-            iterations=config.fit_iterations,
-            what="mfcc-kmeans units",
-        )
-        return cls(config, mean_F, scale_F, found.centroids_KF)
+        normalized_NF = (x_NF - mean_F) / scale_F
+        fitted = fit(normalized_NF, config.num_clusters, seed=seed, iterations=config.fit_iterations)
+        return cls(config, mean_F, scale_F, fitted.centroids_KF)
 
-    def encode(self, x: np.ndarray) -> np.ndarray:
-        """Units of a float32 waveform ``[n]`` at ``sample_rate``: int32 ``[T, 1]``.
-
-        Raises:
-            AudioError: an empty or unusable waveform.
-        """
-        wave = check_wave(x, "waveform for the SSL units")
+    def features(self, wave: np.ndarray) -> torch.Tensor:
+        """See `KMeansUnits`: normalized MFCCs."""
         with one_thread():
-            features_TF = average_frames(self._mfcc(wave), self.config.frames_per_token)
-            units_T = assign((features_TF - self.mean_F) / self.scale_F, self.centroids_KF)
-        return units_T.numpy().astype(np.int32)[:, None]
+            return (self._encoder(wave) - self.mean_F) / self.scale_F
 
-    def decode(self, ids: np.ndarray) -> np.ndarray:
-        """Units cannot become sound: always raises :class:`TokenizerError`."""
-        raise TokenizerError(
-            "mfcc-kmeans units hold no voice and cannot be decoded to sound; generate codec or codec_ssl "
-            "frames instead."
-        )
+    def settings(self) -> dict[str, Any]:
+        """Settings of the fit."""
+        return asdict(self.config)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over settings and centroids."""
-        return base.fingerprint(self.kind, asdict(self.config), base.array_bytes(self._arrays()))
-
-    def _arrays(self) -> dict[str, torch.Tensor]:
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """See `ArrayTokenizer`."""
         return {"mean": self.mean_F, "scale": self.scale_F, "centroids": self.centroids_KF}
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.json`` and ``arrays.safetensors`` into ``folder``."""
-        base.write_arrays(folder, self.kind, asdict(self.config), self.fingerprint, self._arrays())
-
     @classmethod
-    def load(cls, folder: str | Path) -> MFCCKMeans:
-        """Read what :meth:`save` wrote. Raises :class:`TokenizerError`."""
-        record, arrays = base.read_config(folder), base.read_arrays(folder)
-        with base.artefact_errors(folder, "mfcc-kmeans units"):
-            config = build(SSLConfig, record["config"], "config")
-            units = cls(config, arrays["mean"], arrays["scale"], arrays["centroids"])
-        base.require_fingerprint(folder, record["sha256"], units.fingerprint)
-        return units
+    def from_artifact(cls, settings: dict[str, Any], arrays: dict[str, torch.Tensor]) -> MFCCKMeans:
+        """See `ArrayTokenizer`."""
+        config = build(SSLConfig, settings, "config")
+        return cls(config, arrays["mean"], arrays["scale"], arrays["centroids"])
 
 
-base.register_tokenizer(MFCCKMeans.kind, MFCCKMeans)
+def _encoder(config: SSLConfig) -> SignalEncoder:
+    return SignalEncoder(EncoderSpec("mfcc", frames_per_token=config.frames_per_token), config.sample_rate)
+
+
+register_tokenizer(MFCCKMeans.kind, MFCCKMeans)

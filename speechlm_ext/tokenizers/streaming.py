@@ -1,7 +1,7 @@
-"""Codec codes to sound while they arrive: the protocol, and a decoder for any codec with finite context.
+"""Decoding codec codes while they arrive: the protocol, and a decoder for any codec with finite context.
 
-The samples of a stream do not depend on how its codes are pushed: any split gives the same bits. A decoder therefore
-works in blocks on a grid that is fixed by the frames' numbers, and a push only decides how many blocks are whole.
+The samples of a stream do not depend on how its codes are split over the pushes: any split gives the same bits. A
+decoder therefore works in blocks at fixed frame numbers, and a push only completes blocks.
 """
 
 from __future__ import annotations
@@ -12,32 +12,34 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from speechlm_ext.errors import TokenizerError
-from speechlm_ext.tokenizers import base
+from speechlm_ext.tokenizers.base import check_ids
 
 
 @runtime_checkable
 class StreamDecoder(Protocol):
-    """Turns the codes of one utterance after the other into sound."""
+    """Decodes the codes of one utterance after another to sound."""
 
     frame_samples: int
     """Samples of a frame."""
     lookahead: int
-    """Frames that must follow a frame, at most, before all its samples are out."""
+    """Max. number of frames that must follow a frame before all its samples are returned."""
 
     def push(self, codes: np.ndarray) -> np.ndarray:
-        """Take in the next frames, int ``[t, C]`` with t >= 0, and give out the samples that are ready.
+        """Append the next frames, int ``[t, C]`` with t >= 0, and return the samples that they complete.
 
         Returns:
-            float32 ``[n]`` in [-1, 1], the ones behind those given out before; n may be 0.
+            float32 ``[n]`` in [-1, 1], following those returned before; n may be 0.
 
         Raises:
-            TokenizerError: not such codes; nothing was taken in.
+            TokenizerError: not such codes; the decoder is unchanged.
         """
         ...
 
     def flush(self) -> np.ndarray:
-        """End the utterance: its remaining samples, ``frame_samples`` for each frame altogether. The next push begins
-        another one."""
+        """End the utterance and return its remaining samples; in all, each frame gives ``frame_samples``.
+
+        The next push begins another utterance.
+        """
         ...
 
 
@@ -56,58 +58,58 @@ def stream_decoder(codec: Any) -> StreamDecoder:
     return make()
 
 
-class Blocks:
-    """Cuts pushed codes into blocks of a fixed number of frames.
+class CodeBuffer:
+    """Checked codes of a stream, without those that were dropped.
 
     Args:
-        vocab_sizes: of the codec; codes are checked against them.
-        block: frames.
+        vocab_sizes: of the codec.
     """
 
-    def __init__(self, vocab_sizes: tuple[int, ...], block: int) -> None:
-        self.vocab_sizes, self.block = vocab_sizes, block
+    def __init__(self, vocab_sizes: tuple[int, ...]) -> None:
+        self.vocab_sizes = vocab_sizes
         self.reset()
 
     def reset(self) -> None:
-        """Forget all codes."""
+        """Drop all codes and start at frame 0."""
         self.codes_TC = np.zeros((0, len(self.vocab_sizes)), np.int64)
-        """Codes that are kept, int64."""
-        self.first = 0
-        """Number of the first of them."""
+        """Codes of frames ``start`` to ``end``, int64."""
+        self.start = 0
+        """Number of the first frame."""
 
     @property
     def end(self) -> int:
-        """Frames that came so far."""
-        return self.first + len(self.codes_TC)
+        """Number of frames pushed."""
+        return self.start + len(self.codes_TC)
 
     def push(self, codes: np.ndarray) -> None:
-        """Take in codes ``[t, C]``. Raises :class:`TokenizerError`."""
-        checked = base.check_ids(codes, self.vocab_sizes, "codec codes")
-        self.codes_TC = np.concatenate([self.codes_TC, checked])
+        """Append codes ``[t, C]``. Raises :class:`TokenizerError`: not such codes."""
+        self.codes_TC = np.concatenate([self.codes_TC, check_ids(codes, self.vocab_sizes, "codec codes")])
 
-    def forget(self, frame: int) -> None:
-        """Drop what lies before a frame."""
-        if frame > self.first:
-            self.codes_TC, self.first = self.codes_TC[frame - self.first :], frame
+    def drop_before(self, frame: int) -> None:
+        """Drop the frames before ``frame``."""
+        if frame > self.start:
+            self.codes_TC, self.start = self.codes_TC[frame - self.start :], frame
 
-    def take(self, start: int, end: int) -> np.ndarray:
+    def slice(self, start: int, end: int) -> np.ndarray:
         """Codes of frames ``start`` to ``end``."""
-        return self.codes_TC[start - self.first : end - self.first]
+        return self.codes_TC[start - self.start : end - self.start]
 
 
 class OverlapDecoder:
-    """Decodes windows of frames, with context on both sides, and keeps their middle.
+    """Decodes windows of frames with context on both sides, and keeps their middle.
 
-    Where ``decode`` looks no further than the contexts reach, the sound is that of the whole utterance: a window lacks
-    only frames that its middle does not hear. Windows lie on a grid of ``block`` frames, and one with context costs
-    ``(left + block + right) / block`` times the decoding of its middle.
+    If the receptive field of ``decode`` is within the contexts, the result equals offline decoding. Windows start at
+    multiples of ``block`` frames; one window costs ``(left + block + right) / block`` times the decoding of its middle.
 
     Args:
         decode: codes int64 ``[t, C]`` → ``t * frame_samples`` samples, as the codec's own ``decode``.
         vocab_sizes: of the codec.
         frame_samples: samples of a frame.
-        left, right: frames of context that ``decode`` hears before and behind a frame.
-        block: frames given out together.
+        left, right: frames of context before and after a block.
+        block: frames returned together.
+
+    Raises:
+        TokenizerError: a number below its minimum.
     """
 
     def __init__(
@@ -120,49 +122,45 @@ class OverlapDecoder:
         right: int,
         block: int = 1,
     ) -> None:
-        for name, value, least in (
-            ("frame_samples", frame_samples, 1),
-            ("left", left, 0),
-            ("right", right, 0),
-            ("block", block, 1),
-        ):
-            if value < least:
-                raise TokenizerError(f"overlap decoder: {name} must be at least {least}, got {value}.")
+        numbers = {"frame_samples": frame_samples, "left": left, "right": right, "block": block}
+        for name, value in numbers.items():
+            minimum = 0 if name in ("left", "right") else 1
+            if value < minimum:
+                raise TokenizerError(f"overlap decoder: {name} must be at least {minimum}, got {value}.")
         self.frame_samples, self.left, self.right, self.block = frame_samples, left, right, block
         self.lookahead = right + block - 1
         self._decode = decode
-        self._blocks = Blocks(vocab_sizes, block)
+        self._buffer = CodeBuffer(vocab_sizes)
         self._next = 0
 
     def push(self, codes: np.ndarray) -> np.ndarray:
         """See :class:`StreamDecoder`."""
-        self._blocks.push(codes)
+        self._buffer.push(codes)
         parts = [np.zeros(0, np.float32)]
-        while self._next + self.block + self.right <= self._blocks.end:
-            parts.append(self._window())
+        while self._next + self.block + self.right <= self._buffer.end:
+            parts.append(self._decode_block())
         return np.concatenate(parts)
 
     def flush(self) -> np.ndarray:
         """See :class:`StreamDecoder`."""
         parts = [np.zeros(0, np.float32)]
-        while self._next < self._blocks.end:
-            parts.append(self._window())
-        self._blocks.reset()
+        while self._next < self._buffer.end:
+            parts.append(self._decode_block())
+        self._buffer.reset()
         self._next = 0
         return np.concatenate(parts)
 
-    def _window(self) -> np.ndarray:
-        """Sound of the next block, of what there is of it."""
-        start = max(self._next - self.left, 0)
-        stop = min(self._next + self.block, self._blocks.end)
-        end = min(stop + self.right, self._blocks.end)
-        wave = np.asarray(self._decode(self._blocks.take(start, end)), dtype=np.float32)
-        if wave.shape != ((end - start) * self.frame_samples,):
+    def _decode_block(self) -> np.ndarray:
+        """Samples of the next block, or of its frames that are there."""
+        start, end = self._next, min(self._next + self.block, self._buffer.end)
+        left, right = max(start - self.left, 0), min(end + self.right, self._buffer.end)
+        num_samples = (right - left) * self.frame_samples
+        wave = np.asarray(self._decode(self._buffer.slice(left, right)), dtype=np.float32)
+        if wave.shape != (num_samples,):
             raise TokenizerError(
-                f"overlap decoder: {end - start} frames must decode to [{(end - start) * self.frame_samples}] samples, "
-                f"got {list(wave.shape)}; frame_samples {self.frame_samples} is not this codec's."
+                f"overlap decoder: {right - left} frames must decode to [{num_samples}] samples, got "
+                f"{list(wave.shape)}; frame_samples {self.frame_samples} is not this codec's."
             )
-        middle = wave[(self._next - start) * self.frame_samples : (stop - start) * self.frame_samples]
-        self._next = stop
-        self._blocks.forget(stop - self.left)
-        return middle
+        self._next = end
+        self._buffer.drop_before(end - self.left)
+        return wave[(start - left) * self.frame_samples : (end - left) * self.frame_samples]

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from speechlm_ext.audio.files import says_conversions
+from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError, foreign_errors
 from speechlm_ext.kmeans import KMeans

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from speechlm_ext.audio.files import says_conversions
+from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans

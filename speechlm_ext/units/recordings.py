@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from speechlm_ext.audio.files import add_conversions, audio_seconds, take_conversions
+from speechlm_ext.audio.files import audio_seconds
+from speechlm_ext.audio.waveform import add_conversions, take_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest
 from speechlm_ext.data.tokenize.fit import read_wave
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, TokenizerError

@@ -21,7 +21,7 @@ from speechlm_ext.model.attention.kernels import Packing, packed_attention
 from speechlm_ext.model.attention.scores import ScoreRule
 from speechlm_ext.model.backbone.body import BackboneError, backbone_settings, max_positions
 from speechlm_ext.model.backbone.proof import examine
-from speechlm_ext.tokenizers.text.text import HuggingFaceText
+from speechlm_ext.tokenizers.text.huggingface import HuggingFaceText
 
 quiet()
 NUM_TEXT = 60

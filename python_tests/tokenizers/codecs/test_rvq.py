@@ -1,4 +1,4 @@
-"""The rvq-kmeans codec on real recordings: what is kept, what is deterministic, what is refused."""
+"""The rvq-kmeans codec on real recordings: accuracy, determinism, storage, refusals."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from python_tests.assets import waves
+from python_tests.tokenizers.codecs.griffin_lim import quantizer_input, synthesize
 from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
 from speechlm_ext.tokenizers import RVQConfig, RVQKMeansCodec, load_tokenizer
-from speechlm_ext.tokenizers.codecs.rvq import beam_search
-from speechlm_ext.tokenizers.encoders.mel import MelConfig, MelSpectrogram, one_thread
+from speechlm_ext.tokenizers.codecs.rvq_search import beam_search
+from speechlm_ext.tokenizers.encoders.mel import MelConfig, MelSpectrogram
 
 
 def rmse(a, b) -> float:
@@ -25,19 +26,19 @@ def test_round_trip_of_real_recordings(codec, index):
     wave = waves()[index]
     codes = codec.encode(wave)
     sound = codec.decode(codes)
-    original = codec.analyse(wave)
+    original = quantizer_input(codec, wave)
     # The quantiser alone: the log-mel that the codes stand for. A codec that outputs the mean has an error
     # above 1.
     assert rmse(codec.log_mel(codes), original) < 0.30
     # After phase reconstruction and a second analysis little may be added to that.
-    assert rmse(codec.analyse(sound), original) < 0.38
+    assert rmse(quantizer_input(codec, sound), original) < 0.38
     loudness = np.sqrt((sound[: len(wave)] ** 2).mean() / (wave**2).mean())
     assert 0.85 < loudness < 1.1
 
 
 def test_more_stages_keep_more(codec):
     wave = waves()[8]
-    codes, original = codec.encode(wave), codec.analyse(wave)
+    codes, original = codec.encode(wave), quantizer_input(codec, wave)
     errors = []
     for stages in (1, 2, 4, 8):
         part = RVQKMeansCodec(
@@ -49,7 +50,7 @@ def test_more_stages_keep_more(codec):
     assert errors[0] > 1.2 * errors[1] > 1.2**2 * errors[2] > 1.2**3 * errors[3]
 
 
-@pytest.mark.parametrize("num_samples", [1, 160, 319, 320, 321, 16000, 5 * 16000])
+@pytest.mark.parametrize("num_samples", [1, 160, 319, 320, 321, 16000, 33000])
 def test_number_of_frames(codec, num_samples):
     wave = np.resize(waves()[5], num_samples)
     codes = codec.encode(wave)
@@ -98,7 +99,7 @@ def test_save_and_load(codec, tmp_path):
     assert sorted(p.name for p in (tmp_path / "codec").iterdir()) == ["arrays.safetensors", "tokenizer.json"]
 
 
-def test_damaged_artefacts_are_refused(codec, tmp_path):
+def test_damaged_artifacts_are_refused(codec, tmp_path):
     codec.save(tmp_path)
     record = json.loads((tmp_path / "tokenizer.json").read_text())
     arrays = (tmp_path / "arrays.safetensors").read_bytes()
@@ -117,7 +118,7 @@ def test_damaged_artefacts_are_refused(codec, tmp_path):
     for change, message in (
         ({"kind": "nonsense"}, "of kind 'nonsense'; known are"),
         ({"version": 99}, "version 99 is not 1"),
-        ({"config": {"mel": {}, "colour": 1}}, "not an rvq-kmeans codec"),
+        ({"config": {"mel": {}, "colour": 1}}, "not a tokenizer of kind rvq-kmeans"),
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps({**record, **change}))
         with pytest.raises(TokenizerError, match=message):
@@ -130,7 +131,9 @@ def test_damaged_artefacts_are_refused(codec, tmp_path):
 
 
 def test_too_little_audio_names_the_way_out():
-    with pytest.raises(TokenizerError, match=r"256 codes need .* got 10 \(0\.2 s of audio\).*at most 10"):
+    with pytest.raises(
+        TokenizerError, match=r"codebook_size 256 needs .* got 10 \(0\.2 s of audio\).*at most 10"
+    ):
         RVQKMeansCodec.fit([waves()[0][:3200]])
     with pytest.raises(TokenizerError, match="got 0"):
         RVQKMeansCodec.fit([])
@@ -199,7 +202,7 @@ def test_beam_search_follows_the_residuals(beam):
 def test_mel_inversion_without_quantiser(n_fft):
     mel = MelSpectrogram(MelConfig(n_fft=n_fft))
     log_mel = mel.encode(waves()[8])
-    again = mel.encode(mel.decode(log_mel, iterations=30, momentum=0.99))
+    again = mel.encode(synthesize(mel, log_mel, iterations=30, momentum=0.99))
     assert rmse(again, log_mel) < 0.2
     magnitude = mel.magnitude(log_mel) * mel._scale
     assert rmse(torch.log(magnitude @ mel.filters_MF.T + 1e-3), log_mel) < 0.05
@@ -214,18 +217,3 @@ def test_mel_of_a_tone():
     centre = (mel.filters_MF[peak] * torch.arange(321)).sum() / mel.filters_MF[peak].sum() * 25
     assert abs(float(centre) - 1000) < 60 and 0.5 < float(bands[peak]) < 2.2
     assert float(bands[peak + 12 :].max()) < 0.01 and float(bands[: peak - 12].max()) < 0.01
-
-
-def test_one_thread_is_restored_after_overlapping_uses():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        first, second = one_thread(), one_thread()
-        first.__enter__()
-        second.__enter__()
-        first.__exit__(None, None, None)
-        assert torch.get_num_threads() == 1
-        second.__exit__(None, None, None)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)

@@ -139,7 +139,7 @@ def test_hugging_face_refusals(tmp_path):
 
 
 def test_separators_of_unicode_are_characters_of_the_text():
-    """Only line feeds and carriage returns end a training line; the pieces hold what the texts hold."""
+    """Only line feeds and carriage returns end a training line; other separators are characters of pieces."""
     text = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\x1eeight\ufeff"
     tokenizer = SentencePieceText.fit([text] * 4, TextConfig(vocab_size=330))
     assert tokenizer.decode(tokenizer.encode(text)) == text

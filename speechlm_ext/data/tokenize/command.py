@@ -18,7 +18,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from speechlm_ext.audio.files import says_conversions, take_conversions
+from speechlm_ext.audio.waveform import says_conversions, take_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest, scan_manifest
 from speechlm_ext.data.tokenize.encode import EncoderPool
 from speechlm_ext.data.tokenize.fit import FOLDER, CodecFit, FitSettings, SSLFit, TextFit, get_tokenizers

@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from speechlm_ext.audio.files import add_conversions, take_conversions
+from speechlm_ext.audio.waveform import add_conversions, take_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.data.tokenize.fit import read_wave
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, TokenizerError

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from speechlm_ext.audio.files import check_wave, resample_audio
+from speechlm_ext.audio.waveform import check_wave, resample_audio
 from speechlm_ext.errors import ConfigError, SpeechLMError
 from speechlm_ext.utils.files.io import atomic_path, atomic_write_bytes
 from speechlm_ext.utils.language import match_language

@@ -11,7 +11,8 @@ import numpy as np
 import soundfile
 from markupsafe import Markup
 
-from speechlm_ext.audio.files import check_wave, read_audio
+from speechlm_ext.audio.files import read_audio
+from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.evaluation.report.page import data_uri
 
 #: Grey that can be read on a light and on a dark page.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speechlm_ext.audio.files import says_conversions
+from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.generate import result_of
 from speechlm_ext.generation.live.session import Session, check_one_row

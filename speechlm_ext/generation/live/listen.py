@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import regex
 
-from speechlm_ext.audio.files import check_wave
+from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.generate import result_of
 from speechlm_ext.generation.live.session import Session, check_one_row

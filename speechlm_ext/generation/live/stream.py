@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from speechlm_ext.audio.files import says_conversions
+from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine.engine import Engine, Work
 from speechlm_ext.generation.engine.rows import Decoded, FrameReader

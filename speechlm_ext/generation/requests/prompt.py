@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from speechlm_ext.audio.files import check_wave, read_audio, resample_audio
+from speechlm_ext.audio.files import read_audio
+from speechlm_ext.audio.waveform import check_wave, resample_audio
 from speechlm_ext.errors import AudioError, ConfigError, GenerationError, SpeechLMError
 from speechlm_ext.generation.requests.request import GenerationRequest, check_fields
 from speechlm_ext.generation.requests.settings import MAX_COUNT, SamplingSettings

@@ -76,7 +76,7 @@ def _copy(model: Any, pretrained: Any, folder: str | Path) -> None:
 
 def _check_tokenizer(model: Any, folder: str | Path) -> None:
     """Refuse a text tokenizer that is not the backbone's."""
-    from speechlm_ext.tokenizers.text.text import HuggingFaceText
+    from speechlm_ext.tokenizers.text.huggingface import HuggingFaceText
 
     found = dict(model.layout.tokenizers).get("text_bpe")
     if found is None:

@@ -1,1 +1,1 @@
-"""Neural-codec tokenizers: sound to codes and back."""
+"""Codecs: sound to codes and back."""

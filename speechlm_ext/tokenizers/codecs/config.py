@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.tokenizers.encoders.mel import MelConfig
+from speechlm_ext.utils.checks import check_positive
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class RVQConfig:
     """Settings of the codec."""
 
     mel: MelConfig = field(default_factory=MelConfig)
-    """The analysis underneath."""
+    """The log-mel analysis."""
     frames_per_token: int = 2
     """Mel frames (10 ms) in one token frame: 2 is 50 Hz, 4 is 25 Hz."""
     num_codebooks: int = 8
@@ -23,25 +24,24 @@ class RVQConfig:
     beam: int = 4
     """Partial codes kept while encoding; 1 is greedy."""
     griffin_lim_iterations: int = 60
-    """Phase reconstruction steps."""
+    """Steps of phase reconstruction."""
     griffin_lim_momentum: float = 0.99
     """Momentum of fast Griffin-Lim."""
     max_fit_frames: int = 30000
-    """Token frames that the fit uses at most, drawn at random."""
+    """Max. token frames of the fit, drawn at random."""
     fit_iterations: int = 10
     """Lloyd steps of each stage."""
 
     def __post_init__(self) -> None:
-        for name in (
+        check_positive(
+            self,
             "frames_per_token",
             "num_codebooks",
             "codebook_size",
             "beam",
             "max_fit_frames",
             "fit_iterations",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rvq-kmeans codec: {name} must be at least 1, got {getattr(self, name)}.")
+        )
         if self.griffin_lim_iterations < 0 or not 0 <= self.griffin_lim_momentum < 1:
             raise ConfigError(
                 "rvq-kmeans codec: griffin_lim_iterations must be >= 0 and griffin_lim_momentum in [0, 1), "
@@ -49,6 +49,16 @@ class RVQConfig:
             )
 
     @property
+    def num_features(self) -> int:
+        """Values of a token frame: its stacked mel bands."""
+        return self.frames_per_token * self.mel.num_mels
+
+    @property
+    def frame_samples(self) -> int:
+        """Samples of a token frame."""
+        return self.mel.hop * self.frames_per_token
+
+    @property
     def frame_rate(self) -> float:
         """Token frames per second."""
-        return self.mel.sample_rate / (self.mel.hop * self.frames_per_token)
+        return self.mel.sample_rate / self.frame_samples

@@ -1,1 +1,1 @@
-"""Feature encoders: a waveform to frames of features, for K-Means units."""
+"""Feature encoders: a waveform to frames of features."""

@@ -1,46 +1,46 @@
 """``hf:NAME:LAYER``: hidden states of a Hugging Face speech encoder as features.
 
-Three families, told apart by the model's ``config.json``:
+Three families, by ``model_type`` of the model's ``config.json``:
 
 - **Whisper** (``whisper``): mel frames through the convolutions, the first positions, the layers. The layers run on
-  the recording's true length: the model's own 30 s of padding costs many times the work and clusters no better.
+  the recording's true length: padding to 30 s costs many times the work and clusters no better.
 - **waveform models** (HuBERT, wav2vec 2.0, WavLM, data2vec-audio, UniSpeech, …): a stack of strided convolutions.
 - **wav2vec2-bert** (``wav2vec2-bert``): filter-bank frames, two stacked to one.
 
-What goes into a model is prepared for the whole recording (normalisation included), with zeros behind its end where
-the last frame is not full: frame ``i`` begins where the model's own frame ``i`` begins. Recordings longer than 30 s
-(1500 frames of 20 ms) go through the layers in windows of 1500 frames that overlap by 250; of an overlap the first
-window gives the first half and the next the second, so every frame has at least 125 frames of context on both sides,
-or the recording's end. Each window counts its positions from 0.
+A model's input is prepared for the whole recording (normalization included) and padded with zeros to a full last frame:
+frame ``i`` starts where the model's own frame ``i`` starts. Recordings longer than 30 s (1500 frames of 20 ms) go
+through the layers in windows of 1500 frames that overlap by 250. The first half of an overlap comes from the first
+window and the second half from the next, so every frame has at least 125 frames of context on both sides, or the
+recording's end. Positions count from 0 in each window.
 
-Only safetensors weights are read and no code from a model's repository is run. Every weight must be in the file: none
-is left at random.
+Only safetensors weights are read, and no code of a model's repository is run. A weight that is missing in the file is
+an error: transformers would initialize it at random.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from speechlm_ext.errors import TokenizerError, foreign_errors
-from speechlm_ext.tokenizers.encoders.mel import one_thread
 from speechlm_ext.tokenizers.encoders.spec import (
     SAMPLE_RATE,
     EncoderSpec,
     average_frames,
     check_encoder_wave,
-    describe_spec,
-    num_frames,
+    describe_encoder,
 )
 from speechlm_ext.tokenizers.encoders.weights import load_parts, model_folder, weights_sha256
+from speechlm_ext.utils.threads import one_thread
 
 WINDOW = 1500
-"""Frames that go through the layers at once; Whisper has no positions beyond."""
+"""Max. frames that go through the layers at once: Whisper's number of positions."""
 OVERLAP = 250
 """Frames that a window shares with the next."""
 
@@ -48,8 +48,8 @@ OVERLAP = 250
 class HFEncoder:
     """A Hugging Face speech encoder up to one hidden state.
 
-    On the CPU one thread computes it, so the features do not depend on the number of cores; several recordings at
-    once want several processes.
+    On the CPU it runs on one thread, so the features do not depend on the number of cores; use several processes to
+    encode recordings in parallel.
 
     Args:
         spec: of kind ``hf``.
@@ -73,7 +73,7 @@ class HFEncoder:
         self._model.to(self.device)
 
     def _set_up(self, spec: EncoderSpec) -> None:
-        """Find the model's sizes, and try it on a short sound: configuration and extractor are not checked before."""
+        """Set the model's sizes, and run it on a short sound to check its configuration and extractor."""
         self._family = _FAMILIES.get(self._config.model_type, _Waveform)(self._model, self._extractor)
         layers = self._family.layers
         if spec.layer > len(layers):
@@ -81,7 +81,7 @@ class HFEncoder:
                 f"feature encoder {spec}: layer {spec.layer} does not exist, the model has {len(layers)} layers. "
                 f"Choose one of 0 (what enters the first layer) to {len(layers)} (the output of the last)."
             )
-        # Hidden state L is what enters layer L + 1: nothing after that layer is ever looked at.
+        # Hidden state L is the input of layer L + 1; later layers are not needed.
         del layers[spec.layer + 1 :]
         rate = int(self._extractor.sampling_rate)
         if rate != SAMPLE_RATE:
@@ -91,7 +91,7 @@ class HFEncoder:
             )
         self._samples_per_frame = self._family.samples_per_frame
         if not 0 < self._samples_per_frame <= SAMPLE_RATE:
-            raise ValueError(f"a frame would last {self._samples_per_frame} samples")
+            raise ValueError(f"a frame has {self._samples_per_frame} samples")
         self.frame_rate = SAMPLE_RATE / self._samples_per_frame / spec.frames_per_token
         self.num_features = int(self._config.hidden_size)
         sound = np.sin(np.arange(2 * self._samples_per_frame * spec.frames_per_token, dtype=np.float32))
@@ -102,7 +102,7 @@ class HFEncoder:
 
     def __call__(self, wave: np.ndarray, sample_rate: int | None = None) -> torch.Tensor:
         """See `FeatureEncoder`."""
-        wave = check_encoder_wave(wave, sample_rate, self.spec)
+        wave = check_encoder_wave(wave, sample_rate, self)
         if self.device.type != "cpu":
             return self._encode(wave, self.device)
         with one_thread():
@@ -110,17 +110,18 @@ class HFEncoder:
 
     @torch.inference_mode()
     def _encode(self, wave: np.ndarray, device: torch.device) -> torch.Tensor:
-        length = num_frames(len(wave), self._samples_per_frame)
+        length = math.ceil(len(wave) / self._samples_per_frame)
         inputs = self._family.prepare(wave, length).to(device)
         parts = []
-        for begin, end, keep_from, keep_to in windows(length):
-            hidden_TF = self._family.run(inputs, begin, end, self.spec.layer)
-            if hidden_TF.shape[0] != end - begin:
+        for window in windows(length):
+            hidden_TF = self._family.run(inputs, window.start, window.end, self.spec.layer)
+            if len(hidden_TF) != window.end - window.start:
                 raise TokenizerError(
-                    f"feature encoder {self.spec}: expected {end - begin} frames of the model, got "
-                    f"{hidden_TF.shape[0]}; models that change the frame rate between layers are not supported."
+                    f"feature encoder {self.spec}: expected {window.end - window.start} frames of the model, got "
+                    f"{len(hidden_TF)}; models that change the frame rate between layers are not supported."
                 )
-            parts.append(hidden_TF[keep_from - begin : keep_to - begin].float().cpu())
+            kept_TF = hidden_TF[window.keep_start - window.start : window.keep_end - window.start]
+            parts.append(kept_TF.float().cpu())
         features_TF = parts[0] if len(parts) == 1 else torch.cat(parts)
         return average_frames(features_TF, self.spec.frames_per_token).contiguous()
 
@@ -130,34 +131,39 @@ class HFEncoder:
         return weights_sha256(self.folder)
 
     def describe(self) -> dict[str, Any]:
-        """See `FeatureEncoder`: with the weights' sha256 and how the input is normalised."""
-        return describe_spec(self.spec, self.frame_rate, self.num_features) | {
+        """See `FeatureEncoder`: with the weights' sha256 and how the input is normalized."""
+        return describe_encoder(self) | {
             "model_type": self._config.model_type,
             "weights_sha256": self.weights_sha256,
             "do_normalize": bool(getattr(self._extractor, "do_normalize", False)),
         }
 
 
-def windows(length: int) -> list[tuple[int, int, int, int]]:
-    """Cut ``length`` frames into windows of at most `WINDOW`.
+class Window(NamedTuple):
+    """A window of frames ``start`` to ``end``, of which ``keep_start`` to ``keep_end`` are kept."""
 
-    Returns:
-        ``(begin, end, keep_from, keep_to)`` in frames for each: what it sees, and what of it is kept. The kept parts
-        follow each other without a gap; a window is longer than `OVERLAP` unless it is the only one.
+    start: int
+    end: int
+    keep_start: int
+    keep_end: int
+
+
+def windows(length: int) -> list[Window]:
+    """Cut ``length`` frames into windows of at most `WINDOW` frames.
+
+    The kept parts follow each other without a gap; a window is longer than `OVERLAP` unless it is the only one.
     """
-    step = WINDOW - OVERLAP
-    begins = list(range(0, max(length - OVERLAP, 1), step))
+    starts = range(0, max(length - OVERLAP, 1), WINDOW - OVERLAP)
     result = []
-    for i, begin in enumerate(begins):
-        is_last = i == len(begins) - 1
-        end = length if is_last else begin + WINDOW
-        result.append(
-            (begin, end, begin + (OVERLAP // 2 if i else 0), end if is_last else end - OVERLAP // 2)
-        )
+    for start in starts:
+        is_last = start == starts[-1]
+        end = length if is_last else start + WINDOW
+        keep_start = start + OVERLAP // 2 if start else 0
+        result.append(Window(start, end, keep_start, end if is_last else end - OVERLAP // 2))
     return result
 
 
-# ---- the families: prepare(wave, T) -> inputs of the whole recording; run(inputs, begin, end, layer) -> [T, F] ----
+# ---- the families: prepare(wave, T) -> inputs of the whole recording; run(inputs, start, end, layer) -> [T, F] ----
 class _Whisper:
     def __init__(self, model: Any, extractor: Any) -> None:
         self._encoder, self._extractor = model, extractor
@@ -170,15 +176,15 @@ class _Whisper:
         self._more: dict[str, Any] = {"layer_head_mask": None} if "layer_head_mask" in names else {}
 
     def prepare(self, wave: np.ndarray, length: int) -> torch.Tensor:
-        # Zeros as far as the last window reaches: the frames are those of a recording padded to 30 s.
+        # Zeros up to the end of the last window, so that the frames are those of a recording padded to 30 s.
         padded = np.zeros(length * self.samples_per_frame + self._extractor.n_fft, np.float32)
         padded[: len(wave)] = wave
         mel = self._extractor(padded, sampling_rate=SAMPLE_RATE, padding="do_not_pad", truncation=False)
         return torch.from_numpy(np.asarray(mel["input_features"][0][:, : length * self._per_frame]))
 
-    def run(self, inputs: torch.Tensor, begin: int, end: int, layer: int) -> torch.Tensor:
+    def run(self, inputs: torch.Tensor, start: int, end: int, layer: int) -> torch.Tensor:
         encoder, gelu = self._encoder, torch.nn.functional.gelu
-        mel = inputs[None, :, begin * self._per_frame : end * self._per_frame]
+        mel = inputs[None, :, start * self._per_frame : end * self._per_frame]
         x = gelu(encoder.conv2(gelu(encoder.conv1(mel)))).transpose(1, 2)
         x = x + encoder.embed_positions.weight[: x.shape[1]]
         for block in self.layers[:layer]:
@@ -188,17 +194,17 @@ class _Whisper:
 
 
 class _HiddenStates:
-    """Models whose forward gives the hidden states itself."""
+    """Models whose forward returns the hidden states."""
 
     def __init__(self, model: Any, extractor: Any) -> None:
         self._model, self._extractor = model, extractor
         self.layers = model.encoder.layers
         self._num_layers = len(self.layers)
-        model.adapter = None  # it only changes what comes after the last layer
+        model.adapter = None  # it follows the last layer
 
     def _hidden(self, inputs: torch.Tensor, layer: int) -> torch.Tensor:
         output = self._model(inputs, output_hidden_states=True)
-        # The last one is given with the final norm or without it, depending on transformers' version.
+        # transformers' version decides whether the last of hidden_states has the final norm.
         return (output.last_hidden_state if layer == self._num_layers else output.hidden_states[layer])[0]
 
 
@@ -218,8 +224,8 @@ class _Waveform(_HiddenStates):
         padded[:used] = values[:used]
         return torch.from_numpy(padded)
 
-    def run(self, inputs: torch.Tensor, begin: int, end: int, layer: int) -> torch.Tensor:
-        part = inputs[begin * self.samples_per_frame : (end - 1) * self.samples_per_frame + self._field]
+    def run(self, inputs: torch.Tensor, start: int, end: int, layer: int) -> torch.Tensor:
+        part = inputs[start * self.samples_per_frame : (end - 1) * self.samples_per_frame + self._field]
         return self._hidden(part[None], layer)
 
 
@@ -238,8 +244,8 @@ class _Wav2Vec2Bert(_HiddenStates):
         values = self._extractor(padded, sampling_rate=SAMPLE_RATE)["input_features"][0]
         return torch.from_numpy(np.asarray(values, np.float32))
 
-    def run(self, inputs: torch.Tensor, begin: int, end: int, layer: int) -> torch.Tensor:
-        return self._hidden(inputs[None, begin:end], layer)
+    def run(self, inputs: torch.Tensor, start: int, end: int, layer: int) -> torch.Tensor:
+        return self._hidden(inputs[None, start:end], layer)
 
 
 _FAMILIES: dict[str, Callable[[Any, Any], Any]] = {"whisper": _Whisper, "wav2vec2-bert": _Wav2Vec2Bert}

@@ -1,8 +1,7 @@
-"""MFCC features for SSL units: 13 cepstra with their first and second differences, every 10 ms, 39 numbers a
-frame.
+"""MFCC features: 13 cepstra with their first and second differences, 39 numbers every 10 ms.
 
-They are what HuBERT's first iteration clustered (Hsu et al., 2021): speech content without any model. Cepstra
-are the orthonormal DCT-II of 40 log-mel bands (25 ms window), differences are regressions over ±2 frames.
+HuBERT's first iteration clusters them (Hsu et al., 2021). Cepstra are the orthonormal DCT-II of 40 log-mel bands (25 ms
+window), differences are regressions over ±2 frames.
 """
 
 from __future__ import annotations

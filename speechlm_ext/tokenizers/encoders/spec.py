@@ -1,29 +1,29 @@
-"""Feature encoders: a 16 kHz waveform → float32 features ``[T, F]`` at a stated frame rate, for K-Means units.
+"""Feature encoders: a 16 kHz waveform → float32 features ``[T, F]`` at a stated frame rate.
 
-An encoder is named by a string, the same one in settings, on the command line and in artefacts:
+A string names an encoder in settings, on the command line and in artifacts:
 
     mfcc                 13 MFCCs with first and second differences, 39 numbers, 100 frames/s
     log-mel              80 log-mel bands, 100 frames/s
     hf:NAME:LAYER        hidden state LAYER of a Hugging Face speech encoder, 50 frames/s for all common ones
 
-``NAME`` is a folder or a name on the Hub. ``LAYER`` counts as transformers' ``hidden_states`` do: 0 is what enters the
+``NAME`` is a folder or a name on the Hub. ``LAYER`` counts as transformers' ``hidden_states`` do: 0 is the input of the
 first layer, L is the output of layer L. ``frames_per_token`` averages that many consecutive frames to one.
 
-A waveform of ``n`` samples has ``ceil(n / samples_per_frame)`` frames whatever the encoder, the codec's own rule, so
-that units and codes of one recording have equal lengths.
+For every encoder a waveform of ``n`` samples has ``ceil(n / samples_per_frame)`` frames, the codec's rule, so units and
+codes of one recording have equal lengths.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from speechlm_ext.audio.files import check_wave
+from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import AudioError, ConfigError
+from speechlm_ext.utils.checks import check_positive
 
 SAMPLE_RATE = 16000
 KINDS = "mfcc, log-mel or hf:FOLDER_OR_HUB_NAME:LAYER"
@@ -31,7 +31,7 @@ KINDS = "mfcc, log-mel or hf:FOLDER_OR_HUB_NAME:LAYER"
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Which encoder, and how many of its frames make one feature frame."""
+    """An encoder by name, and the number of its frames per feature frame."""
 
     kind: str
     """``mfcc``, ``log-mel`` or ``hf``."""
@@ -47,14 +47,11 @@ class EncoderSpec:
             raise ConfigError(f"unknown feature encoder {self.kind!r}; expected {KINDS}.")
         if (self.kind == "hf") != bool(self.name) or self.layer < 0:
             raise ConfigError(f"feature encoder {self}: expected {KINDS}, with LAYER from 0.")
-        if self.frames_per_token < 1:
-            raise ConfigError(
-                f"feature encoder {self}: frames_per_token must be at least 1, got {self.frames_per_token}."
-            )
+        check_positive(self, "frames_per_token")
 
     @classmethod
     def parse(cls, text: str, frames_per_token: int = 1) -> EncoderSpec:
-        """Read ``mfcc``, ``log-mel`` or ``hf:NAME:LAYER``; the name may hold colons itself.
+        """Read ``mfcc``, ``log-mel`` or ``hf:NAME:LAYER``; the name may contain colons.
 
         Raises:
             ConfigError: anything else.
@@ -74,10 +71,10 @@ class EncoderSpec:
 
 @runtime_checkable
 class FeatureEncoder(Protocol):
-    """Turns a 16 kHz waveform into features."""
+    """Computes features of a 16 kHz waveform."""
 
     spec: EncoderSpec
-    """What was asked for."""
+    """Which encoder it is."""
     sample_rate: int
     """Hz of the waveforms: 16000."""
     frame_rate: float
@@ -90,53 +87,50 @@ class FeatureEncoder(Protocol):
 
         Args:
             wave: float32 ``[n]`` in [-1, 1], n >= 1.
-            sample_rate: its rate in Hz, where the caller wants it checked.
+            sample_rate: its rate in Hz, to be checked.
 
         Returns:
             float32 ``[T, F]`` on the CPU with ``T = ceil(n / 16000 · frame_rate)``.
 
         Raises:
-            AudioError: a waveform that cannot be used, or of another rate.
+            AudioError: an unusable waveform, or one of another rate.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What an artefact records of the encoder, as JSON: two encoders with equal descriptions give features that
-        mean the same."""
+        """The encoder's record in artifacts, as JSON: equal descriptions mean equal features."""
         ...
 
 
-def check_encoder_wave(wave: np.ndarray, sample_rate: int | None, spec: EncoderSpec) -> np.ndarray:
-    """The waveform as contiguous float32 ``[n]``. Raises :class:`AudioError`."""
-    if sample_rate is not None and sample_rate != SAMPLE_RATE:
+def check_encoder_wave(wave: np.ndarray, sample_rate: int | None, encoder: FeatureEncoder) -> np.ndarray:
+    """The waveform as contiguous float32 ``[n]``. Raises :class:`AudioError`: unusable, or of another rate."""
+    if sample_rate is not None and sample_rate != encoder.sample_rate:
         raise AudioError(
-            f"feature encoder {spec}: expected a waveform at {SAMPLE_RATE} Hz, got {sample_rate} Hz; resample it "
-            f"first, e.g. read_audio(path, {SAMPLE_RATE})."
+            f"feature encoder {encoder.spec}: expected a waveform at {encoder.sample_rate} Hz, got {sample_rate} Hz; "
+            f"resample it first, e.g. read_audio(path, {encoder.sample_rate})."
         )
-    return check_wave(wave, f"waveform for {spec}")
+    return check_wave(wave, f"waveform for {encoder.spec}")
 
 
-def describe_spec(spec: EncoderSpec, frame_rate: float, num_features: int) -> dict[str, Any]:
+def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
     """The part of a description that all encoders share."""
     return {
-        "encoder": str(spec),
-        "frames_per_token": spec.frames_per_token,
-        "sample_rate": SAMPLE_RATE,
-        "frame_rate": frame_rate,
-        "num_features": num_features,
+        "encoder": str(encoder.spec),
+        "frames_per_token": encoder.spec.frames_per_token,
+        "sample_rate": encoder.sample_rate,
+        "frame_rate": encoder.frame_rate,
+        "num_features": encoder.num_features,
     }
 
 
-def average_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
-    """Mean of each ``count`` consecutive frames, ``[ceil(T / count), F]``; the last frame is repeated to fill up."""
-    if count == 1:
-        return x_TF
+def stack_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
+    """Join ``count`` consecutive frames: ``[ceil(T / count), count * F]``; the last frame fills up."""
     missing = -len(x_TF) % count
     if missing:
         x_TF = torch.cat([x_TF, x_TF[-1:].expand(missing, -1)])
-    return x_TF.reshape(-1, count, x_TF.shape[1]).mean(1)
+    return x_TF.reshape(-1, count * x_TF.shape[1])
 
 
-def num_frames(num_samples: int, samples_per_frame: int) -> int:
-    """Frames of a waveform: ``ceil(num_samples / samples_per_frame)``."""
-    return math.ceil(num_samples / samples_per_frame)
+def average_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:
+    """Mean of ``count`` consecutive frames: ``[ceil(T / count), F]``; the last frame fills up."""
+    return x_TF if count == 1 else stack_frames(x_TF, count).unflatten(1, (count, -1)).mean(1)

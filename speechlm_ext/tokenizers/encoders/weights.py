@@ -1,4 +1,4 @@
-"""Finding and loading a Hugging Face speech encoder's files: safetensors only, every weight accounted for."""
+"""Files of a Hugging Face speech encoder: safetensors only, and every weight must be there."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from speechlm_ext.utils.transformers_config import check_num_layers
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PATTERNS = ["config.json", "preprocessor_config.json", "*.safetensors", INDEX]
-#: Only used in training, and absent from many published checkpoints.
-_MAY_MISS = {"masked_spec_embed"}
+#: Used in training only, and missing in many published checkpoints.
+_OPTIONAL = {"masked_spec_embed"}
 
 
 def model_folder(name: str) -> Path:
-    """The model's folder: ``name`` itself where it is one, else the Hub's cache, filled first where it can be.
+    """The model's folder: ``name`` if it is one, else a snapshot of that name from the Hub.
 
     Raises:
-        TokenizerError: neither a folder nor a model that can be had.
+        TokenizerError: neither a folder nor a model that the Hub can provide, or an incomplete folder.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        # What looks like a path is meant as one; a slip in it should not ask the Hub.
+        # A name that looks like a path is one; a typo in it must not query the Hub.
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise TokenizerError(
                 f"feature encoder: folder {name} does not exist; give a model's folder (config.json, "
@@ -42,8 +42,8 @@ def model_folder(name: str) -> Path:
         except Exception as error:  # the Hub's client raises errors of a dozen libraries
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise TokenizerError(
-                f"feature encoder: {name} is not a folder here and cannot be had from the Hugging Face Hub ({reason}). "
-                "Check the name, or copy the model's folder here and give its path."
+                f"feature encoder: {name} is not a folder and cannot be downloaded from the Hub ({reason}). "
+                "Check the name, or copy the model's folder to this machine and give its path."
             ) from None
     for file in ("config.json", "preprocessor_config.json"):
         if not (folder / file).is_file():
@@ -67,7 +67,7 @@ def weight_files(folder: Path) -> list[Path]:
         others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
         raise TokenizerError(
             f"feature encoder: {folder} has no {WEIGHTS}{f', only {others[0]}' if others else ''}; pickled weights are "
-            "not read. Convert them once where you trust them: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW)."
+            "not read. Convert them once if you trust them: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW)."
         ) from None
     missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if missing or not names:
@@ -79,7 +79,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 of the one weights file; of several, the sha256 over the lines ``name sha256``."""
+    """sha256 of the weights file; of several files, the sha256 over the lines ``name sha256``."""
     files = weight_files(folder)
     if len(files) == 1:
         return sha256_file(files[0])
@@ -90,7 +90,7 @@ def load_parts(folder: Path, what: Any) -> tuple[Any, Any, Any]:
     """Config, feature extractor and float32 encoder in evaluation mode, on the CPU.
 
     Args:
-        what: whose model it is, for errors.
+        what: name of the encoder, for errors.
 
     Raises:
         TokenizerError: a file is damaged, the architecture is unknown, or the file lacks a weight.
@@ -98,7 +98,7 @@ def load_parts(folder: Path, what: Any) -> tuple[Any, Any, Any]:
     from transformers.utils import logging
 
     level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    # A base encoder loaded from a model with heads has weights to spare, which is as it should be.
+    # Unused weights are expected where a model with heads is loaded as a base encoder.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     where = f"feature encoder {what}: the model in {folder} cannot be loaded"
@@ -119,7 +119,7 @@ def load_parts(folder: Path, what: Any) -> tuple[Any, Any, Any]:
     missing = sorted(
         key
         for key in info["missing_keys"]
-        if key.startswith(prefix) and key.rsplit(".", 1)[-1] not in _MAY_MISS
+        if key.startswith(prefix) and key.rsplit(".", 1)[-1] not in _OPTIONAL
     )
     if missing or info.get("mismatched_keys"):
         first = missing[0] if missing else sorted(info["mismatched_keys"])[0]
@@ -140,8 +140,8 @@ def _load(folder: Path, what: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
     is_known = config.model_type in ("whisper", "wav2vec2-bert") or hasattr(config, "conv_stride")
     if not is_known:
         raise TokenizerError(
-            f"feature encoder {what}: a model of type {config.model_type!r} is not a speech encoder that is known "
-            "here; expected Whisper, wav2vec2-bert, or one with convolutions over the waveform (HuBERT, wav2vec "
+            f"feature encoder {what}: a model of type {config.model_type!r} is not a speech encoder known here; "
+            "expected Whisper, wav2vec2-bert, or one with convolutions over the waveform (HuBERT, wav2vec "
             "2.0, WavLM, data2vec-audio, …)."
         )
     extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
