@@ -189,7 +189,7 @@ def _written(path: Path, sample_rate: int, make: Callable[[], np.ndarray]) -> st
 
 
 def _waiting(kind: str, utterance: Utterance, path: Path, status: str, out: Path, lang: str) -> Record:
-    """Record of the audio at ``path``, without its transcript; with a ``status`` other than WAITING there is no audio."""
+    """Record of the audio at ``path``, yet without a transcript; a ``status`` other than WAITING: there is no audio."""
     return Record(
         utterance.id,
         kind,

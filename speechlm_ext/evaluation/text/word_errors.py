@@ -11,9 +11,9 @@ same, so digits are written as words before scoring, in the reading that fits th
 
 The readings form a small graph per hypothesis; one edit-distance pass over that graph finds the path with
 the fewest errors, so the choice is exact and cheap. No digit can become another digit by it. The reference's reading is
-one of the graph's paths, so a text against itself has no errors. Counts come from jiwer. whisper-normalizer goes the
-other way (words to digits), which joins "sixty thirteen" and "forty seven" into numbers that nobody said, and drops
-combining marks; therefore it is not used here. How a text is split into words: :mod:`.words`.
+one of the graph's paths, so a text against itself has no errors. Counts come from jiwer. Turning words into digits
+instead, as other normalizers do, joins "sixty thirteen" and "forty seven" into numbers that nobody said. How a text is
+split into words: :mod:`.words`.
 """
 
 from __future__ import annotations
