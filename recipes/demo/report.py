@@ -1,4 +1,4 @@
-"""The demo's figures and its report: ``metrics.json`` and ``report.html`` from what the stages left."""
+"""The demo's metrics and report: ``metrics.json`` and ``report.html`` from the outputs of the stages."""
 
 from __future__ import annotations
 
