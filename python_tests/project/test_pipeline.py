@@ -50,7 +50,7 @@ def train_process(*commands: list[object]) -> tuple[list[int], str]:
         [sys.executable, "-c", DRIVER, words],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
