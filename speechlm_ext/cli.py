@@ -1,7 +1,7 @@
-"""The command line: ``speechlm VERB``. Each verb is a dataclass of settings and a function, both in the verb's room.
+"""The command line: ``speechlm VERB``. A verb is a dataclass of settings and a function.
 
 ``--config recipe.yaml`` fills the settings from a file, dotted options override them, unknown keys fail. A verb's
-modules are imported only when it is called, so ``speechlm --help`` is quick. A verb of two words (``kmeans fit``)
+modules are imported only when it runs, so that ``speechlm --help`` is quick. A verb of two words (``kmeans fit``)
 belongs to a group, whose help lists its verbs.
 """
 
@@ -17,18 +17,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from speechlm_ext.errors import ConfigError, SpeechLMError, foreign_errors
 from speechlm_ext.utils.console import make_output_safe
 
-#: How the help of a setting's old name begins.
+#: Start of the help of a setting's old name.
 OLD_NAME = "Old name of"
 
 
-@dataclass(frozen=True)
-class Verb:
-    """Where a verb's settings and function live."""
+class Verb(NamedTuple):
+    """A verb's settings and function."""
 
     module: str
     config: str
@@ -41,7 +40,7 @@ VERBS = {
         "speechlm_ext.doctor",
         "DoctorConfig",
         "run_doctor",
-        "what is installed, compiled and will be used, and why",
+        "installed versions, compiled kernels and choices",
     ),
     "tokenize": Verb(
         "speechlm_ext.data.tokenize.command",
@@ -53,13 +52,10 @@ VERBS = {
         "speechlm_ext.data.plan.report",
         "PlanReportConfig",
         "run_plan",
-        "what a training run would see and need, before it holds a machine",
+        "data, steps and memory of a training run, before it starts",
     ),
     "train": Verb(
-        "speechlm_ext.training",
-        "TrainConfig",
-        "run_train",
-        "train a model on token shards, or go on with a run",
+        "speechlm_ext.training", "TrainConfig", "run_train", "train a model on token shards, or resume a run"
     ),
     "generate": Verb(
         "speechlm_ext.generation.commands.generate",
@@ -74,10 +70,7 @@ VERBS = {
         "scores of a model, or of stored records",
     ),
     "kmeans fit": Verb(
-        "speechlm_ext.units.fit",
-        "FitConfig",
-        "run_fit",
-        "K-Means units from recordings or feature shards",
+        "speechlm_ext.units.fit", "FitConfig", "run_fit", "K-Means units from recordings or feature shards"
     ),
     "kmeans assign": Verb(
         "speechlm_ext.units.assign",
@@ -89,7 +82,7 @@ VERBS = {
         "speechlm_ext.units.inspect",
         "InspectConfig",
         "run_inspect",
-        "what a K-Means artefact is, and how its units are used",
+        "contents of a K-Means artifact, and the use of its units",
     ),
     "layout": Verb(
         "speechlm_ext.layout.diff",
@@ -98,28 +91,35 @@ VERBS = {
         "show a token layout, or the first difference of two",
     ),
 }
-
-GROUPS = {
-    "kmeans": "Discrete units of speech by K-Means: fit them to recordings, label recordings with them, look at them.\n"
-    "\n"
-    "  speechlm kmeans fit     --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output_dir u/\n"
-    "  speechlm kmeans assign  --kmeans u/ --audio data/manifest.jsonl --output_dir labels/train\n"
-    "  speechlm kmeans inspect --kmeans u/",
-}
+#: First words of the verbs that have two.
+GROUPS = {name.split()[0] for name in VERBS if " " in name}
+_HELP = ("-h", "--help")
 
 
 def usage(group: str | None = None) -> str:
-    """The text that lists all verbs, or those of a group."""
-    verbs = [(name, v) for name, v in VERBS.items() if group is None or name.startswith(f"{group} ")]
-    head = f"usage: speechlm {f'{group} ' if group else ''}VERB [--config FILE.yaml] [--option VALUE …]"
-    about = f"\n\n{GROUPS[group]}" if group else ""
-    return f"{head}{about}\n\nverbs:\n" + "\n".join(f"  {name:<15} {verb.help}" for name, verb in verbs)
+    """The list of all verbs, or of a group's."""
+    prefix = f"{group} " if group else ""
+    verbs = [f"  {name:<15} {verb.help}" for name, verb in VERBS.items() if name.startswith(prefix)]
+    head = f"usage: speechlm {prefix}VERB [--config FILE.yaml] [--option VALUE …]\n\nverbs:"
+    return "\n".join([head, *verbs, "", f"'speechlm {prefix}VERB --help' explains a verb's settings."])
 
 
-def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The verb's name, of one word or two, and the words behind it."""
-    count = 2 if argv[0] in GROUPS and len(argv) > 1 and not argv[1].startswith("-") else 1
-    return " ".join(argv[:count]), list(argv[count:])
+def _without_verb(argv: Sequence[str]) -> int:
+    """Print the help, the version, or the error of a command line that names no verb; returns the exit code."""
+    if argv[:1] == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"speechlm_ext {version('speechlm_ext')}")
+        return 0
+    group = argv[0] if argv and argv[0] in GROUPS else None
+    words = argv[1:] if group else argv
+    if words and words[0] in _HELP:
+        print(usage(group))
+        return 0
+    named = " ".join([group or "", *words[:1]]).strip()
+    problem = f"unknown verb {named!r}" if words else f"{named or 'speechlm'} needs a verb"
+    print(f"speechlm: error: {problem}.\n{usage(group)}", file=sys.stderr)
+    return 2
 
 
 def build_parser(name: str) -> Any:
@@ -131,7 +131,7 @@ def build_parser(name: str) -> Any:
     _use_strict_yaml()
 
     class Parser(OneLineErrors, ArgumentParser):
-        """Reads configuration files as UTF-8 in every locale, and ends with one line where a setting cannot be used."""
+        """Reads configuration files as UTF-8 in every locale; an unusable setting is an error on one line."""
 
         def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
             if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
@@ -139,7 +139,7 @@ def build_parser(name: str) -> Any:
             return self.parse_string(Path(path).read_text("utf-8"), str(path), *args, **kwargs)
 
     class Help(DefaultHelpFormatter):
-        """Leaves a module's ``EXAMPLES`` as they are."""
+        """Prints a module's ``EXAMPLES`` unwrapped."""
 
         def _fill_text(self, text: str, width: int, indent: str) -> str:
             return text if text == examples else super()._fill_text(text, width, indent)
@@ -161,7 +161,7 @@ def build_parser(name: str) -> Any:
 
 
 def _use_strict_yaml() -> None:
-    """Configuration files, and options with YAML or JSON in them, in which a key stands twice are refused."""
+    """Refuse repeated keys in configuration files, and in options that are YAML or JSON."""
     import yaml
     from jsonargparse import get_loader, set_loader
 
@@ -183,19 +183,19 @@ def _use_strict_yaml() -> None:
 
 @dataclass(frozen=True)
 class _Names:
-    """What a verb's settings are called, and how their values stand on the line."""
+    """Names of a verb's settings, and the form of their values on the command line."""
 
     known: frozenset[str]
     flags: frozenset[str]
-    """Those that are true or false; alone on the line they mean true."""
+    """Names of booleans; without a value they mean true."""
     lists: Mapping[str, Any]
-    """Those that take lists only, with the type of their items; one plain value is a list of one."""
+    """Names of lists, with the type of their items; one plain value is a list of one."""
     output: str
-    """What ``-o`` means: a file where the verb writes one, else its folder."""
+    """Meaning of ``-o``: the output file if the verb writes one, else the output folder."""
 
     @classmethod
     def of(cls, parser: Any) -> _Names:
-        """Read them from a verb's parser."""
+        """The names of a verb's parser."""
         actions = {a.dest: a for a in parser._actions}
         hints = {name: getattr(a, "_typehint", None) for name, a in actions.items()}
         lists = {name: _item_type(hint) for name, hint in hints.items() if not name.endswith(".help")}
@@ -205,14 +205,14 @@ class _Names:
         return cls(frozenset(actions), flags, lists, "output" if is_file else "output_dir")
 
     def standard(self, name: str) -> str:
-        """The verb's own word for an output folder; other names as they are."""
+        """The verb's own name for an output folder; other names unchanged."""
         if name in ("output_dir", "out", "output") and name not in self.known:
             return next((own for own in ("output_dir", "run_dir") if own in self.known), name)
         return name
 
 
 def _item_type(hint: Any) -> Any:
-    """Of ``list[X]`` or ``list[X] | None`` the X; None for other types."""
+    """The X of ``list[X]`` and ``list[X] | None``; None for other types."""
     parts = [
         p
         for p in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint])
@@ -222,7 +222,7 @@ def _item_type(hint: Any) -> Any:
 
 
 def _as_list(value: str, item: Any) -> str:
-    """The text of a list: as it is, or with one plain value in it; of settings the first one, such as a task's name."""
+    """The text of a list; one plain value becomes its item (of settings the first one, such as a task's name)."""
     if value.lstrip().startswith("[") or value in ("null", "None"):
         return value
     if is_dataclass(item) and not value.lstrip().startswith("{"):
@@ -231,7 +231,7 @@ def _as_list(value: str, item: Any) -> str:
 
 
 def _options(argv: Sequence[str], names: _Names) -> list[str]:
-    """Options as the parser knows them: ``--top-k`` is ``--top_k``, ``-o`` is the output, ``--tokens A`` a list."""
+    """Options as the parser takes them: ``--top-k`` is ``--top_k``, ``-o`` the output, ``--tokens A`` a list."""
     options: list[str] = []
     awaited = None
     for word, following in zip(argv, [*argv, "--"][1:], strict=True):
@@ -253,28 +253,16 @@ def _options(argv: Sequence[str], names: _Names) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0 done, 1 interrupted, 2 a mistake that the message explains."""
+    """Run a verb; returns the exit code: 0 done, 2 a mistake that the message explains, 130 interrupted.
+
+    Verbs have 1 for a negative result: some requests failed, two layouts differ.
+    """
     make_output_safe()
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"{usage()}\n\n'speechlm VERB --help' explains a verb's settings.")
-        return 0 if argv else 2
-    name, rest = split_verb(argv)
-    if name == "--version":
-        from importlib.metadata import version
-
-        print(f"speechlm_ext {version('speechlm_ext')}")
-        return 0
-    if name in GROUPS:
-        asks = rest[:1] in (["-h"], ["--help"])
-        where = sys.stdout if asks else sys.stderr
-        print("" if asks else f"speechlm: error: {name} needs a verb.\n", end="", file=where)
-        print(f"{usage(name)}\n\n'speechlm {name} VERB --help' explains a verb's settings.", file=where)
-        return 0 if asks else 2
+    num_words = 2 if argv and argv[0] in GROUPS else 1
+    name, rest = " ".join(argv[:num_words]), argv[num_words:]
     if name not in VERBS:
-        known = usage(argv[0] if argv[0] in GROUPS else None)
-        print(f"speechlm: error: unknown verb {name!r}.\n{known}", file=sys.stderr)
-        return 2
+        return _without_verb(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("speechlm_ext").setLevel(logging.INFO)
     verb = VERBS[name]
@@ -296,11 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"speechlm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "speechlm: interrupted; what was saved is intact, the same command goes on from there.",
-            file=sys.stderr,
-        )
-        return 1
+        print("speechlm: interrupted; rerun the same command to resume from what is saved.", file=sys.stderr)
+        return 130
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a file of settings, said in one line that names file and line, before the parser sees it."""
+"""Checks of a file of settings before it is parsed: each error is one line that names file and line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from speechlm_ext.utils.files.yaml_text import parse_yaml
 
 
 class OneLineErrors:
-    """Mixin for an argument parser: a mistake is one line, exit code 2, without the list of all options."""
+    """Mixin for an argument parser: a mistake gives one line and exit code 2, without the list of all options."""
 
     prog: str
 
@@ -25,7 +25,7 @@ class OneLineErrors:
 
 
 def check_config_files(options: Sequence[str]) -> None:
-    """Check the files that ``--config`` names among a verb's options; what is no file is left to the parser.
+    """Check the files that ``--config`` names among a verb's options; a missing file is left to the parser.
 
     Raises:
         ConfigError: a folder, not UTF-8, not YAML, or not a mapping of settings.
@@ -54,7 +54,7 @@ def _check_file(path: Path) -> None:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"--config {path}, line {line}: not UTF-8 text. Save the file as UTF-8.") from None
     try:
-        with foreign_errors(ConfigError, f"--config {path} is not YAML", "Mend it."):
+        with foreign_errors(ConfigError, f"--config {path} is not YAML", "Fix it."):
             value = parse_yaml(text)
     except ConfigError as error:
         problem = error.__cause__
@@ -63,14 +63,14 @@ def _check_file(path: Path) -> None:
             raise
         words = " ".join(str(getattr(problem, "problem", problem)).split())
         raise ConfigError(
-            f"--config {path}, line {mark.line + 1}, column {mark.column + 1}: {words}. Mend the YAML there."
+            f"--config {path}, line {mark.line + 1}, column {mark.column + 1}: {words}. Fix the YAML there."
         ) from None
     if not isinstance(value, dict):
         what = {type(None): "nothing", list: "a list"}.get(type(value), repr(value)[:80])
         raise ConfigError(f"--config {path} holds {what}; expected settings, one `name: value` a line.")
     odd = next((key for key in value if not isinstance(key, str)), None)
     if odd is not None:
-        raise ConfigError(f"--config {path}: the name {odd!r} is no text; expected settings' names.")
+        raise ConfigError(f"--config {path}: the name {odd!r} is not text; expected settings' names.")
 
 
 def refuse_nan(settings: Any) -> None:

@@ -1,42 +1,38 @@
-"""``speechlm doctor``: what is installed, what is compiled, what will run and why, and what to install for more.
+"""``speechlm doctor``: installed versions, compiled kernels, the choices for this machine, and missing packages.
 
-Each finding is computed alone, so that one broken package does not hide the rest of the report.
+Each section is computed alone, so that one broken package does not hide the rest of the report.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-#: Extra -> {module to import: what it is for}.
+from speechlm_ext.utils.machine import package_versions
+
+#: Extra -> {module to import: its use}.
 EXTRAS: dict[str, dict[str, str]] = {
-    "train": {
-        "deepspeed": "training",
-        "tensorboard": "training curves in TensorBoard",
-        "peft": "LoRA",
-        "liger_kernel": "fused RMSNorm, RoPE and SwiGLU on a GPU",
-    },
+    "train": {"deepspeed": "training", "tensorboard": "training curves in TensorBoard"},
     "flash": {"flash_attn": "the fastest attention for packed rows on a GPU"},
     "eval": {
         "jiwer": "WER and CER",
         "langcodes": "language tags in evaluation",
         "num2words": "numbers as words in WER and CER",
-        "whisper_normalizer": "Whisper's text normaliser",
-        "sklearn": "K-Means baselines and plots",
-        "faster_whisper": "judging generated speech with an independent recogniser",
-        "matplotlib": "plots in reports",
+        "sklearn": "importing K-Means models of scikit-learn",
+        "faster_whisper": "transcribing generated speech with an independent ASR model",
+        "matplotlib": "plots",
     },
-    "serve": {"fastapi": "the server", "uvicorn": "the server"},
-    "ray": {"ray": "tokenizing on more than one machine"},
-    "demo": {"av": "decoding the demo's G.722 recordings"},
+    "demo": {"av": "decoding the demo's G.722 recordings", "jinja2": "the demo's report"},
 }
 
-_VERSIONS = ("torch", "numpy", "transformers", "pyarrow", "safetensors", "sentencepiece", "deepspeed")
+_VERSIONS = (
+    "speechlm_ext", "torch", "numpy", "transformers", "pyarrow", "safetensors", "sentencepiece", "deepspeed"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,28 +43,8 @@ class DoctorConfig:
     """Print one JSON object instead of text."""
 
 
-def _guard(function: Any) -> Any:
-    """The function's result, or ``{"error": …}``: a report must not die of what it reports on."""
-    try:
-        return function()
-    except Exception as error:  # noqa: BLE001 - any failure of a third-party import is a finding
-        return {"error": f"{type(error).__name__}: {error}"}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {
-        "speechlm_ext": _version("speechlm_ext"),
-        "python": platform.python_version(),
-    }
-    found.update({name: _version(name) for name in _VERSIONS})
-    return found
+    return {"python": platform.python_version(), **package_versions(_VERSIONS)}
 
 
 def _native() -> dict[str, Any]:
@@ -140,14 +116,14 @@ def _fallbacks() -> list[str]:
     has_kernels = bool(native.build_info()["cuda_version"])
     if has_device and not has_kernels:
         found.append(
-            "a CUDA device is here but this build has no CUDA kernels: put nvcc (12.4 or later) on PATH and run "
-            "`SPEECHLM_CUDA=ON pip install --force-reinstall --no-deps .`"
+            "this machine has a CUDA device but the build has no CUDA kernels: put nvcc (12.4 or later) on PATH and "
+            "run `SPEECHLM_CUDA=ON pip install --force-reinstall --no-deps .`"
         )
     if not has_device:
         why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
         found.append(f"everything runs on the CPU: {why}")
     if not OPENMP_RUNTIME:
-        found.append("native CPU kernels run on one thread: no OpenMP runtime was found in torch")
+        found.append("native CPU kernels run on one thread: torch brings no OpenMP runtime")
     return found
 
 
@@ -160,17 +136,27 @@ def _missing_extras() -> dict[str, dict[str, Any]]:
     return missing
 
 
+#: Key in the JSON report -> title and content of a section.
+SECTIONS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "versions": ("Versions", _versions),
+    "native": ("Compiled module", _native),
+    "cpu": ("CPU", _cpu),
+    "cuda": ("CUDA devices", _cuda),
+    "attention": ("Attention", _attention),
+    "fallbacks": ("Fallbacks in use", _fallbacks),
+    "missing_extras": ("Missing extras", _missing_extras),
+}
+
+
 def collect() -> dict[str, Any]:
-    """Everything that ``speechlm doctor`` reports, as plain data."""
-    return {
-        "versions": _guard(_versions),
-        "native": _guard(_native),
-        "cpu": _guard(_cpu),
-        "cuda": _guard(_cuda),
-        "attention": _guard(_attention),
-        "fallbacks": _guard(_fallbacks),
-        "missing_extras": _guard(_missing_extras),
-    }
+    """Everything that ``speechlm doctor`` reports, as plain data; ``{"error": …}`` for a section that fails."""
+    report = {}
+    for key, (_, find) in SECTIONS.items():
+        try:
+            report[key] = find()
+        except Exception as error:  # noqa: BLE001 - any failure of a third-party import is a finding
+            report[key] = {"error": f"{type(error).__name__}: {error}"}
+    return report
 
 
 def run_doctor(cfg: DoctorConfig) -> int:
@@ -182,60 +168,21 @@ def run_doctor(cfg: DoctorConfig) -> int:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as text for people."""
-    lines: list[str] = []
+    """The report as text for people, a block per section."""
+    return "\n\n".join("\n".join([SECTIONS[key][0], *_lines(value)]) for key, value in report.items())
 
-    def section(title: str, value: Any, write: Any) -> None:
-        lines.append(title)
-        if isinstance(value, dict) and "error" in value:
-            lines.append(f"  could not be found out: {value['error']}")
+
+def _lines(value: Any, indent: str = "  ") -> list[str]:
+    """Plain data as indented lines: a mapping as names and values, a list as its items."""
+    if not value:
+        return [f"{indent}none"]
+    pairs = list(value.items()) if isinstance(value, dict) else [("-", item) for item in value]
+    width = max(len(name) for name, _ in pairs)
+    lines = []
+    for name, item in pairs:
+        if isinstance(item, dict) or (isinstance(item, list) and item and isinstance(item[0], dict)):
+            lines += [f"{indent}{name}", *_lines(item, indent + "  ")]
         else:
-            write(value)
-        lines.append("")
-
-    def write_versions(value: dict[str, str | None]) -> None:
-        lines.extend(f"  {name:<14} {version or 'not installed'}" for name, version in value.items())
-
-    def write_native(value: dict[str, Any]) -> None:
-        lines.append(f"  module         {value['file']}")
-        lines.append(f"  commit         {value['commit'] or 'unknown'}, compiled by {value['compiler']}")
-        archs = (
-            f"CUDA {value['cuda']} for {', '.join(value['cuda_archs'])}" if value["cuda"] else "none compiled"
-        )
-        lines.append(f"  CUDA kernels   {archs}")
-        lines.append(f"  OpenMP         {value['openmp_runtime'] or 'none: one thread'}")
-
-    def write_cpu(value: dict[str, Any]) -> None:
-        lines.append(f"  {value['machine']}: {', '.join(value['features']) or 'no special instruction sets'}")
-        lines.append(f"  torch uses {value['torch_capability']} and {value['threads']} threads")
-
-    def write_cuda(value: dict[str, Any]) -> None:
-        if not value["devices"]:
-            built = (
-                f"torch is built for CUDA {value['torch_cuda']}"
-                if value["torch_cuda"]
-                else "torch is a CPU build"
-            )
-            lines.append(f"  none ({built})")
-        for i, device in enumerate(value["devices"]):
-            lines.append(f"  {i}: {device['name']}, {device['capability']}, {device['memory_gib']} GiB")
-
-    def write_attention(value: dict[str, dict[str, str]]) -> None:
-        lines.extend(f"  {case:<14} {choice['kernel']}: {choice['why']}" for case, choice in value.items())
-
-    def write_missing(value: dict[str, dict[str, Any]]) -> None:
-        if not value:
-            lines.append("  none")
-        for entry in value.values():
-            for module, use in entry["missing"].items():
-                lines.append(f"  {module:<18} for {use}")
-            lines.append(f"    -> {entry['install']}")
-
-    section("Versions", report["versions"], write_versions)
-    section("Compiled module", report["native"], write_native)
-    section("CPU", report["cpu"], write_cpu)
-    section("CUDA devices", report["cuda"], write_cuda)
-    section("Attention", report["attention"], write_attention)
-    section("Fallbacks in use", report["fallbacks"], lambda v: lines.extend(f"  - {item}" for item in v))
-    section("Missing extras", report["missing_extras"], write_missing)
-    return "\n".join(lines).rstrip()
+            text = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
+            lines.append(f"{indent}{name:<{width}}  {'none' if item is None or text == '' else text}")
+    return lines

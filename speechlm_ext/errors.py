@@ -1,7 +1,7 @@
-"""The errors that a user can cause, each a ``ValueError`` with a message that names the way out.
+"""Errors that a user can cause, each a ``ValueError`` whose message names the way out.
 
-Every message says four things: what was expected, what came, where (the item's name), and what to do.
-The command line prints it as one line and exits with 2; a traceback means a defect of ours.
+A message has four parts: the expected value, the given one, its place (the item's name), and what to do. The command
+line prints it as one line and exits with 2; a traceback means a bug of this package.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class ManifestError(SpeechLMError):
 
 
 class TokenizerError(SpeechLMError):
-    """A tokenizer cannot be fitted, loaded, or applied to what it was given."""
+    """A tokenizer cannot be fitted, loaded, or applied to its input."""
 
 
 class KMeansError(SpeechLMError):
-    """K-Means cannot be fitted, loaded, or applied to what it was given."""
+    """K-Means cannot be fitted, loaded, or applied to its input."""
 
 
 class LayoutError(SpeechLMError):
-    """A token layout contradicts itself or does not have what is asked of it."""
+    """A token layout contradicts itself or lacks a requested part."""
 
 
 class LayoutMismatchError(LayoutError):
@@ -43,7 +43,7 @@ class LayoutMismatchError(LayoutError):
 
 
 class ShardError(SpeechLMError):
-    """A token folder is incomplete, truncated, or was written by something else."""
+    """A token folder is incomplete, truncated, or of another format."""
 
 
 class PlanError(SpeechLMError):
@@ -56,11 +56,11 @@ class CheckpointError(SpeechLMError):
 
 
 class TrainingError(SpeechLMError):
-    """Training cannot go on: its loss, gradient or weights are not finite, or one of its processes failed."""
+    """Training cannot continue: its loss, gradient or weights are not finite, or one of its processes failed."""
 
 
 class GenerationError(SpeechLMError):
-    """A generation request cannot be served: unknown task, prompt too long, bad sampling settings."""
+    """A generation request is invalid: unknown task, prompt too long, bad sampling settings."""
 
 
 class StorageError(SpeechLMError):
@@ -69,22 +69,22 @@ class StorageError(SpeechLMError):
 
 @contextlib.contextmanager
 def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterator[None]:
-    """Turn what a library or damaged input raises in this block into one error of ours.
+    """Turn any exception of this block into one :class:`SpeechLMError`.
 
-    For blocks that read what a user gave: a file, a line, a text. Errors of ours pass as they are, and so does what is
-    not about the input: no memory, interruption, a failing assertion.
+    For blocks that read a user's input: a file, a line, a text. A :class:`SpeechLMError` passes unchanged, and so does
+    an exception that is not about the input: no memory, interruption, a failing assertion.
 
     Args:
-        error: the class of what is raised.
-        where: file, line, id: where the input came from.
-        hint: what to do about it; the message's last part.
+        error: the class that is raised.
+        where: origin of the input: file, line, id.
+        hint: what to do; the message's last part.
     """
     try:
         yield
     except (SpeechLMError, MemoryError, AssertionError):
         raise
     except BaseException as problem:
-        # A panic of a library in Rust (tokenizers, safetensors) is no Exception, but it is about the input.
+        # A panic in a Rust library (tokenizers, safetensors) is not an Exception, but it is about the input.
         if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
             raise
         reason = next((line for line in str(problem).strip().split("\n") if line.strip()), "no message")
@@ -94,13 +94,13 @@ def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterato
 
 @contextlib.contextmanager
 def file_errors(error: type[SpeechLMError], path: object, what: str, hint: str) -> Iterator[None]:
-    """Name a file or folder in every error of the block that makes something of its content.
+    """Name a file or folder in every error of the block that reads its content.
 
     Args:
-        error: the class of what is raised.
+        error: the class that is raised.
         path: the file or folder.
-        what: what is the matter with it, e.g. ``"not a SentencePiece tokenizer"``.
-        hint: what to do about it.
+        what: the problem, e.g. ``"not a SentencePiece tokenizer"``.
+        hint: what to do.
     """
     with foreign_errors(error, f"{path}: {what}", hint):
         try:

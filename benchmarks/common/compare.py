@@ -1,8 +1,8 @@
-"""What became slower between two results files: ``python benchmarks/common/compare.py OLD NEW [--band 0.05]``.
+"""Slowdowns between two results files: ``python benchmarks/common/compare.py OLD NEW [--band 0.05]``.
 
-Judged are ratios to the rivals of the same run, not times: machines differ, and one machine differs from hour to hour.
-A ratio has fallen when it lies below the old one by more than the band: the larger of ``--band`` and three times the
-spread of both runs' rounds. Exit code 1 when one has fallen for every rival of its row, 2 for unusable files.
+It compares ratios to the rivals of the same run, not times: machines differ, and one machine differs from hour to hour.
+A ratio has fallen when it is below the old one by more than the band: the larger of ``--band`` and three times the
+spread of both runs' rounds. Exit code 1 if a row's ratios to all its rivals have fallen, 2 for unusable files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.common.rows import ResultsError, Row, read  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 
 
-def judge(old: Row, new: Row, band: float) -> tuple[str, str]:
+def verdict_of(old: Row, new: Row, band: float) -> tuple[str, str]:
     """``("slower" | "faster" | "same" | "unknown", text)`` of one row."""
     rivals = sorted(set(old.ratios) & set(new.ratios))
     if not rivals:
@@ -26,7 +26,7 @@ def judge(old: Row, new: Row, band: float) -> tuple[str, str]:
     shown = ", ".join(
         f"{rival} {old.ratios[rival]:.3g} -> {new.ratios[rival]:.3g}" for rival in sorted(changes)
     )
-    # One rival that became faster is its own news; all of them at once is ours.
+    # One ratio alone may fall because its rival became faster; all of them fall together if ours is slower.
     if all(change < 1 - band for change in changes.values()):
         verdict = "slower"
     elif all(change > 1 + band for change in changes.values()):
@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compare.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("old")
     parser.add_argument("new")
-    parser.add_argument("--band", type=float, default=0.05, help="least change of a ratio that counts (0.05)")
+    parser.add_argument(
+        "--band", type=float, default=0.05, help="minimum change of a ratio that counts (0.05)"
+    )
     arguments = parser.parse_args(argv)
     try:
         old, new = read(arguments.old), read(arguments.new)
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         if row.key not in before:
             print(f"  new      {name}")
             continue
-        verdict, text = judge(before.pop(row.key), row, arguments.band)
+        verdict, text = verdict_of(before.pop(row.key), row, arguments.band)
         slower += verdict == "slower"
         print(f"  {verdict:8} {name}: {text}")
     for key in before:

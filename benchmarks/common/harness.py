@@ -1,9 +1,9 @@
-"""How every op is compared: the same inputs, the same run, right before fast.
+"""Comparison of an op with its rivals: same inputs, same run, results checked before anything is timed.
 
 ``compare`` checks each rival's result against the expected one, times ours with pytest-benchmark and the rivals in
-interleaved rounds beside ours, and notes in ``extra_info``: op, shape, device, ``ratios`` {rival: rival time / our
+rounds interleaved with ours, and writes into ``extra_info``: op, shape, device, ``ratios`` {rival: rival time / our
 time}, ``limit_fraction`` (the limit's time / our time), ``peak_bytes`` and ``rival_peak_bytes`` (memory beyond inputs
-and results), and how far ours spread over the rounds.
+and results), and the spread of ours over the rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUNDS = 15
 
 
 def devices() -> list[str]:
-    """Where benchmarks run: the CPU, and CUDA where there is a device."""
+    """Devices of the benchmarks: the CPU, and CUDA if there is a device."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -32,22 +32,22 @@ def compiled(
 ) -> Callable[..., Any] | None:
     """``function`` compiled by torch (with ``options``) and called once.
 
-    None where torch has no back end for it here, with a note, and for the ``smoke`` shape: that shows in seconds that a
-    benchmark runs, and a compiler takes longer.
+    None, with a note, if torch has no back end for it here; None for the ``smoke`` shape, which shows in seconds that a
+    benchmark runs.
     """
     if shape == "smoke":
         return None
     out = torch.compile(function, **options)
     try:
         out(*arguments)
-    except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here: not our subject
-        print(f"torch.compile does not manage {function.__name__} here: {type(error).__name__}")
+    except Exception as error:  # noqa: BLE001 - no C++ or Triton back end here
+        print(f"torch.compile fails for {function.__name__} here: {type(error).__name__}")
         return None
     return out
 
 
 def synchronised(run: Run, device: str) -> Run:
-    """``run`` with a wait for the device behind it."""
+    """``run``, followed by a wait for the device."""
     if device == "cpu":
         return run
 
@@ -61,16 +61,16 @@ def synchronised(run: Run, device: str) -> Run:
 
 def seconds_of(run: Run, calls: int) -> float:
     """Mean time of ``calls`` calls in a row."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - begun) / calls
+    return (time.perf_counter() - start) / calls
 
 
 def peak_bytes(run: Run, device: str) -> int | None:
-    """Most memory that a call holds beyond what was there and what it returns; None where the system does not tell.
+    """Peak memory of a call beyond its inputs and its result; None if the system does not report it.
 
-    On the CPU it is counted in pages of this process, as Linux counts them, after freed memory was given back.
+    On the CPU it is the process's resident memory as Linux counts it, after freed memory is returned to the system.
     """
     if device != "cpu":
         torch.cuda.synchronize()
@@ -83,7 +83,7 @@ def peak_bytes(run: Run, device: str) -> int | None:
     if not (status.exists() and os.access(reset, os.W_OK)):
         return None
     ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")  # the peak becomes what is held now
+    reset.write_text("5")  # resets the peak to the present size
     before = _status_bytes(status, "VmRSS")
     result = run()
     return _status_bytes(status, "VmHWM") - before - _bytes_of(result)
@@ -101,9 +101,10 @@ def _bytes_of(result: Any) -> int:
 
 
 def settle_allocator() -> None:
-    """Free one block of 31 MiB, so that the C library keeps freed memory from here on, as it does in every process that
-    has freed a larger tensor once. Before, each result of some megabytes comes in pages that the system has to zero
-    first, which takes ten times as long as a copy and would be all that is measured, for every rival alike."""
+    """Make the C library keep freed memory, as it does once a process has freed a large tensor: free one of 31 MiB.
+
+    Until then each result of some megabytes is in new pages that the system zeroes first, which takes ten times as long
+    as a copy and would dominate every measurement."""
     torch.ones(31 << 18, dtype=torch.float32)
 
 
@@ -124,11 +125,11 @@ def compare(
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        rivals: name -> the same job done another way.
-        check: called with a name and a result of ours and of each rival; raises where the result is wrong.
-        limit: what no implementation can beat here, e.g. a copy of the bytes that must move.
-        rounds: turns that each has, for what takes seconds; None: the usual number.
-        extra: more for ``extra_info``.
+        rivals: name -> another implementation.
+        check: called with a name and a result, for ours and each rival; raises if the result is wrong.
+        limit: a lower bound of the time, e.g. a copy of the bytes that must move.
+        rounds: number of rounds, for runs that take seconds; default :data:`ROUNDS`.
+        extra: more entries of ``extra_info``.
     """
     settle_allocator()
     runs = {"ours": synchronised(ours, device)} | {n: synchronised(r, device) for n, r in rivals.items()}
@@ -139,7 +140,7 @@ def compare(
         runs["limit"]()
     calls = {name: max(1, min(20, int(0.02 / max(seconds_of(run, 1), 1e-7)))) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    # A round has one turn of each, so that a machine that slows down or speeds up does so for all of them.
+    # Each runs once per round, so that a machine that changes its speed does so for all.
     rounds = rounds or ROUNDS
     for _ in range(rounds):
         for name, run in runs.items():

@@ -6,26 +6,42 @@ Reads ``benchmarks/results/*.json`` (and ``benchmarks/out/*.json``, the runs of 
 
 from __future__ import annotations
 
+import base64
 import io
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.common.rows import Results, ResultsError, Row, read  # noqa: E402
-from speechlm_ext.evaluation.report import page as report  # noqa: E402
-from speechlm_ext.evaluation.report.page import Cell, Section  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.files.io import atomic_write_text  # noqa: E402
 
 HERE = Path(__file__).resolve().parents[1]
+TEMPLATES = [HERE / "common", HERE.parent / "recipes" / "report"]
+
+Key = tuple[str, str, str]
 
 
-def newest(history: list[Results]) -> dict[tuple[str, str, str], tuple[Results, Row]]:
+def newest(history: list[Results]) -> dict[Key, tuple[Results, Row]]:
     """The newest row of each op, shape and device."""
-    found: dict[tuple[str, str, str], tuple[Results, Row]] = {}
+    found: dict[Key, tuple[Results, Row]] = {}
     for results in sorted(history, key=lambda r: r.date):
         for row in results.rows:
             found[row.key] = (results, row)
+    return found
+
+
+def cells(history: list[Results]) -> dict[Key, dict[str, str]]:
+    """The newest row of each op, shape and device as text, in order."""
+    found = {}
+    for (op, shape, device), (results, row) in sorted(newest(history).items()):
+        found[op, shape, device] = {
+            "shape": shape,
+            "us": f"{row.seconds * 1e6:,.1f}",
+            "limit": "" if row.limit_fraction is None else f"{row.limit_fraction:.0%}",
+            "ratios": ", ".join(f"{rival} {ratio:.3g}" for rival, ratio in sorted(row.ratios.items())),
+            "commit": results.commit[:12],
+        }
     return found
 
 
@@ -35,17 +51,13 @@ def markdown(history: list[Results]) -> str:
         "| op | shape | device | time | of the limit | rival time ÷ ours | commit |",
         "|---|---|---|---|---|---|---|",
     ]
-    for key, (results, row) in sorted(newest(history).items()):
-        share = "" if row.limit_fraction is None else f"{row.limit_fraction:.0%}"
-        ratios = ", ".join(f"{rival} {ratio:.3g}" for rival, ratio in sorted(row.ratios.items()))
-        lines.append(
-            f"| {' | '.join(key)} | {row.seconds * 1e6:,.1f} us | {share} | {ratios} | {results.commit[:12]} |"
-        )
+    for key, c in cells(history).items():
+        lines.append(f"| {' | '.join(key)} | {c['us']} us | {c['limit']} | {c['ratios']} | {c['commit']} |")
     return "\n".join(lines)
 
 
 def curves(history: list[Results], op: str, device: str) -> str:
-    """The ratios to every rival over the commits, one line per shape and rival."""
+    """A picture, as a ``data:`` address, of the ratios to every rival over the commits, a line per shape and rival."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,10 +80,29 @@ def curves(history: list[Results], op: str, device: str) -> str:
     axes.axhline(1, color="#999", linewidth=1)
     axes.set_ylabel("rival time ÷ our time")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    buffer = io.StringIO()
+    buffer = io.BytesIO()
     fig.savefig(buffer, format="svg")
     plt.close(fig)
-    return buffer.getvalue()
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def page(history: list[Results]) -> str:
+    """The page with a table and a picture for each op and device."""
+    from jinja2 import Environment, FileSystemLoader
+
+    rows = cells(history)
+    ops = []
+    for number, (op, device) in enumerate(sorted({(op, device) for op, _, device in rows})):
+        mine = [row for (o, _, d), row in rows.items() if (o, d) == (op, device)]
+        title, picture = f"{op} on {device}", curves(history, op, device)
+        ops.append({"id": f"{op}-{number}", "title": title, "rows": mine, "curves": picture})
+    template = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True).get_template("report.html")
+    return template.render(
+        title="Speed of the ops",
+        subtitle="Every number beside its rivals, from the same run.",
+        sections={op["id"]: op["title"] for op in ops},
+        ops=ops,
+    )
 
 
 def main() -> int:
@@ -89,25 +120,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    sections = []
-    pairs = sorted({(row.op, row.device) for h in history for row in h.rows})
-    for op, device in pairs:
-        rows = []
-        for (o, shape, d), (results, row) in sorted(newest(history).items()):
-            if (o, d) == (op, device):
-                share = "" if row.limit_fraction is None else f"{row.limit_fraction:.0%}"
-                ratios = ", ".join(f"{rival} {ratio:.3g}" for rival, ratio in sorted(row.ratios.items()))
-                time = Cell(f"{row.seconds * 1e6:,.1f}", "num")
-                rows.append((shape, time, Cell(share, "num"), ratios, Cell(results.commit[:12], "mono")))
-        heads = ("shape", Cell("us", "num"), Cell("of the limit", "num"), "rival time ÷ ours", "commit")
-        svg = curves(history, op, device).encode()
-        figure = report.figure(svg, "image/svg+xml", "Above 1: faster than that rival in the same run.")
-        anchor = f"{op}-{len(sections)}"
-        sections.append(Section(anchor, f"{op} on {device}", report.join(report.table(heads, rows), figure)))
     out = HERE / "out" / "report.html"
-    report.render(
-        out, "Speed of the ops", sections, subtitle="Every number beside its rivals, from the same run."
-    )
+    atomic_write_text(out, page(history))
     table = markdown(history)
     atomic_write_text(HERE / "out" / "table.md", table + "\n")
     print(table)

@@ -26,17 +26,17 @@ class Row:
     limit_fraction: float | None = None
     peak_bytes: int | None = None
     spread: float = 0.0
-    """How far the median of our rounds lay above the best, as a share."""
+    """Median of our rounds divided by the best, minus 1."""
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What is compared with what."""
+        """Identity of a row across files."""
         return (self.op, self.shape, self.device)
 
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of one file and where they came from."""
+    """The rows of one file, its commit and date."""
 
     path: Path
     commit: str

@@ -1,4 +1,4 @@
-"""Everything that a GPU can tell, in one command and under nine minutes: ``make gpu-check``.
+"""All checks on a GPU, in one command and under nine minutes: ``make gpu-check``.
 
 Parts, in this order: ``build`` for this card, ``tests`` that need CUDA, ``limits`` of the card itself, ``bench`` of
 every op beside its rivals, ``train`` steps, ``decode`` steps, ``sanitizer`` (compute-sanitizer over a small shape of

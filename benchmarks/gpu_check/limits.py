@@ -1,4 +1,4 @@
-"""What the device itself can do, measured: the yardstick of every other number.
+"""Measured limits of the device itself: its copy and matrix speed.
 
 Copy: bytes read and written per second by a device copy of 1 GiB. GEMM: a square product of random numbers (zeros are
 faster, by power). Best of several runs; each run is timed with the device's own events.
@@ -15,7 +15,7 @@ import torch
 
 
 def best_seconds(run: Callable[[], object], device: str, rounds: int, calls: int) -> float:
-    """Least time of one call over ``rounds`` rounds of ``calls`` calls."""
+    """Minimum time of one call over ``rounds`` rounds of ``calls`` calls."""
     run()
     best = float("inf")
     for _ in range(rounds):

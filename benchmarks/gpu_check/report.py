@@ -1,4 +1,4 @@
-"""The report of a check: one JSON with everything, one Markdown that can be read in one look."""
+"""The report of a check: a JSON file with all data, and a short Markdown file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def as_markdown(data: dict[str, Any]) -> str:
 
 
 def decode_table(found: dict[str, Any]) -> list[str]:
-    """Decoding over batch sizes, as ``benchmarks.generation.decode`` measures it; nothing where it did not run."""
+    """Table of decoding over batch sizes, from ``benchmarks.generation.decode``; empty if it did not run."""
     if "batches" not in found:
         return []
     lines = [

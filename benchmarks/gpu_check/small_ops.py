@@ -1,4 +1,4 @@
-"""One call of every op that has a CUDA kernel, on small awkward shapes: what compute-sanitizer watches."""
+"""One call of every op that has a CUDA kernel, on small awkward shapes, for compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import speechlm_ext as sx
 
 
 def main(device: str = "cuda") -> None:
-    """Run them; their values are the tests' business."""
+    """Run every op; the tests check their values."""
     torch.manual_seed(0)
     segments = [torch.randint(1, 999, (n, 9), device=device) for n in (37, 0, 5, 210)]
     settings = dict(delays=list(range(9)), pad_ids=[0] * 9)

@@ -1,4 +1,4 @@
-"""K-Means on features of real speech, with phones to judge the units by: ``make bench-features FEATURES=folder``.
+"""K-Means on features of real speech, its units compared with phones: ``make bench-features FEATURES=folder``.
 
 The folder holds pairs ``NAME.npy`` (float [N, F], from ``speechlm kmeans fit --keep_features`` or any encoder) and
 ``NAME_phones.npy`` (integers [N], -1 where a frame has no phone). For each pair and each number of clusters both sides
@@ -7,12 +7,12 @@ in Markdown, and written as JSON:
 
 - PNMI and purities of our labels against the phones (speechlm_ext/evaluation/unit_quality.py),
   and PNMI of scikit-learn's
-- agreement: share of rows where scikit-learn's predict and where the float64 argmin, on our centroids, say the same as
-  kmeans_assign; the latter must be 1, or the script fails
-- re-ranked: share of rows that kmeans_assign settles in float64
+- agreement with kmeans_assign, on our centroids: share of rows with the same label by scikit-learn's predict, and by
+  the float64 argmin; the latter must be 1, or the script fails
+- re-ranked: share of rows that kmeans_assign rescores in float64
 - inertia: ours / scikit-learn's, both summed in float64; of fits to the features as they are, where scikit-learn's
-  labels are those of float32 and the two paths part, and of fits to the features in float64
-- times: of fit and of labelling all rows, the better of two runs, on as many threads as --threads says
+  labels are those of float32 and the two fits diverge, and of fits to the features in float64
+- times: of fit and of labeling all rows, the better of two runs, on --threads threads
 """
 
 from __future__ import annotations
@@ -36,10 +36,26 @@ from speechlm_ext.ops import CentroidIndex  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.files.io import atomic_write_json  # noqa: E402
 
-COLUMNS = (
-    "features", "rows", "F", "K", "PNMI", "phone purity", "cluster purity", "PNMI scikit-learn", "= predict",
-    "= float64", "re-ranked", "inertia ratio", "of float64 fits", "fit", "scikit-learn", "assign", "predict",
-)  # fmt: skip
+#: Heading -> cell.
+COLUMNS = {
+    "features": "{features}",
+    "rows": "{rows:,}",
+    "F": "{F}",
+    "K": "{K}",
+    "PNMI": "{pnmi:.4f}",
+    "phone purity": "{phone_purity:.4f}",
+    "cluster purity": "{cluster_purity:.4f}",
+    "PNMI scikit-learn": "{sklearn_pnmi:.4f}",
+    "= predict": "{sklearn_agreement:.6f}",
+    "= float64": "{float64_agreement:.6f}",
+    "re-ranked": "{reranked_share:.2%}",
+    "inertia ratio": "{inertia_ratio:.9f}",
+    "of float64 fits": "{float64_inertia_ratio:.9f}",
+    "fit": "{fit_seconds:.2f} s",
+    "scikit-learn": "{sklearn_fit_seconds:.2f} s",
+    "assign": "{assign_seconds:.3f} s",
+    "predict": "{predict_seconds:.3f} s",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         for num_clusters in args.clusters:
             found = {"features": path.stem, **measure(x, phones, num_clusters, args.iterations, args.threads)}
             results.append(found)
-            print(row(found), flush=True)
+            print(f"| {' | '.join(COLUMNS.values())} |".format(**found), flush=True)
             machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
             atomic_write_json(
                 args.json,
@@ -115,7 +131,7 @@ def measure(
         (labels, stats), assign_seconds = best_of_two(
             lambda: sx.ops.kmeans_assign(tensor, index, return_stats=True)
         )
-        # Its predict on our centroids: what every script that loads centroids into scikit-learn does.
+        # Its predict on our centroids, as scripts do that load centroids into scikit-learn.
         rival_labels = rival.labels_
         rival_centroids = rival.cluster_centers_
         rival.cluster_centers_ = centroids.numpy()
@@ -148,14 +164,14 @@ def best_of_two(run: Callable[[], Any]) -> tuple[Any, float]:
     """The result, and the shorter time of two runs."""
     seconds = float("inf")
     for _ in range(2):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         result = run()
-        seconds = min(seconds, time.perf_counter() - begun)
+        seconds = min(seconds, time.perf_counter() - start)
     return result, seconds
 
 
 def nearest_float64(x: torch.Tensor, centroids: torch.Tensor) -> np.ndarray:
-    """Nearest centroid of each row by differences in float64, not by products."""
+    """Nearest centroid of each row ``[N]``, by differences in float64, without a product."""
     wide = centroids.double()
     parts = [
         torch.cdist(part.double(), wide, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
@@ -171,19 +187,6 @@ def inertia(x: torch.Tensor, centroids: Any, labels: np.ndarray) -> float:
     for part, of in zip(x.split(65536), torch.from_numpy(labels).long().split(65536), strict=True):
         total += float((part.double() - wide[of]).square().sum())
     return total
-
-
-def row(f: dict[str, Any]) -> str:
-    """A line of the table."""
-    cells = [
-        f["features"], f"{f['rows']:,}", f["F"], f["K"], f"{f['pnmi']:.4f}", f"{f['phone_purity']:.4f}",
-        f"{f['cluster_purity']:.4f}", f"{f['sklearn_pnmi']:.4f}", f"{f['sklearn_agreement']:.6f}",
-        f"{f['float64_agreement']:.6f}", f"{f['reranked_share']:.2%}", f"{f['inertia_ratio']:.9f}",
-        f"{f['float64_inertia_ratio']:.9f}",
-        f"{f['fit_seconds']:.2f} s", f"{f['sklearn_fit_seconds']:.2f} s", f"{f['assign_seconds']:.3f} s",
-        f"{f['predict_seconds']:.3f} s",
-    ]  # fmt: skip
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

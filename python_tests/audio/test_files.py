@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from python_tests.assets import recordings, waves
+from python_tests.assets import demo_module, recordings, waves
 from speechlm_ext.audio.files import read_audio, write_wav
 from speechlm_ext.audio.wav_stream import pcm16
 from speechlm_ext.audio.waveform import check_wave, resample_audio
 from speechlm_ext.errors import AudioError, StorageError
-from speechlm_ext.evaluation.report.media import flac_bytes
 
 
 def tone(rate: int, seconds: float = 0.5, hz: float = 440.0) -> np.ndarray:
@@ -181,7 +180,7 @@ def test_integers_are_scaled_before_conversion_and_in_players():
     for wave in (samples, (samples.astype(np.int32) + 32768).astype(np.uint16)):
         converted = resample_audio(wave, 16000, 8000)
         np.testing.assert_allclose(converted[400:3600], tone(8000)[400:3600], atol=2e-3)
-    read, _ = soundfile.read(io.BytesIO(flac_bytes(samples, 16000)))
+    read, _ = soundfile.read(io.BytesIO(demo_module("media").flac_bytes(samples, 16000)))
     np.testing.assert_allclose(read, samples / 32768, atol=1 / 32768)
 
 

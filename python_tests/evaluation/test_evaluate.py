@@ -1,4 +1,4 @@
-"""From results to records to scores, with and without a judge, and scoring stored records again."""
+"""From results to records to scores, with and without an ASR scorer, and scoring stored records again."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from python_tests.assets import recordings
 from speechlm_ext.audio.files import read_audio, write_wav
 from speechlm_ext.data.manifest import Utterance
 from speechlm_ext.errors import AudioError, ConfigError, SpeechLMError, StorageError
+from speechlm_ext.evaluation import transcribe
+from speechlm_ext.evaluation.asr import scorer as scorer_module
+from speechlm_ext.evaluation.asr.weights import AsrUnavailable
 from speechlm_ext.evaluation.collect import read_utterance
 from speechlm_ext.evaluation.evaluate import EvaluateConfig, run_evaluate
-from speechlm_ext.evaluation.judge import whisper as judge_module
-from speechlm_ext.evaluation.judge.whisper import JudgeUnavailable
 from speechlm_ext.evaluation.records import RecordError, read_records
 from speechlm_ext.evaluation.scores import rate, score_records
 
@@ -90,8 +91,8 @@ def test_scores_without_a_judge_are_skipped_with_the_reason(folder: Path):
     assert {r.kind for r in read_records(folder / "eval")} == {"asr", "tts", "recording"}
 
 
-class FakeJudge:
-    """Hears the same words in everything."""
+class FakeScorer:
+    """Gives one transcript for every clip."""
 
     def describe(self):
         return {"model": "fake"}
@@ -105,7 +106,7 @@ class FakeJudge:
 
 
 def test_a_part_beyond_the_end_of_its_recording_is_refused(folder: Path):
-    """It would be judged as silence, or as less than its text says."""
+    """It would be scored as silence, or as less than its text."""
     source = recordings()[0].path
     utterance = Utterance(
         "b", audio=source, text="four five", start=0.5, duration=999.0, manifest="m.jsonl", line=2
@@ -116,17 +117,17 @@ def test_a_part_beyond_the_end_of_its_recording_is_refused(folder: Path):
     np.testing.assert_array_equal(part, read_audio(source, 16000)[0][8000:12000])
 
 
-def test_judge_hears_speech_and_recordings(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(judge_module, "load_judge", lambda *a, **k: FakeJudge())
+def test_speech_and_recordings_are_transcribed(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scorer_module, "load_asr_scorer", lambda *a, **k: FakeScorer())
     run_evaluate(config(folder))
     records = {(r.kind, r.id): r for r in read_records(folder / "eval")}
-    heard = records["tts", "a"]
-    assert heard.hypothesis == "One, two, three." and heard.judge == {"model": "fake"}
-    assert (folder / "eval" / str(heard.audio)).is_file() and heard.seconds == 0.5
-    assert heard.ids == {"file": "../results.jsonl", "id": "tts.a"}
+    spoken = records["tts", "a"]
+    assert spoken.hypothesis == "One, two, three." and spoken.judge == {"model": "fake"}
+    assert (folder / "eval" / str(spoken.audio)).is_file() and spoken.seconds == 0.5
+    assert spoken.ids == {"file": "../results.jsonl", "id": "tts.a"}
     scores = json.loads((folder / "eval" / "scores.json").read_text("utf-8"))["errors"]
     assert rate(scores, "tts", "all") == pytest.approx(2 / 5)
-    # The recording of "b" is heard as three wrong words: two substitutions and an insertion.
+    # The recording of "b" is transcribed as three wrong words: two substitutions and an insertion.
     assert rate(scores, "recording", "all") == pytest.approx(3 / 5)
 
 
@@ -193,11 +194,11 @@ def test_settings_that_make_no_sense():
         EvaluateConfig(records=Path("r"), results=[Path("x")])
 
 
-def test_unavailable_judge_skips_and_the_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_an_asr_model_speech_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch):
     def unavailable(*args, **kwargs):
-        raise JudgeUnavailable("nothing there")
+        raise AsrUnavailable("nothing there")
 
-    monkeypatch.setattr(judge_module, "load_judge", unavailable)
+    monkeypatch.setattr(scorer_module, "load_asr_scorer", unavailable)
     assert run_evaluate(config(folder)) == 0
     scores = json.loads((folder / "eval" / "scores.json").read_text("utf-8"))
     assert scores["judge"] == {"skipped": "nothing there"}
@@ -205,7 +206,7 @@ def test_unavailable_judge_skips_and_the_run_goes_on(folder: Path, monkeypatch: 
 
 
 # ---- one item never loses the others --------------------------------------------------------------------------------
-class PickyJudge(FakeJudge):
+class PickyScorer(FakeScorer):
     """Knows English, and fails on clips of one length."""
 
     def __init__(self, bad_length: int):
@@ -213,7 +214,7 @@ class PickyJudge(FakeJudge):
         self.clips: list[int] = []
 
     def language(self, tag):
-        return judge_module.Judge.language(
+        return scorer_module.AsrScorer.language(
             SimpleNamespace(languages=("en",), settings=SimpleNamespace(model="fake")), tag
         )
 
@@ -241,10 +242,10 @@ def speech_folder(tmp_path: Path, items: list[tuple[str, str, int]]) -> Path:
     return tmp_path
 
 
-def test_what_cannot_be_heard_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_clip_that_fails_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     items = [("a", "en-US", 8000), ("b", "EN", 4000), ("c", "xx", 8000), ("d", "fra", 8000), ("e", "eng", 0)]
-    judge = PickyJudge(bad_length=4000)
-    monkeypatch.setattr(judge_module, "load_judge", lambda *a, **k: judge)
+    scorer = PickyScorer(bad_length=4000)
+    monkeypatch.setattr(scorer_module, "load_asr_scorer", lambda *a, **k: scorer)
     folder = speech_folder(tmp_path, items)
     assert run_evaluate(config(folder)) == 0
     records = {r.id: r for r in read_records(folder / "eval")}
@@ -254,7 +255,7 @@ def test_what_cannot_be_heard_is_skipped_with_the_reason(tmp_path: Path, monkeyp
     assert "e.wav" in records["e"].skipped
     scores = json.loads((folder / "eval" / "scores.json").read_text("utf-8"))["errors"]
     assert rate(scores, "tts") == 0.0 and scores["tts"]["num_skipped"] == 4
-    assert sorted(judge.clips) == [1, 1, 2]  # the two in English together, then each alone
+    assert sorted(scorer.clips) == [1, 1, 2]  # the two in English together, then each alone
 
 
 def test_an_unreadable_recording_does_not_stop_resynthesis_or_cutting(
@@ -264,7 +265,7 @@ def test_an_unreadable_recording_does_not_stop_resynthesis_or_cutting(
     (folder / "bad.wav").write_bytes(b"RIFF")
     rows[0] |= {"audio": "bad.wav", "start": 0.0, "duration": 0.5}
     (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
-    monkeypatch.setattr(judge_module, "load_judge", lambda *a, **k: FakeJudge())
+    monkeypatch.setattr(scorer_module, "load_asr_scorer", lambda *a, **k: FakeScorer())
     run_evaluate(config(folder))
     records = {(r.kind, r.id): r for r in read_records(folder / "eval")}
     assert "bad.wav" in records["recording", "a"].skipped
@@ -285,13 +286,13 @@ def test_scores_are_there_when_perplexity_fails(folder: Path, monkeypatch: pytes
     assert rate(scores["errors"], "asr") == pytest.approx(3 / 7)
 
 
-def test_tokens_and_language_are_checked_before_anything_is_heard(
+def test_tokens_and_language_are_checked_before_anything_is_transcribed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def too_late(*args, **kwargs):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(judge_module, "load_judge", too_late)
+    monkeypatch.setattr(scorer_module, "load_asr_scorer", too_late)
     with pytest.raises(ConfigError, match="'English'"):
         run_evaluate(config(folder, lang="English"))
     with pytest.raises(SpeechLMError, match="token_layout"):
@@ -326,7 +327,7 @@ SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\ufeff"
 
 
 def test_separators_inside_texts_survive_from_manifest_to_report(tmp_path: Path):
-    from speechlm_ext.evaluation.report.page import marked_words
+    from speechlm_ext.evaluation.text.word_errors import align
 
     text = "one" + "two".join(SEPARATORS) + "three"
     manifest = json.dumps({"id": "u", "audio": "u.wav", "text": text}, ensure_ascii=False).replace(
@@ -344,7 +345,7 @@ def test_separators_inside_texts_survive_from_manifest_to_report(tmp_path: Path)
     first, second = read_records(tmp_path / "eval")
     assert (first.reference, first.hypothesis, second.hypothesis) == (text, text, "x\u2028y")
     assert score_records([first])["asr"]["groups"]["all"]["wer"]["errors"] == 0
-    assert "<s>" not in marked_words(first.reference, first.hypothesis)
+    assert {operation for operation, _, _ in align(first.reference, first.hypothesis)} == {"equal"}
 
 
 def test_records_of_the_first_rule_are_scored_by_the_present_one(tmp_path: Path):
@@ -369,33 +370,31 @@ def test_sums_of_items_are_the_counts_of_the_set():
     assert sum_counts([wer([r], [h]) for r, h in zip(refs, hyps, strict=True)]) == wer(refs, hyps)
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Interrupted(FakeJudge):
-        heard: ClassVar[list[int]] = []
+def test_an_interrupted_evaluation_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Interrupted(FakeScorer):
+        lengths: ClassVar[list[int]] = []
         stop_at = 3
 
         def transcribe(self, waves, langs, sample_rate):
-            if len(self.heard) == self.stop_at:
+            if len(self.lengths) == self.stop_at:
                 raise KeyboardInterrupt
-            self.heard.append(len(waves[0]))
+            self.lengths.append(len(waves[0]))
             return super().transcribe(waves, langs, sample_rate)
 
-    from speechlm_ext.evaluation import collect
-
-    monkeypatch.setattr(collect, "JUDGE_BATCH", 1)
-    judge = Interrupted()
-    monkeypatch.setattr(judge_module, "load_judge", lambda *a, **k: judge)
+    monkeypatch.setattr(transcribe, "BATCH_SIZE", 1)
+    scorer = Interrupted()
+    monkeypatch.setattr(scorer_module, "load_asr_scorer", lambda *a, **k: scorer)
     items = [("a", "en", 1000), ("b", "en", 2000), ("c", "de", 3000), ("d", "en", 4000), ("e", "de", 1000)]
     folder = speech_folder(tmp_path, items)
     with pytest.raises(KeyboardInterrupt):
         run_evaluate(config(folder))
     partial = folder / "eval" / "judge.partial.jsonl"
-    assert len(judge.heard) == 3
+    assert len(scorer.lengths) == 3
     partial.write_bytes(partial.read_bytes()[:-5])  # killed while writing
-    judge.stop_at = 99
+    scorer.stop_at = 99
     run_evaluate(config(folder))
-    # Three were heard, the last of them is cut; the same samples in another language are another clip.
-    first, rest = judge.heard[:3], judge.heard[3:]
+    # Three were transcribed, the last of them is cut; the same samples in another language are another clip.
+    first, rest = scorer.lengths[:3], scorer.lengths[3:]
     assert sorted([*first[:2], *rest]) == [1000, 1000, 2000, 3000, 4000]
     assert [r.hypothesis for r in read_records(folder / "eval")] == ["One, two, three."] * 5
     assert not partial.exists()

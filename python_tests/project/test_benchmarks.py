@@ -1,10 +1,12 @@
-"""What keeps track of speed: the judge of two results files, the history page, and a dry run of the GPU check."""
+"""Tracking of speed: the comparison of two results files, the history page, and a dry run of the GPU check."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.common import compare, report, rows
+from benchmarks.gpu_check import __main__ as check
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +48,7 @@ def results(path: Path, commit: str, date: str, **ratios: float) -> Path:
         ({"loop": 8.0}, {"other": 1.0}, "unknown", 0),
     ],
 )
-def test_compare_judges_ratios(tmp_path, capsys, before, after, says, code):
+def test_compare_uses_ratios(tmp_path, capsys, before, after, says, code):
     old = results(tmp_path / "old.json", "a" * 40, "2026-01-01", **before)
     new = results(tmp_path / "new.json", "b" * 40, "2026-01-02", **after)
     assert compare.main([str(old), str(new)]) == code
@@ -87,9 +90,10 @@ def test_features_are_judged_against_phones(tmp_path, capsys):
 def test_noise_widens_the_band(tmp_path):
     old = rows.Row("op", "s", "cpu", 1.0, {"loop": 8.0}, spread=0.05)
     new = rows.Row("op", "s", "cpu", 1.0, {"loop": 6.0}, spread=0.05)
-    assert compare.judge(old, new, 0.05)[0] == "same"
+    assert compare.verdict_of(old, new, 0.05)[0] == "same"
     assert (
-        compare.judge(old, rows.Row("op", "s", "cpu", 1.0, {"loop": 5.0}, spread=0.05), 0.05)[0] == "slower"
+        compare.verdict_of(old, rows.Row("op", "s", "cpu", 1.0, {"loop": 5.0}, spread=0.05), 0.05)[0]
+        == "slower"
     )
 
 
@@ -112,13 +116,31 @@ def test_history_page_and_table(tmp_path, monkeypatch, capsys):
     assert "delay_pack on cpu" in page and "data:image/svg" in page
 
 
-def test_gpu_check_dry_run(tmp_path):
+def run_here(command: list[str], seconds: float) -> tuple[int, str]:
+    """``python -m MODULE …`` in this process, which has imported torch and transformers."""
+    module, *words = command[command.index("-m") + 1 :]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [module, *words])
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0, printed.getvalue()
+
+
+def test_gpu_check_dry_run(tmp_path, monkeypatch):
     """Every part on tiny shapes, and a report that has them all."""
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--out", str(tmp_path)]
-    # The pytest runs inside must not think that they are workers of this one.
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
+    in_new_process = check.run
+
+    def run(command, seconds, env=None):
+        if {"benchmarks.train.step", "benchmarks.generation.decode"} & set(command):
+            return run_here(command, seconds)
+        return in_new_process(command, seconds, env)
+
+    monkeypatch.setattr(check, "run", run)
+    # The pytest runs inside must not take themselves for workers of this one.
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert check.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
     data = json.loads(path.read_text("utf-8"))
     status = {name: part["status"] for name, part in data["parts"].items()}
@@ -143,8 +165,6 @@ def test_gpu_check_dry_run(tmp_path):
 
 
 def test_a_failing_part_hides_no_other(tmp_path, monkeypatch):
-    from benchmarks.gpu_check import __main__ as check
-
     def broken(device, seconds):
         raise RuntimeError("planted")
 
@@ -164,3 +184,31 @@ def test_a_failing_part_hides_no_other(tmp_path, monkeypatch):
         "decode": "passed",
     }
     assert "planted" in parts["limits"]["note"] and parts["train"]["note"] == "began"
+
+
+def test_a_benchmark_that_fails_hides_no_other(monkeypatch):
+    """On a GPU each file has a process of its own: rows of the others are kept, and the failed ones are named."""
+    seen = []
+
+    def run(command, seconds):
+        stem = Path(command[3]).stem
+        seen.append((stem, seconds))
+        if stem == "bench_kmeans_assign":
+            return None, "still running"
+        if stem == "bench_multistream_loss":
+            return 1, "E  wrong result"
+        row = {"name": stem, "stats": {"min": 1e-3}, "extra_info": {"op": stem.removeprefix("bench_")}}
+        Path(command[-3].partition("=")[2]).write_text(json.dumps({"benchmarks": [row]}), "utf-8")
+        return 0, ""
+
+    monkeypatch.setattr(check, "run", run)
+    result = check.part_bench("cuda", 100.0)
+    stems = sorted(path.stem for path in (ROOT / "benchmarks" / "ops").glob("bench_*.py"))
+    assert [stem for stem, _ in seen] == stems
+    assert seen[0][1] == pytest.approx(100 / len(stems), abs=1) and seen[-1][1] == pytest.approx(100, abs=1)
+    assert result.status == "failed"
+    assert result.note == "bench_kmeans_assign: out of time; bench_multistream_loss: E  wrong result"
+    done = [
+        s.removeprefix("bench_") for s in stems if s not in ("bench_kmeans_assign", "bench_multistream_loss")
+    ]
+    assert [row["op"] for row in result.data["rows"]] == done

@@ -93,6 +93,17 @@ def test_a_verb_alone_says_what_it_needs(name: str, capsys: pytest.CaptureFixtur
         assert code == 2 and "error" in printed.err.lower() and "Traceback" not in printed.err
 
 
+def test_an_interrupted_verb_ends_with_130(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As shells report SIGINT; 1 means that some requests failed."""
+
+    def interrupted(cfg: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("speechlm_ext.layout.diff.run_layout", interrupted)
+    assert main(["layout", "--path", "x"]) == 130
+    assert "rerun the same command" in capsys.readouterr().err
+
+
 # ---- words that all verbs share -------------------------------------------------------------------------------------
 def test_every_verb_calls_its_folder_output_dir_and_takes_the_old_words(
     capsys: pytest.CaptureFixture[str],
@@ -190,7 +201,7 @@ def settings(name: str, *words: object):
         (b"", "holds nothing; expected settings"),
         (b"- a", "holds a list; expected settings"),
         (b"5", "holds 5; expected settings"),
-        (b"1: 2", "the name 1 is no text"),
+        (b"1: 2", "the name 1 is not text"),
         (b"run_dir: x\x00y", "characters are not allowed"),
         (b"run_dir: *missing", "line 1, column 10: found undefined alias"),
         (b"steps: !!timestamp 2020-99-99", "month must be in 1..12"),

@@ -38,8 +38,8 @@ av = pytest.importorskip("av")
         ("...", "en", None),
     ],
 )
-def test_normalise(text, lang, expected):
-    assert number_words.normalise(text, lang) == expected
+def test_normalize(text, lang, expected):
+    assert number_words.normalize(text, lang) == expected
 
 
 def test_number_words_are_unambiguous():

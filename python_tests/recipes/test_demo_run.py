@@ -1,9 +1,10 @@
-"""The demo's stages: what is skipped, what is repeated, and that nothing old is taken for new."""
+"""The demo's stages: which are skipped, which are repeated, and that no old output is taken for a new one."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,7 +30,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
         return stage
 
-    monkeypatch.setattr(run, "RUN", {name: note(name) for name in run.STAGES})
+    monkeypatch.setattr(run, "STAGES", {n: s._replace(run=note(n)) for n, s in run.STAGES.items()})
     monkeypatch.setattr(run.demo_report, "write", lambda *a, **k: {})
     return ran, run.Options(tmp_path / "out", None, False, None, recipe, None)
 
@@ -60,16 +61,16 @@ def test_another_recipe_repeats_training_and_all_after_it(stages):
 
 def test_a_stopped_stage_runs_again_on_what_it_left(stages, monkeypatch: pytest.MonkeyPatch):
     ran, options = stages
-    whole = run.RUN["train"]
+    train = run.STAGES["train"]
 
     def stopped(o):
-        whole(o)
+        train.run(o)
         raise ConfigError("stopped")
 
-    monkeypatch.setitem(run.RUN, "train", stopped)
+    monkeypatch.setitem(run.STAGES, "train", train._replace(run=stopped))
     with pytest.raises(ConfigError):
         run.run_stages(options, ALL, [])
-    monkeypatch.setitem(run.RUN, "train", whole)
+    monkeypatch.setitem(run.STAGES, "train", train)
     ran.clear()
     run.run_stages(options, ALL, [])
     assert ran == ["train", "generate", "evaluate", "report"]
@@ -111,3 +112,12 @@ def test_requests_ask_for_every_task_and_name_their_utterance(tmp_path: Path):
 def test_errors_end_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert run.main(["--output_dir", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
     assert "manifest.jsonl" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_is_no_finished_stage(monkeypatch: pytest.MonkeyPatch):
+    """``generate`` ends with 1 when some requests failed, which the demo accepts, and with 130 when interrupted."""
+    codes = iter([1, 130])
+    monkeypatch.setattr(run.subprocess, "run", lambda command: SimpleNamespace(returncode=next(codes)))
+    run.speechlm("generate", accept=(0, 1))
+    with pytest.raises(ConfigError, match="ended with code 130"):
+        run.speechlm("generate", accept=(0, 1))

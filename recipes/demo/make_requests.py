@@ -1,6 +1,6 @@
-"""What the demo's model is asked: transcripts, speech, and continuations of held-out items.
+"""Requests for the demo's model: transcripts, speech, and continuations of held-out items.
 
-Request ids are ``kind.UTTERANCE``, so that ``speechlm evaluate`` finds the reference by itself.
+Request ids are ``kind.UTTERANCE``, so that ``speechlm evaluate`` finds the reference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OTHER_LANGUAGES = (10, 3)
 PROMPTS = {"en": (20, 4)}
 OTHER_PROMPTS = (5, 0)
 OWN = (40, 20)
-#: Sixteen tries that differ in what is said, each with the most probable codes; the model's own recognition picks one.
+#: Sixteen tries with different SSL units, each with the most probable codes; the model's own ASR selects one.
 TTS_SETTINGS: dict[str, Any] = {
     "temperature": 0.8,
     "top_k": 30,
@@ -36,7 +36,7 @@ SAMPLE_RATE = 16000
 
 
 def choose(utterances: list[Utterance], own: bool) -> dict[str, list[Utterance]]:
-    """Which utterances are transcribed (``asr``) and spoken (``tts``), in the manifest's order."""
+    """The utterances to transcribe (``asr``) and to speak (``tts``), in the manifest's order."""
     chosen: dict[str, list[Utterance]] = {"asr": [], "tts": []}
     groups: dict[tuple[str, str], list[Utterance]] = {}
     for utterance in utterances:
@@ -63,7 +63,7 @@ def make_requests(manifest: Path, path: Path, frame_rate: float, own: bool, limi
         path: requests file to write; audio paths in it are relative to its folder.
         frame_rate: codec frames per second, which bounds the length of speech.
         own: the recordings are the user's own, without spoken numbers.
-        limit: only so many items of each kind.
+        limit: maximum number of items of each kind.
     """
     utterances = read_manifest(manifest)
     chosen = choose(utterances, own)
@@ -116,8 +116,8 @@ def _text_beginnings(utterances: list[Utterance]) -> list[dict[str, Any]]:
     for u in utterances:
         words = (u.text or "").split()
         key = (u.dataset, u.lang or "")
-        most = 3 if u.lang in ("en", None) and u.dataset != "numbers" else 1
-        if len(words) >= 4 and taken.get(key, 0) < most:
+        limit = 3 if u.lang in ("en", None) and u.dataset != "numbers" else 1
+        if len(words) >= 4 and taken.get(key, 0) < limit:
             taken[key] = taken.get(key, 0) + 1
             start = " ".join(words[: max(2, len(words) // 3)])
             rows.append(

@@ -1,10 +1,9 @@
 """Number words of the demo's five languages, and the spelling-out of digits in transcripts.
 
-``RECORDED_WORDS[lang]`` maps a recording ``digits/<key>`` of that voice to the word that is heard in it. It
-is written out here rather than read from the packages' transcripts because those have slips (the Spanish list
-calls two recordings ``digits/0``). French 17–19, 70, 80 and 90 are left out of composed strings: written
-without hyphens they are the same words as "dix" + "sept" or "quatre" + "vingt", so text and sound would not
-determine each other.
+``RECORDED_WORDS[lang]`` maps a recording ``digits/<key>`` of that voice to the word spoken in it. The words are written
+out here because the packages' transcripts have errors (the Spanish list calls two recordings ``digits/0``). Composed
+strings have no French 17–19, 70, 80 and 90: written without hyphens they are the same words as "dix" + "sept" or
+"quatre" + "vingt", so text and audio would not determine each other.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _WORDS = {
 #: language → {number as written with digits: its word}, 0–19 and the tens.
 NUMBER_WORDS = {lang: dict(zip(_KEYS, words.split(), strict=True)) for lang, words in _WORDS.items()}
 
-#: language → {name of the recording under ``digits/``: the word heard in it}, for composed strings.
+#: language → {name of the recording under ``digits/``: the word spoken in it}, for composed strings.
 RECORDED_WORDS = {
     lang: {k: w for k, w in words.items() if "-" not in w} for lang, words in NUMBER_WORDS.items()
 }
@@ -48,16 +47,16 @@ _UNREADABLE = re.compile(r"[*#&@%\ufffd]|\?(?=\s*[a-zà-ÿ])")
 _LETTERS_ONLY = regex.compile(r"[^\p{L}\p{M}\p{N}' ]")
 
 
-def normalise(text: str, lang: str) -> str | None:
-    """Lower-case ``text`` to words only, the way the demo writes and scores every transcript.
+def normalize(text: str, lang: str) -> str | None:
+    """The lower-case words of ``text``, in the form in which the demo writes and scores every transcript.
 
     Numbers of the table above become words, typographic apostrophes become ``'``, hyphens and all other
     punctuation become spaces, dots inside abbreviations vanish (``A.M.`` → ``am``), and runs of spaces become
     one.
 
     Returns:
-        the normalised text, or None where it cannot be known how the text was read out: another number, a
-        symbol with a spoken name (``*``, ``#``, ``&``), a damaged character.
+        The normalized text, or None if its reading is unknown: another number, a symbol with a spoken name (``*``,
+        ``#``, ``&``), a damaged character.
     """
     if _UNREADABLE.search(text):
         return None

@@ -1,7 +1,7 @@
 """A user's own folder of recordings as the demo's train and test manifests.
 
-The folder holds ``train.jsonl`` and ``test.jsonl``, or one ``manifest.jsonl`` of which 5 % (at least one, at most 100
-utterances) are held out by a fixed draw.
+The folder holds ``train.jsonl`` and ``test.jsonl``, or one ``manifest.jsonl`` of which 5 % (1 to 100 utterances) are
+held out by a fixed draw.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text
 from speechlm_ext.utils.files.json_text import json_line
 
 HELD_OUT = 0.05
-MOST_HELD_OUT = 100
+MAX_HELD_OUT = 100
 
 
 def prepare_own(folder: Path, out: Path) -> str:
-    """Write ``train.jsonl``, ``test.jsonl`` and ``about.json`` into ``out``; returns a line that says what was done.
+    """Write ``train.jsonl``, ``test.jsonl`` and ``about.json`` into ``out``; returns a summary on one line.
 
     Raises:
         ConfigError: no manifest in the folder.
-        ManifestError: a manifest is not good, or has no utterance with text and audio to hold out.
+        ManifestError: a manifest is invalid, or has no utterance with text and audio to hold out.
     """
     train, test = folder / "train.jsonl", folder / "test.jsonl"
     if train.is_file() and test.is_file():
@@ -37,7 +37,7 @@ def prepare_own(folder: Path, out: Path) -> str:
     else:
         raise ConfigError(
             f"{folder} holds no manifest.jsonl (nor train.jsonl and test.jsonl). Write one JSON object per line: "
-            '{"id": "a1", "audio": "a1.wav", "text": "what is said", "lang": "en"}; audio paths are relative to it.'
+            '{"id": "a1", "audio": "a1.wav", "text": "the words of it", "lang": "en"}; audio paths are relative to it.'
         )
     for name, utterances in splits.items():
         lines = (json_line(_row(u)) for u in utterances)
@@ -54,7 +54,7 @@ def split(utterances: list[Utterance], folder: Path) -> dict[str, list[Utterance
             f"{folder / 'manifest.jsonl'} has {len(eligible)} utterances with both audio and text; at least 2 are "
             "needed, one to train on and one to test."
         )
-    count = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(eligible))))
+    count = min(MAX_HELD_OUT, max(1, round(HELD_OUT * len(eligible))))
     held = set(np.random.default_rng(0).permutation(eligible)[:count].tolist())
     return {
         "train": [u for i, u in enumerate(utterances) if i not in held],

@@ -1,11 +1,10 @@
 """The demo's data: real telephone prompts of five voices, and spoken numbers composed from the same
 recordings.
 
-``prompts`` are the transcribed recordings of the Debian packages ``asterisk-core-sounds-{en,es,fr,it,ru}``
-(16 kHz studio speech, one voice per language). ``numbers`` are strings of 2–5 number words (in training
-2–7, and single words) put together from each voice's own digit recordings, with
-varied gaps, speed, gain and faint noise. They are composed, not read
-as strings, and ``about.json`` and the report say so. Test strings never occur as text in training; the single
+``prompts`` are the transcribed recordings of the Debian packages ``asterisk-core-sounds-{en,es,fr,it,ru}`` (16 kHz
+studio speech, one voice per language). ``numbers`` are strings of 2–5 number words (in training 2–7, and single words)
+joined from each voice's own digit recordings, with varied gaps, speed, gain and faint noise. They are composed, not
+read as strings, and ``about.json`` and the report state that. Test strings never occur as text in training; the single
 words do.
 
 The packages are fetched with ``apt-get download`` and unpacked with ``dpkg-deb -x``: no root, nothing
@@ -21,7 +20,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,17 +28,15 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import soxr
+from number_words import RECORDED_WORDS, normalize
 from tqdm import tqdm
 
 from speechlm_ext.audio.files import read_audio
 from speechlm_ext.errors import ConfigError, ManifestError
-from speechlm_ext.utils.console import make_output_safe  # noqa: E402
+from speechlm_ext.utils.console import make_output_safe
 from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text
 from speechlm_ext.utils.files.json_text import json_line, parse_json
 from speechlm_ext.utils.names import file_name
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from number_words import RECORDED_WORDS, normalise  # noqa: E402
 
 SAMPLE_RATE = 16000
 LANGUAGES = ("en", "es", "fr", "it", "ru")
@@ -57,7 +53,7 @@ class Manifests(NamedTuple):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is composed and held out; the defaults are the demo's."""
+    """Composed and held-out items; the defaults are the demo's."""
 
     train_numbers: dict[str, int] = field(
         default_factory=lambda: {"en": 3000, "es": 400, "fr": 400, "it": 400, "ru": 400}
@@ -66,21 +62,21 @@ class DataConfig:
     train_single_words: dict[str, int] = field(
         default_factory=lambda: {"en": 10, "es": 3, "fr": 3, "it": 3, "ru": 3}
     )
-    """Times that each word stands alone in training, varied as the strings are: where one word ends and the next
-    begins is learnt sooner when words are also heard by themselves."""
+    """Number of single-word items per word in training, varied like the strings: word boundaries are learned sooner if
+    words also occur alone."""
     test_numbers: dict[str, int] = field(
         default_factory=lambda: {"en": 40, "es": 10, "fr": 10, "it": 10, "ru": 10}
     )
     """Composed strings per language that are held out."""
     words: tuple[int, int] = (2, 5)
-    """Fewest and most words of a held-out string."""
+    """Minimum and maximum number of words of a held-out string."""
     train_words: tuple[int, int] = (2, 7)
-    """Likewise in training. Short strings are learnt first and soon; keeping one's place in a long one is what takes
-    long, so the longest that are asked for should not be the longest that were practised."""
+    """The same in training, with a larger maximum: long strings are learned last, so the longest held-out ones should
+    not be the longest of training."""
     gap: tuple[float, float] = (0.02, 0.2)
     """Seconds of silence between words."""
     speed: float = 0.08
-    """Largest relative change of speed, up or down (pitch moves with it)."""
+    """Maximum relative change of speed, up or down; the pitch changes with it."""
     gain_db: tuple[float, float] = (-6.0, 0.0)
     """Gain of a whole string."""
     noise_db: tuple[float, float] = (-70.0, -56.0)
@@ -90,7 +86,7 @@ class DataConfig:
     max_seconds: float = 15.0
     """Longer prompts are left out."""
     seed: int = 0
-    """Fixes every choice."""
+    """Seed of all random choices."""
 
 
 @dataclass(frozen=True)
@@ -107,19 +103,19 @@ def prepare(
 ) -> Manifests:
     """Write wavs, ``train.jsonl``, ``test.jsonl`` and ``about.json`` into ``out_dir``.
 
-    A folder that already holds the result of the same settings is left as it is.
+    A folder that already holds the result of the same settings is unchanged.
 
     Args:
         out_dir: output folder; audio paths in the manifests are relative to it.
         debs_dir: folder with the ``.deb`` files; None fetches them into ``out_dir/../cache`` with ``apt-get
             download``.
-        config: what to compose and hold out.
+        config: items to compose and to hold out.
 
     Returns:
-        the manifests' paths. Lines have ``id, audio, text, speaker, lang, duration, dataset``.
+        The manifests' paths. Lines have ``id, audio, text, speaker, lang, duration, dataset``.
 
     Raises:
-        ConfigError: the packages cannot be had; the message names the way with one's own recordings.
+        ConfigError: the packages cannot be fetched; the message names the way with the user's own recordings.
     """
     out_dir, config = Path(out_dir), config or DataConfig()
     settings = json.loads(json.dumps(asdict(config)))
@@ -230,7 +226,7 @@ def read_prompts(root: Path, lang: str) -> tuple[list[Prompt], str, list[str]]:
     """Read one language's transcripts and pair them with its recordings.
 
     Returns:
-        prompts sorted by key, the speaker's name, and notes on what was left out.
+        Prompts sorted by key, the speaker's name, and notes on omitted recordings.
     """
     folder = next(
         (p for p in sorted((root / "usr/share/asterisk/sounds").glob(f"{lang}_*")) if p.is_dir()), None
@@ -261,7 +257,7 @@ def read_prompts(root: Path, lang: str) -> tuple[list[Prompt], str, list[str]]:
         elif key.startswith("silence/") or re.search(r"[\[\](){}]", written[0]):
             dropped["not speech, or a remark in brackets"] += 1
         else:
-            normal = normalise(written[0], lang)
+            normal = normalize(written[0], lang)
             if normal is None:
                 dropped["a number or symbol whose reading is not known"] += 1
             else:
@@ -308,13 +304,13 @@ def _add_numbers(rows, prompts, speaker, lang, out_dir, config, rng) -> None:
     )
     vocabulary = sorted(words)
     seen: set[tuple[str, ...]] = set()
-    for split, count, (fewest, most) in (
+    for split, count, (min_words, max_words) in (
         ("test", config.test_numbers.get(lang, 0), config.words),
         ("train", config.train_numbers.get(lang, 0), config.train_words),
     ):
         for index in range(count):
             while True:
-                length = int(rng.integers(fewest, most + 1))
+                length = int(rng.integers(min_words, max_words + 1))
                 string = tuple(vocabulary[i] for i in rng.integers(0, len(vocabulary), length))
                 if string not in seen:
                     break
@@ -346,7 +342,7 @@ class _Voice:
 def compose(
     string: tuple[str, ...], voice: _Voice, config: DataConfig, rng: np.random.Generator
 ) -> np.ndarray:
-    """Put word recordings together to one float32 waveform ``[T]`` at 16 kHz."""
+    """Join word recordings to one float32 waveform ``[T]`` at 16 kHz."""
     percent = round(100 * config.speed)
     percent = int(rng.integers(-percent, percent + 1))
     gain = 10 ** (rng.uniform(*config.gain_db) / 20)
@@ -362,8 +358,7 @@ def compose(
 
 
 def trim_silence(wave: np.ndarray, threshold_db: float = 42.0, margin: float = 0.02) -> np.ndarray:
-    """Cut what lies more than ``threshold_db`` below the loudest 10 ms at both ends, and fade 5 ms in and
-    out."""
+    """Cut both ends where they are more than ``threshold_db`` below the loudest 10 ms, and fade 5 ms in and out."""
     hop = SAMPLE_RATE // 100
     usable = len(wave) // hop * hop
     if usable == 0:

@@ -1,13 +1,15 @@
-"""The demo's figures and its report: ``metrics.json`` and ``report.html`` from what the stages left."""
+"""The demo's metrics and report: ``metrics.json`` and ``report.html`` from the outputs of the stages."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from page import write_page
+from report_data import ReportData, read_json
+
 from speechlm_ext.evaluation.scores import ALL, rate
 from speechlm_ext.utils.files.io import atomic_write_json
-from speechlm_ext.utils.files.json_text import parse_json
 from speechlm_ext.utils.machine import commit_of, describe_machine
 
 HERE = Path(__file__).resolve().parent
@@ -19,13 +21,11 @@ HEADLINE = "numbers/en"
 
 def write(out: Path, own: bool, state: dict[str, Any], page: bool = True) -> dict[str, Any]:
     """Write ``metrics.json`` and, if asked, ``report.html`` into ``out``; returns the metrics."""
-    scores = _read(out / "eval" / "scores.json") or {"errors": {}, "perplexity": {}, "judge": None}
+    scores = read_json(out / "eval" / "scores.json") or {"errors": {}, "perplexity": {}, "judge": None}
     metrics = make_metrics(scores, own, state)
     atomic_write_json(out / "metrics.json", metrics)
     if page:
-        from report_page import write_page
-
-        write_page(out, own, metrics, scores, state)
+        write_page(ReportData(out, own, metrics, scores, state))
         shown = {
             k: metrics[k]
             for k in ("asr_wer", "tts_wer", "codec_wer", "recording_wer", "textlm_ppl", "audiolm_ppl")
@@ -72,10 +72,3 @@ def make_metrics(scores: dict[str, Any], own: bool, state: dict[str, Any]) -> di
     metrics["commit"] = state.get("train", {}).get("commit") or commit_of(HERE)
     metrics["machine"] = describe_machine()
     return metrics
-
-
-def _read(path: Path) -> Any:
-    try:
-        return parse_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None

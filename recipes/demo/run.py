@@ -1,10 +1,10 @@
-"""The demo: from recordings to a judged SpeechLM, stage by stage.
+"""The demo: from recordings to a scored SpeechLM, stage by stage.
 
     python recipes/demo/run.py [--output_dir runs/demo] [--data FOLDER] [--quick] [--stage NAME | --from NAME]
 
-Every stage prints the public command that it runs, so that each can be repeated by hand. A stage is skipped when
-it has finished before with the same inputs; ``--stage`` runs one again, ``--from`` that one and all after it. A
-training run that was stopped goes on from its last checkpoint.
+Every stage prints the command that it runs, so that each can be repeated by hand. A stage that has finished with the
+same inputs is skipped; ``--stage`` runs one again, ``--from`` that one and all after it. An interrupted training run
+resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,26 +21,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import own_data
+import prepare_data
+import report as demo_report
 import torch
 import yaml
+from make_requests import make_requests
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import own_data  # noqa: E402
-import prepare_data  # noqa: E402
-import report as demo_report  # noqa: E402
-from make_requests import make_requests  # noqa: E402
-
-from speechlm_ext.data.plan.memory import ModelShape  # noqa: E402
-from speechlm_ext.errors import ConfigError, SpeechLMError  # noqa: E402
-from speechlm_ext.tokenizers import TokenizerSet  # noqa: E402
-from speechlm_ext.utils.console import make_output_safe  # noqa: E402
-from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text, sha256_file  # noqa: E402
-from speechlm_ext.utils.files.json_text import parse_json  # noqa: E402
-from speechlm_ext.utils.files.run_folders import find_model_folder  # noqa: E402
-from speechlm_ext.utils.files.yaml_text import parse_yaml  # noqa: E402
-from speechlm_ext.utils.machine import commit_of  # noqa: E402
+from speechlm_ext.data.plan.memory import ModelShape
+from speechlm_ext.errors import ConfigError, SpeechLMError
+from speechlm_ext.tokenizers import TokenizerSet
+from speechlm_ext.utils.console import make_output_safe
+from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text, sha256_file
+from speechlm_ext.utils.files.json_text import parse_json
+from speechlm_ext.utils.files.run_folders import find_model_folder
+from speechlm_ext.utils.files.yaml_text import parse_yaml
+from speechlm_ext.utils.machine import commit_of
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "demo.yaml"
@@ -48,22 +46,13 @@ OWN_RECIPE = HERE.parent / "own_folder.yaml"
 TOKENIZE_RECIPE = HERE / "tokenize.yaml"
 OWN_TOKENIZE_RECIPE = HERE / "tokenize_own.yaml"
 STATE = "stages.json"
-#: Hears the same as the full 30 s on the held-out English numbers, in about a third of the time.
-JUDGE_WINDOW_S = 15.0
-STAGES = {
-    "data": "get the recordings and write train and test manifests",
-    "tokenize": "fit the tokenizers and turn recordings and texts into tokens",
-    "plan": "say what training will see and need",
-    "train": "train the model",
-    "generate": "transcribe, speak and continue held-out items",
-    "evaluate": "score: word errors, the judge's hearing, perplexity",
-    "report": "write metrics.json and report.html",
-}
+#: Same transcripts as the full 30 s on the held-out English numbers, in about a third of the time.
+ASR_WINDOW_S = 15.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line."""
+    """Options of the command line."""
 
     out: Path
     data: Path | None
@@ -74,7 +63,7 @@ class Options:
 
     @property
     def own(self) -> bool:
-        """Whether the recordings are the user's."""
+        """Whether the recordings are the user's own."""
         return self.data is not None
 
     def checkpoint(self) -> Path:
@@ -101,7 +90,7 @@ def stage_data(o: Options) -> None:
 
 
 def stage_tokenize(o: Options) -> None:
-    """Manifests to token folders; the test split takes the train split's tokenizers."""
+    """Manifests to token folders; the test split uses the train split's tokenizers."""
     for split in ("train", "test"):
         manifest = str(o.out / "data" / f"{split}.jsonl")
         arguments = ["--manifest", manifest, "--output_dir", str(o.out / "tokens" / split)]
@@ -117,7 +106,7 @@ def stage_plan(o: Options) -> None:
     data = recipe["data"] | {"tokens": [str(o.out / "tokens" / "train")]}
     if o.own:
         data["overlong"] = "drop"
-    # The sizes that the memory estimate needs; the recipe may say more about the model.
+    # Only the sizes that the memory estimate needs.
     names = {f.name for f in fields(ModelShape)}
     model = {k: v for k, v in (recipe | recipe.get("model", {})).items() if k in names}
     model["world"] = recipe.get("processes", 1)
@@ -127,11 +116,7 @@ def stage_plan(o: Options) -> None:
 
 
 def stage_train(o: Options) -> None:
-    """Train, or go on with a run that was stopped."""
-    speechlm("train", *_train_arguments(o))
-
-
-def _train_arguments(o: Options) -> list[str]:
+    """Train, or resume an interrupted run."""
     arguments = ["--config", str(o.recipe), "--run_dir", str(o.out / "model")]
     arguments += ["--data.tokens", str(o.out / "tokens" / "train")]
     if o.own:
@@ -139,11 +124,13 @@ def _train_arguments(o: Options) -> list[str]:
     if torch.cuda.is_available() or os.cpu_count() == 1:
         arguments += ["--processes", "1"]
     steps = o.steps or (30 if o.quick else None)
-    return arguments + (["--steps", str(steps), "--log_every", "5"] if steps else [])
+    if steps:
+        arguments += ["--steps", str(steps), "--log_every", "5"]
+    speechlm("train", *arguments)
 
 
 def stage_generate(o: Options) -> None:
-    """Serve the requests for held-out items."""
+    """Answer the requests for held-out items."""
     codec = TokenizerSet.load(o.out / "tokens" / "train" / "tokenizers").codec
     requests = o.out / "requests.jsonl"
     test = o.out / "data" / "test.jsonl"
@@ -151,7 +138,7 @@ def stage_generate(o: Options) -> None:
     speechlm(
         *("generate", "--model", str(o.checkpoint()), "--requests", str(requests)),
         *("--output_dir", str(o.out / "generated"), "--batch_size", "128"),
-        accept=(0, 1),
+        accept=(0, 1),  # 1: some requests failed
     )
 
 
@@ -162,37 +149,52 @@ def stage_evaluate(o: Options) -> None:
         *("--manifest", str(o.out / "data" / "test.jsonl")),
         *("--model", str(o.checkpoint()), "--tokens", str(o.out / "tokens" / "test")),
         *("--output_dir", str(o.out / "eval"), "--cache_dir", str(o.out.parent / "cache")),
-        *("--judge_window_s", str(JUDGE_WINDOW_S)),
+        *("--judge_window_s", str(ASR_WINDOW_S)),
     )
 
 
 def stage_report(o: Options) -> None:
-    """Write ``metrics.json`` and ``report.html`` from what the other stages left."""
+    """Write ``metrics.json`` and ``report.html`` from the outputs of the other stages."""
     demo_report.write(o.out, o.own, read_state(o.out))
 
 
-RUN: dict[str, Callable[[Options], None]] = {name: globals()[f"stage_{name}"] for name in STAGES}
-#: What a stage writes; removed before it runs on other inputs, so that nothing old is taken for new.
-WRITES = {
-    "data": (),
-    "tokenize": ("tokens",),
-    "train": ("model",),
-    "generate": ("generated", "requests.jsonl", "beginnings", "parts"),
-    "evaluate": ("eval",),
+class Stage(NamedTuple):
+    """One stage of the demo."""
+
+    about: str
+    run: Callable[[Options], None]
+    writes: tuple[str, ...] = ()
+    """Outputs that are removed before it runs on other inputs."""
+
+
+STAGES = {
+    "data": Stage("get the recordings and write train and test manifests", stage_data),
+    "tokenize": Stage(
+        "fit the tokenizers and turn recordings and texts into tokens", stage_tokenize, ("tokens",)
+    ),
+    "plan": Stage("print data, steps and memory of the training run", stage_plan),
+    "train": Stage("train the model", stage_train, ("model",)),
+    "generate": Stage(
+        "transcribe, speak and continue held-out items",
+        stage_generate,
+        ("generated", "requests.jsonl", "beginnings", "parts"),
+    ),
+    "evaluate": Stage("score: word errors of texts and speech, perplexity", stage_evaluate, ("eval",)),
+    "report": Stage("write metrics.json and report.html", stage_report),
 }
 
 
 def speechlm(*arguments: str, accept: tuple[int, ...] = (0,)) -> None:
-    """Run ``speechlm …`` as a user would. Raises :class:`ConfigError` when it does not succeed."""
+    """Run ``speechlm …`` as a user does. Raises :class:`ConfigError` for an exit code that is not accepted."""
     print(f"  $ speechlm {shlex.join(arguments)}", flush=True)
     code = subprocess.run([sys.executable, "-m", "speechlm_ext.cli", *arguments]).returncode
     if code not in accept:
-        raise ConfigError(f"`speechlm {arguments[0]}` ended with code {code}; its message stands above.")
+        raise ConfigError(f"`speechlm {arguments[0]}` ended with code {code}; its message is above.")
 
 
-# ---- what is done already -------------------------------------------------------------------------------------------
+# ---- finished stages ------------------------------------------------------------------------------------------------
 def read_state(out: Path) -> dict[str, Any]:
-    """What each stage did: its key, seconds and commit."""
+    """Key, seconds and commit of each stage that ran."""
     try:
         return parse_json((out / STATE).read_bytes())
     except (OSError, ValueError):
@@ -214,37 +216,37 @@ def stage_keys(o: Options) -> dict[str, str]:
         parts = [before, name, str(o.steps) if name == "train" else ""]
         parts += [sha256_file(f) for f in files.get(name, []) if f.is_file()]
         keys[name] = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        # Nothing depends on the printed plan.
+        # No stage depends on the printed plan.
         before = before if name == "plan" else keys[name]
     return keys
 
 
 def run_stages(o: Options, chosen: list[str], force: list[str]) -> None:
-    """Run the chosen stages that are not done, or are forced, and note each.
+    """Run the chosen stages that are unfinished or forced, and record each.
 
     Raises:
         SpeechLMError: a stage failed; those before it are kept.
     """
     o.out.mkdir(parents=True, exist_ok=True)
     state, keys = read_state(o.out), stage_keys(o)
-    for number, name in enumerate(STAGES, 1):
+    for number, (name, stage) in enumerate(STAGES.items(), 1):
         if name not in chosen:
             continue
         entry = state.get(name, {})
-        head = f"[{number}/{len(STAGES)}] {name}: {STAGES[name]}"
+        head = f"[{number}/{len(STAGES)}] {name}: {stage.about}"
         same = entry.get("key") == keys[name]
         if same and entry.get("done") and name not in force and name != "report":
             print(f"{head} — done before ({entry['seconds']:.0f} s)", flush=True)
             continue
         print(head, flush=True)
         if not same or (name in force and name != "tokenize"):
-            for path in WRITES.get(name, ()):
+            for path in stage.writes:
                 _remove(o.out / path)
         state[name] = {"key": keys[name], "done": False}
         atomic_write_json(o.out / STATE, state)
         started = time.perf_counter()
-        RUN[name](o)
-        # A resumed training run counts the time before the stop as well.
+        stage.run(o)
+        # A resumed training run counts the time before its interruption as well.
         seconds = max(time.perf_counter() - started, _logged_seconds(o.out) if name == "train" else 0.0)
         state[name] = {
             "key": keys[name],
@@ -309,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         a.out, a.data or None, a.quick, a.debs, a.recipe or (OWN_RECIPE if a.data else RECIPE), a.steps
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Nothing is left in the home folder: matplotlib would write its list of fonts there.
+    # Keeps the home folder clean: matplotlib writes its list of fonts there by default.
     os.environ.setdefault("MPLCONFIGDIR", str((a.out.parent / "cache" / "matplotlib").absolute()))
     started = time.perf_counter()
     try:
@@ -317,6 +319,9 @@ def main(argv: list[str] | None = None) -> int:
     except SpeechLMError as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("demo: interrupted; rerun the same command to resume.", file=sys.stderr)
+        return 130
     print(f"{time.perf_counter() - started:.0f} s in all. Report: {options.out / 'report.html'}")
     return 0
 

@@ -1,11 +1,9 @@
-"""Making records: results are matched with the manifest, and speech is heard by the judge."""
+"""Records from generated results: each result is matched with its utterance in the manifests."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,43 +11,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from speechlm_ext.audio.files import read_audio, write_wav
+from speechlm_ext.audio.files import write_wav
 from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.data.tokenize.fit import read_wave
-from speechlm_ext.errors import AudioError, ManifestError, SpeechLMError, StorageError
-from speechlm_ext.evaluation.judge.heard import HeardClips
-from speechlm_ext.evaluation.judge.whisper import SAMPLE_RATE
+from speechlm_ext.errors import AudioError, ManifestError, StorageError
+from speechlm_ext.evaluation.asr.scorer import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl
+from speechlm_ext.evaluation.transcribe import WAITING, skip_reason, transcribe_records
 from speechlm_ext.tasks import builtin_tasks
 from speechlm_ext.utils.files.io import make_folder, storage_error
 from speechlm_ext.utils.names import file_name
 from speechlm_ext.utils.options import as_list
 
 if TYPE_CHECKING:
+    from speechlm_ext.evaluation.asr.scorer import AsrScorer
     from speechlm_ext.evaluation.config import EvaluateConfig
-    from speechlm_ext.evaluation.judge.whisper import Judge
-
-log = logging.getLogger(__name__)
-
-#: Clips given to the judge at a time.
-JUDGE_BATCH = 8
-WAITING = "not heard yet"
 
 
-def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> list[Record]:
-    """Make the records of all results of ``cfg``.
+def collect(cfg: EvaluateConfig, scorer: AsrScorer | None, no_scorer: str | None) -> list[Record]:
+    """Records of all results of ``cfg``.
 
     A result is ``asr`` where its target is text and its request had audio, ``tts`` where its target is speech
     and its request had text; others (continuations) are not scored. With ``cfg.originals`` every ``tts`` item
     whose utterance has a recording adds a ``recording`` record, and with ``cfg.model`` a ``codec`` record.
 
-    Inputs are checked before anything is heard. What then goes wrong with one item (an unreadable recording, a
-    language that the judge does not know, an error of the recogniser) is the reason in that item's ``skipped``; the
-    others go on.
+    All inputs are checked before the first transcription. An item that fails later (an unreadable recording, a language
+    that the scorer does not know, an error of its ASR model) has the reason in ``skipped``; the others are unaffected.
 
     Args:
-        judge: hears speech; None skips it.
-        why_not: reason for a missing judge.
+        scorer: transcribes speech; None skips it.
+        no_scorer: reason for a missing scorer.
 
     Raises:
         RecordError: a results file is malformed, or an ``asr`` result has no reference in the manifests.
@@ -71,15 +62,12 @@ def collect(cfg: EvaluateConfig, judge: Judge | None, why_not: str | None) -> li
             if record is not None:
                 (speech if record.kind == "tts" else records).append(record)
     if cfg.originals:
-        heard = {
-            r.id: utterances[r.id]
-            for r in speech
-            if r.id in utterances and utterances[r.id].audio is not None
-        }
-        speech += [_original(u, out, cfg.lang) for u in heard.values()]
+        ids = dict.fromkeys(r.id for r in speech)
+        recorded = [utterances[i] for i in ids if i in utterances and utterances[i].audio is not None]
+        speech += [_original(u, out, cfg.lang) for u in recorded]
         if cfg.model is not None:
-            speech += _resynthesis(list(heard.values()), Path(cfg.model), out, cfg.lang)
-    return records + _listen(speech, judge, why_not, out)
+            speech += _resynthesis(recorded, Path(cfg.model), out, cfg.lang)
+    return records + transcribe_records(speech, scorer, no_scorer, out)
 
 
 def _utterances(manifests: Sequence[Path]) -> dict[str, Utterance]:
@@ -96,7 +84,7 @@ def _utterances(manifests: Sequence[Path]) -> dict[str, Utterance]:
 
 
 def utterance_id(request_id: str, utterances: dict[str, Utterance]) -> str:
-    """The utterance that a request is about: its own id, or what follows its first dot (``asr.u1`` -> ``u1``)."""
+    """Id of a request's utterance: the request's own id, or the part after its first dot (``asr.u1`` -> ``u1``)."""
     rest = request_id.partition(".")[2]
     return rest if request_id not in utterances and rest in utterances else request_id
 
@@ -160,7 +148,7 @@ def _kind(task: str, modality: str | None, has_text: bool, has_audio: bool) -> s
 
 
 def _original(utterance: Utterance, out: Path, lang: str) -> Record:
-    """The recording itself as a record that waits for the judge; a part of a longer file is cut out first."""
+    """Record of the recording itself, without its transcript; a part of a longer file is cut out first."""
     if utterance.start is None:
         assert utterance.audio is not None
         return _waiting("recording", utterance, utterance.audio, WAITING, out, lang)
@@ -190,18 +178,18 @@ def _resynthesis(utterances: Sequence[Utterance], model: Path, out: Path, lang: 
 
 
 def _written(path: Path, sample_rate: int, make: Callable[[], np.ndarray]) -> str:
-    """Write the waveform that ``make`` gives: :data:`WAITING`, or why there is none. Raises :class:`StorageError`."""
+    """Write the waveform of ``make()``; returns :data:`WAITING`, or why there is none. Raises :class:`StorageError`."""
     try:
         write_wav(path, make(), sample_rate)
     except StorageError:
         raise
     except Exception as error:
-        return _reason(error)
+        return skip_reason(error)
     return WAITING
 
 
 def _waiting(kind: str, utterance: Utterance, path: Path, status: str, out: Path, lang: str) -> Record:
-    """A record of sound at ``path`` that waits for the judge; with another status there is no sound."""
+    """Record of the audio at ``path``, yet without a transcript; a ``status`` other than WAITING: there is no audio."""
     return Record(
         utterance.id,
         kind,
@@ -224,79 +212,6 @@ def read_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
         return read_wave(utterance, sample_rate, resample=True)[0]
     except AudioError as error:
         raise AudioError(f"{utterance.where}: {error}") from None
-
-
-def _listen(records: list[Record], judge: Judge | None, why_not: str | None, out: Path) -> list[Record]:
-    """Let the judge hear every record that waits for it; what cannot be heard is skipped with the reason.
-
-    What was heard is kept at once, so that an interrupted evaluation goes on from there.
-    """
-    if judge is None:
-        return [replace(r, skipped=why_not) if r.skipped == WAITING else r for r in records]
-    done = list(records)
-    todo = []
-    for i, record in enumerate(records):
-        if record.skipped != WAITING:
-            continue
-        try:
-            judge.language(record.lang)
-            todo.append(i)
-        except SpeechLMError as error:
-            done[i] = _skip(record, error)
-    todo.sort(key=lambda i: records[i].lang)
-    about = judge.describe()
-    kept = HeardClips(out, about)
-    with tqdm(total=len(todo), desc="judge", unit="clip", disable=None) as bar:
-        for first in range(0, len(todo), JUDGE_BATCH):
-            batch = todo[first : first + JUDGE_BATCH]
-            waves: dict[int, np.ndarray] = {}
-            for i in batch:
-                try:
-                    waves[i] = read_audio(out / str(records[i].audio), SAMPLE_RATE)[0]
-                except Exception as error:
-                    done[i] = _skip(records[i], error)
-            keys = {i: kept.key(wave, records[i].lang) for i, wave in waves.items()}
-            before = {i: old for i, key in keys.items() if (old := kept.get(key)) is not None}
-            heard = _hear(judge, {i: wave for i, wave in waves.items() if i not in before}, records)
-            for i, text in (heard | before).items():
-                if isinstance(text, Exception):
-                    done[i] = _skip(records[i], text)
-                    continue
-                if i not in before:
-                    kept.add(keys[i], text)
-                seconds = round(len(waves[i]) / SAMPLE_RATE, 3)
-                done[i] = replace(records[i], hypothesis=text, skipped=None, judge=about, seconds=seconds)
-            bar.update(len(batch))
-    return done
-
-
-def _hear(
-    judge: Judge, waves: dict[int, np.ndarray], records: Sequence[Record]
-) -> dict[int, str | Exception]:
-    """The text of each clip, or what was raised: clips that fail together are heard again one by one."""
-    if not waves:
-        return {}
-    try:
-        texts = judge.transcribe(list(waves.values()), [records[i].lang for i in waves], SAMPLE_RATE)
-        return dict(zip(waves, texts, strict=True))
-    except Exception as error:
-        if len(waves) == 1:
-            return dict.fromkeys(waves, error)
-    return {i: text for k, wave in waves.items() for i, text in _hear(judge, {k: wave}, records).items()}
-
-
-def _skip(record: Record, error: Exception) -> Record:
-    reason = _reason(error)
-    log.warning("%s %r is skipped: %s", record.kind, record.id, reason)
-    return replace(record, skipped=reason)
-
-
-def _reason(error: Exception) -> str:
-    """An error as the reason of a skipped item."""
-    if isinstance(error, SpeechLMError):
-        return str(error)
-    line = next((line for line in str(error).split("\n") if line.strip()), "no message")
-    return f"{type(error).__name__}: {line[:300]}"
 
 
 def _relative(path: Path, folder: Path) -> str:

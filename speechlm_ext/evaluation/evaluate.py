@@ -1,9 +1,9 @@
 """``speechlm evaluate``: from generated results to records, from records to scores.
 
-Three inputs, each optional. ``results`` of ``speechlm generate`` with a ``manifest`` of references: transcripts
-are compared, speech is heard by the judge, and so are, for the same sentences, the recordings and the codec's
-resynthesis of them, which say how much of the error is the judge's and the codec's. ``model`` and ``tokens``:
-perplexity. ``records``: scoring alone, on any machine.
+Three inputs, each optional. ``results`` of ``speechlm generate`` with a ``manifest`` of references: texts are compared;
+speech is transcribed by the ASR scorer and the transcripts are compared, as are, for the same sentences, those of the
+recordings and of the codec's resynthesis of them, which show the error of the scorer and of the codec. ``model`` and
+``tokens``: perplexity. ``records``: scoring alone, on any machine.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.errors import ConfigError
+from speechlm_ext.evaluation.asr.transcripts import remove_partial
 from speechlm_ext.evaluation.collect import collect
 from speechlm_ext.evaluation.config import EvaluateConfig
-from speechlm_ext.evaluation.judge.heard import forget
 from speechlm_ext.evaluation.records import FILE_NAME, Record, read_records, write_records
 from speechlm_ext.evaluation.scores import score_records
 from speechlm_ext.utils.files.io import atomic_write_json
@@ -25,17 +25,17 @@ from speechlm_ext.utils.language import canonical_tag
 from speechlm_ext.utils.options import as_list
 
 if TYPE_CHECKING:
-    from speechlm_ext.evaluation.judge.whisper import Judge
+    from speechlm_ext.evaluation.asr.scorer import AsrScorer
 
 SCORES = "scores.json"
 
 
 @says_conversions()
 def run_evaluate(cfg: EvaluateConfig) -> int:
-    """Do what ``cfg`` asks for, print the scores and write them.
+    """Compute, print and write the scores that ``cfg`` asks for.
 
     Returns:
-        0, also when scores had to be skipped: their reasons stand in the scores.
+        0, also where scores are skipped: ``scores.json`` holds the reasons.
 
     Raises:
         SpeechLMError: an input that cannot be used.
@@ -55,12 +55,11 @@ def run_evaluate(cfg: EvaluateConfig) -> int:
     if cfg.tokens:
         _check_tokens(cfg)
     if cfg.results:
-        records, judge = _make_records(cfg)
+        records, scores["judge"] = _make_records(cfg)
         write_records(cfg.output_dir / FILE_NAME, records)
-        forget(cfg.output_dir)
+        remove_partial(cfg.output_dir)
         scores["errors"] = score_records(records)
-        scores["judge"] = judge
-        # Hours of hearing are not lost by what may go wrong with the model.
+        # Hours of transcription are not lost if the model fails.
         _write(cfg.output_dir, scores)
     if cfg.tokens:
         scores["perplexity"] = _perplexity(cfg)
@@ -70,29 +69,28 @@ def run_evaluate(cfg: EvaluateConfig) -> int:
 
 
 def _make_records(cfg: EvaluateConfig) -> tuple[list[Record], dict[str, Any]]:
-    """Records of all results, and what is known about the judge (its settings, or why there is none)."""
-    from speechlm_ext.evaluation.judge.whisper import JudgeUnavailable, load_judge
+    """Records of all results, and the ASR scorer's settings or the reason why there is none."""
+    from speechlm_ext.evaluation.asr.scorer import AsrUnavailable, load_asr_scorer
 
     if canonical_tag(cfg.lang) is None:
         raise ConfigError(f"lang must be a language tag such as 'en', 'pt-BR' or 'deu', got {cfg.lang!r}.")
-    judge: Judge | None = None
-    about: dict[str, Any]
+    scorer: AsrScorer | None = None
     if cfg.judge == "none":
-        about = {"skipped": "the judge was switched off"}
+        about: dict[str, Any] = {"skipped": "the judge was switched off"}
     else:
         try:
-            judge = load_judge(
+            scorer = load_asr_scorer(
                 cfg.cache_dir,
                 model=cfg.judge_model,
                 source=cfg.judge,
                 window_s=cfg.judge_window_s,
                 threads=cfg.threads,
             )
-            about = judge.describe()
-        except JudgeUnavailable as error:
+            about = scorer.describe()
+        except AsrUnavailable as error:
             about = {"skipped": str(error)}
-            print(f"note: speech is not judged: {error}")
-    return collect(cfg, judge, about.get("skipped")), about
+            print(f"note: speech is not scored: {error}")
+    return collect(cfg, scorer, about.get("skipped")), about
 
 
 def _check_tokens(cfg: EvaluateConfig) -> None:

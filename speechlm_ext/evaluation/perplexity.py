@@ -1,9 +1,9 @@
 """Perplexity per modality of each task's targets on a held-out token folder.
 
-``exp(Σ nll / count)`` over the tokens of one modality, every token with weight 1, whatever weights training
-used. The nll is the model's own, over its configured softmax scope. A text's end token is counted as text, as
-usual for language models; the end of speech and markers are counted apart, as ``special``. Text perplexity is
-also given per word and per character, which do not depend on the tokenizer.
+``exp(Σ nll / count)`` over the tokens of one modality, every token with weight 1, whatever the weights of training. The
+nll is over the model's configured softmax scope. A text's end token counts as text, as usual for language models; the
+end of speech and markers count as ``special``. Text perplexity is also given per word and per character, which do not
+depend on the tokenizer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODALITIES = ("text", "ssl", "codec", "special")
 
 @dataclass
 class Sum:
-    """Negative log-likelihood in nats and how many tokens it is of."""
+    """Negative log-likelihood in nats, and its number of tokens."""
 
     nll: float = 0.0
     count: int = 0
@@ -42,7 +42,7 @@ class Sum:
 
 
 def classify(labels_NS: np.ndarray, layout: TokenLayout) -> np.ndarray:
-    """Index into :data:`MODALITIES` of each label id, int8 ``[N, S]``; ends of text are counted as ``special`` here."""
+    """Index into :data:`MODALITIES` of each label id, int8 ``[N, S]``; ends of text count as ``special`` here."""
     kinds = np.full(labels_NS.shape, MODALITIES.index("special"), np.int8)
     for interval in layout.intervals:
         name = "codec" if interval.name.startswith("codec") else interval.name
@@ -56,7 +56,7 @@ def open_for(layout: TokenLayout, tokens: str | Path | Sequence[str]) -> TokenCo
     """Open token folders for a model with ``layout``, in the model's delays.
 
     Raises:
-        LayoutMismatchError: the tokens were made with other tokenizers than the model's. ShardError: no such folder.
+        LayoutMismatchError: the tokens come from other tokenizers than the model's. ShardError: no such folder.
     """
     from speechlm_ext.data.loader import open_tokens
 
@@ -82,18 +82,18 @@ def perplexity(
     """Perplexity of each task's targets.
 
     Args:
-        model: its layout must be that of the tokens, delays aside: those are the model's.
+        model: its layout must be that of the tokens; only delays may differ, and the model's are used.
         tokens: held-out token folders.
-        tasks: names of tasks; default those that the model was trained for and that have data here.
-        limit: only the first so many samples of each task.
-        budget: most rows in one forward pass.
+        tasks: names of tasks; default: the model's tasks that have data here.
+        limit: maximum number of samples per task, from the first.
+        budget: maximum number of rows in one forward pass.
 
     Returns:
         ``{task: {modality: {"ppl", "nll", "count"}, "samples": n}}``; text targets add ``text_per_word`` and
         ``text_per_char``; speech targets add ``audio``, all SSL and codec tokens together.
 
     Raises:
-        LayoutMismatchError: the tokens were made with other tokenizers than the model's.
+        LayoutMismatchError: the tokens come from other tokenizers than the model's.
         ConfigError: a named task is not one of the model's.
         PlanError: a named task has no data here.
         CheckpointError: the model's log-probabilities are not finite.
@@ -118,7 +118,7 @@ def _task_perplexity(
 
     from speechlm_ext.data.loader import iter_eval
 
-    # One unit for every token: codec's weight is shared by its codebooks, so it is their number.
+    # Weight 1 for every token: the codec's weight is shared among its codebooks.
     unit = LossWeights(text=1.0, ssl=1.0, codec=float(max(1, model.layout.num_codebooks)), special=1.0)
     template = resolve_task(task, model.tasks)
     target_is_text = template.targets[-1].modality in ("text_bpe", "g2p")

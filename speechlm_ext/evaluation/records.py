@@ -1,7 +1,7 @@
-"""Records: everything that a score needs, one JSON line per judged or transcribed utterance.
+"""Records: everything that a score needs, one JSON line per scored item.
 
-A record keeps the *raw* text of model or judge, where the raw ids and the audio lie, and the settings that they
-came from. So a set can be scored again later, by another rule, with no model and no recogniser:
+A record holds the *raw* text of the model or the ASR scorer, the paths of raw ids and audio, and the settings that
+produced them. A set can be scored again by another rule, without a model or an ASR model:
 ``speechlm evaluate --records records.jsonl``.
 """
 
@@ -19,8 +19,8 @@ from speechlm_ext.utils.files.json_text import json_line, json_problem, parse_js
 FILE_NAME = "records.jsonl"
 VERSION = 1
 
-#: What a record's hypothesis is: the model's transcript, or what the judge heard in generated speech, in the
-#: codec's resynthesis of the recording, or in the recording itself.
+#: Source of a record's hypothesis: the model's transcript, or the ASR scorer's transcript of generated speech, of the
+#: codec's resynthesis of the recording, or of the recording itself.
 KINDS = ("asr", "tts", "codec", "recording")
 
 
@@ -39,17 +39,17 @@ class Record:
     reference: str
     """Raw reference text."""
     hypothesis: str | None
-    """Raw text of the model (``asr``) or the judge; None where there is none, and then ``skipped`` says why."""
+    """Raw text of the model (``asr``) or the ASR scorer; None if there is none: ``skipped`` has the reason."""
     lang: str = "en"
-    """Language tag as the manifest writes it; decides number words."""
+    """Language tag as in the manifest; selects the number words."""
     dataset: str = ""
     """Data set of the utterance."""
     task: str | None = None
     """Task template that produced it; None for recordings and resynthesis."""
     audio: str | None = None
-    """The audio that was heard, relative to the records file."""
+    """The transcribed audio, relative to the records file."""
     ids: dict[str, Any] | None = None
-    """Where the raw ids are: ``{"file": results.jsonl relative to the records file, "id": request id}``."""
+    """Place of the raw ids: ``{"file": results.jsonl relative to the records file, "id": request id}``."""
     finished: str | None = None
     """How generation ended: ``eos``, ``max_len`` or ``failed``."""
     settings: dict[str, Any] | None = None
@@ -57,9 +57,9 @@ class Record:
     model: dict[str, Any] | None = None
     """Path and sha256 of the model, for generated items."""
     judge: dict[str, Any] | None = None
-    """The judge's settings, for items that it heard."""
+    """The ASR scorer's settings, for items that it transcribed."""
     seconds: float | None = None
-    """Duration of the audio that was heard."""
+    """Duration of the transcribed audio."""
     skipped: str | None = None
     """Why there is no hypothesis."""
     version: int = field(default=VERSION)
@@ -114,7 +114,7 @@ def _check_types(record: Record, where: str) -> None:
 
 
 def read_jsonl(path: Path, what: str) -> list[tuple[str, Any]]:
-    """``(file:line, value)`` of each line. Raises :class:`RecordError` naming the line, or if there is none."""
+    """``(file:line, value)`` of each line. Raises :class:`RecordError` naming a bad line, or if there are no lines."""
     try:
         data = path.read_bytes()
         data.decode("utf-8")

@@ -15,9 +15,9 @@ ALL = "all"
 
 
 def groups_of(record: Record) -> list[str]:
-    """The sets that a record counts in: everything, its data set, its language, and both together.
+    """Groups that a record counts in: all, its data set, its language, and both together.
 
-    Tags of one language are one set: ``EN``, ``eng`` and ``en`` are ``en``; ``en-US`` is one of its own.
+    Tags of one language are one group: ``EN``, ``eng`` and ``en`` are ``en``; ``en-US`` is its own.
     """
     dataset = record.dataset or "unnamed"
     lang = canonical_tag(record.lang) or record.lang
@@ -25,14 +25,14 @@ def groups_of(record: Record) -> list[str]:
 
 
 def score_records(records: Sequence[Record]) -> dict[str, Any]:
-    """Score records.
+    """Word and character errors of records.
 
-    Items whose reference has no words are left out and counted. An item that cannot be scored is skipped with the
-    reason. A kind of which every item was skipped has no rates, but its reasons.
+    Items whose reference has no words are counted and left out. An item that cannot be scored is skipped with the
+    reason. A kind whose items were all skipped has no rates, only the reasons.
 
     Returns:
         Per kind: ``groups`` ``{group: {"wer": counts, "cer": counts}}``, ``num_items``, ``num_skipped``,
-        ``skipped`` (reason and how often), ``no_words``, ``finished`` (how generation ended), and the ``rule``.
+        ``skipped`` ``{reason: count}``, ``no_words``, ``finished`` ``{ending of generation: count}``, and the ``rule``.
 
     Raises:
         SpeechLMError: a library that scoring needs is not installed.
@@ -79,7 +79,7 @@ def score_records(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _counts(record: Record) -> tuple[ErrorCounts, ErrorCounts] | None:
-    """Word and character errors of one item; None where its reference has no words."""
+    """Word and character errors of one item; None if its reference has no words."""
     if not normalize(record.reference, record.lang):
         return None
     item = ([record.reference], [record.hypothesis or ""], record.lang)
@@ -87,6 +87,6 @@ def _counts(record: Record) -> tuple[ErrorCounts, ErrorCounts] | None:
 
 
 def rate(scores: dict[str, Any], kind: str, group: str = ALL, unit: str = "wer") -> float | None:
-    """One rate out of :func:`score_records`, or None where it was not measured."""
+    """One rate of :func:`score_records`, or None if it was not measured."""
     found = scores.get(kind, {}).get("groups", {}).get(group)
     return None if found is None else float(found[unit]["rate"])

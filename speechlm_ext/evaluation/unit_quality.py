@@ -15,10 +15,10 @@ from speechlm_ext.errors import ConfigError
 
 @dataclass(frozen=True)
 class UnitQuality:
-    """Agreement of units with phones; each number lies in [0, 1]."""
+    """Agreement of units with phones; each rate is in [0, 1]."""
 
     pnmi: float
-    """Share of the phones' entropy that the unit of a frame explains: I(y; z) / H(y). 0 where only one phone occurs."""
+    """Share of the phones' entropy explained by the unit of a frame: I(y; z) / H(y); 0 if only one phone occurs."""
     phone_purity: float
     """Share of frames whose phone is the most frequent one of their unit: Σ_z max_y p(y, z)."""
     cluster_purity: float
@@ -73,6 +73,6 @@ def unit_quality(units: np.ndarray, phones: np.ndarray) -> UnitQuality:
 
 
 def entropy(p: np.ndarray) -> float:
-    """Entropy in nats of probabilities ``[n]`` that add up to 1; zeros count nothing."""
+    """Entropy in nats of probabilities ``[n]`` that add up to 1."""
     p = p[p > 0]
     return float(-(p * np.log(p)).sum())

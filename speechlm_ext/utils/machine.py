@@ -1,16 +1,19 @@
-"""Where a result came from: the machine, the versions and the commit."""
+"""The machine, the package versions and the commit that a result comes from."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+PACKAGES = ("speechlm_ext", "torch", "transformers", "deepspeed", "faster-whisper")
+
 
 def describe_machine() -> dict[str, str]:
-    """Processor, cores, memory, accelerator and versions, each as text for people."""
+    """Processor, cores, memory, system and versions, each as text for people."""
     out = {
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
@@ -22,12 +25,18 @@ def describe_machine() -> dict[str, str]:
         out["memory"] = f"{memory / 2**30:.1f} GiB"
     except (OSError, ValueError):
         pass
-    for package in ("speechlm_ext", "torch", "transformers", "deepspeed", "faster-whisper"):
+    return out | {name: found or "not installed" for name, found in package_versions(PACKAGES).items()}
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str | None]:
+    """The version of each package; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in names:
         try:
-            out[package] = version(package)
+            found[name] = version(name)
         except PackageNotFoundError:
-            out[package] = "not installed"
-    return out
+            found[name] = None
+    return found
 
 
 def _processor() -> str:
@@ -42,22 +51,9 @@ def _processor() -> str:
 
 def commit_of(folder: Path) -> str:
     """Git commit of the checkout that ``folder`` is in, with ``-dirty`` if tracked files differ; else ``unknown``."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *arguments],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=20,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if not commit:
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return f"{commit}-dirty" if changed else commit
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

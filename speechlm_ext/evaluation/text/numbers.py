@@ -1,9 +1,9 @@
 """Numbers in words, by num2words, in bounded time.
 
-num2words is right for most languages, but for some numbers in some languages it raises what is in no documentation, or
-never returns. One number must not cost an evaluation: each call may execute so many lines of Python, which does not
-depend on the machine, and a number that has no words is its own digits. A language is tried once with a number of each
-length; from the first length that fails on, its numbers are digits.
+num2words is right for most languages, but for some numbers in some languages it raises undocumented exceptions or never
+returns. So each call may execute a limited number of lines of Python, which does not depend on the machine, and a
+number without words stays digits. A language is tried once with a number of each length; from the first length that
+fails on, its numbers stay digits.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from speechlm_ext.utils.language import match_language
 
 log = logging.getLogger(__name__)
 
-#: Numbers longer than this are read digit group by digit group only.
+#: Maximum digits of a number that is read as a whole.
 LONGEST_NUMBER = 12
-#: Lines, calls and returns that one number may take; the most that any language needs below 10**12 is 14,000.
+#: Maximum of lines, calls and returns for one number; no language needs more than 14,000 below 10**12.
 MAX_EVENTS = 30_000
 _PROBE = "498573261947"
-#: What bounds a call that waits instead of computing.
+#: Maximum seconds of a call, in case it waits instead of computing.
 DEADLINE_S = 0.5
 
-# Converters keep the number that they work on in themselves, so one at a time.
+# Converters store the current number in themselves: one call at a time.
 _lock = threading.Lock()
 _stuck: set[str] = set()
 
@@ -39,21 +39,21 @@ def _new_lock() -> None:
     _lock = threading.Lock()
 
 
-# A child process must not wait for a thread that it does not have.
+# A child process has no thread that could release the lock.
 os.register_at_fork(after_in_child=_new_lock)
 
 
 class _TooLong(BaseException):
-    """The bound is reached; no ``Exception``, so that the library's own handlers let it through."""
+    """The bound is reached; not an ``Exception``, so that the library's own handlers do not catch it."""
 
 
 @lru_cache(maxsize=16384)
 def number_words(digits: str, lang: str = "en", form: str = "cardinal") -> tuple[str, ...]:
-    """A number in words; the digits themselves where there are no words for it.
+    """A number in words; the digits themselves if the language has no words for it.
 
     Args:
         digits: decimal digits 0-9.
-        lang: language tag in any usual form; its region counts where it has words of its own (``fr-CH``).
+        lang: language tag in any usual form, with its region if that has words of its own (``fr-CH``).
         form: ``cardinal`` or ``ordinal``.
 
     Returns:
@@ -77,7 +77,7 @@ def number_words(digits: str, lang: str = "en", form: str = "cardinal") -> tuple
 
 @cache
 def _longest(code: str) -> int:
-    """Digits of the longest numbers that a language has words for."""
+    """Maximum digits of the numbers that a language has words for."""
     for length in range(1, LONGEST_NUMBER + 1):
         if not _bounded(int(_PROBE[:length]), code, "cardinal"):
             return length - 1
@@ -85,40 +85,47 @@ def _longest(code: str) -> int:
 
 
 def _bounded(number: int, code: str, form: str) -> str:
-    """What num2words says within the bounds, else ``""``."""
-    import num2words
-
-    said: list[Any] = []
-
-    def work() -> None:
-        count = 0
-
-        def trace(frame: Any, event: str, argument: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count > MAX_EVENTS:
-                raise _TooLong
-            return trace
-
-        # Tracing is the thread's own, so the caller's debugger or coverage is not touched.
-        sys.settrace(trace)
-        try:
-            said.append(num2words.num2words(number, lang=code, to=form))
-        except (Exception, _TooLong):
-            pass
-        finally:
-            sys.settrace(None)
-
+    """The words from num2words, or ``""`` if it fails or exceeds the bounds."""
     with _lock:
         if code in _stuck:
             return ""
-        worker = threading.Thread(target=work, name="number words", daemon=True)
-        worker.start()
-        worker.join(DEADLINE_S)
-        if worker.is_alive():
+        call = _Call(number, code, form)
+        call.start()
+        call.join(DEADLINE_S)
+        if call.is_alive():
             _stuck.add(code)
             log.warning(
                 "num2words does not return for %d in %r; numbers of this language stay digits.", number, code
             )
             return ""
-    return said[0] if said and isinstance(said[0], str) else ""
+    return call.words
+
+
+class _Call(threading.Thread):
+    """A call of num2words that ends after :data:`MAX_EVENTS`, with an empty result if it fails."""
+
+    def __init__(self, number: int, code: str, form: str) -> None:
+        super().__init__(name="number words", daemon=True)
+        self._number, self._code, self._form = number, code, form
+        self._num_events = 0
+        self.words = ""
+
+    def run(self) -> None:
+        """Convert the number."""
+        import num2words
+
+        # Tracing is per thread, so the caller's debugger or coverage is unaffected.
+        sys.settrace(self._trace)
+        try:
+            words = num2words.num2words(self._number, lang=self._code, to=self._form)
+            self.words = words if isinstance(words, str) else ""
+        except (Exception, _TooLong):
+            pass
+        finally:
+            sys.settrace(None)
+
+    def _trace(self, frame: Any, event: str, argument: Any) -> Any:
+        self._num_events += 1
+        if self._num_events > MAX_EVENTS:
+            raise _TooLong
+        return self._trace

@@ -1,7 +1,7 @@
-"""Counting word and character errors, whatever way a recogniser writes numbers.
+"""Word and character errors that do not depend on how an ASR model writes numbers.
 
-A recogniser writes numbers as it likes: "forty seven", "47", "4 7", "4-7", "1,000". What was *heard* is the
-same, so digits are written as words before scoring, in the reading that fits the reference best:
+ASR models write the same spoken number as "forty seven", "47", "4 7" or "4-7". So digits are turned into words before
+scoring, in the reading that fits the reference best:
 
 * a digit string may be read as one number ("250" -> "two hundred and fifty", with or without "and"), or as
   any succession of numbers below one hundred that its digits spell ("250" -> "two fifty", "twenty five zero",
@@ -11,9 +11,9 @@ same, so digits are written as words before scoring, in the reading that fits th
 
 The readings form a small graph per hypothesis; one edit-distance pass over that graph finds the path with
 the fewest errors, so the choice is exact and cheap. No digit can become another digit by it. The reference's reading is
-one of the graph's paths, so a text against itself has no errors. Counts come from jiwer. whisper-normalizer goes the
-other way (words to digits), which joins "sixty thirteen" and "forty seven" into numbers that nobody said, and drops
-combining marks; therefore it is not used here. How a text is split into words: :mod:`.words`.
+one of the graph's paths, so a text against itself has no errors. Counts come from jiwer. Turning words into digits
+instead, as other normalizers do, joins "sixty thirteen" and "forty seven" into numbers that nobody said. How a text is
+split into words: :mod:`.words`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from speechlm_ext.utils.language import base_language, canonical_tag
 
 logger = logging.getLogger("speechlm_ext")
 
-#: Stamped into every score: another rule means another number.
+#: Written into every score: scores of different rules are not comparable.
 RULE = "nfkc-lower-nopunct-digits:best-reading-v2"
 
 #: Groups of three, or of two and at last three as in India ("12,34,567").
@@ -50,7 +50,7 @@ Graph = list[list[tuple[int, tuple[str, ...]]]]
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Errors against references: counts first, so that sets can be added and rates recomputed."""
+    """Errors against references, as counts, so that sets can be added."""
 
     substitutions: int
     deletions: int
@@ -81,8 +81,8 @@ def normalize(text: str, lang: str = "en") -> list[str]:
     """Words of a *reference*: as :func:`~speechlm_ext.evaluation.text.words.tokens`, with each digit string read as one
     number.
 
-    Separators that are not thousands marks part the string into several numbers. What begins with a zero or is longer
-    than any number that is said in words is read digit by digit.
+    Separators other than thousands marks split the string into several numbers. A number that begins with a zero or has
+    more than :data:`LONGEST_NUMBER` digits is read digit by digit.
     """
     words: list[str] = []
     for token in tokens(text, lang):
@@ -101,7 +101,7 @@ def normalize(text: str, lang: str = "en") -> list[str]:
 
 
 def reading_graph(text: str, lang: str = "en") -> Graph:
-    """All readings of a hypothesis as a graph whose edges carry words, by the rules of the module's text."""
+    """All readings of a hypothesis as a graph with words on its edges, by the rules of the module's docstring."""
     graph: Graph = [[]]
     language = base_language(lang)
     plain: list[str] = []
@@ -154,7 +154,7 @@ def _is_number(digits: str) -> bool:
 
 
 def _ordinal(digits: str, sign: str, lang: str) -> tuple[str, ...]:
-    """ "1º" in words ("primero"); where there are none, and for the feminine, the cardinal with the sign at its end."""
+    """ "1º" in words ("primero"); without such words, and for the feminine, the cardinal followed by the sign."""
     words = number_words(digits, lang, "ordinal") if sign == "º" else (digits,)
     if words == (digits,):
         *rest, last = number_words(digits, lang)
@@ -178,13 +178,13 @@ def best_reading(reference: Sequence[str], hypothesis: str, lang: str = "en") ->
     """The words of ``hypothesis`` in the reading that has the fewest word errors against ``reference``.
 
     Args:
-        reference: normalised words, see :func:`normalize`.
-        hypothesis: raw text of a recogniser or model.
+        reference: normalized words, see :func:`normalize`.
+        hypothesis: raw text of a model.
         lang: language tag of number words.
 
     Returns:
-        The words of the best path through :func:`reading_graph`; ties go to the path with fewer words. Beyond
-        :data:`MAX_CELLS` (thousands of digits against thousands of words) the hypothesis is read as a reference is.
+        The words of the best path through :func:`reading_graph`; of equal paths the one with fewer words. Beyond
+        :data:`MAX_CELLS` (thousands of digits against thousands of words) the hypothesis is read like a reference.
     """
     graph = reading_graph(hypothesis, lang)
     if all(len(edges) <= 1 for edges in graph):
@@ -194,7 +194,7 @@ def best_reading(reference: Sequence[str], hypothesis: str, lang: str = "en") ->
         return normalize(hypothesis, lang)
     numbers = {word: i for i, word in enumerate(dict.fromkeys(reference))}
     reference_R = np.array([numbers[word] for word in reference], np.int64)
-    # A path's cost is one integer: errors, then words, then where in the row of the edge's first node it began.
+    # A path's cost is one integer: errors, then words, then its start in the row of the edge's first node.
     word_cost = width
     error_cost = word_cost * (2 + sum(max((len(w) for _, w in edges), default=0) for edges in graph))
     places = np.arange(width)
@@ -213,9 +213,9 @@ def best_reading(reference: Sequence[str], hypothesis: str, lang: str = "en") ->
                 extra[1:] = np.minimum(extra[1:], row[:-1] + wrong)
                 # A missing word costs an error per place to the right.
                 row = np.minimum.accumulate(extra - places * error_cost) + places * error_cost
-            total, begun = row - row % width, row % width
+            total, origin = row - row % width, row % width
             better = total < cost[target]
-            cost[target][better], back[target][better] = total[better], begun[better]
+            cost[target][better], back[target][better] = total[better], origin[better]
             came[target][better] = len(steps)
             steps.append((node, words))
     path: list[tuple[str, ...]] = []
@@ -228,12 +228,12 @@ def best_reading(reference: Sequence[str], hypothesis: str, lang: str = "en") ->
 
 
 def normalize_pair(reference: str, hypothesis: str, lang: str = "en") -> tuple[list[str], list[str]]:
-    """Reference and hypothesis as the words that are scored."""
+    """The scored words of reference and hypothesis."""
     words, read = _pair(reference, hypothesis, lang)
     return list(words), list(read)
 
 
-# Word errors, character errors and the report all ask for the same pairs.
+# Word errors, character errors and the demo's report need the same pairs.
 @lru_cache(maxsize=4096)
 def _pair(reference: str, hypothesis: str, lang: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     words = normalize(reference, lang)
@@ -241,7 +241,7 @@ def _pair(reference: str, hypothesis: str, lang: str) -> tuple[tuple[str, ...], 
 
 
 @lru_cache(maxsize=1024)  # once for each language
-def _say_unknown(lang: str) -> None:
+def _warn_unknown(lang: str) -> None:
     if canonical_tag(lang) is None:
         logger.warning(
             "scoring: %r is not the tag of a language (such as 'en', 'pt-BR' or 'deu'); its texts are compared without "
@@ -266,12 +266,12 @@ def _count(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str], 
             f"{len(refs)} references, {len(hyps)} hypotheses and {len(languages)} languages."
         )
     for language in dict.fromkeys(languages):
-        _say_unknown(language)
+        _warn_unknown(language)
     pairs = [_pair(*item) for item in zip(refs, hyps, languages, strict=True)]
     empty = [i for i, (words, _) in enumerate(pairs) if not words]
     if empty:
         raise ConfigError(
-            f"{unit} errors: reference {empty[0]} ({refs[empty[0]]!r}) has no words left after normalisation; "
+            f"{unit} errors: reference {empty[0]} ({refs[empty[0]]!r}) has no words left after normalization; "
             "leave such items out of the scored set."
         )
     if unit == "word":
@@ -304,7 +304,7 @@ def wer(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str] = "e
     Raises:
         ConfigError: an empty set, lists of different lengths, or a reference without words.
 
-    A tag of no known language is said in the log, once: numbers are not read as words then.
+    A tag of no known language is logged once; its numbers are not read as words.
     """
     return _count(refs, hyps, lang, "word")
 

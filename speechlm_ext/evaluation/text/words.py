@@ -1,16 +1,16 @@
-"""Splitting text of any script into the words that are compared.
+"""The words of a text in any script, for comparison.
 
-The rules are Unicode's, by the ``regex`` library's character properties, not tables of ours:
+The rules are Unicode's, by the character properties of the ``regex`` library:
 
 * NFKC, so composed and decomposed input are the same; lower case by the language's rule (Turkish ``I`` -> ``ı``); final
   sigma is sigma;
 * a word is a run of letters and of the *marks* on them, which are never dropped: a vowel sign, tone or point that
   differs is an error;
-* characters that cannot be seen (joiners, soft hyphens, direction and variation marks) are dropped without parting
-  the word they are in, and so are apostrophes ("don't" -> "dont") except where the language writes a sound with them;
+* invisible characters (joiners, soft hyphens, direction and variation marks) are dropped and do not split a word, and
+  so are apostrophes ("don't" -> "dont") except where the language writes a sound with them;
 * decimal digits of every script are the digits 0-9;
-* punctuation and symbols part words and are dropped. In scripts that put no spaces between words (Thai, Chinese) what
-  stands between spaces or punctuation is one "word": compare characters there.
+* punctuation and symbols separate words and are dropped. In scripts without spaces between words (Thai, Chinese) the
+  text between spaces or punctuation is one "word": compare characters there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DOTLESS_I = {"az", "tr"}
 _LETTER = r"[\p{L}\p{M}\p{Nl}\p{No}]"
 #: One number, with separators inside it, and the sign of an ordinal ("1º", "2.ª"); after :func:`fold`.
 DIGITS = regex.compile(r"[0-9]+(?:[.,:/'\u066b\u066c\u2044\u2212\p{Pd}][0-9]+)*(?:\.?[ºª])?")
-#: A dot in the middle is a letter's part between Latin letters ("col·lecció"), else a separator.
+#: A middle dot between Latin letters is part of a letter ("col·lecció"), else a separator.
 _TOKEN = regex.compile(
     rf"{DIGITS.pattern}"
     rf"|{_LETTER}+(?:(?:'|(?<=\p{{Latin}}\p{{M}}*)[·‧](?=\p{{Latin}})){_LETTER}+)*"
@@ -59,8 +59,8 @@ _NO_SPACES = regex.compile(NO_SPACES)
 
 
 def fold(text: str, lang: str = "en") -> str:
-    """Text with everything equal that sounds and means the same in writing, by the rules of the module's text; its
-    words are still apart as they were."""
+    """The text with one spelling for equivalent characters, by the rules of the module's docstring; word boundaries
+    stay."""
     language = base_language(lang)
     text = unicodedata.normalize("NFC", text).translate(_ACCENT_APOSTROPHES)
     text = _KANA_MARK.sub(lambda match: "\u3099" if match.group() == "゛" else "\u309a", text)
@@ -91,14 +91,14 @@ def _apart(match: regex.Match[str]) -> str:
 
 
 def tokens(text: str, lang: str = "en") -> list[str]:
-    """Split text into lower-case words and digit strings, by the rules of the module's text.
+    """Split text into lower-case words and digit strings, by the rules of the module's docstring.
 
     Digit strings keep the separators inside them ("1,000.5"); ordinal signs stay at their number ("1º"); "A.M." becomes
     "am"; Russian ё becomes е.
 
     Args:
         text: any string.
-        lang: language tag in any usual form; an unknown one means the rules that hold for all.
+        lang: language tag in any usual form; for an unknown one only the common rules apply.
     """
     return [
         token if token[0] in "0123456789" else token.replace("'", "")
@@ -107,11 +107,11 @@ def tokens(text: str, lang: str = "en") -> list[str]:
 
 
 def characters(words: list[str] | tuple[str, ...]) -> str:
-    """Words as the text whose characters are counted: joined by single spaces, and by none where both neighbours are of
-    a script that is written without.
+    """The text whose characters are counted: words joined by single spaces, or by none between two words of a script
+    without spaces.
 
-    Characters are code points after NFC, as usual in the field: a letter with a wrong mark is one error and not a wrong
-    letter, and in scripts with composed letters (é, 각) it is the same as a grapheme cluster.
+    Characters are code points after NFC, as usual in the field: a letter with a wrong mark is one error and the letter
+    itself is right; in scripts with composed letters (é, 각) a code point is a grapheme cluster.
     """
     parts = list(words[:1])
     for before, word in zip(words, words[1:], strict=False):

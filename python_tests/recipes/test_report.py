@@ -15,10 +15,11 @@ from python_tests.assets import demo_module, recordings, waves
 from speechlm_ext.audio.files import write_wav
 from speechlm_ext.evaluation.evaluate import SCORES
 from speechlm_ext.evaluation.records import Record, write_records
-from speechlm_ext.evaluation.report import media
-from speechlm_ext.evaluation.report import page as report
 from speechlm_ext.evaluation.scores import score_records
+from speechlm_ext.evaluation.text.word_errors import align
 from speechlm_ext.utils.files.io import atomic_write_json
+
+media = demo_module("media")
 
 SECTIONS = (
     "done scores curves listen transcripts continuations perplexity time method origin".split()  # ids, in order
@@ -184,11 +185,17 @@ def test_flac_holds_the_wave_and_spectrogram_shows_the_tone():
 
 
 def test_marked_words_show_each_kind_of_error():
-    html = str(report.marked_words("one two three", "one too three four"))
+    parts = demo_module("page").environment().get_template("parts.html").module
+
+    def marked_words(reference: str, hypothesis: str) -> str:
+        return str(parts.marked_words(align(reference, hypothesis)))
+
+    html = marked_words("one two three", "one too three four")
     assert '<span class="substitute" title="instead of two">too <s>two</s></span>' in html
     assert '<span class="insert">four</span>' in html
-    assert 'class="delete">three' in str(report.marked_words("one two three", "one two"))
-    assert "nothing" in report.marked_words("", "")
+    assert 'class="delete">three' in marked_words("one two three", "one two")
+    assert "nothing" in marked_words("", "")
+    assert "&lt;b&gt;" in str(parts.marked_words([("equal", "<b>", "<b>")])), "text cannot become markup"
 
 
 def test_curves_draw_one_line_per_stream():

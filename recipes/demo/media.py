@@ -1,27 +1,44 @@
-"""Sound and pictures for reports: players, spectrograms, learning curves."""
+"""Audio and pictures of the demo's page: clips, spectrograms, learning curves."""
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
-from markupsafe import Markup
 
 from speechlm_ext.audio.files import read_audio
 from speechlm_ext.audio.waveform import check_wave
-from speechlm_ext.evaluation.report.page import data_uri
 
-#: Grey that can be read on a light and on a dark page.
-GREY = "#8a929a"
 RANGE_DB = 70.0
+#: Gray that is readable on a light and on a dark page.
+GRAY = "#8a929a"
+STYLE = {
+    "font.family": "sans-serif",
+    "axes.edgecolor": GRAY,
+    "axes.labelcolor": GRAY,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.alpha": 0.2,
+    "grid.color": GRAY,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "legend.labelcolor": GRAY,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
+}
 
 
 def flac_bytes(wave: np.ndarray, sample_rate: int) -> bytes:
-    """A waveform ``[T]`` as 16-bit FLAC, half the size of a wav and played by every browser.
+    """A waveform ``[T]`` as 16-bit FLAC: half the size of a wav, and every browser plays it.
 
     Raises:
         AudioError: samples that cannot be used.
@@ -33,7 +50,7 @@ def flac_bytes(wave: np.ndarray, sample_rate: int) -> bytes:
 
 
 def spectrogram_png(wave: np.ndarray, sample_rate: int) -> bytes:
-    """A spectrogram picture, 0 Hz at the bottom and half the rate at the top, 10 ms a column, 70 dB deep."""
+    """A spectrogram from 0 Hz (bottom) to half the rate (top), 10 ms per column, over a range of 70 dB."""
     from matplotlib.image import imsave
 
     size, hop = round(0.032 * sample_rate), round(0.010 * sample_rate)
@@ -48,38 +65,52 @@ def spectrogram_png(wave: np.ndarray, sample_rate: int) -> bytes:
     return buffer.getvalue()
 
 
-def player(path: str | Path, label: str, below: Any = "", seconds: float | None = None) -> Markup:
-    """A spectrogram, an audio player and a line of text.
+@dataclass(frozen=True)
+class Clip:
+    """An audio file for the page's player."""
+
+    label: str
+    seconds: float
+    width: float
+    """Width of the picture in percent, by which the lengths of several clips compare."""
+    picture: str
+    audio: str
+    """Spectrogram and sound as ``data:`` addresses."""
+
+
+def read_clip(path: str | Path, label: str, longest: float | None = None) -> Clip:
+    """A clip of an audio file.
 
     Args:
         path: the audio file.
-        label: what is heard.
-        below: text or markup under the player.
-        seconds: length that fills the picture's width, so that several can be compared; default its own.
+        label: its name on the page.
+        longest: seconds that fill the picture's width; default its own length.
+
+    Raises:
+        AudioError: the file cannot be read.
     """
     wave, rate = read_audio(path)
-    share = min(1.0, len(wave) / rate / (seconds or len(wave) / rate))
-    picture = Markup(
-        '<div class="spectrogram"><img src="{}" alt="spectrogram: {}" style="width:{}%"></div>'
-    ).format(data_uri(spectrogram_png(wave, rate), "image/png"), label, format(100 * share, ".1f"))
-    return Markup(
-        '<div><div class="soft">{} · {} s</div>{}<audio controls preload="metadata" src="{}"></audio>'
-        '<div class="heard">{}</div></div>'
-    ).format(
-        label, format(len(wave) / rate, ".1f"), picture, data_uri(flac_bytes(wave, rate), "audio/flac"), below
-    )
+    seconds = len(wave) / rate
+    width = 100 * min(1.0, seconds / (longest or seconds))
+    picture, audio = spectrogram_png(wave, rate), flac_bytes(wave, rate)
+    return Clip(label, seconds, width, data_uri(picture, "image/png"), data_uri(audio, "audio/flac"))
+
+
+def data_uri(data: bytes, mime: str) -> str:
+    """Bytes as a ``data:`` address."""
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def curves_svg(
     log: Sequence[Mapping[str, Any]], key: str, label: str, names: Mapping[str, str] | None = None
 ) -> bytes:
-    """One line per stream over the steps of a training log, minutes on the upper edge.
+    """One line per stream over the steps of a training log, with minutes on the upper edge.
 
     Args:
         log: lines with ``step``, ``seconds`` and a dict of numbers under ``key``.
         key: e.g. ``stream_loss``.
         label: of the vertical axis.
-        names: what to call streams in the legend; default their own names.
+        names: labels of streams in the legend; default their own names.
     """
     import matplotlib
 
@@ -89,7 +120,7 @@ def curves_svg(
 
     streams = list(dict.fromkeys(name for row in log for name in row.get(key, {})))
     codecs = [s for s in streams if s.startswith("codec")]
-    with plt.rc_context({"svg.hashsalt": key, "font.family": "sans-serif"}):
+    with plt.rc_context({**STYLE, "svg.hashsalt": key}):
         fig, axes = plt.subplots(figsize=(8.6, 3.9), layout="constrained")
         for name in streams:
             points = [(row["step"], row[key][name]) for row in log if name in row.get(key, {})]
@@ -98,40 +129,22 @@ def curves_svg(
                 style: dict[str, Any] = {"color": colormaps["viridis"](shade), "linewidth": 1.2}
             else:
                 style = {"color": "#d9534f", "linewidth": 2.0}
-            axes.plot(
-                *zip(*points, strict=True),
-                label=(names or {}).get(name, name),
-                marker="." if len(points) < 12 else None,
-                **style,
-            )
+            marker = "." if len(points) < 12 else None
+            axes.plot(*zip(*points, strict=True), label=(names or {}).get(name, name), marker=marker, **style)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         steps = [row["step"] for row in log]
         minutes = [row["seconds"] / 60 for row in log]
         if len(log) > 1 and minutes[-1] > minutes[0]:
-            upper = axes.secondary_xaxis(
-                "top",
-                functions=(lambda x: np.interp(x, steps, minutes), lambda x: np.interp(x, minutes, steps)),
+            to_minutes, to_steps = (
+                partial(np.interp, xp=steps, fp=minutes),
+                partial(np.interp, xp=minutes, fp=steps),
             )
+            upper = axes.secondary_xaxis("top", functions=(to_minutes, to_steps))
             upper.set_xlabel("minutes")
-            upper.tick_params(colors=GREY)
-            upper.xaxis.label.set_color(GREY)
             upper.spines["top"].set_visible(False)
-        axes.grid(color=GREY, alpha=0.2, linewidth=0.6)
-        axes.tick_params(colors=GREY)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.label.set_color(GREY)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(GREY)
-        axes.legend(
-            fontsize=8,
-            labelcolor=GREY,
-            frameon=False,
-            loc="center left",
-            bbox_to_anchor=(1.0, 0.5),
-            handlelength=1.4,
-        )
+        axes.grid()
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         buffer = io.BytesIO()
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         plt.close(fig)

@@ -1,0 +1,1 @@
+"""Transcripts of generated speech by an independent ASR model."""

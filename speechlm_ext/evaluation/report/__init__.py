@@ -1,1 +1,0 @@
-"""HTML pages with tables, plots and audio players."""
