@@ -50,8 +50,8 @@ VERBS = {
         "recordings and texts -> token shards",
     ),
     "plan": Verb(
-        "speechlm_ext.data.plan.report",
-        "PlanReportConfig",
+        "speechlm_ext.training.plan",
+        "PlanCommandConfig",
         "run_plan",
         "what a training run would see and need, before it holds a machine",
     ),

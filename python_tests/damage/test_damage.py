@@ -243,7 +243,7 @@ def test_tasks_are_checked_where_they_are_made() -> None:
 def test_a_shard_is_compared_with_its_hash_when_it_is_first_read(
     good: Callable[[str], Good], tmp_path: Path
 ) -> None:
-    from speechlm_ext.data.tokens.shards import TokenFolder
+    from speechlm_ext.data.tokens.folder import TokenFolder
 
     shutil.copytree(good("tokens").folder, tmp_path / "t")
     flip(tmp_path / "t" / "shard-00001.parquet", 48)
@@ -255,7 +255,7 @@ def test_a_shard_is_compared_with_its_hash_when_it_is_first_read(
 
 def test_lengths_that_do_not_fit_the_index_are_refused(good: Callable[[str], Good], tmp_path: Path) -> None:
     """With a right hash, as after a writer's mistake."""
-    from speechlm_ext.data.tokens.shards import TokenFolder
+    from speechlm_ext.data.tokens.folder import TokenFolder
     from speechlm_ext.utils.files.io import sha256_file
 
     shutil.copytree(good("tokens").folder, tmp_path / "t")

@@ -19,12 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import own_data  # noqa: E402
@@ -32,14 +31,12 @@ import prepare_data  # noqa: E402
 import report as demo_report  # noqa: E402
 from make_requests import make_requests  # noqa: E402
 
-from speechlm_ext.data.plan.memory import ModelShape  # noqa: E402
 from speechlm_ext.errors import ConfigError, SpeechLMError  # noqa: E402
 from speechlm_ext.tokenizers import TokenizerSet  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
-from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text, sha256_file  # noqa: E402
+from speechlm_ext.utils.files.io import atomic_write_json, sha256_file  # noqa: E402
 from speechlm_ext.utils.files.json_text import parse_json  # noqa: E402
 from speechlm_ext.utils.files.run_folders import find_model_folder  # noqa: E402
-from speechlm_ext.utils.files.yaml_text import parse_yaml  # noqa: E402
 from speechlm_ext.utils.machine import commit_of  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -112,18 +109,8 @@ def stage_tokenize(o: Options) -> None:
 
 
 def stage_plan(o: Options) -> None:
-    """Print the plan of the training run: the recipe's ``data`` part with the demo's token folder."""
-    recipe = parse_yaml(o.recipe.read_text("utf-8"))
-    data = recipe["data"] | {"tokens": [str(o.out / "tokens" / "train")]}
-    if o.own:
-        data["overlong"] = "drop"
-    # The sizes that the memory estimate needs; the recipe may say more about the model.
-    names = {f.name for f in fields(ModelShape)}
-    model = {k: v for k, v in (recipe | recipe.get("model", {})).items() if k in names}
-    model["world"] = recipe.get("processes", 1)
-    text = yaml.safe_dump({"data": data, "model": model}, sort_keys=False)
-    atomic_write_text(o.out / "plan.yaml", text)
-    speechlm("plan", "--config", str(o.out / "plan.yaml"))
+    """Print the plan of the training run."""
+    speechlm("plan", *_train_arguments(o))
 
 
 def stage_train(o: Options) -> None:

@@ -7,8 +7,6 @@ training stands, and a run can be resumed exactly, at once, and on another numbe
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +20,12 @@ from speechlm_ext.data.batch import Sample, SequencePacker
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import SampleTable, TaskUse
 from speechlm_ext.data.sequence import LossWeights
-from speechlm_ext.data.tokens.shards import Tokens, open_tokens
+from speechlm_ext.data.tokens.folder import Tokens, open_tokens
 from speechlm_ext.errors import ConfigError, PlanError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops import PackedBatch
 from speechlm_ext.tasks import TaskTemplate
+from speechlm_ext.utils.hashing import sha256_json
 
 if TYPE_CHECKING:
     from speechlm_ext.tokenizers import TokenizerSet
@@ -136,7 +135,7 @@ class PackLoader:
             "settings": settings,
             "version": 1,
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256_json(content)
 
     @property
     def epoch(self) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from speechlm_ext.data.sequence import content_columns, content_length, sequence_length
-from speechlm_ext.data.tokens.shards import TokenCorpus
+from speechlm_ext.data.tokens.folder import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.tasks import TaskTemplate
 from speechlm_ext.utils.options import as_list

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from speechlm_ext.kmeans.features.sources import FeatureSource, ShardSource
 from speechlm_ext.units.recordings import recording_rows
 from speechlm_ext.utils.files.io import atomic_write_json
 from speechlm_ext.utils.files.json_shape import read_shaped
+from speechlm_ext.utils.hashing import sha256_json
 
 RECORD = "fit.json"
 FEATURES = "features"
@@ -38,9 +37,9 @@ def record_of(settings: dict[str, Any], inputs: Sequence[Utterance] | FeatureSou
     for name in ("output_dir", "output", "device", "num_workers", "keep_features", "skip_bad"):
         del settings[name]
     if isinstance(inputs, ShardSource):
-        settings["shards"] = _digest([[s.path.name, *content_key(s.path)] for s in inputs.shards])
+        settings["shards"] = sha256_json([[s.path.name, *content_key(s.path)] for s in inputs.shards])
     elif isinstance(inputs, Sequence):
-        settings["recordings"] = _digest(recording_rows(inputs))
+        settings["recordings"] = sha256_json(recording_rows(inputs))
     return _plain_paths(settings)
 
 
@@ -77,10 +76,6 @@ def claim(out: Path, record: dict[str, Any]) -> None:
                     "output_dir."
                 )
     atomic_write_json(path, {"settings": record})
-
-
-def _digest(rows: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _plain_paths(settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from python_tests.data.conftest import MakeFolder, random_rows
 from speechlm_ext.data.plan.bin_packing import pack_random, pack_tight, split_to
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import TaskUse
-from speechlm_ext.data.tokens.shards import TokenCorpus
+from speechlm_ext.data.tokens.folder import TokenCorpus
 from speechlm_ext.errors import PlanError
 
 

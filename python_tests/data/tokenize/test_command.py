@@ -19,7 +19,8 @@ from speechlm_ext.data.samples import TaskUse
 from speechlm_ext.data.tokenize import command as tokenize_module
 from speechlm_ext.data.tokenize.command import TokenizeConfig, run_tokenize
 from speechlm_ext.data.tokenize.fit import CodecFit, SSLFit, TextFit
-from speechlm_ext.data.tokens.shards import INDEX, TokenFolder
+from speechlm_ext.data.tokens.folder import TokenFolder
+from speechlm_ext.data.tokens.index import INDEX
 from speechlm_ext.errors import (
     AudioError,
     ConfigError,

@@ -17,7 +17,7 @@ import numpy as np
 from speechlm_ext.data.plan.bin_packing import pack_random, pack_tight, split_to
 from speechlm_ext.data.samples import SampleTable, TaskUse
 from speechlm_ext.data.sequence import LossWeights
-from speechlm_ext.data.tokens.shards import TokenCorpus
+from speechlm_ext.data.tokens.folder import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.tasks import load_tasks
 

@@ -1,39 +1,21 @@
-"""``speechlm plan``: what a training run would see, before any GPU is held.
-
-Tokens per modality and task, padding, packs per epoch, how the loss is shared out, and a memory estimate. Settings
-that cannot work are refused here with the same errors that training would raise.
-"""
+"""The report of a pack plan: tokens per modality and task, padding, packs per epoch, each kind's share of the loss."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from speechlm_ext.data.plan.memory import MemoryEstimate, ModelShape, estimate_memory
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import SampleTable
 from speechlm_ext.data.sequence import LossWeights, content_length
-from speechlm_ext.data.tokens.shards import TokenCorpus, open_tokens
+from speechlm_ext.data.tokens.folder import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tasks import TaskTemplate
 
 KINDS = ("text", "ssl", "codec", "special")
-
-
-@dataclass(frozen=True)
-class PlanReportConfig:
-    """Print what training would see, and refuse settings that cannot work."""
-
-    data: PlanConfig
-    """Token folders, tasks, and how samples are packed: as in the training config."""
-    model: ModelShape | None = None
-    """Sizes of the model, for the memory estimate."""
-    json: bool = False
-    """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +42,7 @@ class TaskReport:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What ``speechlm plan`` prints; token counts are those of the first epoch."""
+    """Size and contents of an epoch; token counts are those of the first one."""
 
     layout: str
     utterances: int
@@ -77,34 +59,16 @@ class PlanReport:
     tokens: dict[str, int]
     loss_share: dict[str, float]
     """Share of the total loss weight per kind of token; they add up to 1."""
-    memory: MemoryEstimate | None = field(default=None)
 
 
-def run_plan(cfg: PlanReportConfig) -> PlanReport:
-    """Make the plan of the first epoch, print the report and return it.
-
-    Raises:
-        SpeechLMError: data or settings with which training cannot work.
-    """
-    report = make_report(open_tokens(cfg.data.tokens, cfg.data.delays), cfg.data, cfg.model)
-    print(json.dumps(asdict(report), indent=2) if cfg.json else format_report(report))
-    return report
-
-
-def make_report(corpus: TokenCorpus, cfg: PlanConfig, shape: ModelShape | None = None) -> PlanReport:
+def make_report(corpus: TokenCorpus, cfg: PlanConfig) -> PlanReport:
     """The report over opened token folders.
 
     Raises:
-        PlanError: nothing would be learnt, or a sample is longer than the model takes; others as for training.
+        PlanError: nothing would be learnt; others as for training.
     """
     samples = build_samples(corpus, cfg)
     plan = PackPlan(samples, cfg.seed, cfg.budget, overlong=cfg.overlong)
-    longest = int(samples.max_lengths().max())
-    if shape is not None and shape.max_positions is not None and longest > shape.max_positions:
-        raise PlanError(
-            f"the longest sample has {longest} rows but the model takes {shape.max_positions} (model.max_positions). "
-            "Raise it, or cut the recordings."
-        )
     draw = plan.draw(0)
     copies, lengths = samples.copies(0, draw), samples.lengths(0, draw)
     prompt_len = np.minimum(samples.speech_lengths[samples.prompts(0, draw)], cfg.prompt_frames)
@@ -143,10 +107,9 @@ def make_report(corpus: TokenCorpus, cfg: PlanConfig, shape: ModelShape | None =
         packs_per_epoch=plan.packs_per_epoch,
         padding=1 - rows / (plan.packs_per_epoch * cfg.budget),
         pad_cells=1 - sum(total.values()) / (rows * corpus.layout.num_streams),
-        longest=longest,
+        longest=int(samples.max_lengths().max()),
         tokens={k: total[k] for k in KINDS},
         loss_share={k: loss[k] / weight for k in KINDS},
-        memory=None if shape is None else estimate_memory(shape, corpus.layout, cfg.budget),
     )
 
 
@@ -191,20 +154,7 @@ def format_report(report: PlanReport) -> str:
         f"{report.packs_per_epoch:,} packs an epoch of at most {report.budget:,} rows, padding {report.padding:.2%}; "
         f"cells without a token {report.pad_cells:.1%}; longest sample {report.longest:,} rows"
     )
-    if report.memory is not None:
-        m = report.memory
-        parts = ", ".join(
-            f"{n} {_size(getattr(m, n))}"
-            for n in ("weights", "gradients", "optimizer", "activations", "logits")
-        )
-        lines.append(
-            f"memory per process, estimated: {_size(m.total)} ({parts}); {m.num_parameters / 1e6:,.1f} M parameters"
-        )
     return "\n".join(lines)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _frames(

@@ -22,7 +22,8 @@ from speechlm_ext.audio.files import says_conversions, take_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest, scan_manifest
 from speechlm_ext.data.tokenize.encode import EncoderPool
 from speechlm_ext.data.tokenize.fit import FOLDER, CodecFit, FitSettings, SSLFit, TextFit, get_tokenizers
-from speechlm_ext.data.tokens.shards import INDEX, read_head, shard_name, write_index, write_shard
+from speechlm_ext.data.tokens.format import read_head, write_index, write_shard
+from speechlm_ext.data.tokens.index import INDEX, shard_name
 from speechlm_ext.errors import ConfigError, LayoutMismatchError, ManifestError, ShardError
 from speechlm_ext.layout import FILE_NAME, TokenLayout
 from speechlm_ext.tasks import load_tasks

@@ -6,8 +6,6 @@ before it is used, so that damage is refused by the name of file and key.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +16,7 @@ from speechlm_ext.errors import ShardError, foreign_errors
 from speechlm_ext.utils.files.io import sha256_file
 from speechlm_ext.utils.files.json_shape import SHA256, SIZE, Range, check_shape
 from speechlm_ext.utils.files.json_text import read_json
+from speechlm_ext.utils.hashing import sha256_json
 
 INDEX = "index.json"
 LENGTHS = "lengths.npz"
@@ -79,7 +78,7 @@ def read_index(path: Path) -> dict[str, Any]:
 def index_sha256(index: Mapping[str, Any]) -> str:
     """Hash of an index without its own hash."""
     plain = {key: value for key, value in index.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return sha256_json(plain)
 
 
 def check_lengths(arrays: Mapping[str, np.ndarray], index: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -28,6 +27,7 @@ from speechlm_ext.generation.requests.request_file import RefusedRequest
 from speechlm_ext.utils.files.io import atomic_write_text, sha256_file, storage_error
 from speechlm_ext.utils.files.json_shape import check_shape
 from speechlm_ext.utils.files.json_text import json_line, parse_json, split_lines
+from speechlm_ext.utils.hashing import sha256_json
 from speechlm_ext.utils.names import file_name
 
 RESULTS = "results.jsonl"
@@ -69,7 +69,7 @@ def fingerprint(request: GenerationRequest, model: dict[str, str]) -> str:
             # By content: recordings of one length have one size.
             with contextlib.suppress(OSError):
                 data[name] = sha256_file(value)
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return sha256_json(data)
 
 
 class ResultsFolder:
