@@ -63,8 +63,8 @@ class GenerationError(SpeechLMError):
     """A generation request cannot be served: unknown task, prompt too long, bad sampling settings."""
 
 
-class StorageError(SpeechLMError):
-    """A file could not be written: the disk is full or the folder is not writable."""
+class StorageError(SpeechLMError, OSError):
+    """A file could not be written: the disk is full or the folder is not writable. ``errno`` is the system's."""
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def test_unknown_keys_are_counted(tmp_path: Path) -> None:
 
 
 BAD = {
-    "not-utf8": (b'{"id": "b", "text": "\xe9"}', "not UTF-8 \\(byte 0xe9 at column 22\\)"),
+    "not-utf8": (b'{"id": "b", "text": "\xe9"}', "not UTF-8: byte 0xe9 at offset 21"),
     "bad-json": (b'{"id": "b"', "not JSON"),
     "not-object": (b"[1]", "expected a JSON object, got list"),
     "no-id": ({"text": "t"}, "no 'id'"),

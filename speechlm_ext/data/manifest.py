@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from speechlm_ext.errors import ManifestError
-from speechlm_ext.utils.files.json_text import json_problem, parse_json, split_lines
+from speechlm_ext.utils.files.json_lines import JsonLine, read_json_lines
 
 KEYS = ("id", "audio", "text", "speaker", "lang", "dataset", "start", "duration")
 
@@ -109,19 +109,17 @@ def scan_manifest(path: str | Path, *, check_audio: bool = True) -> Manifest:
 
 
 def _scan(path: Path, check_audio: bool, unknown: Counter[str]) -> Iterator[Utterance | Rejected]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
+    lines = read_json_lines(path, "manifest", ManifestError, all_utf8=False)
+    if not lines:
         raise ManifestError(
-            f"manifest {path} cannot be read ({error.strerror or error}); expected a file with one JSON object a line."
-        ) from None
+            f"manifest {path} is empty; expected one JSON object per line, e.g. "
+            '{"id": "a1", "audio": "a1.wav", "text": "hello"}.'
+        )
     first_line: dict[str, int] = {}
-    empty = True
-    for number, raw in split_lines(data):
-        empty = False
+    for line in lines:
         row_id: str | None = None
         try:
-            row = _parse(raw)
+            row = _parse(line)
             row_id = _text(row, "id", number_too=True)
             if row_id is None:
                 raise ManifestError("no 'id'; every line needs an id that is unique in its manifest.")
@@ -129,32 +127,20 @@ def _scan(path: Path, check_audio: bool, unknown: Counter[str]) -> Iterator[Utte
                 raise ManifestError(
                     f"id {row_id!r} stands already in line {first_line[row_id]}; ids must be unique."
                 )
-            utterance = _utterance(row, row_id, path, number, check_audio)
+            utterance = _utterance(row, row_id, path, line.number, check_audio)
         except ManifestError as error:
-            yield Rejected(row_id, str(path), number, str(error))
+            yield Rejected(row_id, str(path), line.number, str(error))
             continue
-        first_line[row_id] = number
+        first_line[row_id] = line.number
         unknown.update(k for k in row if k not in KEYS)
         yield utterance
-    if empty:
-        raise ManifestError(f"manifest {path} is empty; expected one JSON object per line, e.g. "
-                            '{"id": "a1", "audio": "a1.wav", "text": "hello"}.')  # fmt: skip
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
+def _parse(line: JsonLine) -> dict[str, Any]:
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ManifestError(
-            f"not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); save the manifest as UTF-8."
-        ) from None
-    try:
-        row = parse_json(text, allow_nan=True)  # numbers are checked by key
+        return line.object()
     except ValueError as error:
-        raise ManifestError(f"{json_problem(error)}; expected one object per line.") from None
-    if not isinstance(row, dict):
-        raise ManifestError(f"expected a JSON object, got {type(row).__name__}.")
-    return row
+        raise ManifestError(f"{error}; every line is one JSON object in UTF-8.") from None
 
 
 def _text(row: dict[str, Any], key: str, number_too: bool = False) -> str | None:

@@ -26,19 +26,22 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """Turn an ``OSError`` of a write into a message that names the file and the way out."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Turn an ``OSError`` of a write into one whose message names file and way out; a StorageError keeps its message."""
+    message = f"could not write {path}: {error.strerror or error}. Check the folder and its rights."
+    if isinstance(error, StorageError):
+        message = str(error)
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = "unknown"
         with contextlib.suppress(OSError):
             stat = os.statvfs(path.parent)
             free = f"{stat.f_bavail * stat.f_frsize / 2**20:.0f} MiB"
-        return StorageError(
+        message = (
             f"could not write {path}: the disk is full ({free} free in {path.parent}). What was written "
             "before is intact; free some space or choose another folder, then run the same command again."
         )
-    return StorageError(
-        f"could not write {path}: {error.strerror or error}. Check the folder and its rights."
-    )
+    problem = StorageError(message)
+    problem.errno = error.errno
+    return problem
 
 
 def sync_file(path: str | Path) -> None:

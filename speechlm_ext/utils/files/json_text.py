@@ -36,8 +36,10 @@ def parse_json(text: str | bytes, *, allow_nan: bool = False) -> Any:
     try:
         number = None if allow_nan else _finite
         return json.loads(text, object_pairs_hook=_unique, parse_constant=constant, parse_float=number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("not JSON (nested too deeply)") from None
 
 
 def read_json(path: str | Path, error: type[SpeechLMError], hint: str, *, allow_nan: bool = False) -> Any:
@@ -61,11 +63,6 @@ def read_json(path: str | Path, error: type[SpeechLMError], hint: str, *, allow_
         raise error(f"{path} cannot be read ({problem.strerror or problem}); {hint}") from None
     except ValueError as problem:
         raise error(f"{path} is damaged: {problem}; {hint}") from None
-
-
-def json_problem(error: ValueError) -> str:
-    """What :func:`parse_json` found, for a message that says where."""
-    return str(error) if isinstance(error, _DuplicateKey) else f"not JSON ({error})"
 
 
 def json_line(value: Any) -> str:
@@ -99,15 +96,11 @@ def split_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-class _DuplicateKey(ValueError):
-    pass
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise _DuplicateKey(f"key {key!r} stands twice in one object; keep one of them")
+            raise ValueError(f"key {key!r} stands twice in one object; keep one of them")
         result[key] = value
     return result
 
