@@ -43,8 +43,8 @@ from speechlm_ext import SpeechLM
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.data.samples import TaskUse
-from speechlm_ext.data.tokenize.command import TokenizeConfig, run_tokenize
-from speechlm_ext.data.tokenize.fit import CodecFit, SSLFit, TextFit
+from speechlm_ext.data.tokenize.command import run_tokenize
+from speechlm_ext.data.tokenize.settings import CodecFit, SSLFit, TextFit, TokenizeConfig
 from speechlm_ext.data.tokens.folder import TokenFolder
 from speechlm_ext.data.tokens.format import write_index, write_shard
 from speechlm_ext.data.tokens.index import shard_name

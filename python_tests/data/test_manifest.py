@@ -69,7 +69,7 @@ BAD = {
     "not-object": (b"[1]", "expected a JSON object, got list"),
     "no-id": ({"text": "t"}, "no 'id'"),
     "blank-id": ({"id": " ", "text": "t"}, "'id' must be a string that is not blank"),
-    "duplicate": ({"id": "a", "text": "t"}, "id 'a' stands already in line 1"),
+    "duplicate": ({"id": "a", "text": "t"}, "id 'a' is already in line 1"),
     "neither": ({"id": "b"}, "'b' has neither 'audio' nor 'text'"),
     "blank-text": ({"id": "b", "text": ""}, "'text' must be a string that is not blank"),
     "text-is-number": ({"id": "b", "text": 3}, "'text' must be a string"),

@@ -16,9 +16,9 @@ import soundfile
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.data.samples import TaskUse
-from speechlm_ext.data.tokenize import command as tokenize_module
-from speechlm_ext.data.tokenize.command import TokenizeConfig, run_tokenize
-from speechlm_ext.data.tokenize.fit import CodecFit, SSLFit, TextFit
+from speechlm_ext.data.tokenize import shards as tokenize_module
+from speechlm_ext.data.tokenize.command import run_tokenize
+from speechlm_ext.data.tokenize.settings import CodecFit, SSLFit, TextFit, TokenizeConfig
 from speechlm_ext.data.tokens.folder import TokenFolder
 from speechlm_ext.data.tokens.index import INDEX
 from speechlm_ext.errors import (
@@ -333,7 +333,7 @@ def test_bad_manifests(make: Make, tmp_path: Path) -> None:
     for raw, message in (
         (b"", "m.jsonl is empty"),
         (good + b'{"id": "b", "text": "\xff"}\n', "m.jsonl:2: not UTF-8"),
-        (good + good, "m.jsonl:2: id 'a' stands already in line 1"),
+        (good + good, "m.jsonl:2: id 'a' is already in line 1"),
     ):
         with pytest.raises(ManifestError, match=message):
             run_tokenize(make(raw))
@@ -346,9 +346,7 @@ def test_bad_manifests(make: Make, tmp_path: Path) -> None:
     cfg = make(good)
     other = tmp_path / "m2.jsonl"
     other.write_bytes(b'{"id": "a", "text": "two", "dataset": "m"}\n')
-    with pytest.raises(
-        ManifestError, match="m2.jsonl:1: id 'a' of data set 'm' stands already at .*m.jsonl:1"
-    ):
+    with pytest.raises(ManifestError, match="m2.jsonl:1: id 'a' of data set 'm' is already at .*m.jsonl:1"):
         run_tokenize(dataclasses.replace(cfg, manifest=[*cfg.manifest, str(other)]))
     with pytest.raises(ConfigError, match="no manifest was given"):
         run_tokenize(dataclasses.replace(cfg, manifest=[]))

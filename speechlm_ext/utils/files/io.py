@@ -26,7 +26,7 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """Turn an ``OSError`` of a write into one whose message names file and way out; a StorageError keeps its message."""
+    """Turn an ``OSError`` of a write into one with a message for people; a StorageError keeps its own."""
     message = f"could not write {path}: {error.strerror or error}. Check the folder and its rights."
     if isinstance(error, StorageError):
         message = str(error)
