@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 from speechlm_ext.audio.files import says_conversions, take_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest, scan_manifest
-from speechlm_ext.data.tokenize.encode import EncoderPool
+from speechlm_ext.data.recordings import RecordingPool
+from speechlm_ext.data.tokenize.encode import Encoder
 from speechlm_ext.data.tokenize.fit import FOLDER, CodecFit, FitSettings, SSLFit, TextFit, get_tokenizers
 from speechlm_ext.data.tokens.shards import INDEX, read_head, shard_name, write_index, write_shard
 from speechlm_ext.errors import ConfigError, LayoutMismatchError, ManifestError, ShardError
@@ -156,17 +158,16 @@ def _encode_shards(
     todo: Sequence[int],
 ) -> None:
     total = sum(len(groups[n]) for n in todo)
-    pool = EncoderPool(
-        out / FOLDER,
-        resample=cfg.resample,
+    pool = RecordingPool(
+        partial(Encoder.load, out / FOLDER, cfg.resample),
         skip_bad=cfg.skip_bad,
         num_workers=cfg.num_workers,
-        num_utterances=total,
+        num_items=total,
     )
     with pool, tqdm(total=total, unit="utt", desc="tokenize", disable=None) as bar:
         for number in todo:
             rows, rejected = [], []
-            for item in pool.encode(groups[number]):
+            for item in pool(groups[number]):
                 if isinstance(item, Rejected):
                     rejected.append(asdict(item))
                 else:
