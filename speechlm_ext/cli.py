@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = parser.instantiate(values)
         result = getattr(importlib.import_module(verb.module), verb.function)(config(**vars(settings)))
     except SpeechLMError as error:
-        print(f"speechlm: error: {error}", file=sys.stderr)
+        print(f"speechlm: error: {error.for_command_line()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

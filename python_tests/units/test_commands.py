@@ -60,7 +60,7 @@ def test_fit_on_shards_is_the_estimators_fit(features, tmp_path, capsys):
         kmeans("fit", "--features", features, "--n_clusters", 9, "--output_dir", tmp_path / "u", "--seed", 3)
         == 2
     )
-    assert "a fit with n_clusters 8, not 9" in capsys.readouterr().err
+    assert "results with n_clusters = 8, not 9" in capsys.readouterr().err
 
 
 def test_trials_of_the_start(features, tmp_path, capsys):
@@ -79,7 +79,7 @@ def test_trials_of_the_start(features, tmp_path, capsys):
     expected = KMeans(8, n_local_trials=1, max_iter=1).fit(features)
     assert torch.equal(KMeans.load(tmp_path / "u").cluster_centers_, expected.cluster_centers_)
     assert not torch.equal(expected.cluster_centers_, KMeans(8, max_iter=1).fit(features).cluster_centers_)
-    assert kmeans(*words) == 2 and "a fit with n_local_trials 1, not None" in capsys.readouterr().err
+    assert kmeans(*words) == 2 and "results with n_local_trials = 1, not None" in capsys.readouterr().err
 
 
 def test_fit_on_a_sample_of_shards(features, tmp_path):
@@ -194,11 +194,11 @@ def test_settings_are_free_until_the_first_iteration(features, tmp_path, capsys)
     assert kmeans("fit", "--features", features, "--n_clusters", 5000, *out, "--max_frames", 400) == 2
     assert "at most 400 clusters" in capsys.readouterr().err
     assert kmeans("fit", "--features", features, "--n_clusters", 5000, *out, "--max_frames", 300) == 2
-    assert "a fit with max_frames 400, not 300" in capsys.readouterr().err  # the sample is there
+    assert "results with max_frames = 400, not 300" in capsys.readouterr().err  # the sample is there
     assert kmeans("fit", "--features", features, "--n_clusters", 8, *out, "--max_frames", 400) == 0
     assert KMeans.load(tmp_path / "u").counts_.sum() == 400
     assert kmeans("fit", "--features", features, "--n_clusters", 9, *out, "--max_frames", 400) == 2
-    assert "a fit with n_clusters 8, not 9" in capsys.readouterr().err
+    assert "results with n_clusters = 8, not 9" in capsys.readouterr().err
 
 
 def test_fit_refusals(features, tmp_path, capsys, monkeypatch):
@@ -211,16 +211,16 @@ def test_fit_refusals(features, tmp_path, capsys, monkeypatch):
     assert "either --audio" in says("--n_clusters", 4)
     assert "either --audio" in says("--audio", MANIFEST, "--features", features)
     assert "--audio needs --encoder" in says("--audio", MANIFEST)
-    assert "share must lie in (0, 1], got 0" in says("--features", features, "--share", 0)
+    assert "share must be in (0, 1], got 0" in says("--features", features, "--share", 0)
     assert "max_frames must be at least 1" in says("--features", features, "--max_frames", 0)
-    assert "--device must be cpu, cuda or auto" in says("--features", features, "--device", "tpu")
-    assert "or cuda:N for one of several; got 'cudas'" in says("--features", features, "--device", "cudas")
+    assert "--device must be cpu, cuda, cuda:N or auto, got 'tpu'" in says(
+        "--features", features, "--device", "tpu"
+    )
+    assert "or auto, got 'cudas'" in says("--features", features, "--device", "cudas")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "cuda:1"):
         message = says("--features", features, "--device", name)
-        assert (
-            f"--device {name} was asked for, but torch finds no GPU" in message and "--device cpu" in message
-        )
+        assert f"--device {name} is not available: torch finds no GPU" in message and "or use cpu" in message
     assert "has 6 features a row but mfcc gives 39" in says("--features", features, "--encoder", "mfcc")
 
 
@@ -277,7 +277,10 @@ def test_labels_of_shards_that_have_changed_are_refused(features, tmp_path, caps
     ]
     assert kmeans(*words) == 0
     np.save(tmp_path / "a.npy", x[::-1].copy())  # the same name and size
-    assert kmeans(*words) == 2 and "its inputs differs" in capsys.readouterr().err
+    assert (
+        kmeans(*words) == 2
+        and "results for other inputs: files of --features were added" in capsys.readouterr().err
+    )
 
 
 def test_fairseqs_lengths_give_its_labels(features, tmp_path, capsys):
@@ -367,7 +370,7 @@ def test_assign_refusals(units, features, tmp_path, capsys):
         assert "two shards have one name" in message
     assert kmeans("assign", "--kmeans", tmp_path / "u", "--features", features, *out) == 0
     one = says("--kmeans", tmp_path / "u", "--features", features / "a.npy", *out)
-    assert "its inputs differs" in one
+    assert "results for other inputs" in one
 
 
 def test_units_files(tmp_path):
@@ -385,7 +388,10 @@ def test_fit_leaves_alone_what_is_not_its_own(features, tmp_path, name, capsys):
     (tmp_path / name).mkdir()
     np.save(tmp_path / name / "a.npy", np.load(features / "a.npy"))
     words = ["fit", "--features", tmp_path / name, "--n_clusters", 4, "--output_dir", tmp_path]
-    assert kmeans(*words) == 2 and f"holds a {name} that another command wrote" in capsys.readouterr().err
+    assert (
+        kmeans(*words) == 2
+        and f"{tmp_path / name} exists already and was written by another command" in capsys.readouterr().err
+    )
     assert (tmp_path / name / "a.npy").is_file() and not (tmp_path / "fit.json").exists()
 
 
@@ -399,7 +405,7 @@ def test_assign_says_which_options_shards_do_not_have(features, tmp_path, capsys
 
 def test_assign_leaves_alone_what_is_not_its_own(units, features, tmp_path, capsys):
     def is_refused(path: Path, *words: object) -> bool:
-        return kmeans("assign", *words) == 2 and f"{path} is there already" in capsys.readouterr().err
+        return kmeans("assign", *words) == 2 and f"{path} exists already" in capsys.readouterr().err
 
     words = ["--kmeans", units, "--audio", MANIFEST, "--output_dir", tmp_path]
     (tmp_path / "units.txt").write_text("mine")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from speechlm_ext.audio.files import read_audio, write_wav
 from speechlm_ext.data.manifest import Utterance, read_manifest
-from speechlm_ext.data.tokenize.fit import read_wave
+from speechlm_ext.data.recordings import read_wave
 from speechlm_ext.errors import AudioError, ManifestError, SpeechLMError, StorageError
 from speechlm_ext.evaluation.judge.heard import HeardClips
 from speechlm_ext.evaluation.judge.whisper import SAMPLE_RATE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from speechlm_ext.errors import ConfigError
@@ -37,3 +39,17 @@ def take_old_name(settings: Any, old: str, new: str, needed: str | None = None) 
 def as_list(value: list[Value] | Value) -> list[Value]:
     """One value or a list of them as a list."""
     return value if isinstance(value, list) else [value]
+
+
+def refuse_options(settings: Any, names: Sequence[str], purpose: str) -> None:
+    """Raises :class:`ConfigError`: one of these settings is not at its default but would have no effect.
+
+    Args:
+        settings: the dataclass.
+        names: of its fields.
+        purpose: what the settings are for, and what to do, e.g. ``"for recordings; leave it out"``.
+    """
+    defaults = {field.name: field.default for field in fields(settings)}
+    given = [f"--{name}" for name in names if getattr(settings, name) != defaults[name]]
+    if given:
+        raise ConfigError(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} {purpose}.")

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from speechlm_ext.data.manifest import Utterance
+from speechlm_ext.data.recordings import read_wave
 from speechlm_ext.data.tokenize.settings import TokenizeConfig
 from speechlm_ext.errors import AudioError, ConfigError, LayoutMismatchError
 from speechlm_ext.tokenizers import (
@@ -89,31 +90,6 @@ def _copy_tokenizers(source: Path, out: Path) -> TokenizerSet:
             )
         tokenizers.save(folder)
     return tokenizers
-
-
-def read_wave(utterance: Utterance, sample_rate: int | None, resample: bool) -> tuple[np.ndarray, int]:
-    """The utterance's part of its recording, float32 ``[T]``, and its rate.
-
-    Raises:
-        AudioError: the recording cannot be used, or the part lies outside it.
-    """
-    from speechlm_ext.audio.files import read_audio
-
-    if utterance.audio is None:
-        raise AudioError("there is no audio.")
-    wave, rate = read_audio(utterance.audio, sample_rate, resample=resample)
-    if utterance.start is None:
-        return wave, rate
-    begin = round(utterance.start * rate)
-    end = len(wave) if utterance.duration is None else begin + round(utterance.duration * rate)
-    # A hundredth of a second past the end is how durations are rounded in manifests, not an error.
-    if begin >= len(wave) or end > len(wave) + rate // 100:
-        length = "open" if utterance.duration is None else f"{utterance.duration:g} s"
-        raise AudioError(
-            f"start {utterance.start:g} s with duration {length} reaches past the end of {utterance.audio}, which "
-            f"lasts {len(wave) / rate:.3f} s; mend them."
-        )
-    return wave[begin:end], rate
 
 
 def _fit_settings(cfg: TokenizeConfig) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from speechlm_ext.data.manifest import Rejected, Utterance
-from speechlm_ext.data.tokenize.encode import EncoderPool
+from speechlm_ext.data.recordings import RecordingPool
+from speechlm_ext.data.tokenize.encode import Encoder
 from speechlm_ext.data.tokenize.fit import FOLDER
 from speechlm_ext.data.tokens.format import read_head, write_index, write_shard
 from speechlm_ext.data.tokens.index import INDEX, shard_name
@@ -99,18 +100,17 @@ class ShardWriter:
             return
         (self.folder / INDEX).unlink(missing_ok=True)
         total = sum(len(self.groups[n]) for n in numbers)
-        pool = EncoderPool(
-            self.folder / FOLDER,
-            resample=self.resample,
+        pool = RecordingPool(
+            partial(Encoder.load, self.folder / FOLDER, self.resample),
             skip_bad=self.skip_bad,
             num_workers=num_workers,
-            num_utterances=total,
+            num_items=total,
         )
         with pool, tqdm(total=total, unit="utt", desc="tokenize", disable=None) as bar:
             for number in numbers:
                 rows: list[dict[str, Any]] = []
                 rejected: list[dict[str, Any]] = []
-                for item in pool.encode(self.groups[number]):
+                for item in pool(self.groups[number]):
                     if isinstance(item, Rejected):
                         rejected.append(asdict(item))
                     else:

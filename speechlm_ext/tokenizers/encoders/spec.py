@@ -49,7 +49,8 @@ class EncoderSpec:
             raise ConfigError(f"feature encoder {self}: expected {KINDS}, with LAYER from 0.")
         if self.frames_per_token < 1:
             raise ConfigError(
-                f"feature encoder {self}: frames_per_token must be at least 1, got {self.frames_per_token}."
+                f"feature encoder {self}: frames_per_token must be at least 1, got {self.frames_per_token}.",
+                argument="frames_per_token",
             )
 
     @classmethod
