@@ -140,7 +140,6 @@ class SampleTable:
             parts.append((np.full(len(chosen), number), chosen, factors))
         self.task, self.utterance, self.factor = (np.concatenate([p[k] for p in parts]) for k in range(3))
         self._uses_prompt = np.array([any(e.modality == "spk" for e, _ in t.entries) for t in self.templates])
-        self.task_of_use = [use.task for use in uses]
         self.is_fixed = bool((self.factor == np.floor(self.factor)).all() and not self._uses_prompt.any())
         """Whether every epoch has the same samples with the same lengths."""
 
@@ -231,6 +230,12 @@ class SampleTable:
             at = np.floor((np.arange(wanted) + rng.random()) * (len(group) / max(wanted, 1))).astype(np.int64)
             whole[group[at]] += 1
         return whole
+
+    def name(self, sample: int) -> str:
+        """A sample's utterance, data set and task, for messages."""
+        utterance = self.corpus.utterance(int(self.utterance[sample]))
+        task = self.templates[self.task[sample]].name
+        return f"utterance {utterance['id']!r} of {utterance['dataset']!r} as {task}"
 
     def drop(self, keep: np.ndarray) -> None:
         """Keep only the samples of the mask ``keep``; the others count as overlong in ``eligible``."""
