@@ -190,5 +190,5 @@ def test_overlong_names_the_utterance_and_drop_counts_it(make_folder: MakeFolder
         PackPlan(build_samples(corpus, cfg), 0, 128)
     samples = build_samples(corpus, cfg)
     plan = PackPlan(samples, 0, 128, overlong="drop")
-    assert (plan.num_dropped, samples.eligible[0].overlong, samples.eligible[1].overlong) == (1, 1, 0)
+    assert (plan.num_dropped, samples.counts[0].overlong, samples.counts[1].overlong) == (1, 1, 0)
     assert sum(len(p) for p in plan.epoch_packs(0)) == 19 == len(samples)

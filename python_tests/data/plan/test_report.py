@@ -72,9 +72,9 @@ def test_the_table_names_what_is_left_out(make_folder: MakeFolder) -> None:
 def test_refuses_what_cannot_work(make_folder: MakeFolder) -> None:
     corpus = TokenCorpus([make_folder(random_rows(9))])
     nothing = LossWeights(text=0, special=0)
-    with pytest.raises(PlanError, match="nothing would be learnt"):
+    with pytest.raises(PlanError, match="nothing would be learned"):
         make_report(corpus, PlanConfig(tasks=[TaskUse("codec_ssl_asr")], loss=nothing))
-    with pytest.raises(PlanError, match="no task was given; name at least one of .*codec_ssl_asr"):
+    with pytest.raises(PlanError, match="no task was given; name one or more of .*codec_ssl_asr"):
         make_report(corpus, PlanConfig())
     with pytest.raises(PlanError, match="a pack holds 40"):
         make_report(corpus, PlanConfig(tasks=[TaskUse("codec_ssl_asr")], budget=40))

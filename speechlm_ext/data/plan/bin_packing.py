@@ -1,8 +1,8 @@
-"""Putting samples into packs: a pure function of lengths, budget and seed, O(n log n).
+"""Bin packing of samples: a pure function of lengths, budget and seed, O(n log n).
 
-Packs are filled one after the other. Samples come in random order as long as they fit; what then stays free is
-filled with the longest samples that fit into it, found in one step by a bit set over the lengths that are left. So
-a pack is a random mixture of lengths and tasks, and still almost full. Measured on speech-like lengths (105 to
+Packs are filled one after the other, with samples in random order as long as they fit, then with the longest samples
+that fit into the rest, found in one step by a bit set over the remaining lengths. So a pack is a random mixture of
+lengths and tasks, and still almost full. Measured on speech-like lengths (105 to
 1560 rows) with 8192 rows a pack on one Zen 3 core: 1M samples in 2.3 s, 99.8 % full.
 """
 
@@ -18,11 +18,11 @@ def pack_random(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> l
 
     Args:
         lengths: rows of each sample, int ``[n]``, each in [1, budget].
-        budget: most rows in a pack.
-        rng: decides the order; the result is a function of its state.
+        budget: maximum number of rows in a pack.
+        rng: source of the order; the result is a function of its state.
 
     Returns:
-        For each pack the indices into ``lengths``; each index stands in exactly one.
+        For each pack indices into ``lengths``; each index is in exactly one.
     """
     order: list[int] = rng.permutation(len(lengths)).tolist()
     rows: list[int] = lengths.tolist()
@@ -50,10 +50,10 @@ def pack_random(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> l
 
 
 def pack_tight(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[list[int]]:
-    """Pack longest first into the fullest pack with room (best-fit decreasing): as few packs as well may be.
+    """Pack longest first into the fullest pack with room (best-fit decreasing): close to the minimum number of packs.
 
-    How many it takes depends on the lengths alone. Arguments and result are those of :func:`pack_random`; ``rng``
-    decides among equal lengths.
+    The number of packs depends on the lengths alone. Arguments and result are those of :func:`pack_random`; ``rng``
+    orders equal lengths.
     """
     order = rng.permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
@@ -79,7 +79,7 @@ def pack_tight(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> li
 
 
 def split_to(packs: list[list[int]], count: int) -> list[list[int]]:
-    """Split packs in two, those with most samples first, until there are ``count`` (at most one a sample)."""
+    """Split the packs with the most samples in two until there are ``count`` (at most one per sample)."""
     packs = list(packs)
     by_size = [(-len(pack), i) for i, pack in enumerate(packs)]
     heapq.heapify(by_size)
@@ -94,7 +94,7 @@ def split_to(packs: list[list[int]], count: int) -> list[list[int]]:
 
 
 class _BitSet:
-    """Numbers in [0, limit] in two levels of bits: the next or last member from a number on in one step."""
+    """Set of integers in [0, limit] in two levels of bits: finds the next or previous member in one step."""
 
     def __init__(self, limit: int) -> None:
         self._word = [0] * (limit // 64 + 1)
@@ -110,7 +110,7 @@ class _BitSet:
             self._words &= ~(1 << (number >> 6))
 
     def first_from(self, number: int) -> int:
-        """The least member that is at least ``number``, or -1."""
+        """The smallest member >= ``number``, or -1."""
         w = number >> 6
         high = self._word[w] >> (number & 63)
         if high:
@@ -123,7 +123,7 @@ class _BitSet:
         return (w << 6) + (low & -low).bit_length() - 1
 
     def last_to(self, number: int) -> int:
-        """The greatest member that is at most ``number``, or -1."""
+        """The largest member <= ``number``, or -1."""
         w = number >> 6
         low = self._word[w] & ((2 << (number & 63)) - 1)
         if not low:
@@ -136,7 +136,7 @@ class _BitSet:
 
 
 class _ByLength:
-    """The items that are left, by length. Items that were taken otherwise are skipped when they come up."""
+    """The remaining items by length; items that were taken elsewhere are skipped when they come up."""
 
     def __init__(self, order: list[int], rows: list[int]) -> None:
         self.taken = bytearray(len(rows))
@@ -150,11 +150,11 @@ class _ByLength:
             if items:
                 self._lengths.add(length)
 
-    def longest(self, most: int) -> int:
-        """Take the longest item of at most ``most`` rows and return it; -1 where there is none."""
-        most = min(most, self._limit)
-        while most > 0:
-            length = self._lengths.last_to(most)
+    def longest(self, max_rows: int) -> int:
+        """Take and return the longest item of at most ``max_rows`` rows; -1 if there is none."""
+        max_rows = min(max_rows, self._limit)
+        while max_rows > 0:
+            length = self._lengths.last_to(max_rows)
             if length < 0:
                 return -1
             items = self._items[length]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
-from speechlm_ext.data.samples import SampleTable
+from speechlm_ext.data.samples import SampleCounts, SampleTable
 from speechlm_ext.data.sequence import LossWeights, content_length
 from speechlm_ext.data.tokens.folder import TokenCorpus
 from speechlm_ext.errors import PlanError
@@ -19,25 +19,14 @@ KINDS = ("text", "ssl", "codec", "special")
 
 
 @dataclass(frozen=True)
-class TaskReport:
+class TaskReport(SampleCounts):
     """One task in one epoch."""
 
-    task: str
-    samples: int
-    """Different samples."""
     copies: int
     """Samples with their repetitions."""
     rows: int
     tokens: dict[str, int]
     """Tokens per kind: text, ssl, codec (all codebooks), special."""
-    filtered: int
-    """Utterances outside the task's data sets and languages."""
-    lacking: int
-    """Utterances without a modality that the task needs."""
-    no_prompt: int
-    """Utterances without another one of their speaker to prompt with."""
-    overlong: int
-    """Samples dropped because they are longer than the budget."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class PlanReport:
     rows: int
     packs_per_epoch: int
     padding: float
-    """Share of the packs' rows that stays empty."""
+    """Share of the packs' rows without a sample."""
     pad_cells: float
     """Share of the filled rows' cells (rows times streams) without a token: single-stream parts and delays."""
     longest: int
@@ -73,30 +62,20 @@ def make_report(corpus: TokenCorpus, cfg: PlanConfig) -> PlanReport:
     copies, lengths = samples.copies(0, draw), samples.lengths(0, draw)
     prompt_len = np.minimum(samples.speech_lengths[samples.prompts(0, draw)], cfg.prompt_frames)
     tasks, total, loss = [], Counter[str](), Counter[str]()
-    for number, (template, account) in enumerate(zip(samples.templates, samples.eligible, strict=True)):
+    for number, (template, counts) in enumerate(zip(samples.templates, samples.counts, strict=True)):
         mine = np.flatnonzero(samples.task == number)
         frames = _frames(samples, template, mine, copies[mine], prompt_len)
-        tokens = _count(template, frames, int(copies[mine].sum()), corpus.layout)
+        num_copies = int(copies[mine].sum())
+        tokens = _count(template, frames, num_copies, corpus.layout)
         total.update(tokens)
-        loss.update(_loss_weight(template, frames, int(copies[mine].sum()), corpus.layout, cfg.loss))
-        tasks.append(
-            TaskReport(
-                template.name,
-                account.samples,
-                int(copies[mine].sum()),
-                int((copies[mine] * lengths[mine]).sum()),
-                dict(tokens),
-                account.filtered,
-                account.lacking,
-                account.no_prompt,
-                account.overlong,
-            )
-        )
+        loss.update(_loss_weight(template, frames, num_copies, corpus.layout, cfg.loss))
+        num_rows = int((copies[mine] * lengths[mine]).sum())
+        tasks.append(TaskReport(**asdict(counts), copies=num_copies, rows=num_rows, tokens=dict(tokens)))
     rows = int((copies * lengths).sum())
     weight = sum(loss.values())
     if weight <= 0:
         raise PlanError(
-            "nothing would be learnt: every token of these tasks has loss weight 0. Raise data.loss."
+            "nothing would be learned: every token of these tasks has loss weight 0. Raise data.loss."
         )
     return PlanReport(
         layout=str(corpus.layout),
@@ -168,7 +147,7 @@ def _frames(
 
 
 def _streams_of(modality: str, layout: TokenLayout) -> Counter[str]:
-    """How many streams of each kind a frame of ``modality`` fills."""
+    """Number of streams of each kind that a frame of ``modality`` fills."""
     kinds: Counter[str] = Counter()
     for span in layout.content_ranges(modality):
         if span is not None:
