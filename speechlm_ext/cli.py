@@ -161,7 +161,7 @@ def build_parser(name: str) -> Any:
 
 
 def _use_strict_yaml() -> None:
-    """Configuration files, and options with YAML or JSON in them, in which a key stands twice are refused."""
+    """Configuration files, and options with YAML or JSON in them, in which a key occurs twice are refused."""
     import yaml
     from jsonargparse import get_loader, set_loader
 

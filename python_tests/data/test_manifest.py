@@ -77,9 +77,9 @@ BAD = {
     "negative-start": ({"id": "b", "text": "t", "start": -1}, "'start' must be a number of seconds, >= 0"),
     "no-duration": ({"id": "b", "text": "t", "duration": 0}, "'duration' must be a number of seconds, > 0"),
     "nan": (b'{"id": "b", "text": "t", "duration": NaN}', "'duration' must be"),
-    "key-twice": (b'{"id": "b", "text": "t", "speaker": "x", "text": "t"}', "key 'text' stands twice"),
-    "id-twice": (b'{"id": "b", "text": "t", "id": "c"}', "key 'id' stands twice"),
-    "nested-key-twice": (b'{"id": "b", "text": "t", "x": {"k": 1, "k": 2}}', "key 'k' stands twice"),
+    "key-twice": (b'{"id": "b", "text": "t", "speaker": "x", "text": "t"}', "key 'text' occurs twice"),
+    "id-twice": (b'{"id": "b", "text": "t", "id": "c"}', "key 'id' occurs twice"),
+    "nested-key-twice": (b'{"id": "b", "text": "t", "x": {"k": 1, "k": 2}}', "key 'k' occurs twice"),
     "deep": (b'{"id": "b", "text": ' + b"[" * 100000, "nested too deeply"),
     "surrogate": (b'{"id": "b", "text": "\\ud800"}', "lone surrogate"),
 }

@@ -16,7 +16,7 @@ def test_every_line_has_its_place_and_its_own_problem(tmp_path: Path) -> None:
     lines = read_json_lines(path, "file", ConfigError, all_utf8=False)
     assert [line.number for line in lines] == [1, 3, 4, 5, 6] and lines[1].where == f"{path}:3"
     assert list(lines[0].object()) == ["a"] and lines[1].value() == [1]
-    reasons = ["expected a JSON object, got list", "stands twice", "not JSON", "not UTF-8"]
+    reasons = ["expected a JSON object, got list", "occurs twice", "not JSON", "not UTF-8"]
     for line, reason in zip(lines[1:], reasons, strict=True):
         with pytest.raises(ValueError, match=reason):
             line.object()

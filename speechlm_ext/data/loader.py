@@ -205,7 +205,7 @@ class EvalBatch:
     ids: list[str]
     """Utterance id of each segment."""
     utterances: list[dict[str, Any]]
-    """What is stored about each (see :meth:`TokenFolder.utterance`)."""
+    """The stored data of each (see :meth:`TokenFolder.utterance`)."""
 
 
 def iter_eval(

@@ -1,4 +1,4 @@
-"""Where a result came from: the machine, the versions and the commit."""
+"""Provenance of a result: machine, versions and commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the settings of all verbs have in common: old names that are still taken, one value where a list may stand."""
+"""Settings of verbs: old names that still work, and one value in place of a list."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Value = TypeVar("Value")
 
 
 def take_old_name(settings: Any, old: str, new: str, needed: str | None = None) -> None:
-    """Move what was given under a field's old name to its new one; for ``__post_init__`` of frozen settings.
+    """Move the value of a field's old name to its new one; for ``__post_init__`` of frozen settings.
 
     Args:
         settings: the dataclass, changed in place.
         old, new: names of its fields.
-        needed: what the setting is, where it must be given under one of the names.
+        needed: description of a setting that must be given under one of the names.
 
     Raises:
         ConfigError: both were given and differ, or a needed one is missing.

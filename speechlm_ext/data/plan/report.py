@@ -54,7 +54,7 @@ def make_report(corpus: TokenCorpus, cfg: PlanConfig) -> PlanReport:
     """The report over opened token folders.
 
     Raises:
-        PlanError: nothing would be learnt; others as for training.
+        PlanError: nothing would be learned; others as for training.
     """
     samples = build_samples(corpus, cfg)
     plan = PackPlan(samples, cfg.seed, cfg.budget, overlong=cfg.overlong)

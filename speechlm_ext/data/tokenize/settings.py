@@ -14,7 +14,7 @@ from speechlm_ext.utils.options import take_old_name
 
 @dataclass(frozen=True)
 class TextFit(TextConfig):
-    """How to get the text tokenizer."""
+    """Source of the text tokenizer."""
 
     kind: Literal["sentencepiece", "huggingface", "none"] = "sentencepiece"
     """Train a SentencePiece model on the manifest's texts, read a Hugging Face tokenizer, or have none."""
@@ -24,15 +24,15 @@ class TextFit(TextConfig):
 
 @dataclass(frozen=True)
 class SSLFit(SSLConfig):
-    """How to get the SSL units."""
+    """Source of the SSL units."""
 
     kind: Literal["mfcc-kmeans", "encoder-kmeans", "none"] = "mfcc-kmeans"
     """K-Means units over normalised MFCCs, over the features of ``encoder``, or none."""
     encoder: str | None = None
     """Of ``encoder-kmeans``: ``mfcc``, ``log-mel``, or ``hf:FOLDER_OR_HUB_NAME:LAYER``."""
     kmeans: str | None = None
-    """Of ``encoder-kmeans``: take the units of this folder, which ``speechlm kmeans fit`` has written, and fit none;
-    they know their encoder, unless they were imported."""
+    """Of ``encoder-kmeans``: folder of units from ``speechlm kmeans fit``, which are used instead of fitting; they name
+    their encoder, unless they were imported."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +56,7 @@ class SSLFit(SSLConfig):
 
 @dataclass(frozen=True)
 class CodecFit(RVQConfig):
-    """How to get the codec."""
+    """Source of the codec."""
 
     kind: Literal["rvq-kmeans", "none"] = "rvq-kmeans"
     """Fit residual K-Means codebooks over log-mel frames, or have none."""
@@ -90,15 +90,15 @@ class TokenizeConfig:
     task_file: str | None = None
     """YAML file with task templates of your own; their ids become part of the layout."""
     skip_bad: bool = False
-    """Go on past bad items; they are listed in ``rejected.jsonl`` and counted."""
+    """Leave out bad items instead of stopping; they are listed in ``rejected.jsonl`` and counted."""
     resample: bool = True
-    """Convert recordings of another sampling rate, which is said once; ``false`` makes them bad items."""
+    """Convert recordings of another sampling rate, which the log notes once; ``false`` makes them bad items."""
     num_workers: int | None = None
     """Processes; default one per core."""
     rows_per_shard: int = 1000
     """Utterances in a shard."""
     shard: str | None = None
-    """``i/N``: make only every N-th shard, beginning with the i-th (from 0)."""
+    """``i/N``: make only every N-th shard, starting with the i-th (from 0)."""
     stage: Literal["all", "fit", "merge"] = "all"
     """``fit`` only fits the tokenizers, ``merge`` only writes the index over the shards of all parts."""
     seed: int = 0

@@ -37,12 +37,12 @@ from speechlm_ext.layout import FILE_NAME, TokenLayout
 
 
 class _Shard:
-    """One shard in memory: per token column the ids of all rows on end and where each row begins."""
+    """One shard in memory: per token column the concatenated ids of all rows, and each row's offset."""
 
     def __init__(self, path: Path, rows: int, sha256: str) -> None:
         with foreign_errors(ShardError, f"shard {path} cannot be read", HINT):
             data = path.read_bytes()
-            # Before the decoder sees them: damaged bytes may decode to other ids without a word.
+            # Before decoding: damaged bytes may decode to other ids without an error.
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise ShardError(f"{path}: content does not match the sha256 in {INDEX}; {WAY_OUT}")
             self._read(pq.read_table(pa.BufferReader(data)), path, rows)
@@ -74,7 +74,7 @@ class TokenFolder:
         layout: its token layout.
         lengths: int32 ``[n]`` frames per utterance under ``text_bpe``, ``ssl`` and ``codec``; 0 where it has none.
         speaker, dataset, lang: int32 ``[n]`` index into ``names["speaker"]`` …, -1 where there is none.
-        names: the names that those indices mean.
+        names: the names behind those indices.
         index: the content of ``index.json``.
     """
 
@@ -95,8 +95,7 @@ class TokenFolder:
         """Open and check a folder: index, layout, each shard's size and layout hash.
 
         Args:
-            verify: also read every shard and compare its sha256 now; otherwise that is done when it is first asked
-                for.
+            verify: also read every shard and compare its sha256 now instead of on first use.
 
         Raises:
             ShardError: not a finished token folder, or a file in it is missing, truncated or of another layout.
@@ -104,10 +103,12 @@ class TokenFolder:
         """
         path = Path(path)
         if not (path / INDEX).is_file():
-            what = "was not finished; run the same `speechlm tokenize` again, it continues where it stopped"
+            problem = (
+                "was not finished; run the same `speechlm tokenize` again, it continues where it stopped"
+            )
             if not any(path.glob("shard-*.parquet")):
-                what = "is not a token folder; give the `out` folder of `speechlm tokenize`"
-            raise ShardError(f"{path} has no {INDEX}: it {what}.")
+                problem = "is not a token folder; give the output_dir of `speechlm tokenize`"
+            raise ShardError(f"{path} has no {INDEX}: it {problem}.")
         index = read_index(path / INDEX)
         shards, names = index["shards"], index["names"]
         layout = TokenLayout.load(path)
@@ -140,18 +141,18 @@ class TokenFolder:
 
     @cached_property
     def ids(self) -> list[str]:
-        """Every utterance's id, in order."""
+        """Id of every utterance, in order."""
         out: list[str] = []
         for number in range(len(self.index["shards"])):
             out += self._get(number).plain["id"].to_pylist()
         return out
 
     def utterance(self, i: int) -> dict[str, Any]:
-        """Everything stored about utterance ``i``.
+        """The stored data of utterance ``i``.
 
         Returns:
             ``id``, ``dataset``, ``speaker``, ``lang``, ``text``, ``duration`` (seconds), and raw ids int32
-            ``text_bpe [T, 1]``, ``ssl [T, 1]``, ``codec [T, K]``; None for what the utterance does not have.
+            ``text_bpe [T, 1]``, ``ssl [T, 1]``, ``codec [T, K]``; None for missing ones.
 
         Raises:
             ShardError: its shard cannot be read.
@@ -190,7 +191,7 @@ class TokenCorpus:
     def __init__(self, folders: Sequence[TokenFolder]) -> None:
         if not folders:
             raise ShardError(
-                "no token folder was given; give at least one `out` folder of `speechlm tokenize`."
+                "no token folder was given; give at least one output_dir of `speechlm tokenize`."
             )
         self.folders = list(folders)
         self.layout = folders[0].layout
@@ -204,7 +205,7 @@ class TokenCorpus:
         self.langs: list[str] = []
         self.dataset = np.concatenate([_merge(f.dataset, f.names["dataset"], self.datasets) for f in folders])
         self.lang = np.concatenate([_merge(f.lang, f.names["lang"], self.langs) for f in folders])
-        # (data set, speaker) pairs, numbered; -1 stays "nobody".
+        # Numbers of (data set, speaker) pairs; -1 is no speaker.
         names: list[str] = []
         local = np.concatenate([_merge(f.speaker, f.names["speaker"], names) for f in folders]).astype(
             np.int64
@@ -246,7 +247,7 @@ def open_tokens(tokens: Tokens, delays: Sequence[int] | None = None) -> TokenCor
     """Open token folders given in any form.
 
     Args:
-        delays: of each stream, instead of those in the folders' layout. What is stored is not delayed, so the same
+        delays: of each stream, instead of those in the folders' layout. Stored ids are not delayed, so the same
             folders serve every stream layout.
 
     Raises:

@@ -48,7 +48,7 @@ def write_shard(
         path: its final name.
         rows: per utterance ``id``, ``dataset``, ``speaker``, ``lang``, ``text``, ``duration`` and int arrays
             ``[T, C]`` (or None) under ``text_bpe``, ``ssl``, ``codec``.
-        inputs_sha256: hash over what the shard was made from; a restart compares it.
+        inputs_sha256: hash of the shard's inputs; a restart compares it.
         rejected: items of this shard that were left out.
 
     Raises:
@@ -76,7 +76,7 @@ def write_shard(
 
 @dataclass(frozen=True)
 class ShardHead:
-    """What a shard says about itself."""
+    """Number of rows and metadata of a shard."""
 
     rows: int
     layout_sha256: str
@@ -85,7 +85,7 @@ class ShardHead:
 
 
 def read_head(path: Path) -> ShardHead | None:
-    """A shard's own description, or None where there is no readable shard of ours."""
+    """A shard's head, or None if there is no readable shard at ``path``."""
     try:
         meta = pq.read_metadata(path)
         keys = meta.metadata or {}
@@ -119,7 +119,7 @@ def write_index(
                 "writes the shards that are not there."
             )
         with foreign_errors(ShardError, f"{path} is damaged", "Delete it and run `speechlm tokenize` again."):
-            # All columns, for the pages' checksums: the index would else vouch for what was damaged before it.
+            # All columns, for the pages' checksums: otherwise the index would hold hashes of damaged pages.
             table = pq.read_table(path, page_checksum_verification=True)
             for key, known in names.items():
                 values = table[key].to_pylist()

@@ -1,7 +1,7 @@
-"""``index.json`` of a token folder, and how the other files are compared with it.
+"""``index.json`` of a token folder, and the comparison of the other files with it.
 
 The index is written last and holds size and sha256 of every other file, and a sha256 of itself. Everything is checked
-before it is used, so that damage is refused by the name of file and key.
+before it is used, so that an error about damage names file and key.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def shard_name(number: int) -> str:
 
 _FILE = {"size": SIZE, "sha256": SHA256}
 _COUNTS = Range(int, 0, np.iinfo(np.int64).max)
-#: What ``index.json`` holds; tokenizing adds how many items were rejected.
+#: Shape of ``index.json``; ``speechlm tokenize`` adds the number of rejected items.
 _INDEX_SHAPE = {
     "format": str,
     "version": int,
@@ -82,7 +82,7 @@ def index_sha256(index: Mapping[str, Any]) -> str:
 
 
 def check_lengths(arrays: Mapping[str, np.ndarray], index: Mapping[str, Any]) -> None:
-    """Compare the arrays of ``lengths.npz`` with the index. Raises ``ValueError`` where they do not belong together."""
+    """Compare the arrays of ``lengths.npz`` with the index. Raises ``ValueError`` for the first difference."""
     rows = [shard["rows"] for shard in index["shards"]]
     num = index["num_utterances"]
     if num != sum(rows):
