@@ -1,7 +1,7 @@
 """Bin packing of samples: a pure function of lengths, budget and seed, O(n log n).
 
 Packs are filled one after the other, with samples in random order as long as they fit, then with the longest samples
-that fit into the rest, found in one step by a bit set over the remaining lengths. So a pack is a random mixture of
+that fit into the rest, found in one step in a bit set (an int) of the remaining lengths. So a pack is a random mixture of
 lengths and tasks, and still almost full. Measured on speech-like lengths (105 to
 1560 rows) with 8192 rows a pack on one Zen 3 core: 1M samples in 2.3 s, 99.8 % full.
 """
@@ -59,21 +59,20 @@ def pack_tight(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> li
     order = order[np.argsort(-lengths[order], kind="stable")]
     packs: list[list[int]] = []
     with_free: list[list[int]] = [[] for _ in range(budget + 1)]
-    free_rows = _BitSet(budget)
+    free_rows = 0
     for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        free = free_rows.first_from(length)
-        if free < 0:
-            chosen, free = len(packs), budget
-            packs.append([item])
-        else:
+        if fitting := free_rows >> length:
+            free = length + (fitting & -fitting).bit_length() - 1
             chosen = with_free[free].pop()
             packs[chosen].append(item)
             if not with_free[free]:
-                free_rows.remove(free)
+                free_rows ^= 1 << free
+        else:
+            chosen, free = len(packs), budget
+            packs.append([item])
         left = free - length
         if left:
-            if not with_free[left]:
-                free_rows.add(left)
+            free_rows |= 1 << left
             with_free[left].append(chosen)
     return packs
 
@@ -93,75 +92,25 @@ def split_to(packs: list[list[int]], count: int) -> list[list[int]]:
     return packs
 
 
-class _BitSet:
-    """Set of integers in [0, limit] in two levels of bits: finds the next or previous member in one step."""
-
-    def __init__(self, limit: int) -> None:
-        self._word = [0] * (limit // 64 + 1)
-        self._words = 0  # bit w is set when word w is not zero
-
-    def add(self, number: int) -> None:
-        self._word[number >> 6] |= 1 << (number & 63)
-        self._words |= 1 << (number >> 6)
-
-    def remove(self, number: int) -> None:
-        self._word[number >> 6] &= ~(1 << (number & 63))
-        if not self._word[number >> 6]:
-            self._words &= ~(1 << (number >> 6))
-
-    def first_from(self, number: int) -> int:
-        """The smallest member >= ``number``, or -1."""
-        w = number >> 6
-        high = self._word[w] >> (number & 63)
-        if high:
-            return number + (high & -high).bit_length() - 1
-        rest = self._words >> (w + 1)
-        if not rest:
-            return -1
-        w += (rest & -rest).bit_length()
-        low = self._word[w]
-        return (w << 6) + (low & -low).bit_length() - 1
-
-    def last_to(self, number: int) -> int:
-        """The largest member <= ``number``, or -1."""
-        w = number >> 6
-        low = self._word[w] & ((2 << (number & 63)) - 1)
-        if not low:
-            rest = self._words & ((1 << w) - 1)
-            if not rest:
-                return -1
-            w = rest.bit_length() - 1
-            low = self._word[w]
-        return (w << 6) + low.bit_length() - 1
-
-
 class _ByLength:
     """The remaining items by length; items that were taken elsewhere are skipped when they come up."""
 
     def __init__(self, order: list[int], rows: list[int]) -> None:
         self.taken = bytearray(len(rows))
-        self._rows = rows
-        self._limit = max(rows, default=0)
-        self._items: list[list[int]] = [[] for _ in range(self._limit + 1)]
+        self._items: list[list[int]] = [[] for _ in range(max(rows, default=0) + 1)]
         for item in order:
             self._items[rows[item]].append(item)
-        self._lengths = _BitSet(self._limit)
-        for length, items in enumerate(self._items):
-            if items:
-                self._lengths.add(length)
+        self._lengths = sum(1 << length for length, items in enumerate(self._items) if items)
 
     def longest(self, max_rows: int) -> int:
         """Take and return the longest item of at most ``max_rows`` rows; -1 if there is none."""
-        max_rows = min(max_rows, self._limit)
-        while max_rows > 0:
-            length = self._lengths.last_to(max_rows)
-            if length < 0:
-                return -1
+        while fitting := self._lengths & ((2 << max_rows) - 1):
+            length = fitting.bit_length() - 1
             items = self._items[length]
             while items:
                 item = items.pop()
                 if not self.taken[item]:
                     self.taken[item] = 1
                     return item
-            self._lengths.remove(length)
+            self._lengths ^= 1 << length
         return -1
