@@ -16,6 +16,13 @@ from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tasks import TaskTemplate
 
 KINDS = ("text", "ssl", "codec", "special")
+#: Why utterances are left out of a task, by field of :class:`SampleCounts`.
+_REASONS = {
+    "filtered": "outside its data sets or languages",
+    "lacking": "lack a modality",
+    "no_prompt": "no other utterance of the speaker to prompt with",
+    "overlong": "too long, dropped",
+}
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,14 @@ def make_report(corpus: TokenCorpus, cfg: PlanConfig) -> PlanReport:
     draw = plan.draw(0)
     copies, lengths = samples.copies(0, draw), samples.lengths(0, draw)
     prompt_len = np.minimum(samples.speech_lengths[samples.prompts(0, draw)], cfg.prompt_frames)
-    tasks, total, loss = [], Counter[str](), Counter[str]()
+    tasks, total, loss = [], Counter[str](), dict.fromkeys(KINDS, 0.0)
     for number, (template, counts) in enumerate(zip(samples.templates, samples.counts, strict=True)):
         mine = np.flatnonzero(samples.task == number)
         frames = _frames(samples, template, mine, copies[mine], prompt_len)
         num_copies = int(copies[mine].sum())
-        tokens = _count(template, frames, num_copies, corpus.layout)
+        tokens, task_loss = _tokens_and_loss(template, frames, num_copies, corpus.layout, cfg.loss)
         total.update(tokens)
-        loss.update(_loss_weight(template, frames, num_copies, corpus.layout, cfg.loss))
+        loss = {kind: loss[kind] + task_loss[kind] for kind in KINDS}
         num_rows = int((copies[mine] * lengths[mine]).sum())
         tasks.append(TaskReport(**asdict(counts), copies=num_copies, rows=num_rows, tokens=dict(tokens)))
     rows = int((copies * lengths).sum())
@@ -94,41 +101,25 @@ def make_report(corpus: TokenCorpus, cfg: PlanConfig) -> PlanReport:
 
 def format_report(report: PlanReport) -> str:
     """The report as a table for people."""
+    table = [["task", "samples", "copies", "rows", *(f"{kind} tokens" for kind in KINDS)]]
+    samples, copies = (sum(getattr(t, name) for t in report.tasks) for name in ("samples", "copies"))
+    for name, *numbers, tokens in (
+        *((t.task, t.samples, t.copies, t.rows, t.tokens) for t in report.tasks),
+        ("all", samples, copies, report.rows, report.tokens),
+    ):
+        table.append([name, *(f"{n:,}" for n in (*numbers, *(tokens.get(kind, 0) for kind in KINDS)))])
+    table.append(["loss share", "", "", "", *(f"{report.loss_share[kind]:.1%}" for kind in KINDS)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [f"layout {report.layout}    {report.utterances:,} utterances", ""]
-    head = ["task", "samples", "copies", "rows", *(f"{k} tokens" for k in KINDS)]
-    body = [
-        [
-            t.task,
-            f"{t.samples:,}",
-            f"{t.copies:,}",
-            f"{t.rows:,}",
-            *(f"{t.tokens.get(k, 0):,}" for k in KINDS),
-        ]
-        for t in report.tasks
-    ]
-    copies = sum(t.copies for t in report.tasks)
-    body.append(
-        ["all", f"{sum(t.samples for t in report.tasks):,}", f"{copies:,}", f"{report.rows:,}"]
-        + [f"{report.tokens[k]:,}" for k in KINDS]
-    )
-    body.append(["loss share", "", "", "", *(f"{report.loss_share[k]:.1%}" for k in KINDS)])
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    for row in [head, *body]:
-        lines.append(
-            "  ".join(
-                c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+    for name, *cells in table:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *right]))
     lines.append("")
     for t in report.tasks:
-        why = [("outside its data sets or languages", t.filtered), ("lack a modality", t.lacking)]
-        why += [
-            ("no other utterance of the speaker to prompt with", t.no_prompt),
-            ("too long, dropped", t.overlong),
-        ]
-        left = "; ".join(f"{count:,} {reason}" for reason, count in why if count)
-        if left:
-            lines.append(f"left out of {t.task}: {left}")
+        counts = [(getattr(t, name), reason) for name, reason in _REASONS.items()]
+        left_out = "; ".join(f"{count:,} {reason}" for count, reason in counts if count)
+        if left_out:
+            lines.append(f"left out of {t.task}: {left_out}")
     lines.append(
         f"{report.packs_per_epoch:,} packs an epoch of at most {report.budget:,} rows, padding {report.padding:.2%}; "
         f"cells without a token {report.pad_cells:.1%}; longest sample {report.longest:,} rows"
@@ -156,29 +147,23 @@ def _streams_of(modality: str, layout: TokenLayout) -> Counter[str]:
     return kinds
 
 
-def _count(template: TaskTemplate, frames: list[int], copies: int, layout: TokenLayout) -> Counter[str]:
-    out: Counter[str] = Counter(special=copies * (2 + len(template.entries) + len(template.targets)))
-    for (entry, _), length in zip(template.entries, frames, strict=True):
-        for kind, streams in _streams_of(entry.modality, layout).items():
-            out[kind] += streams * length
-    return out
-
-
-def _loss_weight(
+def _tokens_and_loss(
     template: TaskTemplate, frames: list[int], copies: int, layout: TokenLayout, weights: LossWeights
-) -> Counter[str]:
+) -> tuple[Counter[str], dict[str, float]]:
+    """Number of tokens and sum of loss weights per kind, of a task in one epoch."""
     everything = weights.region == "all"
     ends = sum(weights.of_end(entry.modality, layout) for entry in template.targets)
     markers = weights.special * (1 + len(template.entries)) if everything else 0.0
-    out: Counter[str] = Counter()
-    out["special"] = (ends + markers) * copies  # type: ignore[assignment]
+    tokens = Counter(special=copies * (2 + len(template.entries) + len(template.targets)))
+    loss = {kind: 0.0 for kind in KINDS} | {"special": (ends + markers) * copies}
     per_token = {
         "text": weights.text,
         "ssl": weights.ssl,
         "codec": weights.codec / max(layout.num_codebooks, 1),
     }
     for (entry, is_target), length in zip(template.entries, frames, strict=True):
-        if is_target or everything:
-            for kind, streams in _streams_of(entry.modality, layout).items():
-                out[kind] += streams * length * per_token[kind]  # type: ignore[assignment]
-    return out
+        for kind, streams in _streams_of(entry.modality, layout).items():
+            tokens[kind] += streams * length
+            if is_target or everything:
+                loss[kind] += streams * length * per_token[kind]
+    return tokens, loss
