@@ -83,7 +83,7 @@ def test_best_fit_takes_the_tightest_pack(lengths: list[int], budget: int) -> No
     assert sorted(budget - sum(lengths[i] for i in p) for p in packs) == sorted(free)
 
 
-@pytest.mark.parametrize("count", [20_000, 1_000_000])
+@pytest.mark.parametrize("count", [20_000, 200_000])
 def test_fill_on_speech_like_lengths(count: int) -> None:
     lengths = speech_like(count)
     packs = pack_random(lengths, 8192, np.random.default_rng(0))
