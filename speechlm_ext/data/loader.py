@@ -19,7 +19,7 @@ import numpy as np
 from speechlm_ext.data.batch import Sample, SequencePacker
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import SampleTable, TaskUse
-from speechlm_ext.data.sequence import LossWeights
+from speechlm_ext.data.sequence import LossWeights, content_ids, speech_modality
 from speechlm_ext.data.tokens.folder import Tokens, open_tokens
 from speechlm_ext.errors import ConfigError, PlanError
 from speechlm_ext.layout import TokenLayout
@@ -271,10 +271,6 @@ def read_sample(
         if prompts is None:
             raise PlanError(f"sample {sample} needs a speaker prompt.")
         other = int(prompts[number])
-        source = corpus.utterance(other)
-        columns = [source[c] for c in (("ssl", "codec") if corpus.layout.has("codec_ssl") else ("codec",))]
-        shortest = min(len(c) for c in columns)
-        prompt = np.concatenate([c[:shortest] for c in columns], axis=1)[
-            samples.crop(sample, other, epoch, draw)
-        ]
+        frames = content_ids(speech_modality(corpus.layout), corpus.utterance(other), corpus.layout, None)
+        prompt = frames[samples.crop(sample, other, epoch, draw)]
     return Sample(samples.templates[samples.task[sample]], corpus.utterance(number), prompt)

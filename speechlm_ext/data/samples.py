@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from speechlm_ext.data.sequence import content_columns, content_length, sequence_length
+from speechlm_ext.data.sequence import content_columns, content_length, sequence_length, speech_modality
 from speechlm_ext.data.tokens.folder import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.tasks import TaskTemplate
@@ -100,9 +100,7 @@ class SampleTable:
         if prompt_frames < 1:
             raise PlanError(f"prompt_frames must be >= 1, got {prompt_frames}.")
         per_dataset = self._dataset_factors(dataset_factors or {})
-        speech = content_length(
-            "codec_ssl" if corpus.layout.has("codec_ssl") else "codec", corpus.lengths, corpus.layout
-        )
+        speech = content_length(speech_modality(corpus.layout), corpus.lengths, corpus.layout)
         self.speech_lengths = speech.astype(np.int64)
         # Utterances that can prompt: with a speaker and speech, where the speaker has at least two of them.
         pool = (corpus.speaker >= 0) & (speech > 0)

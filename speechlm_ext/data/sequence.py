@@ -67,14 +67,16 @@ class LossWeights:
         return self.ssl if layout.has("ssl") and span == layout.interval("ssl") else self.text
 
 
-def content_columns(modality: str, layout: TokenLayout) -> tuple[str, ...]:
-    """The stored token columns (of ``text_bpe``, ``ssl``, ``codec``) that make up ``modality`` content.
+def speech_modality(layout: TokenLayout) -> str:
+    """The modality of recordings, and so of speaker prompts: codec_ssl if the layout has SSL units, else codec."""
+    return "codec_ssl" if layout.has("codec_ssl") else "codec"
 
-    A speaker prompt is speech as in this layout: codec_ssl if it has SSL units, else codec.
-    """
-    if modality == "codec_ssl" or (modality == "spk" and layout.has("codec_ssl")):
-        return ("ssl", "codec")
-    return ("codec",) if modality == "spk" else (modality,)
+
+def content_columns(modality: str, layout: TokenLayout) -> tuple[str, ...]:
+    """The stored token columns (of ``text_bpe``, ``ssl``, ``codec``) that make up ``modality`` content."""
+    if modality == "spk":
+        modality = speech_modality(layout)
+    return ("ssl", "codec") if modality == "codec_ssl" else (modality,)
 
 
 def content_length(modality: str, lengths: Mapping[str, Lengths], layout: TokenLayout) -> Lengths:
