@@ -112,19 +112,15 @@ class TokenLayout:
             intervals.append(Interval(label, start, start + size))
             start += size
         single = tuple(label for label, _ in sizes if not label.startswith("codec"))
-        shift = 1 if ssl is not None else 0
-        num_streams = max(1, len(codec) + shift) if codec else 1
-        delays = tuple(range(num_streams)) if delays is None else tuple(int(d) for d in delays)
-        if len(delays) != num_streams:
-            raise LayoutError(f"expected {num_streams} delays, one per stream, got {len(delays)}: {delays}.")
-        streams = []
-        for s in range(num_streams):
-            k = s - shift
-            carries = single if s == 0 else ()
-            if codec and k >= 0:
-                carries += (f"codec{k}",)
-            label = "ssl" if (s == 0 and ssl is not None) else ("text" if not codec else f"codec{k}")
-            streams.append(Stream(label, delays[s], carries))
+        codebooks = [f"codec{k}" for k in range(len(codec))]
+        names = ["ssl"] * (ssl is not None) + codebooks or ["text"]
+        delays = tuple(range(len(names))) if delays is None else tuple(int(d) for d in delays)
+        if len(delays) != len(names):
+            raise LayoutError(f"expected {len(names)} delays, one per stream, got {len(delays)}: {delays}.")
+        streams: list[Stream] = []
+        for label, delay in zip(names, delays, strict=True):
+            carries = () if streams else single
+            streams.append(Stream(label, delay, carries + ((label,) if label in codebooks else ())))
         special = dict(BASE_SPECIAL)
         for task in (builtin_tasks() if tasks is None else tasks).values():
             special[f"task:{task.name}"] = task.id
