@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -202,17 +202,13 @@ def test_nothing_is_unpickled_without_consent(tmp_path):
     assert made.exists()  # which is why
 
 
-def test_centroids_without_pickle(x, tmp_path):
+def test_centroids_without_pickle(x, tmp_path, monkeypatch):
     np.save(tmp_path / "centroids.npy", x[:9].numpy())
-    argv = [
-        sys.executable,
-        "-m",
-        "speechlm_ext.importers.kmeans_centroids",
-        str(tmp_path / "centroids.npy"),
-        str(tmp_path / "u"),
-    ]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "centroids.npy"), str(tmp_path / "u")])
+    monkeypatch.delitem(sys.modules, convert.__name__)
+    with pytest.raises(SystemExit) as end:  # as `python -m` does
+        runpy.run_module("speechlm_ext.importers.kmeans_centroids", run_name="__main__")
+    assert end.value.code == 0
     model = sx.KMeans.load(tmp_path / "u")
     assert torch.equal(model.cluster_centers_, x[:9]) and model.predict(x[:9]).tolist() == list(range(9))
 

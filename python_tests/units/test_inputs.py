@@ -166,9 +166,8 @@ def test_fit_on_recordings_has_no_column(tmp_path, says):
     assert "--num_workers must be >= 0, got -1" in says(*words, "--num_workers", -1)
 
 
-def test_assign_has_only_options_with_an_effect(features, tmp_path, says):
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
-    words = ["assign", "--kmeans", tmp_path / "u", "--output_dir", tmp_path / "l"]
+def test_assign_has_only_options_with_an_effect(shard_units, features, tmp_path, says):
+    words = ["assign", "--kmeans", shard_units, "--output_dir", tmp_path / "l"]
     assert "--resample is for recordings" in says(*words, "--features", features, "--resample", "false")
     message = says(*words, "--audio", MANIFEST, "--encoder", "mfcc", "--column", "x")
     assert "--column is for feature shards" in message
@@ -196,11 +195,10 @@ def test_names_of_files_are_not_taken_for_options():
 
 
 @pytest.mark.parametrize("name", ["x.pdf", "x", "x.svg.gz"])
-def test_inspect_looks_at_the_picture_first(features, tmp_path, says, name):
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
-    message = says("inspect", "--kmeans", tmp_path / "u", "--plot", tmp_path / name)
+def test_inspect_looks_at_the_picture_first(shard_units, features, tmp_path, says, name):
+    message = says("inspect", "--kmeans", shard_units, "--plot", tmp_path / name)
     assert f"--plot must end in .svg or .png, got {tmp_path / name}" in message
-    assert "--pairs must be >= 0" in says("inspect", "--kmeans", tmp_path / "u", "--pairs", -1)
+    assert "--pairs must be >= 0" in says("inspect", "--kmeans", shard_units, "--pairs", -1)
 
 
 def test_one_and_many(tmp_path, capsys, says):

@@ -140,7 +140,7 @@ class KMeans:
 
         Args:
             x: rows; see the class.
-            y: ignored; for scikit-learn's pipelines.
+            y: ignored; part of scikit-learn's convention.
             checkpoint: folder for the state of the fit. After an interruption the same call resumes from it and ends
                 with the same bits as an uninterrupted fit.
             checkpoint_every: iterations (mini-batch: steps) between writes; default 1 (mini-batch: 100).

@@ -25,7 +25,6 @@ class Settings:
     """
 
     n_clusters: int
-    init: Any
     algorithm: Literal["lloyd", "minibatch"]
     max_iter: int
     tol: float
@@ -37,6 +36,7 @@ class Settings:
     reassignment_ratio: float
     init_size: int | None
     n_local_trials: int | None
+    init: Any
 
     def __post_init__(self) -> None:
         self._check("algorithm", self.algorithm in tuple(_DEFAULT_MAX_ITER), "'lloyd' or 'minibatch'")

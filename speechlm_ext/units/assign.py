@@ -263,7 +263,7 @@ def _join(cfg: AssignConfig, out: Path, target: Path, parts: Sequence[Path]) -> 
 
 
 def _claim(cfg: AssignConfig, out: Path, inputs: list[Any], written: Sequence[Path]) -> None:
-    """Record what the labels in a folder are made from. Raises :class:`ConfigError`: it holds something else."""
+    """Record settings and input of the labels in their folder. Raises :class:`ConfigError`: it holds others."""
     record = {
         "kmeans": sha256_file(Path(cfg.kmeans) / "kmeans.safetensors"),
         "format": cfg.format if cfg.audio is not None else "npy",

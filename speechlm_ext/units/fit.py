@@ -1,8 +1,8 @@
 """``speechlm kmeans fit``: from recordings or feature shards to an artifact of units, restartable.
 
-The output folder holds ``kmeans.safetensors``, ``kmeans.json`` and ``usage.svg`` at the end, and ``fit.json``, what the
-fit was made from, so that another command is refused; until then also ``features/`` (computed or sampled) and
-``checkpoint/``.
+The output folder holds ``kmeans.safetensors``, ``kmeans.json`` and ``usage.svg`` at the end, and ``fit.json``, the
+settings and input of the fit, so that another command is refused; until then also ``features/`` (computed or sampled)
+and ``checkpoint/``.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def run_fit(cfg: FitConfig) -> int:
 
 
 def _claim(cfg: FitConfig, out: Path, utterances: Sequence[Utterance], shards: FeatureSource | None) -> None:
-    """Record what the fit in a folder is made from. Raises :class:`ConfigError`: it holds something else."""
+    """Record settings and input of the fit in its folder. Raises :class:`ConfigError`: it holds something else."""
     record = {name: value for name, value in asdict(cfg).items() if name not in _WITHOUT_EFFECT}
     record = _with_plain_paths(record)
     if shards is None:

@@ -1,4 +1,4 @@
-"""Output folders of the commands: what each was made from, so that no other command continues it; rejected items."""
+"""Output folders of the commands: a record of settings and input, so that no other command resumes; rejected items."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_owner(
         folder: the output folder.
         found: the record that the folder holds; None if it has none.
         record: everything that determines the results of this command.
-        contents: keys of ``record`` that stand for the content of files, with the option that names the files.
+        contents: keys of ``record`` that describe the content of files, with the option that names the files.
         written: paths that the command writes; none may exist in a folder without a record.
         free: keys that may differ.
 
@@ -82,7 +82,7 @@ def shard_keys(paths: Sequence[Path]) -> list[list[Any]]:
 
 
 def recording_keys(utterances: Sequence[Utterance]) -> list[list[Any]]:
-    """What distinguishes recordings, as JSON: ids, file names, sizes and some of their bytes, part of the file."""
+    """Keys that distinguish recordings, as JSON: ids, file names, sizes, some of their bytes, part of the file."""
     keys = {path: _recording_key(path) for path in {u.audio for u in utterances} if path is not None}
     return [[u.id, u.audio and [u.audio.name, *keys[u.audio]], u.start, u.duration] for u in utterances]
 

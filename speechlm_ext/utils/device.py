@@ -25,7 +25,7 @@ def resolve_device(device: Any, error: type[SpeechLMError]) -> torch.device:
         raise error(f"device must be cpu, cuda, cuda:N or auto, got {device!r}.", argument="device")
     if str(device) == "auto":
         return torch.device("cuda" if num_gpus else "cpu")
-    found = torch.device(device)
+    found = device if isinstance(device, torch.device) else torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= num_gpus:
         counted = f"only {num_gpus} GPUs, counted from 0" if num_gpus else "no GPU"
         raise error(

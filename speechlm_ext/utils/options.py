@@ -1,4 +1,4 @@
-"""Settings of verbs: old names that still work, and one value in place of a list."""
+"""Helpers for the settings of all verbs: old names, one value in place of a list, options without effect."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Value = TypeVar("Value")
 
 
 def take_old_name(settings: Any, old: str, new: str, needed: str | None = None) -> None:
-    """Move the value of a field's old name to its new one; for ``__post_init__`` of frozen settings.
+    """Move a value from a field's old name to its new one; for ``__post_init__`` of frozen settings.
 
     Args:
         settings: the dataclass, changed in place.
         old, new: names of its fields.
-        needed: description of a setting that must be given under one of the names.
+        needed: description of the setting, if a value is required under one of the names.
 
     Raises:
-        ConfigError: both were given and differ, or a needed one is missing.
+        ConfigError: both are set and differ, or a required one is missing.
     """
     value = getattr(settings, old)
     if value is None:
@@ -47,7 +47,7 @@ def refuse_options(settings: Any, names: Sequence[str], purpose: str) -> None:
     Args:
         settings: the dataclass.
         names: of its fields.
-        purpose: what the settings are for, and what to do, e.g. ``"for recordings; leave it out"``.
+        purpose: use of the settings, and the way out, e.g. ``"for recordings; leave it out"``.
     """
     defaults = {field.name: field.default for field in fields(settings)}
     given = [f"--{name}" for name in names if getattr(settings, name) != defaults[name]]

@@ -306,6 +306,19 @@ def test_a_gpu_that_is_not_there(count, device, message, monkeypatch):
     assert sx.KMeans(2, device="cpu").device == torch.device("cpu")
 
 
+def test_scikit_learn_can_clone_it(x):
+    from sklearn.base import clone
+
+    given = {"n_clusters": 4, "init": "random", "random_state": 3, "device": "cpu", "init_size": 50}
+    model = sx.KMeans(**given)
+    assert {**model.get_params(), "device": "cpu"}.items() >= given.items() and model.max_iter is None
+    copy = clone(model)
+    want = model.fit(x).labels_
+    assert not hasattr(copy, "labels_") and torch.equal(copy.fit_predict(x), want)
+    model.n_clusters = 5
+    assert len(model.fit(x).cluster_centers_) == 5
+
+
 def test_takes_numbers_of_numpy(x, tmp_path):
     model = sx.KMeans(np.int64(4), tol=np.float32(0.01), random_state=np.int32(3), progress=False).fit(x)
     want = sx.KMeans(4, tol=float(np.float32(0.01)), random_state=3, progress=False).fit(x)

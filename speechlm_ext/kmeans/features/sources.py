@@ -51,7 +51,7 @@ def place_of(source: FeatureSource, row: int) -> str:
 
 
 def nonfinite_row(source: FeatureSource, row: int, effect: str) -> KMeansError:
-    """The error for a row that is not finite; ``effect``: what ``nonfinite="drop"`` does."""
+    """The error for a row that is not finite; ``effect``: of ``nonfinite="drop"``."""
     return KMeansError(
         f"features: {place_of(source, row)} has a value that is not a finite number; fix the features, or set "
         f"nonfinite to 'drop' to {effect}."
