@@ -195,6 +195,8 @@ def test_restart_makes_only_what_is_missing(make: Make, monkeypatch: pytest.Monk
     assert run_tokenize(make(rows[:4])).num_utterances == 4
     kept = ["shard-00000.parquet", "shard-00001.parquet", "shard-copy.parquet"]
     assert sorted(p.name for p in out.glob("shard-*")) == kept
+    # Also where no shard is made again: the index has no rows of the longer manifest.
+    assert run_tokenize(make(rows[:3])).shards_made == 0 and TokenFolder.open(out).ids == ["u0", "u1", "u2"]
 
 
 def test_fitting_is_remembered_and_not_mixed(corpus: Path, tmp_path: Path) -> None:

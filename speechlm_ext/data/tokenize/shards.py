@@ -126,7 +126,7 @@ class ShardWriter:
         Args:
             rejected: bad lines of the manifests.
             num_made, num_kept: shards that this run made, and that it found.
-            merge: require that all shards exist, and write the index even if there is one.
+            merge: require that all shards exist, and write the index again.
 
         Raises:
             ShardError: with ``merge``, a shard is missing. ManifestError: every item is bad.
@@ -155,17 +155,18 @@ class ShardWriter:
             raise ManifestError(f"every one of {len(bad)} items is bad, the first: {bad[0]['reason']}")
         if bad or (self.folder / REJECTED).exists():
             atomic_write_text(self.folder / REJECTED, "".join(map(json_line, bad)))
-        if merge or not (self.folder / INDEX).is_file():
-            self._remove_shards_beyond()
+        surplus = self._surplus_shards()
+        if merge or surplus or not (self.folder / INDEX).is_file():
+            (self.folder / INDEX).unlink(missing_ok=True)
+            for path in surplus:
+                path.unlink()
             write_index(self.folder, self.layout, len(heads), {"num_rejected": len(bad)})
         return result
 
-    def _remove_shards_beyond(self) -> None:
-        """Remove the shards of an earlier, longer manifest."""
-        for path in self.folder.glob("shard-*.parquet"):
-            number = path.stem.removeprefix("shard-")
-            if number.isdecimal() and int(number) >= len(self.hashes):
-                path.unlink()
+    def _surplus_shards(self) -> list[Path]:
+        """The shards of an earlier, longer manifest."""
+        numbers = {path: path.stem.removeprefix("shard-") for path in self.folder.glob("shard-*.parquet")}
+        return [path for path, n in numbers.items() if n.isdecimal() and int(n) >= len(self.hashes)]
 
 
 def _audio_key(path: Path | None) -> list[str | int] | None:
