@@ -49,8 +49,8 @@ VERBS = {
         "recordings and texts -> token shards",
     ),
     "plan": Verb(
-        "speechlm_ext.data.plan.report",
-        "PlanReportConfig",
+        "speechlm_ext.training.plan",
+        "PlanCommandConfig",
         "run_plan",
         "data, steps and memory of a training run, before it starts",
     ),
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = parser.instantiate(values)
         result = getattr(importlib.import_module(verb.module), verb.function)(config(**vars(settings)))
     except SpeechLMError as error:
-        print(f"speechlm: error: {error}", file=sys.stderr)
+        print(f"speechlm: error: {error.for_command_line()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("speechlm: interrupted; rerun the same command to resume from what is saved.", file=sys.stderr)

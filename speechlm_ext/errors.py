@@ -7,11 +7,27 @@ line prints it as one line and exits with 2; a traceback means a bug of this pac
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 
 class SpeechLMError(ValueError):
-    """Base of all errors that bad input causes."""
+    """Base of all errors that bad input causes.
+
+    Args:
+        message: the text.
+        argument: name of the argument or setting at fault, which the message contains as a word of its own.
+    """
+
+    def __init__(self, message: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+    def for_command_line(self) -> str:
+        """The message with the argument as an option: ``K-Means: --tol must be ...``."""
+        if self.argument is None:
+            return str(self)
+        return re.sub(rf"(?<!\S){re.escape(self.argument)}(?!\S)", f"--{self.argument}", str(self), count=1)
 
 
 class ConfigError(SpeechLMError):
@@ -63,8 +79,8 @@ class GenerationError(SpeechLMError):
     """A generation request is invalid: unknown task, prompt too long, bad sampling settings."""
 
 
-class StorageError(SpeechLMError):
-    """A file could not be written: the disk is full or the folder is not writable."""
+class StorageError(SpeechLMError, OSError):
+    """A file could not be written: the disk is full or the folder is not writable. ``errno`` is the system's."""
 
 
 @contextlib.contextmanager

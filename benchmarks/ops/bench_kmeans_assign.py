@@ -19,7 +19,7 @@ from benchmarks.common.harness import compare, compiled, devices
 from speechlm_ext.kmeans.features.sources import ArraySource
 from speechlm_ext.kmeans.fit.lloyd import lloyd_step
 from speechlm_ext.kmeans.fit.ranks import Ranks
-from speechlm_ext.kmeans.fit.scan import survey
+from speechlm_ext.kmeans.fit.scan import scan
 from speechlm_ext.kmeans.fit.state import State
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.kmeans_assign.kmeans_assign import _coarse, _multiply
@@ -204,7 +204,7 @@ def test_bench_lloyd_iteration(benchmark, shape, device):
         pytest.skip("a shape for GPUs")
     x, _ = make_inputs(sizes, device)
     centroids = x[torch.randperm(sizes.N, device=device)[: sizes.K]].clone()  # none is empty
-    data = survey(ArraySource(x), Ranks(), progress=False)
+    data = scan(ArraySource(x), Ranks(), progress=False)
 
     def ours() -> torch.Tensor:
         state = State(centroids, torch.zeros(sizes.K, dtype=torch.float64, device=device))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -82,22 +84,28 @@ def _fit_config(folder: Path) -> FitConfig:
         keep_features=True, device="cpu")  # fmt: skip
 
 
+def _fit(folder: Path) -> None:
+    """Fit without the picture, which nothing reads and takes most of the time."""
+    with mock.patch.dict(sys.modules, {"matplotlib": None}):
+        run_fit(_fit_config(folder))
+
+
 def make_fit_folder(folder: Path) -> None:
     """A fit that was stopped after its features."""
-    run_fit(_fit_config(folder))
+    _fit(folder)
     for name in ("kmeans.json", "kmeans.safetensors"):
         (folder / name).unlink()
 
 
 def read_fit_folder(folder: Path) -> Any:
-    run_fit(_fit_config(folder))
+    _fit(folder)
     return KMeans.load(folder).fingerprint
 
 
 @lru_cache
 def units() -> Path:
     folder = Path(tempfile.mkdtemp())
-    run_fit(_fit_config(folder))
+    _fit(folder)
     return folder
 
 
@@ -109,8 +117,6 @@ def _assign_config(folder: Path) -> AssignConfig:
 
 def make_assign_folder(folder: Path) -> None:
     """Labels of recordings that were stopped before their parts were joined."""
-    from unittest import mock
-
     import speechlm_ext.units.assign as module
 
     with mock.patch.object(module, "_join", lambda *_: 0):

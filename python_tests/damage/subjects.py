@@ -43,9 +43,11 @@ from speechlm_ext import SpeechLM
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.data.samples import TaskUse
-from speechlm_ext.data.tokenize.command import TokenizeConfig, run_tokenize
-from speechlm_ext.data.tokenize.fit import CodecFit, SSLFit, TextFit
-from speechlm_ext.data.tokens.shards import TokenFolder, shard_name, write_index, write_shard
+from speechlm_ext.data.tokenize.command import run_tokenize
+from speechlm_ext.data.tokenize.settings import CodecFit, SSLFit, TextFit, TokenizeConfig
+from speechlm_ext.data.tokens.folder import TokenFolder
+from speechlm_ext.data.tokens.format import write_index, write_shard
+from speechlm_ext.data.tokens.index import shard_name
 from speechlm_ext.evaluation.records import Record, read_records, write_records
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult, SamplingSettings
 from speechlm_ext.generation.requests.results_folder import ResultsFolder

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speechlm_ext.data.tokens.shards import TokenFolder, shard_name, write_index, write_shard
+from speechlm_ext.data.tokens.folder import TokenFolder
+from speechlm_ext.data.tokens.format import write_index, write_shard
+from speechlm_ext.data.tokens.index import shard_name
 from speechlm_ext.layout import TokenLayout
 
 LAYOUT = TokenLayout.build(ssl=20, codec=[16] * 3, text=50)

@@ -64,12 +64,12 @@ def test_unknown_keys_are_counted(tmp_path: Path) -> None:
 
 
 BAD = {
-    "not-utf8": (b'{"id": "b", "text": "\xe9"}', "not UTF-8 \\(byte 0xe9 at column 22\\)"),
+    "not-utf8": (b'{"id": "b", "text": "\xe9"}', "not UTF-8: byte 0xe9 at offset 21"),
     "bad-json": (b'{"id": "b"', "not JSON"),
     "not-object": (b"[1]", "expected a JSON object, got list"),
     "no-id": ({"text": "t"}, "no 'id'"),
     "blank-id": ({"id": " ", "text": "t"}, "'id' must be a string that is not blank"),
-    "duplicate": ({"id": "a", "text": "t"}, "id 'a' stands already in line 1"),
+    "duplicate": ({"id": "a", "text": "t"}, "id 'a' is already in line 1"),
     "neither": ({"id": "b"}, "'b' has neither 'audio' nor 'text'"),
     "blank-text": ({"id": "b", "text": ""}, "'text' must be a string that is not blank"),
     "text-is-number": ({"id": "b", "text": 3}, "'text' must be a string"),
@@ -77,9 +77,9 @@ BAD = {
     "negative-start": ({"id": "b", "text": "t", "start": -1}, "'start' must be a number of seconds, >= 0"),
     "no-duration": ({"id": "b", "text": "t", "duration": 0}, "'duration' must be a number of seconds, > 0"),
     "nan": (b'{"id": "b", "text": "t", "duration": NaN}', "'duration' must be"),
-    "key-twice": (b'{"id": "b", "text": "t", "speaker": "x", "text": "t"}', "key 'text' stands twice"),
-    "id-twice": (b'{"id": "b", "text": "t", "id": "c"}', "key 'id' stands twice"),
-    "nested-key-twice": (b'{"id": "b", "text": "t", "x": {"k": 1, "k": 2}}', "key 'k' stands twice"),
+    "key-twice": (b'{"id": "b", "text": "t", "speaker": "x", "text": "t"}', "key 'text' occurs twice"),
+    "id-twice": (b'{"id": "b", "text": "t", "id": "c"}', "key 'id' occurs twice"),
+    "nested-key-twice": (b'{"id": "b", "text": "t", "x": {"k": 1, "k": 2}}', "key 'k' occurs twice"),
     "deep": (b'{"id": "b", "text": ' + b"[" * 100000, "nested too deeply"),
     "surrogate": (b'{"id": "b", "text": "\\ud800"}', "lone surrogate"),
 }

@@ -12,7 +12,9 @@ import torch
 from python_tests.data.sequence_oracle import assemble
 from speechlm_ext import SpeechLM
 from speechlm_ext.data.sequence import LossWeights
-from speechlm_ext.data.tokens.shards import TokenFolder, shard_name, write_index, write_shard
+from speechlm_ext.data.tokens.folder import TokenFolder
+from speechlm_ext.data.tokens.format import write_index, write_shard
+from speechlm_ext.data.tokens.index import shard_name
 from speechlm_ext.errors import CheckpointError, ConfigError, LayoutMismatchError
 from speechlm_ext.evaluation.perplexity import perplexity
 from speechlm_ext.layout import TokenLayout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def kmeans(*words: object) -> int:
 
 def rows_of(folder: Path) -> np.ndarray:
     return np.concatenate([np.load(p) for p in sorted(folder.glob("*.npy"))])
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch) -> None:
+    """Waiting for the disk takes most of a small fit's time, and no test here cuts the power."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(autouse=True)

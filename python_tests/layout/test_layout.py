@@ -132,7 +132,7 @@ CHANGES = {
     ),
     "special": (
         dataclasses.replace(SMALL, special=SMALL.special[:-1]),
-        "special: 25 against 24; .* stands only in one",
+        "special: 25 against 24; .* is in only one",
     ),
     "tokenizer": (
         TokenLayout.build(

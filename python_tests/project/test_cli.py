@@ -10,7 +10,7 @@ import pytest
 
 from speechlm_ext.cli import VERBS, build_parser, main
 from speechlm_ext.data.samples import TaskUse
-from speechlm_ext.data.tokenize.command import TokenizeConfig
+from speechlm_ext.data.tokenize.settings import TokenizeConfig
 from speechlm_ext.evaluation.evaluate import EvaluateConfig
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.utils.options import as_list

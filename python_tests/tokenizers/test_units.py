@@ -10,9 +10,9 @@ import torch
 
 from python_tests.assets import MANIFEST, waves
 from python_tests.tokenizers.encoders import models as hf_models
-from speechlm_ext.data.tokenize.command import TokenizeConfig, run_tokenize
-from speechlm_ext.data.tokenize.fit import CodecFit, SSLFit, TextFit
-from speechlm_ext.data.tokens.shards import TokenFolder
+from speechlm_ext.data.tokenize.command import run_tokenize
+from speechlm_ext.data.tokenize.settings import CodecFit, SSLFit, TextFit, TokenizeConfig
+from speechlm_ext.data.tokens.folder import TokenFolder
 from speechlm_ext.errors import AudioError, ConfigError, LayoutMismatchError, TokenizerError
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.tokenizers import EncoderKMeans, EncoderKMeansConfig, TokenizerSet, load_tokenizer

@@ -362,7 +362,7 @@ STATE = {"step": 3, "packs_consumed": 21, "optimizer_step": 1.0, "plan": "p", "s
         ("", "damaged"),
         ("[]", "got list"),
         ("\xff", "not UTF-8"),
-        ('{"step": 3, "step": 4}', "'step' stands twice"),
+        ('{"step": 3, "step": 4}', "'step' occurs twice"),
         (json.dumps({**STATE, "seconds": float("nan")}), "NaN is not a JSON number"),
         (
             json.dumps({**STATE, "seconds": 1}).replace(": 1,", ": 1e999,"),

@@ -16,7 +16,7 @@ from python_tests.training.test_train import HERE, drive, losses, weights
 from speechlm_ext import SpeechLM
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.data.plan.plan import PlanConfig
-from speechlm_ext.data.tokens.shards import TokenFolder
+from speechlm_ext.data.tokens.folder import TokenFolder
 from speechlm_ext.generation import SamplingSettings
 from speechlm_ext.generation.engine.engine import decode
 from speechlm_ext.generation.requests.prompt import content_frames

@@ -8,7 +8,8 @@ import numpy as np
 
 from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.data.samples import TaskUse
-from speechlm_ext.data.tokens.shards import shard_name, write_index, write_shard
+from speechlm_ext.data.tokens.format import write_index, write_shard
+from speechlm_ext.data.tokens.index import shard_name
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.training import ModelSettings, OptimizerSettings, TrainConfig
 

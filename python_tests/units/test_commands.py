@@ -35,7 +35,7 @@ def units(tmp_path_factory) -> Path:
 
 
 # ---- fit ---------------------------------------------------------------------------------------------------
-def test_fit_on_shards_is_the_estimators_fit(features, tmp_path, capsys):
+def test_fit_on_shards_is_the_estimators_fit(pictures, features, tmp_path, capsys):
     assert (
         kmeans("fit", "--features", features, "--n_clusters", 8, "--output_dir", tmp_path / "u", "--seed", 3)
         == 0
@@ -60,7 +60,7 @@ def test_fit_on_shards_is_the_estimators_fit(features, tmp_path, capsys):
         kmeans("fit", "--features", features, "--n_clusters", 9, "--output_dir", tmp_path / "u", "--seed", 3)
         == 2
     )
-    assert "a fit with n_clusters 8, not 9" in capsys.readouterr().err
+    assert "results with n_clusters = 8, not 9" in capsys.readouterr().err
 
 
 def test_trials_of_the_start(features, tmp_path, capsys):
@@ -79,7 +79,7 @@ def test_trials_of_the_start(features, tmp_path, capsys):
     expected = KMeans(8, n_local_trials=1, max_iter=1).fit(features)
     assert torch.equal(KMeans.load(tmp_path / "u").cluster_centers_, expected.cluster_centers_)
     assert not torch.equal(expected.cluster_centers_, KMeans(8, max_iter=1).fit(features).cluster_centers_)
-    assert kmeans(*words) == 2 and "a fit with n_local_trials 1, not None" in capsys.readouterr().err
+    assert kmeans(*words) == 2 and "results with n_local_trials = 1, not None" in capsys.readouterr().err
 
 
 def test_fit_on_a_sample_of_shards(features, tmp_path):
@@ -126,24 +126,35 @@ def test_max_frames_of_recordings(tmp_path):
     assert code == 0 and 495 <= int(KMeans.load(tmp_path / "u").counts_.sum()) <= 500
 
 
+FIT_WORDS = [
+    "fit",
+    "--audio",
+    MANIFEST,
+    "--encoder",
+    "mfcc",
+    "--n_clusters",
+    8,
+    "--device",
+    "cpu",
+    "--tol",
+    0,
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> KMeans:
+    """An uninterrupted fit, all recordings in one shard."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert kmeans(*FIT_WORDS, "--output_dir", folder) == 0
+    return KMeans.load(folder)
+
+
 @pytest.mark.parametrize("stage", ["features", "iterations"])
-def test_fit_goes_on_after_an_interruption(tmp_path, monkeypatch, stage, capsys):
-    words = [
-        "fit",
-        "--audio",
-        MANIFEST,
-        "--encoder",
-        "mfcc",
-        "--n_clusters",
-        8,
-        "--device",
-        "cpu",
-        "--tol",
-        0,
-    ]
+def test_fit_goes_on_after_an_interruption(whole, tmp_path, monkeypatch, stage, capsys):
     monkeypatch.setattr(cli_fit, "_RECORDINGS_PER_SHARD", 5)
-    assert kmeans(*words, "--output_dir", tmp_path / "whole") == 0
-    calls = {"left": 1}
+    module, name = (cli_fit.np, "concatenate") if stage == "features" else (KMeans, "save")
+    original = getattr(module, name)
+    calls = {"left": 1 if stage == "features" else 0}
 
     def stop(*args, **kwargs):
         if calls["left"] == 0:
@@ -151,20 +162,16 @@ def test_fit_goes_on_after_an_interruption(tmp_path, monkeypatch, stage, capsys)
         calls["left"] -= 1
         return original(*args, **kwargs)
 
-    module, name = (cli_fit.np, "concatenate") if stage == "features" else (KMeans, "save")
-    original = getattr(module, name)
-    if stage == "iterations":
-        calls["left"] = 0
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stop)
-        assert kmeans(*words, "--output_dir", tmp_path / "cut") == 1
+        assert kmeans(*FIT_WORDS, "--output_dir", tmp_path) == 1
     assert "the same command goes on" in capsys.readouterr().err
-    assert (tmp_path / "cut" / "features" / "shard-00000.npy").is_file()
-    assert (tmp_path / "cut" / "features" / "shard-00002.npy").is_file() == (stage == "iterations")
-    first = (tmp_path / "cut" / "features" / "shard-00000.npy").stat().st_mtime_ns
-    assert kmeans(*words, "--output_dir", tmp_path / "cut", "--keep-features") == 0
-    assert (tmp_path / "cut" / "features" / "shard-00000.npy").stat().st_mtime_ns == first
-    whole, cut = KMeans.load(tmp_path / "whole"), KMeans.load(tmp_path / "cut")
+    assert (tmp_path / "features" / "shard-00000.npy").is_file()
+    assert (tmp_path / "features" / "shard-00002.npy").is_file() == (stage == "iterations")
+    first = (tmp_path / "features" / "shard-00000.npy").stat().st_mtime_ns
+    assert kmeans(*FIT_WORDS, "--output_dir", tmp_path, "--keep-features") == 0
+    assert (tmp_path / "features" / "shard-00000.npy").stat().st_mtime_ns == first
+    cut = KMeans.load(tmp_path)
     assert whole.fingerprint == cut.fingerprint and whole.inertia_history_ == cut.inertia_history_
 
 
@@ -194,11 +201,11 @@ def test_settings_are_free_until_the_first_iteration(features, tmp_path, capsys)
     assert kmeans("fit", "--features", features, "--n_clusters", 5000, *out, "--max_frames", 400) == 2
     assert "at most 400 clusters" in capsys.readouterr().err
     assert kmeans("fit", "--features", features, "--n_clusters", 5000, *out, "--max_frames", 300) == 2
-    assert "a fit with max_frames 400, not 300" in capsys.readouterr().err  # the sample is there
+    assert "results with max_frames = 400, not 300" in capsys.readouterr().err  # the sample is there
     assert kmeans("fit", "--features", features, "--n_clusters", 8, *out, "--max_frames", 400) == 0
     assert KMeans.load(tmp_path / "u").counts_.sum() == 400
     assert kmeans("fit", "--features", features, "--n_clusters", 9, *out, "--max_frames", 400) == 2
-    assert "a fit with n_clusters 8, not 9" in capsys.readouterr().err
+    assert "results with n_clusters = 8, not 9" in capsys.readouterr().err
 
 
 def test_fit_refusals(features, tmp_path, capsys, monkeypatch):
@@ -211,16 +218,16 @@ def test_fit_refusals(features, tmp_path, capsys, monkeypatch):
     assert "either --audio" in says("--n_clusters", 4)
     assert "either --audio" in says("--audio", MANIFEST, "--features", features)
     assert "--audio needs --encoder" in says("--audio", MANIFEST)
-    assert "share must lie in (0, 1], got 0" in says("--features", features, "--share", 0)
+    assert "share must be in (0, 1], got 0" in says("--features", features, "--share", 0)
     assert "max_frames must be at least 1" in says("--features", features, "--max_frames", 0)
-    assert "--device must be cpu, cuda or auto" in says("--features", features, "--device", "tpu")
-    assert "or cuda:N for one of several; got 'cudas'" in says("--features", features, "--device", "cudas")
+    assert "--device must be cpu, cuda, cuda:N or auto, got 'tpu'" in says(
+        "--features", features, "--device", "tpu"
+    )
+    assert "or auto, got 'cudas'" in says("--features", features, "--device", "cudas")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "cuda:1"):
         message = says("--features", features, "--device", name)
-        assert (
-            f"--device {name} was asked for, but torch finds no GPU" in message and "--device cpu" in message
-        )
+        assert f"--device {name} is not available: torch finds no GPU" in message and "or use cpu" in message
     assert "has 6 features a row but mfcc gives 39" in says("--features", features, "--encoder", "mfcc")
 
 
@@ -229,8 +236,7 @@ def nearest(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return ((x[:, None].astype(np.float64) - centroids.astype(np.float64)) ** 2).sum(2).argmin(1)
 
 
-def test_assign_shards(features, tmp_path, capsys):
-    assert kmeans("fit", "--features", features, "--n_clusters", 8, "--output_dir", tmp_path / "u") == 0
+def test_assign_shards(shard_units, features, tmp_path, capsys):
     (tmp_path / "f").mkdir()
     for path in features.iterdir():
         x = np.load(path)
@@ -240,7 +246,7 @@ def test_assign_shards(features, tmp_path, capsys):
     words = [
         "assign",
         "--kmeans",
-        tmp_path / "u",
+        shard_units,
         "--features",
         tmp_path / "f",
         "--output_dir",
@@ -248,7 +254,7 @@ def test_assign_shards(features, tmp_path, capsys):
     ]
     assert kmeans(*words) == 0
     assert "1000 rows of 3 shards (0 kept); 2 rows not finite" in capsys.readouterr().out
-    centroids = KMeans.load(tmp_path / "u").cluster_centers_.numpy()
+    centroids = KMeans.load(shard_units).cluster_centers_.numpy()
     for path in sorted((tmp_path / "f").iterdir()):
         labels, x = np.load(tmp_path / "l" / path.name), np.load(path)
         expected = np.where(np.isfinite(x).all(1), nearest(np.nan_to_num(x), centroids), -1)
@@ -262,14 +268,13 @@ def test_assign_shards(features, tmp_path, capsys):
     assert (tmp_path / "l" / "a.npy").stat().st_mtime_ns == before and (tmp_path / "l" / "b.npy").is_file()
 
 
-def test_labels_of_shards_that_have_changed_are_refused(features, tmp_path, capsys):
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
+def test_labels_of_shards_that_have_changed_are_refused(shard_units, features, tmp_path, capsys):
     x = np.load(features / "a.npy")
     np.save(tmp_path / "a.npy", x)
     words = [
         "assign",
         "--kmeans",
-        tmp_path / "u",
+        shard_units,
         "--features",
         tmp_path / "a.npy",
         "--output_dir",
@@ -277,17 +282,19 @@ def test_labels_of_shards_that_have_changed_are_refused(features, tmp_path, caps
     ]
     assert kmeans(*words) == 0
     np.save(tmp_path / "a.npy", x[::-1].copy())  # the same name and size
-    assert kmeans(*words) == 2 and "its inputs differs" in capsys.readouterr().err
+    assert (
+        kmeans(*words) == 2
+        and "results for other inputs: files of --features were added" in capsys.readouterr().err
+    )
 
 
-def test_fairseqs_lengths_give_its_labels(features, tmp_path, capsys):
-    assert kmeans("fit", "--features", features, "--n_clusters", 8, "--output_dir", tmp_path / "u") == 0
+def test_fairseqs_lengths_give_its_labels(shard_units, features, tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.load(features / "a.npy"))
     (tmp_path / "x.len").write_text("200\n0\n300\n")
     words = [
         "assign",
         "--kmeans",
-        tmp_path / "u",
+        shard_units,
         "--features",
         tmp_path / "x.npy",
         "--output_dir",
@@ -339,7 +346,7 @@ def test_assign_in_processes_gives_the_same(units, tmp_path):
     )
 
 
-def test_assign_refusals(units, features, tmp_path, capsys):
+def test_assign_refusals(units, shard_units, features, tmp_path, capsys):
     def says(*words: object) -> str:
         assert kmeans("assign", *words) == 2
         return capsys.readouterr().err
@@ -349,13 +356,12 @@ def test_assign_refusals(units, features, tmp_path, capsys):
     assert "no kmeans.json in" in says("--kmeans", tmp_path, "--features", features, *out)
     message = says("--kmeans", units, "--features", features, *out)
     assert "6 features a row but the units" in message and "have 39" in message
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
-    assert "does not say which encoder" in says("--kmeans", tmp_path / "u", "--audio", MANIFEST, *out)
-    wrong = says("--kmeans", tmp_path / "u", "--audio", MANIFEST, "--encoder", "mfcc", *out)
-    assert "expected centroids [K, 39] for mfcc, got [4, 6]" in wrong
+    assert "does not say which encoder" in says("--kmeans", shard_units, "--audio", MANIFEST, *out)
+    wrong = says("--kmeans", shard_units, "--audio", MANIFEST, "--encoder", "mfcc", *out)
+    assert "expected centroids [K, 39] for mfcc, got [8, 6]" in wrong
     other = says("--kmeans", units, "--audio", MANIFEST, "--encoder", "log-mel", *out)
     assert "encoder of the encoder log-mel is 'log-mel', but the centroids were fitted on 'mfcc'" in other
-    same = says("--kmeans", tmp_path / "u", "--features", features, "--output_dir", features)
+    same = says("--kmeans", shard_units, "--features", features, "--output_dir", features)
     assert "is the folder of the features" in same
     for name in ("a.npy", "A.npy"):
         (tmp_path / "case").mkdir(exist_ok=True)
@@ -363,11 +369,11 @@ def test_assign_refusals(units, features, tmp_path, capsys):
     if (
         len(list((tmp_path / "case").iterdir())) == 2
     ):  # their labels would be one file where case does not count
-        message = says("--kmeans", tmp_path / "u", "--features", tmp_path / "case", *out)
+        message = says("--kmeans", shard_units, "--features", tmp_path / "case", *out)
         assert "two shards have one name" in message
-    assert kmeans("assign", "--kmeans", tmp_path / "u", "--features", features, *out) == 0
-    one = says("--kmeans", tmp_path / "u", "--features", features / "a.npy", *out)
-    assert "its inputs differs" in one
+    assert kmeans("assign", "--kmeans", shard_units, "--features", features, *out) == 0
+    one = says("--kmeans", shard_units, "--features", features / "a.npy", *out)
+    assert "results for other inputs" in one
 
 
 def test_units_files(tmp_path):
@@ -385,21 +391,23 @@ def test_fit_leaves_alone_what_is_not_its_own(features, tmp_path, name, capsys):
     (tmp_path / name).mkdir()
     np.save(tmp_path / name / "a.npy", np.load(features / "a.npy"))
     words = ["fit", "--features", tmp_path / name, "--n_clusters", 4, "--output_dir", tmp_path]
-    assert kmeans(*words) == 2 and f"holds a {name} that another command wrote" in capsys.readouterr().err
+    assert (
+        kmeans(*words) == 2
+        and f"{tmp_path / name} exists already and was written by another command" in capsys.readouterr().err
+    )
     assert (tmp_path / name / "a.npy").is_file() and not (tmp_path / "fit.json").exists()
 
 
 @pytest.mark.parametrize("option", [("--format", "km"), ("--deduplicate",), ("--skip_bad",)])
-def test_assign_says_which_options_shards_do_not_have(features, tmp_path, capsys, option):
-    assert kmeans("fit", "--features", features, "--n_clusters", 5, "--output_dir", tmp_path / "u") == 0
-    words = ["--kmeans", tmp_path / "u", "--features", features, "--output_dir", tmp_path / "l", *option]
+def test_assign_says_which_options_shards_do_not_have(shard_units, features, tmp_path, capsys, option):
+    words = ["--kmeans", shard_units, "--features", features, "--output_dir", tmp_path / "l", *option]
     assert kmeans("assign", *words) == 2
     assert f"{option[0]} is for recordings" in capsys.readouterr().err
 
 
-def test_assign_leaves_alone_what_is_not_its_own(units, features, tmp_path, capsys):
+def test_assign_leaves_alone_what_is_not_its_own(units, shard_units, features, tmp_path, capsys):
     def is_refused(path: Path, *words: object) -> bool:
-        return kmeans("assign", *words) == 2 and f"{path} is there already" in capsys.readouterr().err
+        return kmeans("assign", *words) == 2 and f"{path} exists already" in capsys.readouterr().err
 
     words = ["--kmeans", units, "--audio", MANIFEST, "--output_dir", tmp_path]
     (tmp_path / "units.txt").write_text("mine")
@@ -408,14 +416,13 @@ def test_assign_leaves_alone_what_is_not_its_own(units, features, tmp_path, caps
     (tmp_path / "units.txt").unlink()
     (tmp_path / "parts").mkdir()
     assert is_refused(tmp_path / "parts", *words)
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
     np.save(tmp_path / "b.npy", np.zeros((3, 2)))
-    words = ["--kmeans", tmp_path / "u", "--features", features, "--output_dir", tmp_path]
+    words = ["--kmeans", shard_units, "--features", features, "--output_dir", tmp_path]
     assert is_refused(tmp_path / "b.npy", *words)
 
 
 # ---- inspect -----------------------------------------------------------------------------------------------
-def test_inspect(units, tmp_path, capsys):
+def test_inspect(pictures, units, tmp_path, capsys):
     assert kmeans("inspect", "--kmeans", units, "--plot", tmp_path / "p.svg") == 0
     printed = capsys.readouterr().out
     fitted = KMeans.load(units)
@@ -431,7 +438,7 @@ def test_inspect(units, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("counts", [None, [3, 0, 5]])
-def test_inspect_of_imported_units(tmp_path, counts, capsys):
+def test_inspect_of_imported_units(pictures, tmp_path, counts, capsys):
     from_centroids(np.eye(3, 4), counts=None if counts is None else np.array(counts)).save(tmp_path)
     assert kmeans("inspect", "--kmeans", tmp_path) == 0
     printed = capsys.readouterr().out

@@ -12,9 +12,9 @@ import pytest
 from python_tests.assets import MANIFEST
 from python_tests.kmeans.conftest import kmeans, rows_of
 from speechlm_ext.audio.files import write_wav
-from speechlm_ext.errors import CheckpointError
+from speechlm_ext.errors import CheckpointError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.words import counted, in_options
+from speechlm_ext.utils.text import counted
 
 
 # ---- inputs that have changed ------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def test_shards_that_were_replaced_are_noticed(features, tmp_path, capsys, monke
     words += ["--share", 0.5] if stage == "sampled" else []
     with monkeypatch.context() as patch:
         if stage != "finished":
-            place = {"sampled": "estimator.run_fit", "iterating": "fit.loop.walk"}[stage]
+            place = {"sampled": "estimator.run_fit", "iterating": "fit.loop.assign_pass"}[stage]
             patch.setattr(
                 f"speechlm_ext.kmeans.{place}",
                 lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt),
@@ -43,7 +43,7 @@ def test_shards_that_were_replaced_are_noticed(features, tmp_path, capsys, monke
     capsys.readouterr()
     assert kmeans(*words) == 2
     message = capsys.readouterr().err
-    assert "a fit on other shards: files of --features have come, gone or changed since" in message
+    assert "results for other shards: files of --features were added, removed or changed since" in message
     # With the file of before it goes on.
     (tmp_path / "f" / "b.npy").write_bytes(before)
     assert kmeans(*words) == 0
@@ -83,8 +83,11 @@ def test_recordings_that_were_replaced_are_noticed(tmp_path, capsys):
     assert (tmp_path / "audio" / "b.wav").stat().st_size == size
     capsys.readouterr()
     assert kmeans(*fitting) == 2
-    assert "a fit on other recordings: files of --audio have come" in capsys.readouterr().err
-    assert kmeans(*assigning) == 2 and "its inputs differs" in capsys.readouterr().err
+    assert "results for other recordings: files of --audio were added" in capsys.readouterr().err
+    assert (
+        kmeans(*assigning) == 2
+        and "results for other inputs: files of --audio were added" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("stage", ["finished", "begun"])
@@ -99,7 +102,7 @@ def test_spellings_of_a_path_are_one_setting(features, tmp_path, capsys, monkeyp
     for spelling in ("feats", "./feats", "feats//") if stage == "finished" else ("feats",):
         assert kmeans(*words, "--features", spelling) == 0
     assert kmeans(*words, "--features", features) == 2
-    assert "a fit with features 'feats', not " in capsys.readouterr().err
+    assert "results with features = 'feats', not " in capsys.readouterr().err
     for spelling in ("feats/a.npy", "./feats/a.npy", '["feats//a.npy"]'):
         assert kmeans(*words, "--output_dir", "v", "--features", spelling) == 0
 
@@ -123,11 +126,14 @@ def says(capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--n_clusters", 0), "K-Means: --n_clusters should be a whole number from 1; got 0."),
-        (("--tol", -1), "K-Means: --tol should be a number from 0; got -1"),
-        (("--n_clusters", 9, "--init_size", 3), "K-Means: --init_size 3 rows cannot start 9 clusters"),
-        (("--init", "random", "--n_local_trials", 2), "K-Means: --n_local_trials 2 is for the starts"),
-        (("--share", 2), "--share must lie in (0, 1], got 2"),
+        (("--n_clusters", 0), "K-Means: --n_clusters must be an integer >= 1, got 0."),
+        (("--tol", -1), "K-Means: --tol must be a number >= 0, got -1"),
+        (("--n_clusters", 9, "--init_size", 3), "K-Means: --init_size = 3 rows are too few for 9 clusters"),
+        (
+            ("--init", "random", "--n_local_trials", 2),
+            "K-Means: --n_local_trials = 2 only applies to the init methods",
+        ),
+        (("--share", 2), "--share must be in (0, 1], got 2"),
         (("--max_frames", -1), "--max_frames must be at least 1"),
         (
             ("--encoder", "mfcc", "--frames_per_token", 0),
@@ -160,9 +166,8 @@ def test_fit_on_recordings_has_no_column(tmp_path, says):
     assert "--num_workers must be >= 0, got -1" in says(*words, "--num_workers", -1)
 
 
-def test_assign_has_only_options_with_an_effect(features, tmp_path, says):
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
-    words = ["assign", "--kmeans", tmp_path / "u", "--output_dir", tmp_path / "l"]
+def test_assign_has_only_options_with_an_effect(shard_units, features, tmp_path, says):
+    words = ["assign", "--kmeans", shard_units, "--output_dir", tmp_path / "l"]
     assert "--resample is for recordings" in says(*words, "--features", features, "--resample", "false")
     message = says(*words, "--audio", MANIFEST, "--encoder", "mfcc", "--column", "x")
     assert "--column is for feature shards" in message
@@ -176,25 +181,24 @@ def test_shards_that_cannot_be_used_name_the_option(features, tmp_path, says):
     (tmp_path / "folder").mkdir()
     words = ["fit", "--n_clusters", 4, "--output_dir", tmp_path / "u", "--features"]
     assert "row 3 has a value that is not a finite number" in (message := says(*words, tmp_path / "nan.npy"))
-    assert message.endswith("or leave such rows out with --nonfinite drop.")
+    assert message.endswith("or set nonfinite to 'drop' to drop such rows.")
     assert kmeans(*words, tmp_path / "nan.npy", "--nonfinite", "drop") == 0
     message = says(*words, tmp_path / "x.parquet")
-    assert message.endswith("only hidden; say which holds the features with --column.")
+    assert message.endswith("only hidden; set column to the one with the features.")
     message = says(*words, json.dumps([str(features / "a.npy"), str(tmp_path / "folder")]))
     assert f"shard {tmp_path / 'folder'} is a folder" in message and message.endswith("or list these.")
 
 
 def test_names_of_files_are_not_taken_for_options():
-    for message in ("shard n_init=2/column=a/x.npy does not exist", 'folder nonfinite="drop" has no .npy'):
-        assert in_options(message) == message
+    error = KMeansError("shard /n_init/x.npy: n_init must be 1, got /n_init", argument="n_init")
+    assert error.for_command_line() == "shard /n_init/x.npy: --n_init must be 1, got /n_init"
 
 
 @pytest.mark.parametrize("name", ["x.pdf", "x", "x.svg.gz"])
-def test_inspect_looks_at_the_picture_first(features, tmp_path, says, name):
-    assert kmeans("fit", "--features", features, "--n_clusters", 4, "--output_dir", tmp_path / "u") == 0
-    message = says("inspect", "--kmeans", tmp_path / "u", "--plot", tmp_path / name)
-    assert f"--plot should end in .svg or .png, got {tmp_path / name}" in message
-    assert "--pairs must be >= 0" in says("inspect", "--kmeans", tmp_path / "u", "--pairs", -1)
+def test_inspect_looks_at_the_picture_first(shard_units, features, tmp_path, says, name):
+    message = says("inspect", "--kmeans", shard_units, "--plot", tmp_path / name)
+    assert f"--plot must end in .svg or .png, got {tmp_path / name}" in message
+    assert "--pairs must be >= 0" in says("inspect", "--kmeans", shard_units, "--pairs", -1)
 
 
 def test_one_and_many(tmp_path, capsys, says):

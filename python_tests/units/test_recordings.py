@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from speechlm_ext.audio.files import write_wav
+from speechlm_ext.data.recordings import find_audio
 from speechlm_ext.errors import AudioError, KMeansError
 from speechlm_ext.kmeans.features.sources import open_source
-from speechlm_ext.units.recordings import estimated_frames, find_audio
+from speechlm_ext.units.recordings import estimated_frames
 
 
 def test_linked_folders_are_read_and_side_files_counted(tmp_path, caplog):

@@ -74,14 +74,14 @@ def test_arguments_in_a_locale_that_is_not_utf8_are_utf8():
     [("a: 1\nb: 2\na: 3\n", "a", 3), ("x:\n  - {k: 1, k: 1}\n", "k", 2), ('{"a": 1, "a": 2}', "a", 1)],
 )
 def test_a_key_twice_in_yaml_is_refused(text, key, line):
-    with pytest.raises(yaml.YAMLError, match=f"key '{key}' stands twice(.|\n)*line {line}"):
+    with pytest.raises(yaml.YAMLError, match=f"key '{key}' occurs twice(.|\n)*line {line}"):
         parse_yaml(text)
 
 
 def test_yaml_without_such_keys_is_as_ever():
     text = "base: &b {x: 1}\nmore: {<<: *b, y: [*b, *b]}\n1: one\n'1': text\n"
     assert parse_yaml(text) == yaml.safe_load(text)
-    with pytest.raises(ConfigError, match="'name' stands twice"):
+    with pytest.raises(ConfigError, match="'name' occurs twice"):
         parse_templates(
             "- {name: a, name: b, id: 112, kind: x, conditions: [], targets: []}", "t", range(112, 128)
         )
@@ -92,7 +92,7 @@ def test_a_recipe_with_a_key_twice_is_refused_by_name(tmp_path: Path, capsys: py
     recipe.write_text("path: a  # три\npath: b\n", "utf-8")
     assert main(["layout", "--config", str(recipe)]) == 2
     message = capsys.readouterr().err
-    assert "key 'path' stands twice" in message and "Traceback" not in message
+    assert "key 'path' occurs twice" in message and "Traceback" not in message
 
 
 def test_recipes_are_utf8_in_every_locale(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from speechlm_ext.utils.files.io import (
     atomic_write_text,
     make_folder,
     sha256_file,
+    storage_error,
 )
 
 
@@ -142,3 +144,14 @@ def test_numbers_that_json_has_not_are_never_written(tmp_path: Path, value: floa
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_storage_error_is_an_os_error_with_the_system_s_number(tmp_path):
+    full = storage_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "a")
+    assert (
+        isinstance(full, OSError) and full.errno == errno.ENOSPC and str(full).startswith("could not write ")
+    )
+    # Where an outer block catches OSError too, the first message stays.
+    again = storage_error(full, tmp_path / "outer")
+    assert str(again) == str(full) and again.errno == errno.ENOSPC
+    assert str(pickle.loads(pickle.dumps(full))) == str(full)

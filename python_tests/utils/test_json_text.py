@@ -20,8 +20,8 @@ def test_values_are_those_of_json():
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ('{"a": 1, "a": 2}', "key 'a' stands twice"),
-        ('{"x": {"b": 1, "b": 1}}', "key 'b' stands twice"),
+        ('{"a": 1, "a": 2}', "key 'a' occurs twice"),
+        ('{"x": {"b": 1, "b": 1}}', "key 'b' occurs twice"),
         ('{"a": NaN}', "NaN is not a JSON number"),
         ("[-Infinity]", "-Infinity is not"),
         ("[" * 100_000, "nested too deeply"),
@@ -48,7 +48,7 @@ def test_lines_end_at_line_feeds_only():
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "a.json").write_text('{"a": 1, "a": 2}')
-    with pytest.raises(ConfigError, match=r"a\.json is damaged: key 'a' stands twice.*; copy it again\."):
+    with pytest.raises(ConfigError, match=r"a\.json is damaged: key 'a' occurs twice.*; copy it again\."):
         read_json(tmp_path / "a.json", ConfigError, "copy it again.")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "b.json", ConfigError, "copy it again.")

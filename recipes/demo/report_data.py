@@ -12,7 +12,8 @@ from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.evaluation.records import Record, read_records
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.training.log import read_log
-from speechlm_ext.utils.files.json_text import parse_json, split_lines
+from speechlm_ext.utils.files.json_lines import json_lines
+from speechlm_ext.utils.files.json_text import parse_json
 from speechlm_ext.utils.files.yaml_text import parse_yaml
 
 LANGUAGES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "ru": "Russian"}
@@ -163,4 +164,4 @@ def read_json(path: Path) -> Any:
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [parse_json(line, allow_nan=True) for _, line in split_lines(path.read_bytes())]
+    return [line.object() for line in json_lines(path, path.read_bytes())]

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +27,14 @@ import own_data
 import prepare_data
 import report as demo_report
 import torch
-import yaml
 from make_requests import make_requests
 
-from speechlm_ext.data.plan.memory import ModelShape
 from speechlm_ext.errors import ConfigError, SpeechLMError
 from speechlm_ext.tokenizers import TokenizerSet
 from speechlm_ext.utils.console import make_output_safe
-from speechlm_ext.utils.files.io import atomic_write_json, atomic_write_text, sha256_file
+from speechlm_ext.utils.files.io import atomic_write_json, sha256_file
 from speechlm_ext.utils.files.json_text import parse_json
 from speechlm_ext.utils.files.run_folders import find_model_folder
-from speechlm_ext.utils.files.yaml_text import parse_yaml
 from speechlm_ext.utils.machine import commit_of
 
 HERE = Path(__file__).resolve().parent
@@ -101,22 +98,16 @@ def stage_tokenize(o: Options) -> None:
 
 
 def stage_plan(o: Options) -> None:
-    """Print the plan of the training run: the recipe's ``data`` part with the demo's token folder."""
-    recipe = parse_yaml(o.recipe.read_text("utf-8"))
-    data = recipe["data"] | {"tokens": [str(o.out / "tokens" / "train")]}
-    if o.own:
-        data["overlong"] = "drop"
-    # Only the sizes that the memory estimate needs.
-    names = {f.name for f in fields(ModelShape)}
-    model = {k: v for k, v in (recipe | recipe.get("model", {})).items() if k in names}
-    model["world"] = recipe.get("processes", 1)
-    text = yaml.safe_dump({"data": data, "model": model}, sort_keys=False)
-    atomic_write_text(o.out / "plan.yaml", text)
-    speechlm("plan", "--config", str(o.out / "plan.yaml"))
+    """Print the plan of the training run."""
+    speechlm("plan", *_train_arguments(o))
 
 
 def stage_train(o: Options) -> None:
     """Train, or resume an interrupted run."""
+    speechlm("train", *_train_arguments(o))
+
+
+def _train_arguments(o: Options) -> list[str]:
     arguments = ["--config", str(o.recipe), "--run_dir", str(o.out / "model")]
     arguments += ["--data.tokens", str(o.out / "tokens" / "train")]
     if o.own:
@@ -124,9 +115,7 @@ def stage_train(o: Options) -> None:
     if torch.cuda.is_available() or os.cpu_count() == 1:
         arguments += ["--processes", "1"]
     steps = o.steps or (30 if o.quick else None)
-    if steps:
-        arguments += ["--steps", str(steps), "--log_every", "5"]
-    speechlm("train", *arguments)
+    return arguments + (["--steps", str(steps), "--log_every", "5"] if steps else [])
 
 
 def stage_generate(o: Options) -> None:

@@ -5,7 +5,7 @@ from speechlm_ext.data.manifest import Rejected, Utterance, read_manifest, scan_
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig
 from speechlm_ext.data.samples import SampleTable, TaskUse
 from speechlm_ext.data.sequence import LossWeights, sequence_length
-from speechlm_ext.data.tokens.shards import TokenCorpus, TokenFolder
+from speechlm_ext.data.tokens.folder import TokenCorpus, TokenFolder
 
 __all__ = [
     "LossWeights",

@@ -1,5 +1,5 @@
-"""From the tokens of utterances to a packed, delayed batch, in one pass of `delay_pack`: a sample's conditions and
-targets are its segments, the special tokens around them their prefixes and suffixes, and the sample their group."""
+"""From the tokens of utterances to a packed, delayed batch, in one call of `delay_pack`: a sample's conditions and
+targets are segments, the special tokens around them prefixes and suffixes, and the sample is their group."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Rule:
-    """What is the same for all content of one modality."""
+    """Everything constant for content of one modality."""
 
     marker: int
     id_offsets: np.ndarray
@@ -44,8 +44,8 @@ class SequencePacker:
 
     def __init__(self, layout: TokenLayout, weights: LossWeights | None = None) -> None:
         """Args:
-        layout: where ids lie, and the streams' delays.
-        weights: loss weight per modality, and which region is learnt.
+        layout: the id intervals and the streams' delays.
+        weights: loss weight per modality, and the region with a loss.
         """
         self.layout = layout
         self.weights = weights or LossWeights()
@@ -55,30 +55,30 @@ class SequencePacker:
         """One sequence per sample.
 
         Returns:
-            int64 ids and labels ``[N, S]`` in layout ids; a weight of 0 where nothing is to be learnt. The first row of
-            a sequence is never a label.
+            int64 ids and labels ``[N, S]`` in layout ids, with weight 0 outside the loss. The first row of a sequence
+            is never a label.
 
         Raises:
             ShardError: an utterance lacks a modality, has another number of streams, or ids outside their interval.
             LayoutError: the layout cannot hold a modality of a task, or a speaker prompt is missing.
         """
         layout, special = self.layout, self.weights.special
-        given = special * (self.weights.region == "all")
-        segments, names, rules, learnt, groups = [], [], [], [], [0]
+        condition_weight = special * (self.weights.region == "all")
+        segments, names, rules, has_loss, groups = [], [], [], [], [0]
         prefix, prefix_weight, prefix_offsets = [], [], [0]
         suffix, suffix_weight, suffix_offsets = [], [], [0]
         for sample in samples:
             prefix += [layout.sos_eos_id, layout.task_id(sample.template.name)]
-            prefix_weight += [0.0, given]
+            prefix_weight += [0.0, condition_weight]
             for entry, is_target in sample.template.entries:
                 rule = self._rule(entry.modality)
                 raw_TC = content_ids(entry.modality, sample.utterance, layout, sample.prompt)
                 segments.append(torch.from_numpy(raw_TC if raw_TC.flags.writeable else raw_TC.copy()))
                 names.append((sample.utterance.get("id", "?"), entry.modality))
                 rules.append(rule)
-                learnt.append(is_target or self.weights.region == "all")
+                has_loss.append(is_target or self.weights.region == "all")
                 prefix.append(rule.marker)
-                prefix_weight.append(given)
+                prefix_weight.append(condition_weight)
                 prefix_offsets.append(len(prefix))
                 if is_target:
                     suffix.append(layout.sos_eos_id)
@@ -89,7 +89,7 @@ class SequencePacker:
         if len({segment.dtype for segment in segments}) > 1:
             segments = [segment.long() for segment in segments]
         weights_nS = np.stack(
-            [r.weights * flag for r, flag in zip(rules, learnt, strict=True)] or [np.zeros((0, S))]
+            [r.weights * flag for r, flag in zip(rules, has_loss, strict=True)] or [np.zeros((0, S))]
         )
         arguments: dict[str, Any] = dict(
             delays=layout.delays,
@@ -131,7 +131,7 @@ class SequencePacker:
         rules: Sequence[_Rule],
         error: OpError,
     ) -> None:
-        """The op knows numbers of segments; people know their utterances."""
+        """Raise the op's error with the name of the utterance instead of a segment's number."""
         for segment, (name, modality), rule in zip(segments, names, rules, strict=True):
             for stream in range(segment.shape[1] if len(segment) else 0):
                 low, high = (int(v) for v in segment[:, stream].aminmax())

@@ -1,14 +1,12 @@
 """The training loader: an endless stream of packed batches whose whole state is one integer.
 
 Pack p holds the same samples whatever the number of ranks. With W ranks, global step g consumes packs g W to
-(g + 1) W - 1 and rank r takes the r-th of them; so ``packs_consumed`` (over all ranks) says everything about where
-training stands, and a run can be resumed exactly, at once, and on another number of ranks.
+(g + 1) W - 1 and rank r takes the r-th of them. So ``packs_consumed`` (over all ranks) is the whole position in the
+data, and a run resumes exactly, at once, and on any number of ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,12 +19,13 @@ import numpy as np
 from speechlm_ext.data.batch import Sample, SequencePacker
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import SampleTable, TaskUse
-from speechlm_ext.data.sequence import LossWeights
-from speechlm_ext.data.tokens.shards import Tokens, open_tokens
+from speechlm_ext.data.sequence import LossWeights, content_ids, speech_modality
+from speechlm_ext.data.tokens.folder import Tokens, open_tokens
 from speechlm_ext.errors import ConfigError, PlanError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops import PackedBatch
 from speechlm_ext.tasks import TaskTemplate
+from speechlm_ext.utils.hashing import sha256_json
 
 if TYPE_CHECKING:
     from speechlm_ext.tokenizers import TokenizerSet
@@ -34,10 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """What one segment of a batch is."""
+    """Origin of one sequence of a batch."""
 
     id: str
-    """The utterance."""
+    """Of the utterance."""
     task: str
     rows: int
     prompt: str | None
@@ -45,7 +44,7 @@ class SampleInfo:
 
 
 class PackLoader:
-    """Iterator over this rank's packed batches, without end; see the module's text."""
+    """Endless iterator over this rank's packed batches; see the module's text."""
 
     def __init__(
         self,
@@ -62,9 +61,9 @@ class PackLoader:
         Args:
             cfg: token folders, tasks, budget, seed and loss weights.
             tokens: folders instead of ``cfg.tokens``, opened or by path.
-            rank, world: this process and how many there are.
-            packs_consumed: where to begin: packs that all ranks together have consumed.
-            num_workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+            rank, world: this process, and the number of processes.
+            packs_consumed: starting position: packs consumed by all ranks together.
+            num_workers: threads that prepare batches ahead; 0 prepares each on request.
 
         Raises:
             PlanError, ShardError, LayoutMismatchError, ConfigError: the data or the settings are impossible.
@@ -88,7 +87,7 @@ class PackLoader:
 
     @property
     def packs_consumed(self) -> int:
-        """Packs that all ranks together have consumed: the loader's whole state. Assign it to go anywhere."""
+        """Packs consumed by all ranks together: the loader's whole state. Assign it to move to any position."""
         return self._consumed
 
     @packs_consumed.setter
@@ -107,12 +106,12 @@ class PackLoader:
 
     @property
     def tasks(self) -> list[TaskTemplate]:
-        """The templates of the tasks that are trained, each once."""
+        """The templates of the trained tasks, each once."""
         return list({t.name: t for t in self.samples.templates}.values())
 
     @property
     def max_length(self) -> int:
-        """Most rows that a sample can have in any epoch."""
+        """Maximum number of rows of a sample over all epochs."""
         return int(self.samples.max_lengths().max())
 
     @cached_property
@@ -125,7 +124,7 @@ class PackLoader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over all that decides which samples stand in which pack; where the folders lie does not matter."""
+        """sha256 over everything that determines the samples of each pack; the folders' paths do not matter."""
         settings = asdict(self.cfg)
         for name in ("tokens", "loss", "task_file", "delays"):  # the layout has the delays
             del settings[name]
@@ -136,7 +135,7 @@ class PackLoader:
             "settings": settings,
             "version": 1,
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256_json(content)
 
     @property
     def epoch(self) -> float:
@@ -158,7 +157,7 @@ class PackLoader:
         return batch
 
     def load(self, pack: int) -> PackedBatch:
-        """Make the batch of a pack counted from the beginning of training, whatever the state."""
+        """Make the batch of a pack counted from the start of training, whatever the state."""
         epoch, index = self.plan.locate(pack)
         draw = self.plan.draw(epoch)
         return self._packer.pack(
@@ -166,7 +165,7 @@ class PackLoader:
         )
 
     def describe(self, pack: int) -> list[SampleInfo]:
-        """What the segments of a pack are, in their order."""
+        """The samples of a pack, in their order."""
         epoch, index = self.plan.locate(pack)
         lengths = self.plan.lengths(epoch)
         out = []
@@ -189,7 +188,7 @@ class PackLoader:
     def _prompt_of(self, epoch: int) -> np.ndarray:
         cached = self._prompts
         if cached is None or cached[0] != epoch:
-            # Threads may both compute this at an epoch's border; they get the same, so no lock is needed.
+            # Two threads may compute this at an epoch's start; the results are equal, so no lock is needed.
             cached = self._prompts = (epoch, self.samples.prompts(epoch, self.plan.draw(epoch)))
         return cached[1]
 
@@ -206,7 +205,7 @@ class EvalBatch:
     ids: list[str]
     """Utterance id of each segment."""
     utterances: list[dict[str, Any]]
-    """What is stored about each (see :meth:`TokenFolder.utterance`)."""
+    """The stored data of each (see :meth:`TokenFolder.utterance`)."""
 
 
 def iter_eval(
@@ -222,13 +221,13 @@ def iter_eval(
 ) -> Iterator[EvalBatch]:
     """Every sample of a task once, in the data's order, whole and with its id.
 
-    Samples are put together as long as they fit into ``budget`` rows; one that is longer stands alone, so nothing is
+    A batch takes samples as long as they fit into ``budget`` rows; a longer one is a batch of its own, so nothing is
     left out. Speaker prompts are those of epoch 0.
 
     Args:
         task: name of a task, or a :class:`TaskUse` with filters (its factor is ignored).
         tokens: token folders of the split.
-        limit: only the first so many samples.
+        limit: maximum number of samples.
 
     Raises:
         PlanError: the task has no data here.
@@ -264,7 +263,7 @@ def _eval_batch(
 def read_sample(
     samples: SampleTable, sample: int, prompts: np.ndarray | None, epoch: int, draw: int
 ) -> Sample:
-    """A sample as it is in an epoch; ``prompts``: for each utterance the one that is its speaker prompt."""
+    """A sample with its data in an epoch; ``prompts``: for each utterance the index of its speaker prompt."""
     corpus = samples.corpus
     number = int(samples.utterance[sample])
     prompt = None
@@ -272,10 +271,6 @@ def read_sample(
         if prompts is None:
             raise PlanError(f"sample {sample} needs a speaker prompt.")
         other = int(prompts[number])
-        source = corpus.utterance(other)
-        columns = [source[c] for c in (("ssl", "codec") if corpus.layout.has("codec_ssl") else ("codec",))]
-        shortest = min(len(c) for c in columns)
-        prompt = np.concatenate([c[:shortest] for c in columns], axis=1)[
-            samples.crop(sample, other, epoch, draw)
-        ]
+        frames = content_ids(speech_modality(corpus.layout), corpus.utterance(other), corpus.layout, None)
+        prompt = frames[samples.crop(sample, other, epoch, draw)]
     return Sample(samples.templates[samples.task[sample]], corpus.utterance(number), prompt)

@@ -1,29 +1,29 @@
-"""Samples: which utterance is trained as which task, how often in an epoch, and with which speaker prompt.
+"""Samples: pairs of utterance and task, how often each is used in an epoch, and its speaker prompt.
 
-A sample is a (task, utterance) pair; utterances are stored once however many tasks use them. Everything random
-here is a pure function of (seed, epoch, draw), so any epoch can be entered directly. ``draw`` is 0 except where
-the packer asks for another throw, see :mod:`speechlm_ext.data.plan.plan`.
+Utterances are stored once, however many tasks use them. Everything random is a pure function of (seed, epoch, draw),
+so training can start in any epoch. ``draw`` is 0 unless the plan draws an epoch again, see
+:mod:`speechlm_ext.data.plan.plan`.
 
-Speaker prompts: in each epoch every speaker's utterances are put in a random ring and each one is prompted by the
-next. So a prompt is never the utterance itself, every utterance serves equally often, and an epoch's total number
-of prompt frames does not change. A speaker with a single utterance has no honest prompt (a crop of the target
-would give the answer away): such samples are refused and counted.
+Speaker prompts: in each epoch the utterances of a speaker form a random ring, and each is prompted by the next. So a
+prompt is never the utterance itself, every utterance serves equally often, and an epoch's total number of prompt
+frames does not change. A speaker with a single utterance has no valid prompt, since a crop of the target would leak the
+answer: such samples are left out and counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from speechlm_ext.data.sequence import content_columns, content_length, sequence_length
-from speechlm_ext.data.tokens.shards import TokenCorpus
+from speechlm_ext.data.sequence import content_columns, content_length, sequence_length, speech_modality
+from speechlm_ext.data.tokens.folder import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.tasks import TaskTemplate
 from speechlm_ext.utils.options import as_list
 
-#: Neighbours in length among which a fractional factor draws its extra copies, so that their rows hardly vary.
+#: Samples of similar length among which a fractional factor draws its extra copies, so that their rows hardly vary.
 _STRATUM = 64
 
 
@@ -48,8 +48,8 @@ class TaskUse:
 
 
 @dataclass(frozen=True)
-class Eligible:
-    """How many utterances a task use took and why it left others."""
+class SampleCounts:
+    """Number of samples of a task, and of utterances left out, by reason."""
 
     task: str
     samples: int
@@ -59,7 +59,7 @@ class Eligible:
     """Without a modality that the task needs."""
     no_prompt: int
     """Without another utterance of the same speaker to prompt with."""
-    overlong: int = 0
+    overlong: int
     """Longer than the budget and dropped on request."""
 
 
@@ -70,7 +70,7 @@ class SampleTable:
         task, utterance: int64 ``[n]``: index into ``templates``, and into the corpus.
         speech_lengths: int64 frames of speech of every utterance of the corpus.
         factor: float64 ``[n]`` copies per epoch.
-        eligible: one account per task use.
+        counts: one per task use.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SampleTable:
         Args:
             templates: the known task templates by name.
             dataset_factors: factor per data set, multiplied with the task's; default 1.
-            prompt_frames: most frames of a speaker prompt.
+            prompt_frames: maximum number of frames of a speaker prompt.
 
         Raises:
             PlanError: an unknown task, data set or factor, a task that the layout cannot hold, or one without data.
@@ -96,13 +96,11 @@ class SampleTable:
         self.corpus, self.seed, self.prompt_frames = corpus, seed, prompt_frames
         self.templates = [self._template(use, templates) for use in uses]
         if not uses:
-            raise PlanError(f"no task was given; name at least one of {self._feasible(templates)}.")
+            raise PlanError(f"no task was given; name one or more of {self._feasible(templates)}.")
         if prompt_frames < 1:
             raise PlanError(f"prompt_frames must be >= 1, got {prompt_frames}.")
         per_dataset = self._dataset_factors(dataset_factors or {})
-        speech = content_length(
-            "codec_ssl" if corpus.layout.has("codec_ssl") else "codec", corpus.lengths, corpus.layout
-        )
+        speech = content_length(speech_modality(corpus.layout), corpus.lengths, corpus.layout)
         self.speech_lengths = speech.astype(np.int64)
         # Utterances that can prompt: with a speaker and speech, where the speaker has at least two of them.
         pool = (corpus.speaker >= 0) & (speech > 0)
@@ -110,7 +108,7 @@ class SampleTable:
         self._pool = np.flatnonzero(pool & (count[np.maximum(corpus.speaker, 0)] > 1))
         promptable = np.zeros(len(corpus), bool)
         promptable[self._pool] = True
-        parts, self.eligible = [], []
+        parts, self.counts = [], []
         for number, (use, template) in enumerate(zip(uses, self.templates, strict=True)):
             wanted = self._filter(use)
             whole, prompted = wanted.copy(), np.ones(len(corpus), bool)
@@ -121,14 +119,15 @@ class SampleTable:
                     for column in content_columns(entry.modality, corpus.layout):
                         whole &= corpus.lengths[column] > 0
             chosen = np.flatnonzero(whole & prompted)
-            account = Eligible(
+            account = SampleCounts(
                 use.task,
                 len(chosen),
                 int((~wanted).sum()),
                 int((wanted & ~whole).sum()),
                 int((whole & ~prompted).sum()),
+                overlong=0,
             )
-            self.eligible.append(account)
+            self.counts.append(account)
             factors = use.factor * per_dataset[corpus.dataset[chosen]]
             if not (factors > 0).any():
                 raise PlanError(
@@ -140,7 +139,6 @@ class SampleTable:
             parts.append((np.full(len(chosen), number), chosen, factors))
         self.task, self.utterance, self.factor = (np.concatenate([p[k] for p in parts]) for k in range(3))
         self._uses_prompt = np.array([any(e.modality == "spk" for e, _ in t.entries) for t in self.templates])
-        self.task_of_use = [use.task for use in uses]
         self.is_fixed = bool((self.factor == np.floor(self.factor)).all() and not self._uses_prompt.any())
         """Whether every epoch has the same samples with the same lengths."""
 
@@ -156,7 +154,7 @@ class SampleTable:
         return self._lengths(prompt_len)
 
     def max_lengths(self) -> np.ndarray:
-        """Most rows that each sample can have in any epoch, int64 ``[n]``."""
+        """Maximum number of rows of each sample over all epochs, int64 ``[n]``."""
         if not self._uses_prompt.any():
             return self._lengths(None)
         # The longest other utterance of the speaker: the longest, or the second longest for the longest itself.
@@ -185,7 +183,7 @@ class SampleTable:
         return out
 
     def prompts(self, epoch: int, draw: int = 0) -> np.ndarray:
-        """Which utterance prompts each utterance in an epoch, int64 over the corpus; itself where none can."""
+        """Index of the utterance that prompts each one in an epoch, int64 over the corpus; its own where none can."""
         pool = self._pool
         rng = np.random.default_rng([self.seed, epoch, draw, 1])
         pool = pool[np.lexsort((rng.random(len(pool)), self.corpus.speaker[pool]))]
@@ -199,7 +197,7 @@ class SampleTable:
         return following
 
     def crop(self, sample: int, prompt: int, epoch: int, draw: int = 0) -> slice:
-        """Which frames of utterance ``prompt`` a sample is shown: at most ``prompt_frames``, at a random place."""
+        """The frames of utterance ``prompt`` in the sample's prompt: up to ``prompt_frames``, from a random start."""
         spare = int(self.speech_lengths[prompt]) - self.prompt_frames
         if spare <= 0:
             return slice(0, int(self.speech_lengths[prompt]))
@@ -213,8 +211,8 @@ class SampleTable:
     def copies(self, epoch: int, draw: int = 0) -> np.ndarray:
         """How often each sample is used in an epoch, int64 ``[n]``.
 
-        A factor's whole part is given to each sample; of its fraction exactly the rounded share of a task's samples
-        with that factor gets one more, drawn evenly over the lengths.
+        Each sample gets the factor's integer part; of the samples of a task and factor, a share equal to its fraction,
+        rounded, gets one more, drawn evenly over the lengths.
         """
         whole = np.floor(self.factor).astype(np.int64)
         rng = np.random.default_rng([self.seed, epoch, draw, 3])
@@ -227,17 +225,23 @@ class SampleTable:
             group = group[np.lexsort((rng.random(len(group)), np.arange(len(group)) // _STRATUM))]
             share = factor - np.floor(factor)
             wanted = round(share * len(group))
-            # Evenly spaced picks along the order above, from a random place on.
+            # Evenly spaced picks along the order above, from a random start.
             at = np.floor((np.arange(wanted) + rng.random()) * (len(group) / max(wanted, 1))).astype(np.int64)
             whole[group[at]] += 1
         return whole
 
+    def name(self, sample: int) -> str:
+        """A sample's utterance, data set and task, for messages."""
+        utterance = self.corpus.utterance(int(self.utterance[sample]))
+        task = self.templates[self.task[sample]].name
+        return f"utterance {utterance['id']!r} of {utterance['dataset']!r} as {task}"
+
     def drop(self, keep: np.ndarray) -> None:
-        """Keep only the samples of the mask ``keep``; the others count as overlong in ``eligible``."""
-        gone = np.bincount(self.task[~keep], minlength=len(self.templates))
-        self.eligible = [
-            Eligible(e.task, e.samples - int(g), e.filtered, e.lacking, e.no_prompt, e.overlong + int(g))
-            for e, g in zip(self.eligible, gone, strict=True)
+        """Keep only the samples of the mask ``keep``; the others count as overlong in ``counts``."""
+        dropped = np.bincount(self.task[~keep], minlength=len(self.templates))
+        self.counts = [
+            replace(counts, samples=counts.samples - int(count), overlong=counts.overlong + int(count))
+            for counts, count in zip(self.counts, dropped, strict=True)
         ]
         self.task, self.utterance, self.factor = self.task[keep], self.utterance[keep], self.factor[keep]
 
@@ -267,18 +271,18 @@ class SampleTable:
             )
         return template
 
-    def _dataset_factors(self, given: Mapping[str, float]) -> np.ndarray:
+    def _dataset_factors(self, factors: Mapping[str, float]) -> np.ndarray:
         names = self.corpus.datasets
-        for name, factor in given.items():
+        for name, factor in factors.items():
             if name not in names:
                 raise PlanError(f"dataset_factors names {name!r}, but the data sets are {names}.")
             if not 0 <= factor < float("inf"):
                 raise PlanError(f"dataset_factors: {name!r} must be >= 0, got {factor}.")
-        return np.array([float(given.get(name, 1.0)) for name in names])
+        return np.array([float(factors.get(name, 1.0)) for name in names])
 
     def _filter(self, use: TaskUse) -> np.ndarray:
         keep = np.ones(len(self.corpus), bool)
-        for what, wanted, names, index in (
+        for kind, wanted, names, index in (
             ("data set", use.datasets, self.corpus.datasets, self.corpus.dataset),
             ("language", use.langs, self.corpus.langs, self.corpus.lang),
         ):
@@ -286,7 +290,7 @@ class SampleTable:
                 unknown = [w for w in wanted if w not in names]
                 if unknown:
                     raise PlanError(
-                        f"task {use.task!r}: no {what} {unknown[0]!r} in the data; there are {names}."
+                        f"task {use.task!r}: no {kind} {unknown[0]!r} in the data; there are {names}."
                     )
                 keep &= np.isin(index, [names.index(w) for w in wanted])
         return keep

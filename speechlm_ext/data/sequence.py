@@ -1,9 +1,9 @@
-"""What a training sequence is made of.
+"""The training sequence of a sample: its parts, lengths, ids and loss weights.
 
 ``[sos][task]``, then for each condition and target ``[marker] content [eos if target]`` and ``max_delay`` pad
-frames, which are the room that delayed streams run out into. A special token stands in stream 0 with pad in the
-others. Raw id r of a stream becomes ``start + r`` of that stream's interval, so code 0 is a real code and never
-pad. What is learnt is written per token as a weight: 0 means "given", everything else scales that token's loss.
+frames, into which delayed streams extend. A special token is in stream 0, with pad in the others. Raw id r of a stream
+becomes ``start + r`` of that stream's interval, so code 0 is a real code and never pad. Each token has a loss weight;
+0 means that it is a condition.
 
 `speechlm_ext.data.batch` writes such sequences.
 """
@@ -26,7 +26,7 @@ Lengths = TypeVar("Lengths", int, np.ndarray)
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How much each kind of token counts in the loss."""
+    """Weight of each kind of token in the loss."""
 
     text: float = 1.0
     """Weight of a text token (and of a g2p token)."""
@@ -35,11 +35,10 @@ class LossWeights:
     codec: float = 0.5
     """Weight of a frame's codec codes together; each of K codebooks gets 1/K of it (0.0625 each for 8)."""
     special: float = 1.0
-    """Factor of the special tokens that are learnt: the end of a target counts ``special`` times a frame of that
-    target (a text token, a speech frame with all its streams); with ``region: all`` markers and task count
-    ``special`` each."""
+    """Factor of special tokens with a loss: the end of a target counts ``special`` times a frame of that target (a text
+    token, a speech frame with all its streams); with ``region: all`` markers and task count ``special`` each."""
     region: Literal["target", "all"] = "target"
-    """What is learnt: ``target`` only what the task produces, ``all`` the conditions too."""
+    """Region with a loss: ``target`` is the targets only, ``all`` includes the conditions."""
 
     def __post_init__(self) -> None:
         for name in ("text", "ssl", "codec", "special"):
@@ -58,8 +57,8 @@ class LossWeights:
         return out
 
     def of_end(self, modality: str, layout: TokenLayout) -> float:
-        """Weight of the token that ends a target: as much as one frame of it, so that when to stop is learnt as well
-        as what to say, whatever the weights of the modalities are."""
+        """Weight of the token that ends a target: that of one frame of it, so that stopping is learned as well as
+        content, whatever the weights of the modalities."""
         return self.special * float(self.of_streams(modality, layout).sum())
 
     def _of_interval(self, span: tuple[int, int], layout: TokenLayout) -> float:
@@ -68,14 +67,16 @@ class LossWeights:
         return self.ssl if layout.has("ssl") and span == layout.interval("ssl") else self.text
 
 
-def content_columns(modality: str, layout: TokenLayout) -> tuple[str, ...]:
-    """Which stored token columns make up ``modality`` content: of ``text_bpe``, ``ssl``, ``codec``.
+def speech_modality(layout: TokenLayout) -> str:
+    """The modality of recordings, and so of speaker prompts: codec_ssl if the layout has SSL units, else codec."""
+    return "codec_ssl" if layout.has("codec_ssl") else "codec"
 
-    A speaker prompt is whatever a speech frame is in this layout: codec_ssl where it has SSL units, else codec.
-    """
-    if modality == "codec_ssl" or (modality == "spk" and layout.has("codec_ssl")):
-        return ("ssl", "codec")
-    return ("codec",) if modality == "spk" else (modality,)
+
+def content_columns(modality: str, layout: TokenLayout) -> tuple[str, ...]:
+    """The stored token columns (of ``text_bpe``, ``ssl``, ``codec``) that make up ``modality`` content."""
+    if modality == "spk":
+        modality = speech_modality(layout)
+    return ("ssl", "codec") if modality == "codec_ssl" else (modality,)
 
 
 def content_length(modality: str, lengths: Mapping[str, Lengths], layout: TokenLayout) -> Lengths:
@@ -100,10 +101,10 @@ def sequence_length(template: TaskTemplate, lengths: Mapping[str, Lengths], layo
     Args:
         template: the task.
         lengths: frames per stored column, see :func:`content_length`; arrays give an array.
-        layout: gives the number of pad frames after each part.
+        layout: for the number of pad frames after each part.
 
     Returns:
-        Number of frames T, an int or an int array like those given.
+        Number of frames T, an int or an int array as in ``lengths``.
     """
     total = 2 + len(template.entries) * (1 + layout.max_delay) + len(template.targets)
     parts = [content_length(entry.modality, lengths, layout) for entry, _ in template.entries]
@@ -113,7 +114,7 @@ def sequence_length(template: TaskTemplate, lengths: Mapping[str, Lengths], layo
 def content_ids(
     modality: str, utterance: Mapping[str, Any], layout: TokenLayout, prompt: np.ndarray | None
 ) -> np.ndarray:
-    """Raw ids int32 or int64 ``[T, C]`` of one part, one column for each stream that it fills.
+    """Raw ids int32 or int64 ``[T, C]`` of one part, a column for each stream that it fills.
 
     Args:
         utterance: raw int ids ``[T, C]`` under ``text_bpe``, ``ssl``, ``codec``; ``id`` for messages.

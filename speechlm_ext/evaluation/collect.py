@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from speechlm_ext.audio.files import write_wav
 from speechlm_ext.data.manifest import Utterance, read_manifest
-from speechlm_ext.data.tokenize.fit import read_wave
+from speechlm_ext.data.recordings import read_wave
 from speechlm_ext.errors import AudioError, ManifestError, StorageError
 from speechlm_ext.evaluation.asr.scorer import SAMPLE_RATE
 from speechlm_ext.evaluation.records import Record, RecordError, read_jsonl

@@ -21,7 +21,7 @@ from speechlm_ext.errors import CheckpointError, LayoutMismatchError
 from speechlm_ext.tasks import resolve_task
 
 if TYPE_CHECKING:
-    from speechlm_ext.data.tokens.shards import TokenCorpus
+    from speechlm_ext.data.tokens.folder import TokenCorpus
     from speechlm_ext.layout import TokenLayout
     from speechlm_ext.model.lm import SpeechLMModel
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from speechlm_ext.errors import SpeechLMError
 from speechlm_ext.utils.files.io import atomic_write_text
-from speechlm_ext.utils.files.json_text import json_line, json_problem, parse_json, split_lines
+from speechlm_ext.utils.files.json_lines import read_json_lines
+from speechlm_ext.utils.files.json_text import json_line
 
 FILE_NAME = "records.jsonl"
 VERSION = 1
@@ -114,20 +115,13 @@ def _check_types(record: Record, where: str) -> None:
 
 
 def read_jsonl(path: Path, what: str) -> list[tuple[str, Any]]:
-    """``(file:line, value)`` of each line. Raises :class:`RecordError` naming a bad line, or if there are no lines."""
-    try:
-        data = path.read_bytes()
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{what} {path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
-    except OSError as error:
-        raise RecordError(f"{what} {path} cannot be read: {error.strerror or error}.") from None
+    """``(file:line, value)`` of each line. Raises :class:`RecordError` naming the line, or if there is none."""
     rows = []
-    for number, line in split_lines(data):
+    for line in read_json_lines(path, what, RecordError):
         try:
-            rows.append((f"{path}:{number}", parse_json(line, allow_nan=True)))
+            rows.append((line.where, line.value()))
         except ValueError as error:
-            raise RecordError(f"{path}:{number}: {json_problem(error)}.") from None
+            raise RecordError(f"{line.where}: {error}.") from None
     if not rows:
         raise RecordError(f"{what} {path} holds no lines; there is nothing to score.")
     return rows

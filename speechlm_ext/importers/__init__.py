@@ -1,1 +1,1 @@
-"""Other people's files to ours, one module a kind."""
+"""Import files of other programs, one module per kind."""

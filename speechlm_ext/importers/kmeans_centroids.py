@@ -1,9 +1,9 @@
 """Import centroids of other programs: ``python -m speechlm_ext.importers.kmeans_centroids SOURCE OUT``.
 
 SOURCE is a ``.npy`` file of centroids ``[K, F]``, which is plain data, or a scikit-learn model as fairseq and ESPnet
-write them (``joblib.dump`` of a KMeans or MiniBatchKMeans). The latter is a pickle: reading it runs whatever code is in
-it. So it is refused without ``--run-code-in-this-file``, and this is the only place of the package that unpickles
-anything; what comes out is safetensors and JSON. The safe way is to have whoever has the model run
+write it (``joblib.dump`` of a KMeans or MiniBatchKMeans). The latter is a pickle: reading it runs any code in it. So it
+is refused without ``--run-code-in-this-file``, and no other module of the package unpickles anything; the output is
+safetensors and JSON. The safe way is to ask the model's owner for
 ``numpy.save("centroids.npy", model.cluster_centers_)``.
 """
 
@@ -22,7 +22,7 @@ import torch
 from speechlm_ext.errors import KMeansError, SpeechLMError
 from speechlm_ext.kmeans.artifact import Fitted
 from speechlm_ext.kmeans.estimator import KMeans
-from speechlm_ext.kmeans.features.shards import why_no_npy
+from speechlm_ext.kmeans.features.shards import npy_problem
 from speechlm_ext.utils.console import make_output_safe
 from speechlm_ext.utils.files.io import sha256_file
 
@@ -40,10 +40,10 @@ def from_centroids(
     Args:
         centroids: float ``[K, F]``, finite; float64 stays, other types become float32.
         counts: int ``[K]`` rows of each cluster; default 0, unknown.
-        features: what made the features.
+        features: description of the features, as JSON values.
 
     Raises:
-        KMeansError: anything else.
+        KMeansError: another type or shape, or a value that is not finite.
     """
     centers = torch.as_tensor(
         np.ascontiguousarray(centroids) if isinstance(centroids, np.ndarray) else centroids
@@ -61,7 +61,7 @@ def from_centroids(
             raise KMeansError(f"centroids: expected counts [{num_clusters}] >= 0, got {list(rows.shape)}.")
     model = KMeans(num_clusters)
     dtype = torch.float64 if centers.dtype == torch.float64 else torch.float32
-    model._adopt(
+    model._set_fitted(
         Fitted(centers.detach().cpu().to(dtype), rows, {}, dict(features or {}), n_rows=int(rows.sum()))
     )
     return model
@@ -73,8 +73,8 @@ def from_npy(path: str | Path, *, features: Mapping[str, Any] | None = None) -> 
         array = np.load(path, allow_pickle=False)
     except Exception as error:  # a damaged header is evaluated as Python, and raises anything
         raise KMeansError(
-            f"centroids {path} cannot be read {why_no_npy(path, error)}. Expected is what "
-            "numpy.save('centroids.npy', model.cluster_centers_) writes."
+            f"centroids {path} cannot be read {npy_problem(path, error)}. Expected: the output of "
+            "numpy.save('centroids.npy', model.cluster_centers_)."
         ) from None
     if not isinstance(array, np.ndarray):
         raise KMeansError(f"centroids {path}: expected a .npy array [K, F], got a .npz archive.")
@@ -87,8 +87,8 @@ def from_joblib(
     """Centroids of a scikit-learn model in a joblib file. UNPICKLES the file: code in it runs with your rights.
 
     Args:
-        path: what ``joblib.dump(model, path)`` wrote.
-        run_code_in_this_file: the caller's consent; nothing is opened without.
+        path: written by ``joblib.dump(model, path)``.
+        run_code_in_this_file: the caller's consent; without it nothing is opened.
 
     Raises:
         KMeansError: no consent, joblib or scikit-learn missing, or no K-Means model in it.
@@ -98,9 +98,9 @@ def from_joblib(
         raise KMeansError(f"model {path} does not exist.")
     if not run_code_in_this_file:
         raise KMeansError(
-            f"model {path} (sha256 {sha256_file(path)}) is a pickle, and reading it runs whatever code it holds. If it "
-            f"comes from you or someone you trust with this machine, give {CONSENT}; else ask for the centroids "
-            "as numpy.save('centroids.npy', model.cluster_centers_) and convert that file."
+            f"model {path} (sha256 {sha256_file(path)}) is a pickle, and reading it runs any code it holds. If you "
+            f"trust its author with this machine, give {CONSENT}; else ask for the centroids as "
+            "numpy.save('centroids.npy', model.cluster_centers_) and convert that file."
         )
     try:
         import joblib
@@ -120,7 +120,7 @@ def from_joblib(
         raise KMeansError(
             f"model {path} holds {type(found).__name__}, not a fitted KMeans or MiniBatchKMeans of scikit-learn."
         )
-    counts = getattr(found, "_counts", None)  # of MiniBatchKMeans: rows each centroid has learnt from
+    counts = getattr(found, "_counts", None)  # of MiniBatchKMeans: rows each centroid has learned from
     labels = getattr(found, "labels_", None)
     if counts is None and labels is not None:
         counts = np.bincount(np.asarray(labels), minlength=len(centers))
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--features",
         default="{}",
-        help='JSON object: what made the features, e.g. \'{"encoder": "hubert", "layer": 9}\'',
+        help='JSON object: description of the features, e.g. \'{"encoder": "hubert", "layer": 9}\'',
     )
     a = parser.parse_args(argv)
     try:
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(features, dict):
             raise ValueError("not an object")
     except ValueError as error:
-        print(f"--features should be a JSON object ({error})", file=sys.stderr)
+        print(f"--features must be a JSON object ({error})", file=sys.stderr)
         return 2
     try:
         if a.source.suffix == ".npy":

@@ -1,6 +1,6 @@
 """K-Means at any size: the same bits from one process or many, from memory or from shards, interrupted or not.
 
-:class:`KMeans` is the estimator; :class:`FeatureSource` is what rows can come from; ``usage`` draws how clusters are
+:class:`KMeans` is the estimator; :class:`FeatureSource` is the protocol of its input; ``usage`` shows how clusters are
 used; ``python -m speechlm_ext.importers.kmeans_centroids`` imports centroids of other programs.
 """
 

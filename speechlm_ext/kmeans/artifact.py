@@ -1,7 +1,7 @@
-"""A fitted K-Means on disk: ``kmeans.safetensors`` (centroids, counts) and ``kmeans.json`` (all that describes them).
+"""A fitted K-Means on disk: ``kmeans.safetensors`` (centroids, counts) and ``kmeans.json`` (their description).
 
-The JSON is written last, so a folder with it is complete; it holds a sha256 over everything that decides units, so what
-was edited or damaged is refused. Nothing is pickled.
+The JSON is written last, so a folder with it is complete; it holds a sha256 over everything that determines units, so
+edited or damaged files are refused. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMAT, VERSION = "speechlm-kmeans", 1
 
 @dataclass
 class Fitted:
-    """All that an artifact holds."""
+    """The content of an artifact."""
 
     centers: Tensor
     """``[K, F]``."""
@@ -38,7 +38,7 @@ class Fitted:
     settings: dict[str, Any]
     """Of the fit, as JSON values."""
     features: dict[str, Any] = field(default_factory=dict)
-    """What made the features, as JSON values."""
+    """Description of the features, as JSON values."""
     n_rows: int = 0
     n_dropped: int = 0
     n_iter: int = 0
@@ -52,7 +52,7 @@ class Fitted:
         return _fingerprint(self.tensors(), self.features)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What goes into the safetensors file."""
+        """Content of the safetensors file."""
         return {
             "cluster_centers": self.centers.detach().cpu().contiguous(),
             "counts": self.counts.detach().to(device="cpu", dtype=torch.int64).contiguous(),
@@ -63,12 +63,12 @@ NUMBERS = ("n_rows", "n_dropped", "n_iter", "n_steps", "inertia", "inertia_histo
 
 
 def json_features(features: Any) -> dict[str, Any]:
-    """A copy as JSON has it. Raises :class:`KMeansError`: not JSON values."""
+    """A copy in JSON's types. Raises :class:`KMeansError`: not JSON values."""
     try:
         return json.loads(json.dumps(features, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise KMeansError(
-            f"K-Means: features should be JSON values that say what made the features; {error}."
+            f"K-Means: features must be JSON values that describe the features; {error}.", argument="features"
         ) from None
 
 
@@ -76,7 +76,7 @@ def write(folder: str | Path, fitted: Fitted) -> None:
     """Write a fitted model.
 
     Raises:
-        KMeansError: a number that is not finite; what the folder holds is untouched.
+        KMeansError: a number that is not finite; the folder is untouched.
         StorageError: it cannot be written.
     """
     tensors = fitted.tensors()
@@ -93,7 +93,7 @@ def write(folder: str | Path, fitted: Fitted) -> None:
     }
     inertia = [value for value in (fitted.inertia, *fitted.inertia_history) if value is not None]
     numbers = {"inertia": torch.tensor(inertia, dtype=torch.float64)}
-    hint = "The rows that it was fitted on are too large for their type; nothing was written."
+    hint = "The fitted rows are too large for their type; nothing was written."
     require_finite(tensors | numbers, KMeansError, f"K-Means was not saved to {folder}", hint)
     atomic_write_bytes(Path(folder) / ARRAYS_NAME, save_tensors(tensors))
     atomic_write_json(Path(folder) / JSON_NAME, record)
@@ -150,7 +150,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 _WAY_OUT = "save it again, or copy the whole folder again."
-#: What ``kmeans.json`` holds.
+#: Content of ``kmeans.json``.
 _SHAPE = {
     "format": str,
     "version": int,

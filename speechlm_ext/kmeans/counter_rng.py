@@ -1,9 +1,9 @@
-"""Random numbers that are a function of (seed, purpose, index) alone: SplitMix64 as a counter-based hash.
+"""Random numbers that are a function of (seed, purpose, index) alone: SplitMix64 as a counter-based generator.
 
-A generator with a state gives other numbers to a row when blocks, ranks or threads change; a hash of the row's number
-does not. Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014: the n-th output of
-SplitMix64 is ``mix(base + n * golden)``; here n is the row and base is drawn from seed and purpose with sha256. For one
-base the map is a bijection of the 64-bit integers, so keys of different rows never tie.
+A generator with a state gives a row other numbers when blocks, ranks or threads change; a hash of the row's number does
+not. Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014: the n-th output of SplitMix64
+is ``mix(base + n * golden)``; here n is the row and base is derived from seed and purpose with sha256. For one base the
+map is a bijection of the 64-bit integers, so keys of different rows never tie.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that torch calculates with; its products and sums wrap modulo 2^64."""
+    """A 64-bit pattern as torch's int64, whose products and sums wrap modulo 2^64."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -34,7 +34,7 @@ def row_keys(seed: int, purpose: str, rows: Tensor) -> Tensor:
 
     Args:
         seed: any integer.
-        purpose: separates the draws of different places; part of the result.
+        purpose: makes the draws of different callers independent.
         rows: int64 ``[n]`` indices, e.g. global row numbers.
 
     Returns:

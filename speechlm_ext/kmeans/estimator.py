@@ -1,13 +1,16 @@
 """``KMeans``: fit centroids to rows in memory, to shards larger than memory, or to the shares of many processes.
 
-The vocabulary is scikit-learn's. What is promised beyond it: the result is a function of the rows in their order, the
-settings and the seed alone, bit for bit; not of the blocks they are read in, of what holds them, of threads, or
-of how many processes share them (on one kind of processor). ``docs/kmeans.md`` says how.
+The vocabulary is scikit-learn's. The additional guarantee: the result is a function of the rows in their order, the
+settings and the seed alone, bit for bit. It does not depend on block sizes, file formats, threads or the number of
+processes (on one kind of processor). ``docs/kmeans.md`` explains how.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +19,20 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError, foreign_errors
-from speechlm_ext.kmeans import artifact, checks
-from speechlm_ext.kmeans.features.sources import open_source
+from speechlm_ext.kmeans import artifact
+from speechlm_ext.kmeans.features.sources import FeatureSource, nonfinite_row, open_source
 from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
-from speechlm_ext.kmeans.fit.lloyd import walk
+from speechlm_ext.kmeans.fit.lloyd import assign_pass
 from speechlm_ext.kmeans.fit.loop import partial_step, run_fit
 from speechlm_ext.kmeans.fit.ranks import Ranks
-from speechlm_ext.kmeans.fit.scan import Data, survey
+from speechlm_ext.kmeans.fit.scan import Data, default_block_rows, scan
 from speechlm_ext.kmeans.fit.state import State
-from speechlm_ext.kmeans.predict import nearest_of
-from speechlm_ext.kmeans.settings import Settings
+from speechlm_ext.kmeans.settings import Settings, check_positive_int
+from speechlm_ext.ops import CentroidIndex, kmeans_assign
+from speechlm_ext.utils.device import resolve_device
+from speechlm_ext.utils.text import counted
 
-_DEFAULT_ITERATIONS = {"lloyd": 300, "minibatch": 100}
+_LOG = logging.getLogger("speechlm_ext")
 _DEFAULT_EVERY = {"lloyd": 1, "minibatch": 100}
 
 
@@ -41,40 +46,41 @@ class KMeans:
         n_clusters: K, at most the number of rows.
         init: ``"k-means++"`` (greedy, Arthur and Vassilvitskii 2007; k-means|| for large data), ``"k-means||"``
             (Bahmani et al. 2012), ``"random"`` (K distinct rows), or centroids ``[K, F]``.
-        algorithm: ``"lloyd"``, or ``"minibatch"`` (Sculley 2010) for a good result after few looks at the data.
-        max_iter: iterations over all rows at most; default 300, or 100 epochs of mini-batches.
-        tol: stop when the squared shift of all centroids is at most this times the mean variance of the features.
+        algorithm: ``"lloyd"``, or ``"minibatch"`` (Sculley 2010) for a good result after few passes over the data.
+        max_iter: maximum number of passes over all rows; default 300, or 100 epochs of mini-batches.
+        tol: stop when the squared shift of all centroids is at most ``tol`` times the mean variance of the features.
         batch_size: rows of a mini-batch, over all ranks.
-        n_init: fits from so many starts, of which the one with the smallest inertia is kept.
+        n_init: number of starts; the fit with the smallest inertia is kept.
         random_state: seed.
-        max_no_improvement: mini-batch steps without a lower smoothed inertia after which it stops; None: never.
+        max_no_improvement: stop after this many mini-batch steps without a lower smoothed inertia; None: never.
         reassignment_ratio: mini-batch: a centroid that saw less than this share of the busiest one's rows is moved.
-        init_size: rows, drawn at random, that the start is chosen from and that are held in memory for it; default all
-            rows, or for mini-batches three batches, at least ``3 K``.
-        n_local_trials: number of seeding trials in k-means++, also in the last stage of k-means||: so many rows are
-            drawn for each centroid and the best is taken; None: ``2 + floor(ln K)``; 1: plain k-means++.
-        nonfinite: a row with a NaN or an infinity is an ``"error"`` that names it, or is left out (``"drop"``), counted
+        init_size: rows, drawn at random and held in memory, that the start is chosen from; default all rows, or for
+            mini-batches three batches, at least ``3 K``.
+        n_local_trials: seeding trials in k-means++, also in the last stage of k-means||: rows drawn for each centroid,
+            of which the best is taken; None: ``2 + floor(ln K)``; 1: plain k-means++.
+        nonfinite: a row with a NaN or an infinity is an ``"error"`` that names it, or is dropped (``"drop"``), counted
             in ``n_dropped_`` and labelled -1.
         distributed: True: the rows given to each process of ``torch.distributed`` are its share, in rank order, and all
-            get one result; False: this process alone; ``"auto"``: True where it is initialised.
-        device: where to work; default where ``x`` is, the CPU for files.
-        block_rows: rows held at a time; default about 32 MiB.
-        column: of features in Parquet files.
+            get one result; False: this process alone; ``"auto"``: True where it is initialized.
+        device: where to compute: ``cpu``, ``cuda``, ``cuda:N``, ``auto``; default where ``x`` is, the CPU for files.
+        block_rows: rows per block; default about 32 MiB.
+        column: column of the features in Parquet files.
         progress: True or False for progress bars; default only on a terminal.
 
     Attributes:
         cluster_centers_: ``[K, F]`` float32, float64 for float64 features.
-        counts_: int64 ``[K]``, rows of each cluster (after ``partial_fit`` alone: rows each centroid learnt from).
-        inertia_: sum of squared distances of the rows to their centroids, which are ``cluster_centers_``; None for
-            imported centroids.
+        counts_: int64 ``[K]``, rows of each cluster (after ``partial_fit`` alone: rows each centroid has seen).
+        inertia_: sum of squared distances of the rows to ``cluster_centers_``; None for imported centroids.
         inertia_history_: inertia before each iteration and at the end; mini-batch: its smoothed estimate at each step.
-        labels_: int32 ``[N]`` of an ``x`` in memory, consistent with ``cluster_centers_``; None for files.
-        n_iter_: iterations over all rows (mini-batch: epochs begun). n_steps_: mini-batch steps.
-        n_features_in_: F. n_dropped_: rows left out, of all ranks. n_rows_: rows that were used.
-        features_: what made the features, as given to :meth:`save` or found by :meth:`load`.
+        labels_: int32 ``[N]`` for an ``x`` in memory, consistent with ``cluster_centers_``; None for files.
+        n_iter_: passes over all rows (mini-batch: epochs started). n_steps_: iterations, or mini-batch steps.
+        n_features_in_: F. n_dropped_: dropped rows, of all ranks. n_rows_: rows used.
+        features_: description of the features, as given to :meth:`save` or found by :meth:`load`.
+
+    Every argument is also an attribute of its name; a new value takes effect at the next fit.
 
     Raises:
-        KMeansError: (a ValueError) impossible settings, or a device that is not there.
+        KMeansError: (a ValueError) impossible settings, or a device that is not available.
     """
 
     def __init__(
@@ -99,143 +105,154 @@ class KMeans:
         column: str = "features",
         progress: bool | None = None,
     ) -> None:
-        self.settings = Settings(
-            n_clusters=n_clusters,
-            init=init,
-            algorithm=algorithm,
-            max_iter=_DEFAULT_ITERATIONS.get(algorithm, 1) if max_iter is None else max_iter,
-            tol=tol,
-            n_init=n_init,
-            random_state=random_state,
-            nonfinite=nonfinite,
-            batch_size=batch_size,
-            max_no_improvement=max_no_improvement,
-            reassignment_ratio=reassignment_ratio,
-            init_size=init_size,
-            n_local_trials=n_local_trials,
-        )
-        checks.require_whole("block_rows", block_rows)
-        self.device = checks.checked_device(device)
+        # scikit-learn's convention: each argument is an attribute of its name.
+        vars(self).update({name: value for name, value in locals().items() if name != "self"})
+        self.settings  # noqa: B018  checks the values
+        check_positive_int("block_rows", block_rows, optional=True)
+        self.device = None if device is None else resolve_device(device, KMeansError)
         self.distributed, self.block_rows = distributed, block_rows
-        self.column, self.progress = column, progress
+        self.column, self.progress, self.nonfinite = column, progress, nonfinite
         self.features_: dict[str, Any] = {}
+
+    @property
+    def settings(self) -> Settings:
+        """The arguments that determine the result, checked. Raises :class:`KMeansError`."""
+        return Settings(**{f.name: getattr(self, f.name) for f in fields(Settings)})
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The constructor's arguments by name, as scikit-learn's ``clone`` needs them; ``deep`` has no effect."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
         s = self.settings
         return f"KMeans(n_clusters={s.n_clusters}, algorithm={s.algorithm!r}, random_state={s.random_state})"
 
     def fit(
-        self, x: Any, *, checkpoint: str | Path | None = None, checkpoint_every: int | None = None
+        self,
+        x: Any,
+        y: None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
     ) -> KMeans:
         """Fit the centroids.
 
         Args:
             x: rows; see the class.
-            checkpoint: folder for the state of the fit. The same call goes on from there, after an interruption too,
-                and ends with the same bits as one that was never interrupted.
-            checkpoint_every: iterations (mini-batch: steps) between writes; default 1 (100).
+            y: ignored; part of scikit-learn's convention.
+            checkpoint: folder for the state of the fit. After an interruption the same call resumes from it and ends
+                with the same bits as an uninterrupted fit.
+            checkpoint_every: iterations (mini-batch: steps) between writes; default 1 (mini-batch: 100).
 
         Raises:
-            KMeansError: rows that cannot be used, or fewer finite ones than clusters.
+            KMeansError: unusable rows, or fewer finite rows than clusters.
             CheckpointError: the checkpoint is damaged, or of other settings or data.
             StorageError: the checkpoint cannot be written.
         """
-        checks.require_whole("checkpoint_every", checkpoint_every)
-        every = checkpoint_every if checkpoint_every is not None else _DEFAULT_EVERY[self.settings.algorithm]
-        data = self._survey(x)
-        checks.require_rows(data, self.settings.n_clusters)
+        check_positive_int("checkpoint_every", checkpoint_every, optional=True)
+        settings = self.settings
+        data = self._scan(x)
+        _check_num_rows(data, settings.n_clusters)
         store = None
         if checkpoint is not None:
-            store = Checkpoint(checkpoint, data.ranks, self.settings.record(), data.identity())
-        in_memory = isinstance(x, (torch.Tensor, np.ndarray))
-        fitted = run_fit(data, self.settings, checkpoint=store, checkpoint_every=every, want_labels=in_memory)
-        best = fitted.best
+            store = Checkpoint(checkpoint, data.ranks, settings.record(), data.identity())
+        result = run_fit(
+            data,
+            settings,
+            checkpoint=store,
+            checkpoint_every=checkpoint_every or _DEFAULT_EVERY[settings.algorithm],
+            with_labels=isinstance(x, (torch.Tensor, np.ndarray)),
+        )
+        best = result.best
         self.cluster_centers_, self.counts_ = best.centers, best.counts
         self.inertia_, self.inertia_history_ = best.inertia, best.history
         self.n_steps_ = best.iterations
-        per_epoch = -(-data.num_rows // min(self.settings.batch_size, data.num_rows))
-        is_lloyd = self.settings.algorithm == "lloyd"
-        self.n_iter_ = best.iterations if is_lloyd else -(-best.iterations // per_epoch)
-        self.labels_ = None if fitted.labels is None else _like(fitted.labels, x)
-        self._learnt = State(centers=best.centers, seen=best.seen, iteration=best.iterations)
-        self._know(data)
-        checks.warn_of_duplicates(best.centers)
+        steps_per_epoch = 1 if settings.algorithm == "lloyd" else data.num_batches(settings.batch_size)
+        self.n_iter_ = -(-best.iterations // steps_per_epoch)
+        self.labels_ = None if result.labels is None else _like(result.labels, x)
+        self._state = State(centers=best.centers, seen=best.seen, iteration=best.iterations)
+        self._set_data_counts(data)
+        _warn_of_duplicates(best.centers)
         return self
 
-    def partial_fit(self, x: Any) -> KMeans:
-        """Take one mini-batch step with the rows given; the first call also chooses the start among them.
+    def partial_fit(self, x: Any, y: None = None) -> KMeans:
+        """Take one mini-batch step with the given rows; the first call also chooses the start among them.
 
-        All the rows are held in memory; they may be the shares of several processes, as in :meth:`fit`. After
-        :meth:`fit` or :meth:`load` it goes on from those centroids and what they have learnt from.
+        All rows are held in memory; they may be the shares of several processes, as in :meth:`fit`. After
+        :meth:`fit` or :meth:`load` it continues from those centroids and the rows they have seen.
 
         Raises:
-            KMeansError: rows that cannot be used, of another width than before, or at first fewer than clusters.
+            KMeansError: unusable rows, another number of features than before, or at first fewer rows than clusters.
         """
-        data = self._survey(x)
-        state: State | None = getattr(self, "_learnt", None)
+        data = self._scan(x)
+        state: State | None = getattr(self, "_state", None)
         if state is None:
-            checks.require_rows(data, self.settings.n_clusters)
+            _check_num_rows(data, self.settings.n_clusters)
             self.inertia_history_ = []
         else:
-            checks.require_width(data.source, self.n_features_in_)
-        state, total = partial_step(data, self.settings, state)
-        self._learnt = state
+            self._check_width(data.source)
+        state, inertia = partial_step(data, self.settings, state)
+        self._state = state
         self.cluster_centers_, self.counts_ = state.centers, state.seen.round().to(torch.int64)
-        self.inertia_, self.n_iter_, self.n_steps_, self.labels_ = total, 1, state.iteration, None
-        self.inertia_history_ = [*self.inertia_history_, total]
-        self._know(data)
+        self.inertia_, self.n_iter_, self.n_steps_, self.labels_ = inertia, 1, state.iteration, None
+        self.inertia_history_ = [*self.inertia_history_, inertia]
+        self._set_data_counts(data)
         return self
 
     def predict(self, x: Any) -> Any:
-        """The nearest centroid of each row, exactly (float64 argmin, lowest index among equals).
+        """The nearest centroid of each row, exactly (float64 argmin, lowest index among ties).
 
         Returns:
-            int32 ``[N]``: numpy for a numpy array, else a tensor (of this process's rows); with ``nonfinite="drop"`` -1
-            for a row that is not finite.
+            int32 ``[N]``: numpy for a numpy array, else a tensor (of this process's rows); -1 for a row that is not
+            finite with ``nonfinite="drop"``.
 
         Raises:
-            KMeansError: not fitted, rows of another width, or rows that are not finite.
+            KMeansError: not fitted, rows with another number of features, or rows that are not finite.
         """
-        centers = self._fitted("predict")
+        centers = self._require_centers("predict")
         source = open_source(x, column=self.column)
-        checks.require_width(source, self.n_features_in_)
-        labels = nearest_of(
-            source,
-            centers,
-            device=self.device or getattr(source, "device", None) or centers.device,
-            block_rows=self.block_rows,
-            may_drop=self.settings.nonfinite == "drop",
-        )
+        self._check_width(source)
+        device = self.device or getattr(source, "device", None) or centers.device
+        dtype = torch.promote_types(source.dtype, centers.dtype)
+        index = CentroidIndex.build(centers.to(device=device, dtype=dtype))
+        labels = torch.empty(source.num_rows, dtype=torch.int32, device=device)
+        block_rows = self.block_rows or default_block_rows(source.num_features)
+        for first, block in source.blocks(0, source.num_rows, block_rows):
+            found = torch.as_tensor(kmeans_assign(block.to(device=device, dtype=dtype), index))
+            if self.nonfinite == "error" and bool((found < 0).any()):
+                raise nonfinite_row(source, first + int((found < 0).nonzero()[0]), "label them -1")
+            labels[first : first + block.shape[0]] = found
         return _like(labels, x)
 
-    def fit_predict(self, x: Any, **kwargs: Any) -> Any:
+    def fit_predict(self, x: Any, y: None = None, **kwargs: Any) -> Any:
         """:meth:`fit`, then the labels of the rows, as :meth:`predict` gives them."""
         self.fit(x, **kwargs)
         return self.labels_ if self.labels_ is not None else self.predict(x)
 
-    def score(self, x: Any) -> float:
-        """Minus the sum of squared distances of the rows (of all ranks) to their nearest centroids.
+    def score(self, x: Any, y: None = None) -> float:
+        """Negative sum of squared distances of the rows (of all ranks) to their nearest centroids.
 
         Raises:
-            KMeansError: not fitted, or rows that cannot be used.
+            KMeansError: not fitted, or unusable rows.
         """
-        centers = self._fitted("score")
-        data = self._survey(x)
-        checks.require_width(data.source, self.n_features_in_)
-        return -walk(data, centers.to(data.device)).inertia
+        centers = self._require_centers("score")
+        data = self._scan(x)
+        self._check_width(data.source)
+        return -assign_pass(data, centers.to(data.device)).inertia
 
     def save(self, folder: str | Path, *, features: Mapping[str, Any] | None = None) -> None:
         """Write ``kmeans.safetensors`` and ``kmeans.json`` into ``folder``, atomically.
 
         Args:
-            folder: made where it is not there.
-            features: JSON values that say what made the features (encoder, layer, frame rate ...), kept with the
-                centroids; default those known already.
+            folder: created if missing.
+            features: JSON values that describe the features (encoder, layer, frame rate ...), stored with the
+                centroids; default ``features_``.
 
         Raises:
             KMeansError: not fitted, or ``features`` are not JSON. StorageError: it cannot be written.
         """
-        self._fitted("save")
+        self._require_centers("save")
         self.features_ = artifact.json_features(dict(self.features_ if features is None else features))
         artifact.write(folder, self._record())
 
@@ -257,13 +274,13 @@ class KMeans:
             raise KMeansError(
                 f"{Path(folder) / artifact.JSON_NAME}: not a K-Means description ({str(error)[:300]}); save it again."
             ) from None
-        model._adopt(fitted)
+        model._set_fitted(fitted)
         return model
 
     @property
     def fingerprint(self) -> str:
         """sha256 over centroids, counts and the description of the features, 64 hex digits."""
-        self._fitted("fingerprint")
+        self._require_centers("fingerprint")
         return self._record().fingerprint
 
     def _record(self) -> artifact.Fitted:
@@ -272,41 +289,68 @@ class KMeans:
             self.cluster_centers_, self.counts_, self.settings.record(), self.features_, **numbers
         )
 
-    def _adopt(self, fitted: artifact.Fitted) -> None:
-        """Set the fitted attributes from a file."""
+    def _set_fitted(self, fitted: artifact.Fitted) -> None:
+        """Set the fitted attributes from a loaded file."""
         self.cluster_centers_, self.counts_, self.labels_ = fitted.centers, fitted.counts, None
         self.n_features_in_ = int(fitted.centers.shape[1])
         self.features_ = fitted.features
         for name in artifact.NUMBERS:
             setattr(self, f"{name}_", getattr(fitted, name))
-        self._learnt = State(fitted.centers, fitted.counts.double(), iteration=self.n_steps_)
+        self._state = State(fitted.centers, fitted.counts.double(), iteration=self.n_steps_)
 
-    def _survey(self, x: Any) -> Data:
+    def _set_data_counts(self, data: Data) -> None:
+        self.n_features_in_ = data.source.num_features
+        self.n_dropped_, self.n_rows_ = data.num_dropped, data.num_usable
+
+    def _scan(self, x: Any) -> Data:
         ranks, source, error = Ranks.join(self.distributed), None, None
         try:
             source = open_source(x, column=self.column)
         except KMeansError as caught:
             error = caught
-        ranks.agree(error)
-        return survey(
+        ranks.raise_any(error)
+        return scan(
             source,  # type: ignore[arg-type]
             ranks,
-            nonfinite=self.settings.nonfinite,
+            nonfinite=self.nonfinite,
             device=self.device,
             block_rows=self.block_rows,
             progress=self.progress,
         )
 
-    def _fitted(self, what: str) -> Tensor:
+    def _require_centers(self, purpose: str) -> Tensor:
         if not hasattr(self, "cluster_centers_"):
             raise KMeansError(
-                f"K-Means: {what} needs centroids; call fit or partial_fit first, or KMeans.load(folder)."
+                f"K-Means: {purpose} needs centroids; call fit or partial_fit first, or KMeans.load(folder)."
             )
         return self.cluster_centers_
 
-    def _know(self, data: Data) -> None:
-        self.n_features_in_ = data.source.num_features
-        self.n_dropped_, self.n_rows_ = data.num_dropped, data.num_usable
+    def _check_width(self, source: FeatureSource) -> None:
+        if source.num_features != self.n_features_in_:
+            raise KMeansError(
+                f"features: expected {counted(self.n_features_in_, 'feature')} in each row, as in the fit, got "
+                f"{source.num_features}; use the encoder and layer that the centroids were fitted on."
+            )
+
+
+def _check_num_rows(data: Data, num_clusters: int) -> None:
+    if data.num_usable < num_clusters:
+        dropped = f" ({data.num_dropped} more are not finite)" if data.num_dropped else ""
+        raise KMeansError(
+            f"K-Means: {num_clusters} clusters need at least as many rows, got {data.num_usable}{dropped}. Give more "
+            f"features to fit on, or ask for at most {counted(data.num_usable, 'cluster')}."
+        )
+
+
+def _warn_of_duplicates(centers: Tensor) -> None:
+    num_distinct = int(torch.unique(centers, dim=0).shape[0])
+    if num_distinct < centers.shape[0]:
+        _LOG.warning(
+            "K-Means: %d of %d centroids are distinct: the features have too few different rows. The others are "
+            "duplicates that no row is assigned to; ask for fewer clusters.",
+            num_distinct,
+            centers.shape[0],
+        )
 
 
 def _like(labels: Tensor, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How clusters are used: numbers, and a picture of rows per cluster and inertia per iteration."""
+"""Usage of clusters: statistics, and a picture of rows per cluster and inertia per iteration."""
 
 from __future__ import annotations
 
@@ -18,15 +18,33 @@ from speechlm_ext.utils.files.io import atomic_write_bytes
 if TYPE_CHECKING:
     from speechlm_ext.kmeans.estimator import KMeans
 
-#: Kinds of pictures, by the ending of their file.
+#: Suffixes of pictures.
 PICTURES = (".svg", ".png")
-#: Grey that can be read on a light and on a dark page.
+#: Readable on a light and on a dark page.
 _GREY, _BLUE, _RED = "#8a929a", "#2a6f97", "#b0553a"
+_STYLE = {
+    "svg.hashsalt": "kmeans",
+    "font.family": "sans-serif",
+    "axes.prop_cycle": f"cycler('color', ['{_BLUE}'])",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 3,
+    "axes.grid": True,
+    "grid.color": _GREY,
+    "grid.alpha": 0.2,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    **dict.fromkeys(
+        ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), _GREY
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Numbers about the rows of each cluster."""
+    """Statistics of the rows per cluster."""
 
     num_clusters: int
     """K."""
@@ -34,9 +52,9 @@ class Usage:
     num_dead: int
     """Clusters without rows."""
     entropy: float
-    """Of a row's cluster, in bits; log2(K) when all are used alike."""
+    """Of a row's cluster, in bits; log2(K) for equal use."""
     perplexity: float
-    """2 to the entropy: as many clusters used alike would have that entropy."""
+    """2 to the entropy: number of equally used clusters with that entropy."""
     smallest: int
     largest: int
     """Rows of the smallest and of the largest cluster."""
@@ -48,7 +66,7 @@ class Usage:
 
 
 def usage(counts: Tensor | np.ndarray | Sequence[int]) -> Usage:
-    """Numbers of clusters' use.
+    """Statistics of clusters with these counts.
 
     Args:
         counts: ``[K]`` rows of each cluster.
@@ -59,7 +77,7 @@ def usage(counts: Tensor | np.ndarray | Sequence[int]) -> Usage:
     values = np.asarray(counts.cpu() if isinstance(counts, Tensor) else counts, dtype=np.int64)
     if values.ndim != 1 or values.size == 0 or values.min() < 0 or values.sum() == 0:
         raise KMeansError(
-            f"cluster usage: expected counts [K] >= 0 with a row at least, got {list(values.shape)} with a sum of "
+            f"cluster usage: expected counts [K] >= 0 with at least one row, got {list(values.shape)} with a sum of "
             f"{values.sum()}; give the counts_ of a fit."
         )
     shares = values[values > 0] / values.sum()
@@ -76,9 +94,9 @@ def usage(counts: Tensor | np.ndarray | Sequence[int]) -> Usage:
 
 
 def draw_usage(model: KMeans, path: str | Path) -> Usage:
-    """Draw a fitted model's use of its clusters and the course of its fit into an .svg or .png file, atomically.
+    """Draw the rows per cluster and the course of the fit of a fitted model into an .svg or .png file, atomically.
 
-    Left: rows of each cluster, the most used first, on a logarithmic scale, beside what equal use would be. Right:
+    Left: rows of each cluster, the most used first, on a logarithmic scale, with equal use as a dashed line. Right:
     inertia per row over the iterations.
 
     Returns:
@@ -89,19 +107,8 @@ def draw_usage(model: KMeans, path: str | Path) -> Usage:
     """
     path = Path(path)
     if path.suffix not in PICTURES:
-        raise KMeansError(f"cluster usage: {path} should end in {' or '.join(PICTURES)}; give one of these.")
-    model._fitted("a picture of the clusters' usage")
-    found = usage(model.counts_)
-    history = [value / max(1, model.n_rows_) for value in model.inertia_history_]
-    is_lloyd = model.settings.algorithm == "lloyd"
-    picture = _draw(
-        found, model.counts_.cpu().numpy(), history, "iteration" if is_lloyd else "step", path.suffix[1:]
-    )
-    atomic_write_bytes(path, picture)
-    return found
-
-
-def _draw(found: Usage, counts: np.ndarray, history: list[float], unit: str, kind: str) -> bytes:
+        raise KMeansError(f"cluster usage: {path} must end in {' or '.join(PICTURES)}.")
+    model._require_centers("a picture of the clusters' usage")
     try:
         import matplotlib
     except ImportError:
@@ -111,66 +118,43 @@ def _draw(found: Usage, counts: np.ndarray, history: list[float], unit: str, kin
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    ordered = np.sort(counts)[::-1]
-    alive = ordered[ordered > 0]
-    mean = found.num_rows / found.num_clusters
-    with plt.rc_context({"svg.hashsalt": "kmeans", "font.family": "sans-serif"}):
+    numbers = usage(model.counts_)
+    is_svg = path.suffix == ".svg"
+    buffer = io.BytesIO()
+    with plt.rc_context(_STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(9.2, 3.5), layout="constrained", gridspec_kw={"width_ratios": (3, 2)}
         )
-        ranks = np.arange(1, len(alive) + 1)
-        marker = "o" if len(alive) < 60 else None
-        left.plot(ranks, alive, color=_BLUE, linewidth=1.6, marker=marker, markersize=3)
-        left.axhline(mean, color=_GREY, linewidth=1, linestyle="--")
-        left.annotate(
-            f"equal use: {mean:,.4g}",
-            (0.99, mean),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color=_GREY,
-        )
-        if found.num_dead:
-            left.axvspan(len(alive) + 0.5, found.num_clusters + 0.5, color=_RED, alpha=0.18, linewidth=0)
-        left.set_yscale("log")
-        left.set_ylim(min(alive.min(), mean) / 2, max(alive.max(), mean) * 2)
-        left.set_xlim(0.5, found.num_clusters + 0.5)
-        left.set_xlabel("cluster, most used first")
-        left.set_ylabel("rows")
-        left.set_title(
-            f"perplexity {found.perplexity:,.4g} of {found.num_clusters:,}, entropy {found.entropy:.2f} of "
-            f"{math.log2(found.num_clusters):.2f} bits, {found.dead_share:.1%} dead",
-            loc="left",
-            fontsize=9,
-            color=_GREY,
-        )
-        right.plot(
-            range(len(history)),
-            history,
-            color=_BLUE,
-            linewidth=1.6,
-            marker="o" if len(history) < 40 else None,
-            markersize=3,
-        )
-        right.set_xlabel(unit)
+        _draw_counts(left, numbers, np.sort(model.counts_.cpu().numpy())[::-1])
+        history = [value / max(1, model.n_rows_) for value in model.inertia_history_]
+        right.plot(history, marker="o" if len(history) < 40 else None)
+        right.set_xlabel("iteration" if model.settings.algorithm == "lloyd" else "step")
         right.set_ylabel("inertia per row")
         right.locator_params(axis="x", integer=True)
-        for axes in (left, right):
-            _plain(axes)
-        buffer = io.BytesIO()
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
-        figure.savefig(buffer, format=kind, dpi=150, transparent=kind == "svg", metadata=metadata)
+        metadata: dict[str, Any] = {"Date": None} if is_svg else {}
+        figure.savefig(buffer, format=path.suffix[1:], dpi=150, transparent=is_svg, metadata=metadata)
         plt.close(figure)
-    return buffer.getvalue()
+    atomic_write_bytes(path, buffer.getvalue())
+    return numbers
 
 
-def _plain(axes: Any) -> None:
-    axes.grid(color=_GREY, alpha=0.2, linewidth=0.6)
-    axes.tick_params(colors=_GREY, which="both")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(_GREY)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_GREY)
+def _draw_counts(axes: Any, numbers: Usage, counts: np.ndarray) -> None:
+    """Draw the rows of each cluster, ``counts`` in descending order."""
+    used = counts[counts > 0]
+    mean = numbers.num_rows / numbers.num_clusters
+    axes.plot(np.arange(1, len(used) + 1), used, marker="o" if len(used) < 60 else None)
+    axes.axhline(mean, color=_GREY, linewidth=1, linestyle="--")
+    axes.text(
+        0.99, mean, f"equal use: {mean:,.4g}", transform=axes.get_yaxis_transform(), ha="right", va="bottom",
+        fontsize=8, color=_GREY)  # fmt: skip
+    if numbers.num_dead:
+        axes.axvspan(len(used) + 0.5, numbers.num_clusters + 0.5, color=_RED, alpha=0.18, linewidth=0)
+    axes.set_yscale("log")
+    axes.set_ylim(min(used.min(), mean) / 2, max(used.max(), mean) * 2)
+    axes.set_xlim(0.5, numbers.num_clusters + 0.5)
+    axes.set_xlabel("cluster, most used first")
+    axes.set_ylabel("rows")
+    axes.set_title(
+        f"perplexity {numbers.perplexity:,.4g} of {numbers.num_clusters:,}, entropy {numbers.entropy:.2f} of "
+        f"{math.log2(numbers.num_clusters):.2f} bits, {numbers.dead_share:.1%} dead"
+    )

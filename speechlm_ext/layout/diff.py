@@ -1,4 +1,4 @@
-"""``speechlm layout``: show a token layout, or say in what two of them differ."""
+"""``speechlm layout``: show a token layout, or the first difference of two."""
 
 from __future__ import annotations
 

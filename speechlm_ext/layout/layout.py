@@ -1,7 +1,7 @@
-"""TokenLayout: the one truth about token ids, as versioned data with a hash.
+"""TokenLayout: the meaning of every token id, as versioned data with a hash.
 
 A layout says how many streams there are and how far each is delayed, which ids each stream may carry,
-where every modality's ids lie, what the special ids are called, and which tokenizers made the ids. It is
+which ids belong to each modality, the names of the special ids, and the tokenizers that made the ids. It is
 stored in every token folder, checkpoint and export, and compared at each hand-over. Order is explicit
 in lists, never the order of keys in a file, so re-saving a file cannot move the vocabulary.
 """
@@ -13,10 +13,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from speechlm_ext.errors import LayoutError, LayoutMismatchError
+from speechlm_ext.layout.parts import BASE_SPECIAL, NUM_SPECIAL, Interval, Stream, merge_ranges
 from speechlm_ext.tasks import TaskTemplate, builtin_tasks
 from speechlm_ext.utils.files.io import atomic_write_json
 from speechlm_ext.utils.files.json_shape import SHA256, build, check_shape
@@ -24,42 +26,6 @@ from speechlm_ext.utils.files.json_text import read_json
 from speechlm_ext.utils.files.run_folders import LAYOUT_NAME as FILE_NAME
 
 VERSION = 1
-NUM_SPECIAL = 256
-
-#: Special ids, compatible with the published OpusLM vocabularies.
-BASE_SPECIAL = {
-    "pad": 0,
-    "unk": 1,
-    "sos_eos": 5,
-    "unknown_task": 7,
-    "system": 8,
-    "user": 9,
-    "assistant": 10,
-    "modality:codec": 32,
-    "modality:ssl": 33,
-    "modality:codec_ssl": 34,
-    "modality:text_bpe": 35,
-    "modality:g2p": 36,
-    "modality:spk": 37,
-}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Ids ``start <= id < end`` that belong to ``name`` (``special``, ``ssl``, ``codec0``…, ``text_bpe``)."""
-
-    name: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One token stream: its ``delay`` in frames and the names of the intervals it may carry."""
-
-    name: str
-    delay: int
-    carries: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -71,7 +37,7 @@ class TokenLayout:
     streams: tuple[Stream, ...]
     """The ``S`` streams in order; stream 0 carries special tokens and all single-stream content."""
     intervals: tuple[Interval, ...]
-    """Every modality's ids; they start with ``special`` and lie side by side without gaps."""
+    """Every modality's ids; they start with ``special`` and are contiguous."""
     special: tuple[tuple[str, int], ...]
     """Names of the special ids: ``pad``, ``sos_eos``, ``modality:…``, ``task:…``, roles."""
     tokenizers: tuple[tuple[str, str], ...] = ()
@@ -84,7 +50,7 @@ class TokenLayout:
             if interval.start != expected or interval.end <= interval.start:
                 raise LayoutError(
                     f"layout {self.name!r}: interval {interval.name!r} is [{interval.start}, {interval.end}) but "
-                    f"must start at {expected} and hold at least one id; intervals lie side by side."
+                    f"must start at {expected} and hold at least one id; intervals are contiguous."
                 )
             expected = interval.end
         names = [i.name for i in self.intervals]
@@ -146,19 +112,15 @@ class TokenLayout:
             intervals.append(Interval(label, start, start + size))
             start += size
         single = tuple(label for label, _ in sizes if not label.startswith("codec"))
-        shift = 1 if ssl is not None else 0
-        num_streams = max(1, len(codec) + shift) if codec else 1
-        delays = tuple(range(num_streams)) if delays is None else tuple(int(d) for d in delays)
-        if len(delays) != num_streams:
-            raise LayoutError(f"expected {num_streams} delays, one per stream, got {len(delays)}: {delays}.")
-        streams = []
-        for s in range(num_streams):
-            k = s - shift
-            carries = single if s == 0 else ()
-            if codec and k >= 0:
-                carries += (f"codec{k}",)
-            label = "ssl" if (s == 0 and ssl is not None) else ("text" if not codec else f"codec{k}")
-            streams.append(Stream(label, delays[s], carries))
+        codebooks = [f"codec{k}" for k in range(len(codec))]
+        names = ["ssl"] * (ssl is not None) + codebooks or ["text"]
+        delays = tuple(range(len(names))) if delays is None else tuple(int(d) for d in delays)
+        if len(delays) != len(names):
+            raise LayoutError(f"expected {len(names)} delays, one per stream, got {len(delays)}: {delays}.")
+        streams: list[Stream] = []
+        for label, delay in zip(names, delays, strict=True):
+            carries = () if streams else single
+            streams.append(Stream(label, delay, carries + ((label,) if label in codebooks else ())))
         special = dict(BASE_SPECIAL)
         for task in (builtin_tasks() if tasks is None else tasks).values():
             special[f"task:{task.name}"] = task.id
@@ -184,7 +146,7 @@ class TokenLayout:
         pairs = zip(self.streams, delays, strict=True)
         return replace(self, streams=tuple(replace(stream, delay=int(d)) for stream, d in pairs))
 
-    # ---- what code asks of it -----------------------------------------------------------------------------------
+    # ---- properties and look-ups ----------------------------------------------------------------------------------
     @property
     def num_streams(self) -> int:
         """``S``."""
@@ -211,7 +173,7 @@ class TokenLayout:
 
     @property
     def pad_id(self) -> int:
-        """Id that stands for "no token here"; its embedding is exactly zero."""
+        """Id of an empty cell; its embedding is exactly zero."""
         return self._special["pad"]
 
     @property
@@ -255,7 +217,7 @@ class TokenLayout:
 
     @cached_property
     def _spans(self) -> dict[str, tuple[int, int]]:
-        # Asked for every part of every sample, so looked up instead of searched.
+        # Looked up for every part of every sample, so kept instead of searched.
         spans = {i.name: (i.start, i.end) for i in self.intervals}
         parts = [i for i in self.intervals if i.name.startswith("codec")]
         return spans | ({"codec": (parts[0].start, parts[-1].end)} if parts else {})
@@ -304,10 +266,12 @@ class TokenLayout:
         if preset == "codec":
             return [everything] + [[self.interval("codec")] for _ in self.streams[1:]]
         if preset == "own":
-            return [_merge([self.interval(c) for c in stream.carries]) for stream in self.streams]
+            return [merge_ranges([self.interval(c) for c in stream.carries]) for stream in self.streams]
         if preset == "modality":
             own, special = self.scopes("own"), self.interval("special")
-            return [[_merge([special, content]), *own[1:]] for content in self.stream0_contents()] + [own]
+            return [[merge_ranges([special, content]), *own[1:]] for content in self.stream0_contents()] + [
+                own
+            ]
         raise LayoutError(f"scope preset must be 'full', 'codec', 'own' or 'modality', got {preset!r}.")
 
     # ---- files, hash, comparison --------------------------------------------------------------------------------
@@ -374,19 +338,18 @@ class TokenLayout:
                 return f"{label}: {mine} against {theirs}"
         for label in ("intervals", "streams", "special", "tokenizers"):
             mine, theirs = getattr(self, label), getattr(other, label)
-            for a, b in zip(mine, theirs, strict=False):
+            for a, b in zip_longest(mine, theirs):
+                if None in (a, b):
+                    return f"{label}: {len(mine)} against {len(theirs)}; {_show(a or b)} is in only one"
                 if a != b:
                     return f"{label}: {_show(a)} against {_show(b)}"
-            if len(mine) != len(theirs):
-                extra = (mine if len(mine) > len(theirs) else theirs)[min(len(mine), len(theirs))]
-                return f"{label}: {len(mine)} against {len(theirs)}; {_show(extra)} stands only in one"
         return f"version: {self.version} against {other.version}"
 
     def require_same(self, other: TokenLayout, mine: str, theirs: str) -> None:
-        """Refuse to go on with another layout.
+        """Refuse another layout.
 
         Args:
-            mine, theirs: what each layout belongs to, for the message (e.g. ``"checkpoint runs/a"``).
+            mine, theirs: owner of each layout, for the message (e.g. ``"checkpoint runs/a"``).
 
         Raises:
             LayoutMismatchError: they differ; the message names the first difference.
@@ -403,20 +366,5 @@ _WAY_OUT = "copy the file again from where it was written."
 _NO_LAYOUT = f"so it is not a token layout: {_WAY_OUT}"
 
 
-def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join ranges that touch, in ascending order."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((start, end))
-    return merged
-
-
 def _show(item: Any) -> str:
-    if isinstance(item, Interval):
-        return f"{item.name} [{item.start}, {item.end})"
-    if isinstance(item, Stream):
-        return f"stream {item.name!r} (delay {item.delay}, {'/'.join(item.carries)})"
-    return "=".join(str(part)[:16] for part in item)
+    return "=".join(str(part)[:16] for part in item) if isinstance(item, tuple) else str(item)

@@ -1,4 +1,4 @@
-"""Task templates as data: what a task is given, and what it must produce."""
+"""Task templates as data: the conditions and the targets of a task."""
 
 from speechlm_ext.tasks.templates import (
     Entry,

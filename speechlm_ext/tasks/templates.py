@@ -1,8 +1,7 @@
-"""Task templates as data: what a task is given, and what it must produce.
+"""Task templates as data: the conditions and the targets of a task.
 
-A template lists conditions and targets; each entry pairs a manifest field with a modality. The shipped
-templates stand in ``templates.yaml``; a user's file of the same form is added to them. Task ids are
-explicit in the data and never follow from an order of keys.
+Each condition or target pairs a manifest field with a modality. The shipped templates are in ``templates.yaml``; a
+user's file of the same form is added to them. Task ids are explicit in the data and never follow from an order of keys.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,6 +22,7 @@ FIELDS = ("text", "audio", "speaker")
 MODALITIES = ("text_bpe", "ssl", "codec", "codec_ssl", "g2p", "spk")
 SHIPPED_TASK_IDS = range(64, 112)
 USER_TASK_IDS = range(112, 128)
+TASK_IDS = range(64, 128)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class TaskTemplate:
     """A task: ``conditions`` are given, ``targets`` are produced, in this order.
 
     Raises:
-        ConfigError: a name or kind that is no word, an id that is no whole number, or no target.
+        ConfigError: a name or kind that is not a word, an id that is not an integer, or no target.
     """
 
     name: str
@@ -57,9 +58,9 @@ class TaskTemplate:
         for name in ("name", "kind"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise ConfigError(f"a task's {name} must be a word, got {value!r}.")
+                raise ConfigError(f"a task's {name} must be a word, got {value!r}; quote numbers.")
         if isinstance(self.id, bool) or not isinstance(self.id, int):
-            raise ConfigError(f"task {self.name!r}: id must be a whole number, got {self.id!r}.")
+            raise ConfigError(f"task {self.name!r}: id must be an integer, got {self.id!r}.")
         if not self.targets:
             raise ConfigError(f"task {self.name!r} has no target; a task must produce something.")
 
@@ -69,7 +70,7 @@ class TaskTemplate:
         return tuple((e, False) for e in self.conditions) + tuple((e, True) for e in self.targets)
 
 
-def parse_templates(text: str, where: str, allowed_ids: Iterable[int]) -> dict[str, TaskTemplate]:
+def parse_templates(text: str, where: str, allowed_ids: range) -> dict[str, TaskTemplate]:
     """Read templates from YAML text.
 
     Args:
@@ -82,51 +83,35 @@ def parse_templates(text: str, where: str, allowed_ids: Iterable[int]) -> dict[s
     """
     try:
         rows = parse_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that cannot be
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         raise ConfigError(
             f"{where}: expected a YAML list of task templates, but it does not parse: {' '.join(str(error).split())}"
         ) from None
     if not isinstance(rows, list):
         raise ConfigError(f"{where}: expected a YAML list of task templates, got {type(rows).__name__}.")
-    allowed = set(allowed_ids)
-    tasks: dict[str, TaskTemplate] = {}
+    tasks: list[TaskTemplate] = []
     for number, row in enumerate(rows):
-        keys = {"name", "id", "kind", "conditions", "targets"}
-        if not isinstance(row, dict) or set(row) != keys:
-            got = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise ConfigError(f"{where}: task {number} must have exactly the keys {sorted(keys)}, got {got}.")
-        name = row["name"]
-        if not isinstance(name, str) or not name or not isinstance(row["kind"], str):
-            raise ConfigError(
-                f"{where}: task {number}: name and kind must be words, got {name!r} and {row['kind']!r}; quote numbers."
-            )
-        sides = []
-        for side in ("conditions", "targets"):
-            entries = []
-            if not isinstance(row[side], list):
-                raise ConfigError(
-                    f"{where}: task {name!r}, {side}: expected a list of [field, modality], got {row[side]!r}."
-                )
-            for item in row[side]:
-                if not (
-                    isinstance(item, list) and len(item) == 2 and item[0] in FIELDS and item[1] in MODALITIES
-                ):
-                    raise ConfigError(
-                        f"{where}: task {name!r}, {side}: expected [field, modality] with a field of {FIELDS} and "
-                        f"a modality of {MODALITIES}, got {item!r}."
-                    )
-                entries.append(Entry(*item))
-            sides.append(tuple(entries))
-        if not sides[1]:
-            raise ConfigError(f"{where}: task {name!r} has no target; a task must produce something.")
-        if not isinstance(row["id"], int) or row["id"] not in allowed:
-            raise ConfigError(
-                f"{where}: task {name!r} has id {row['id']!r}; expected one of {min(allowed)} to {max(allowed)}."
-            )
-        if name in tasks or row["id"] in {t.id for t in tasks.values()}:
-            raise ConfigError(f"{where}: task name {name!r} or id {row['id']} stands twice; give it another.")
-        tasks[name] = TaskTemplate(name, row["id"], row["kind"], sides[0], sides[1])
-    return tasks
+        try:
+            tasks.append(_parse_template(row))
+            check_tasks(tasks, allowed_ids)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: task {number}: {error}") from None
+    return {task.name: task for task in tasks}
+
+
+def _parse_template(row: Any) -> TaskTemplate:
+    keys = {"name", "id", "kind", "conditions", "targets"}
+    if not isinstance(row, dict) or set(row) != keys:
+        got = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise ConfigError(f"a task must have exactly the keys {sorted(keys)}, got {got}.")
+    for name in ("conditions", "targets"):
+        pairs = row[name]
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 for pair in pairs
+        ):
+            raise ConfigError(f"{name} must be a list of [field, modality], got {pairs!r}.")
+        row[name] = tuple(Entry(*pair) for pair in pairs)
+    return TaskTemplate(**row)
 
 
 @lru_cache
@@ -156,37 +141,36 @@ def load_tasks(user_file: str | Path | None = None) -> dict[str, TaskTemplate]:
     return tasks
 
 
-def check_tasks(tasks: Iterable[TaskTemplate]) -> None:
-    """Refuse tasks that cannot stand beside each other: a name or an id twice, or an id that is no task's.
+def check_tasks(tasks: Iterable[TaskTemplate], allowed_ids: range = TASK_IDS) -> None:
+    """Check that tasks can be used together.
 
     Raises:
-        ConfigError: the first such task.
+        ConfigError: a name or an id that occurs twice, or an id that is not one of ``allowed_ids``.
     """
     names: set[str] = set()
     ids: set[int] = set()
     for task in tasks:
-        if task.id not in SHIPPED_TASK_IDS and task.id not in USER_TASK_IDS:
+        if task.id not in allowed_ids:
             raise ConfigError(
-                f"task {task.name!r} has id {task.id}; tasks have ids from {SHIPPED_TASK_IDS.start} to "
-                f"{USER_TASK_IDS.stop - 1}."
+                f"task {task.name!r} has id {task.id}; expected one of {allowed_ids[0]} to {allowed_ids[-1]}."
             )
         if task.name in names or task.id in ids:
-            raise ConfigError(f"task name {task.name!r} or id {task.id} stands twice; give it another.")
+            raise ConfigError(f"task name {task.name!r} or id {task.id} occurs twice; give it another.")
         names.add(task.name)
         ids.add(task.id)
 
 
 def resolve_task(name: str, trained: Iterable[TaskTemplate]) -> TaskTemplate:
-    """Find the trained task that ``name`` means: its exact name, or the only one of that kind.
+    """Find the trained task of a name, or the only one of that kind.
 
     Raises:
-        ConfigError: no trained task, or several, answer to the name.
+        ConfigError: no trained task, or several, match.
     """
     trained = list(trained)
     exact = [t for t in trained if t.name == name]
-    kin = exact or [t for t in trained if t.kind == name]
-    if len(kin) != 1:
+    matches = exact or [t for t in trained if t.kind == name]
+    if len(matches) != 1:
         known = ", ".join(f"{t.name} (kind {t.kind})" for t in trained) or "none"
-        why = "is not one that the model was trained for" if not kin else "names several trained tasks"
+        why = "is not one that the model was trained for" if not matches else "names several trained tasks"
         raise ConfigError(f"task {name!r} {why}. Trained tasks: {known}. Give one of these names.")
-    return kin[0]
+    return matches[0]

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from speechlm_ext.errors import CheckpointError, TrainingError
 from speechlm_ext.training.board import Board
 from speechlm_ext.utils.files.io import atomic_write_text, storage_error
-from speechlm_ext.utils.files.json_text import json_line, parse_json, split_lines
+from speechlm_ext.utils.files.json_lines import JsonLine, json_lines
+from speechlm_ext.utils.files.json_text import json_line
 
 LOG_NAME = "log.jsonl"
 logger = logging.getLogger("speechlm_ext")
@@ -26,33 +27,31 @@ def read_log(run_dir: str | Path) -> list[dict[str, Any]]:
         CheckpointError: it cannot be read, or a line is not one of a log.
     """
     path = Path(run_dir) / LOG_NAME
-    rows: list[dict[str, Any]] = []
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return rows
+        return []
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
     whole, _, cut = data.rpartition(b"\n")
-    for number, line in split_lines(whole):
-        rows.append(_parse(path, number, line))
+    rows = [_parse(line) for line in json_lines(path, whole)]
     if cut.strip():
         try:
-            rows.append(_parse(path, whole.count(b"\n") + 2, cut))
+            rows.append(_parse(JsonLine(path, whole.count(b"\n") + 2, cut)))
         except CheckpointError:
             logger.info("%s: its last line was cut off and is left out", path)
     return rows
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parse(line: JsonLine) -> dict[str, Any]:
     hint = "delete the line, or move the file away."
     try:
-        row = parse_json(line, allow_nan=True)  # older versions wrote them
+        row = line.object()
     except ValueError as error:
-        raise CheckpointError(f"{path}:{number} is damaged: {error}; {hint}") from None
-    step = row.get("step") if isinstance(row, dict) else None
+        raise CheckpointError(f"{line.where} is damaged: {error}; {hint}") from None
+    step = row.get("step")
     if not isinstance(step, int) or isinstance(step, bool):
-        raise CheckpointError(f"{path}:{number} is not a line of a log: it has no step; {hint}")
+        raise CheckpointError(f"{line.where} is not a line of a log: it has no step; {hint}")
     return row
 
 

@@ -1,1 +1,1 @@
-"""``speechlm kmeans``: units fitted to recordings, and recordings labelled with them."""
+"""``speechlm kmeans``: fit units to recordings, and label recordings with them."""

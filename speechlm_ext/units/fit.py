@@ -1,17 +1,16 @@
-"""``speechlm kmeans fit``: from recordings or feature shards to an artefact of units, restartable.
+"""``speechlm kmeans fit``: from recordings or feature shards to an artifact of units, restartable.
 
-The output folder holds ``kmeans.safetensors``, ``kmeans.json`` and ``usage.svg`` at the end, and ``fit.json``, what the
-fit is made from, so that another command is refused; until then also ``features/`` (what was computed or sampled) and
-``checkpoint/``.
+The output folder holds ``kmeans.safetensors``, ``kmeans.json`` and ``usage.svg`` at the end, and ``fit.json``, the
+settings and input of the fit, so that another command is refused; until then also ``features/`` (computed or sampled)
+and ``checkpoint/``.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,33 +19,44 @@ from tqdm import tqdm
 
 from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
+from speechlm_ext.data.recordings import find_audio
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.checks import missing_gpu
 from speechlm_ext.kmeans.features.sampling import sample_size, sampled_rows, write_sample
-from speechlm_ext.kmeans.features.sources import FeatureSource, open_source
-from speechlm_ext.kmeans.words import counted, speaks_options
+from speechlm_ext.kmeans.features.sources import FeatureSource, ShardSource, open_source
 from speechlm_ext.tokenizers.encoders.build import build_encoder
 from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder
-from speechlm_ext.units.fit_record import CHECKPOINT, FEATURES, claim, record_of
-from speechlm_ext.units.recordings import AudioJob, AudioPool, estimated_frames, find_audio
-from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, atomic_write_text, sha256_file
+from speechlm_ext.units.inspect import PLOT, describe_units, write_plot
+from speechlm_ext.units.output_folder import (
+    check_owner,
+    recording_keys,
+    shard_keys,
+    write_rejected,
+)
+from speechlm_ext.units.recordings import estimated_frames, frame_pool
+from speechlm_ext.utils.device import resolve_device
+from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, sha256_file
 from speechlm_ext.utils.files.json_shape import SHA256, read_shaped
-from speechlm_ext.utils.files.json_text import json_line
-from speechlm_ext.utils.options import take_old_name
+from speechlm_ext.utils.hashing import sha256_json
+from speechlm_ext.utils.options import refuse_options, take_old_name
+from speechlm_ext.utils.text import counted
 
-REJECTED = "rejected.jsonl"
-PLOT = "usage.svg"
+RECORD, FEATURES, CHECKPOINT = "fit.json", "features", "checkpoint"
 _RECORDINGS_PER_SHARD = 200
+#: Settings that features do not depend on: free until the first iteration.
+_OF_KMEANS = (
+    "n_clusters", "algorithm", "init", "init_size", "n_local_trials", "n_init", "max_iter", "tol", "batch_size",
+    "nonfinite")  # fmt: skip
+#: Settings without effect on the result.
+_WITHOUT_EFFECT = ("output_dir", "output", "device", "num_workers", "keep_features", "skip_bad")
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Fit K-Means units to recordings or to feature shards; stopped, the same command goes on where it was.
+    """Fit K-Means units to recordings or to feature shards; if interrupted, rerun the same command to resume.
 
     ``speechlm kmeans fit --audio data/manifest.jsonl --encoder hf:facebook/hubert-base-ls960:9 --output_dir units/``,
-    or with features that lie on disk already ``speechlm kmeans fit --features dump/ --n_clusters 500 --output_dir
-    units/``.
+    or with features on disk ``speechlm kmeans fit --features dump/ --n_clusters 500 --output_dir units/``.
     """
 
     output_dir: str = ""
@@ -67,16 +77,16 @@ class FitConfig:
     algorithm: Literal["lloyd", "minibatch"] = "lloyd"
     """Exact iterations over all frames, or steps over batches of them."""
     init: Literal["k-means++", "random"] = "k-means++"
-    """How the centroids start; for large data k-means++ becomes k-means||."""
+    """Initial centroids; for large data k-means++ becomes k-means||."""
     init_size: int | None = None
     """Frames, drawn at random, that the start is chosen from; default all, or three batches (minibatch)."""
     n_local_trials: int | None = None
-    """Number of seeding trials in k-means++: so many frames are drawn for each centroid and the best is taken; default
+    """Seeding trials in k-means++: frames drawn for each centroid, of which the best is taken; default
     2 + floor(ln K), 1 is plain k-means++."""
     n_init: int = 1
-    """Starts, of which the best is kept."""
+    """Number of starts; the best fit is kept."""
     max_iter: int = 100
-    """Iterations over the data at most."""
+    """Maximum number of passes over the data."""
     tol: float = 1e-4
     """Stop when the centroids move less than this share of the features' variance."""
     batch_size: int = 10000
@@ -84,15 +94,15 @@ class FitConfig:
     share: float = 1.0
     """Share of the frames to fit on, drawn evenly over the recordings."""
     max_frames: int | None = None
-    """Frames to fit on at most, drawn in the same way."""
+    """Maximum number of frames to fit on, drawn in the same way."""
     seed: int = 0
     """Seed of the draws."""
     nonfinite: Literal["error", "drop"] = "error"
-    """What to do with rows that hold a NaN or an infinity."""
+    """Rows with a NaN or an infinity are an error, or dropped."""
     resample: bool = True
-    """Convert recordings of another sampling rate, which is said once; ``false`` makes them bad items."""
+    """Convert recordings of another sampling rate, with one message; ``false`` rejects them."""
     skip_bad: bool = False
-    """Go on past bad recordings; they are listed in rejected.jsonl and counted."""
+    """Skip bad recordings; they are listed in rejected.jsonl and counted."""
     device: str = "auto"
     """Where encoder and K-Means run: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
     num_workers: int | None = None
@@ -106,13 +116,12 @@ class FitConfig:
         take_old_name(self, "output", "output_dir", needed="the folder to write")
 
 
-@speaks_options
 @says_conversions()
 def run_fit(cfg: FitConfig) -> int:
-    """Fit as ``cfg`` says; see :class:`FitConfig`.
+    """Fit as configured; see :class:`FitConfig`.
 
     Raises:
-        SpeechLMError: a setting, a recording or a shard that cannot be used; the message names it.
+        SpeechLMError: an unusable setting, recording or shard; the message names it.
     """
     if (cfg.audio is None) == (cfg.features is None):
         raise ConfigError("give either --audio (recordings) or --features (shards), and not both.")
@@ -127,166 +136,161 @@ def run_fit(cfg: FitConfig) -> int:
         of_recordings = ["resample", "skip_bad", *(["frames_per_token"] if cfg.encoder is None else [])]
         refuse_options(cfg, of_recordings, "for recordings; leave it out, or give --audio")
     sample_size(1, cfg.share, cfg.max_frames)
-    device = resolve_device(cfg.device)
+    device = str(resolve_device(cfg.device, ConfigError))
     out = Path(cfg.output_dir)
     spec = None if cfg.encoder is None else EncoderSpec.parse(cfg.encoder, cfg.frames_per_token)
     utterances = find_audio(cfg.audio) if cfg.audio is not None else []
     shards = None if cfg.features is None else open_source(cfg.features, column=cfg.column)
-    claim(out, record_of(asdict(cfg), utterances if shards is None else shards))
+    _claim(cfg, out, utterances, shards)
     if (out / "kmeans.json").is_file():
-        KMeans.load(out)  # says so where it is damaged
+        KMeans.load(out)  # refuses a damaged one
         print(f"{out}: these units are fitted already; see `speechlm kmeans inspect --kmeans {out}`")
         return 0
     encoder = None if spec is None else build_encoder(spec, device=device)
-    info = None if encoder is None else encoder.describe()
-    if cfg.audio is not None:
+    if shards is None:
         assert encoder is not None
-        source = _from_audio(cfg, out, utterances, encoder, device)
+        source = _encode_recordings(cfg, out, utterances, encoder, device)
     else:
-        assert shards is not None
-        source = _from_features(cfg, out, shards)
+        source = _sample_shards(cfg, out, shards)
         if encoder is not None and encoder.num_features != source.num_features:
             raise ConfigError(
                 f"--features has {counted(source.num_features, 'feature')} a row but {spec} gives "
                 f"{encoder.num_features}; name the encoder and layer that made them."
             )
-    kmeans = KMeans(
-        cfg.n_clusters,
-        init=cfg.init,
-        algorithm=cfg.algorithm,
-        init_size=cfg.init_size,
-        n_local_trials=cfg.n_local_trials,
-        n_init=cfg.n_init,
-        max_iter=cfg.max_iter,
-        tol=cfg.tol,
-        batch_size=cfg.batch_size,
-        random_state=cfg.seed,
-        nonfinite=cfg.nonfinite,
-        device=device,
-    )
+    kmeans = KMeans(random_state=cfg.seed, device=device, **{name: getattr(cfg, name) for name in _OF_KMEANS})
     kmeans.fit(source, checkpoint=out / CHECKPOINT)
-    kmeans.save(out, features=info)
+    kmeans.save(out, features=None if encoder is None else encoder.describe())
     shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
     if not cfg.keep_features:
         shutil.rmtree(out / FEATURES, ignore_errors=True)
-    _report(kmeans, out)
+    print("\n".join(describe_units(kmeans, out)))
+    write_plot(kmeans, out / PLOT)
     return 0
 
 
-def refuse_options(cfg: Any, names: Sequence[str], what_for: str) -> None:
-    """Raises :class:`ConfigError`: one of these settings is not at its default, and would be without effect."""
-    usual = {field.name: field.default for field in fields(cfg)}
-    given = [f"--{name}" for name in names if getattr(cfg, name) != usual[name]]
-    if given:
-        raise ConfigError(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} {what_for}.")
+def _claim(cfg: FitConfig, out: Path, utterances: Sequence[Utterance], shards: FeatureSource | None) -> None:
+    """Record settings and input of the fit in its folder. Raises :class:`ConfigError`: it holds something else."""
+    record = {name: value for name, value in asdict(cfg).items() if name not in _WITHOUT_EFFECT}
+    record = _with_plain_paths(record)
+    if shards is None:
+        record["recordings"] = sha256_json(recording_keys(utterances))
+    else:
+        assert isinstance(shards, ShardSource)
+        record["shards"] = sha256_json(shard_keys(shards.paths))
+    path, found = out / RECORD, None
+    free: Sequence[str] = ()
+    if path.is_file():
+        names = str | list[str] | None
+        shape = {"settings": {"audio?": names, "features?": names, "...": Any}}
+        content = read_shaped(path, shape, ConfigError, f"choose another output_dir, or delete {out}.")
+        found = _with_plain_paths(content["settings"])
+        if not (out / CHECKPOINT).exists() and not (out / "kmeans.json").is_file():
+            free = _OF_KMEANS if (out / FEATURES).exists() else [*found, *record]
+    contents = {"recordings": "--audio", "shards": "--features"}
+    written = [out / name for name in ("kmeans.json", FEATURES, CHECKPOINT)]
+    check_owner(out, found, record, contents=contents, written=written, free=free)
+    atomic_write_json(path, {"settings": record})
 
 
-def resolve_device(name: str) -> str:
-    """``cpu`` or ``cuda[:n]`` for the setting ``device``. Raises :class:`ConfigError`."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
-        raise ConfigError(f"--device must be cpu, cuda or auto, or cuda:N for one of several; got {name!r}.")
-    missing = missing_gpu(torch.device(name))
-    if missing:
-        raise ConfigError(
-            f"--device {name} was asked for, but {missing}; see `speechlm doctor`, or take --device cpu."
-        )
-    return name
+def _with_plain_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which ``feats/``, ``./feats`` and a list of ``feats`` alone are one setting."""
+    plain = dict(settings)
+    for name in ("audio", "features"):
+        value = plain.get(name)
+        if value is not None:
+            paths = [str(Path(p)) for p in ([value] if isinstance(value, str) else value)]
+            plain[name] = paths[0] if len(paths) == 1 else paths
+    return plain
 
 
 # ---- features ----------------------------------------------------------------------------------------------
-def _from_features(cfg: FitConfig, out: Path, source: FeatureSource) -> Any:
+def _sample_shards(cfg: FitConfig, out: Path, source: FeatureSource) -> FeatureSource:
     """The shards as they are, or a sample of them, written once so that no iteration reads the rest."""
-    count = sample_size(source.num_rows, cfg.share, cfg.max_frames)
-    if count == source.num_rows:
+    num_samples = sample_size(source.num_rows, cfg.share, cfg.max_frames)
+    if num_samples == source.num_rows:
         return source
     path = out / FEATURES / "sample.npy"
     if not path.is_file():
         with tqdm(total=source.num_rows, unit="row", desc="sample", disable=None) as bar:
-            write_sample(source, count, cfg.seed, path, bar.update)
+            write_sample(source, num_samples, cfg.seed, path, bar.update)
     return open_source(path)
 
 
-def _from_audio(
+def _encode_recordings(
     cfg: FitConfig, out: Path, utterances: Sequence[Utterance], encoder: FeatureEncoder, device: str
-) -> Any:
-    """Features of all recordings, a file for each 200 of them; those that are there already are kept."""
+) -> FeatureSource:
+    """Features of all recordings, one file for 200 of them; existing files are kept."""
     folder = out / FEATURES
     share = cfg.share
     if cfg.max_frames is not None:
         share = min(share, cfg.max_frames / estimated_frames(utterances, encoder.frame_rate))
     size = _RECORDINGS_PER_SHARD
     groups = [utterances[i : i + size] for i in range(0, len(utterances), size)]
-    todo = []
-    for n in range(len(groups)):
-        done, shard = folder / f"done-{n:05d}.json", folder / f"shard-{n:05d}.npy"
-        if not done.is_file():
-            todo.append(n)
-        elif (sha256 := _read_done(done).get("sha256")) is not None and (
-            not shard.is_file() or sha256_file(shard) != sha256
-        ):
-            raise KMeansError(
-                f"{shard} is missing or damaged: it is not what {done.name} was written for. Delete {done.name} and "
-                "run the same command again, which makes both."
-            )
-    total = sum(len(groups[n]) for n in todo)
-    job = AudioJob(encoder.spec, device=device, resample=cfg.resample, skip_bad=cfg.skip_bad)
-    with (
-        AudioPool(job, num_workers=cfg.num_workers, num_items=total) as pool,
-        tqdm(total=total, unit="utt", desc="encode", disable=None) as bar,
-    ):
+    todo = [number for number in range(len(groups)) if not _is_done(folder, number)]
+    total = sum(len(groups[number]) for number in todo)
+    pool = frame_pool(
+        encoder.spec,
+        None,
+        device=device,
+        resample=cfg.resample,
+        skip_bad=cfg.skip_bad,
+        num_workers=cfg.num_workers,
+        num_items=total,
+    )
+    with pool, tqdm(total=total, unit="utt", desc="encode", disable=None) as bar:
         for number in todo:
-            parts, rejected, num_seen = [], [], 0
-            for utterance, found in zip(groups[number], pool(groups[number]), strict=True):
+            parts, rejected, num_frames = [], [], 0
+            for utterance, features in zip(groups[number], pool(groups[number]), strict=True):
                 bar.update()
-                if isinstance(found, Rejected):
-                    rejected.append(asdict(found))
+                if isinstance(features, Rejected):
+                    rejected.append(asdict(features))
                     continue
-                # What a recording's share leaves over goes to the next, so that short ones count by their length.
-                before, num_seen = num_seen, num_seen + len(found)
-                count = math.floor(share * num_seen) - math.floor(share * before)
-                rows = sampled_rows(len(found), count, cfg.seed, purpose=f"sample/{utterance.id}")
-                parts.append(found[rows])
-            sha256 = None
-            if any(len(part) for part in parts):
-                shard = folder / f"shard-{number:05d}.npy"
+                # The fraction of a frame left over by a recording's share is added to the next one's.
+                num_before, num_frames = num_frames, num_frames + len(features)
+                num_samples = math.floor(share * num_frames) - math.floor(share * num_before)
+                purpose = f"sample/{utterance.id}"
+                parts.append(features[sampled_rows(len(features), num_samples, cfg.seed, purpose=purpose)])
+            shard = _shard(folder, number)
+            has_rows = any(len(part) for part in parts)
+            if has_rows:
                 with atomic_path(shard) as temporary:
                     np.save(temporary, np.concatenate(parts))
-                sha256 = sha256_file(shard)
-            # Written last: the shard before it is whole.
-            record = {"rejected": rejected, "sha256": sha256}
-            atomic_write_json(folder / f"done-{number:05d}.json", record)
-    bad = [row for n in range(len(groups)) for row in _read_done(folder / f"done-{n:05d}.json")["rejected"]]
-    if bad and not cfg.skip_bad:
-        raise KMeansError(
-            f"{counted(len(bad), 'recording')} left out under --skip_bad before, the first: {bad[0]['reason']} Give "
-            "--skip_bad again, or choose another output_dir."
-        )
-    if bad:
-        atomic_write_text(out / REJECTED, "".join(map(json_line, bad)))
-        print(f"{counted(len(bad), 'bad recording')} left out, see {out / REJECTED}")
-    if len(bad) == len(utterances):
-        raise KMeansError(f"no good one in {counted(len(bad), 'recording')}, the first: {bad[0]['reason']}")
+            record = {"rejected": rejected, "sha256": sha256_file(shard) if has_rows else None}
+            atomic_write_json(_done(folder, number), record)  # last: the shard is complete
+    records = [_read_done(_done(folder, number)) for number in range(len(groups))]
+    all_rejected = [Rejected(**item) for record in records for item in record["rejected"]]
+    write_rejected(out, all_rejected, len(utterances), cfg.skip_bad)
     if not any(folder.glob("shard-*.npy")):
         raise KMeansError(
-            f"no frame of {counted(len(utterances) - len(bad), 'recording')} is left of a share of {share:g}; give a "
-            "larger --share or --max_frames, and another output_dir."
+            f"no frame of {counted(len(utterances) - len(all_rejected), 'recording')} is left of a share of {share:g}; "
+            "give a larger --share or --max_frames, and another output_dir."
         )
     return open_source(folder)
 
 
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.npy"
+
+
+def _done(folder: Path, number: int) -> Path:
+    return folder / f"done-{number:05d}.json"
+
+
+def _is_done(folder: Path, number: int) -> bool:
+    """Whether a shard is complete. Raises :class:`KMeansError`: it was damaged since."""
+    shard, done = _shard(folder, number), _done(folder, number)
+    if not done.is_file():
+        return False
+    sha256 = _read_done(done).get("sha256")
+    if sha256 is not None and (not shard.is_file() or sha256_file(shard) != sha256):
+        raise KMeansError(
+            f"{shard} is missing or damaged: it is not the file that {done.name} describes. Delete {done.name} and run "
+            "the same command again, which makes both."
+        )
+    return True
+
+
 def _read_done(path: Path) -> dict[str, Any]:
-    """What is kept of a shard that is done: its bad recordings, and its sha256 unless it has no rows."""
+    """Record of a complete shard: its rejected recordings, and its sha256 unless it has no rows."""
     shape = {"rejected": list[Rejected], "sha256?": SHA256 | None}
     return read_shaped(path, shape, KMeansError, "delete it and run the same command again.")
-
-
-def _report(kmeans: KMeans, out: Path) -> None:
-    from speechlm_ext.units.inspect import describe_units, write_plot
-
-    print("\n".join(describe_units(kmeans, out)))
-    if write_plot(kmeans, out / PLOT):
-        print(f"plot          {out / PLOT}")

@@ -1,4 +1,4 @@
-"""``speechlm kmeans inspect``: what an artefact of units is and how its units are used."""
+"""``speechlm kmeans inspect``: description of an artifact of units, and the usage of its units."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ import torch
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.usage import PICTURES, draw_usage, usage
-from speechlm_ext.kmeans.words import counted
+from speechlm_ext.utils.text import counted
 
+PLOT = "usage.svg"
 _BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Show what K-Means units are: size, encoder, fit, usage, and the centroids that lie closest together."""
+    """Show size, encoder, fit and usage of K-Means units, and the closest pairs of centroids."""
 
     kmeans: str
     """Folder that `speechlm kmeans fit` has written."""
     pairs: int = 5
     """Pairs of nearest centroids to list."""
     plot: str | None = None
-    """Where to write the plot of usage and inertia (.svg or .png); default usage.svg in the folder."""
+    """File for the plot of usage and inertia (.svg or .png); default usage.svg in the folder."""
 
 
 def run_inspect(cfg: InspectConfig) -> int:
-    """Print and plot as ``cfg`` says; see :class:`InspectConfig`.
+    """Print and plot as configured; see :class:`InspectConfig`.
 
     Raises:
-        KMeansError: no such artefact, or a damaged one. ConfigError: a picture of another kind, or fewer pairs than 0.
+        KMeansError: no such artifact, or a damaged one. ConfigError: an unusable setting.
     """
     if cfg.pairs < 0:
-        raise ConfigError(f"--pairs must be >= 0, got {cfg.pairs}.")
-    target = Path(cfg.plot) if cfg.plot is not None else Path(cfg.kmeans) / "usage.svg"
-    if target.suffix not in PICTURES:
-        raise ConfigError(f"--plot should end in {' or '.join(PICTURES)}, got {target}; give one of these.")
+        raise ConfigError(f"pairs must be >= 0, got {cfg.pairs}.", argument="pairs")
     folder = Path(cfg.kmeans)
+    target = Path(cfg.plot) if cfg.plot is not None else folder / PLOT
+    if target.suffix not in PICTURES:
+        raise ConfigError(f"plot must end in {' or '.join(PICTURES)}, got {target}.", argument="plot")
     kmeans = KMeans.load(folder)
     lines = describe_units(kmeans, folder)
     pairs = nearest_pairs(kmeans.cluster_centers_, cfg.pairs)
     if pairs:
         lines.append("nearest       " + ", ".join(f"{i} and {j} ({d:.4g} apart)" for i, j, d in pairs))
     print("\n".join(lines))
-    if write_plot(kmeans, target):
-        print(f"plot          {target}")
+    write_plot(kmeans, target)
     return 0
 
 
 def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
-    """Lines that say what units are; imported ones may not say how they are used nor their inertia."""
+    """Lines that describe units; for imported ones usage and inertia may be unknown."""
     info = kmeans.features_ or {}
     lines = [
         f"units         {folder}",
@@ -63,7 +63,7 @@ def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
     ]
     if "weights_sha256" in info:
         lines.append(f"weights       sha256 {info['weights_sha256']}")
-    if not is_used(kmeans):
+    if not _has_counts(kmeans):
         return [*lines, "usage         not recorded"]
     used = usage(kmeans.counts_)
     inertia = "not recorded"
@@ -78,15 +78,15 @@ def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
     return lines
 
 
-def is_used(kmeans: KMeans) -> bool:
-    """Whether the rows of the clusters are known; of imported centroids they may not be."""
+def _has_counts(kmeans: KMeans) -> bool:
+    """Whether the rows of the clusters are known; for imported centroids they may not be."""
     return bool((kmeans.counts_ > 0).any())
 
 
 def nearest_pairs(centroids_KF: torch.Tensor, count: int) -> list[tuple[int, int, float]]:
-    """The ``count`` pairs of centroids that lie closest: ``(i, j, Euclidean distance)`` with i < j, nearest first.
+    """The ``count`` closest pairs of centroids: ``(i, j, Euclidean distance)`` with i < j, nearest first.
 
-    Distances are differences in float64, block by block; never K×K at once.
+    Distances are differences in float64, block by block; K×K distances are never in memory.
     """
     if count == 0 or len(centroids_KF) < 2:
         return []
@@ -107,13 +107,12 @@ def nearest_pairs(centroids_KF: torch.Tensor, count: int) -> list[tuple[int, int
     return [(i, j, v) for v, i, j in best]
 
 
-def write_plot(kmeans: KMeans, path: Path) -> bool:
-    """Draw usage and inertia; where that cannot be done say why. Returns whether there is a picture."""
-    if not is_used(kmeans):
-        print("plot          none: the units do not say how they are used")
-        return False
-    if importlib.util.find_spec("matplotlib") is None:
+def write_plot(kmeans: KMeans, path: Path) -> None:
+    """Draw usage and inertia and print the file, or why there is none."""
+    if not _has_counts(kmeans):
+        print("plot          none: the usage of the units is not recorded")
+    elif importlib.util.find_spec("matplotlib") is None:
         print("plot          none: it needs matplotlib, pip install 'speechlm_ext[eval]'")
-        return False
-    draw_usage(kmeans, path)
-    return True
+    else:
+        draw_usage(kmeans, path)
+        print(f"plot          {path}")

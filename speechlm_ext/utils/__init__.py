@@ -1,1 +1,1 @@
-"""Small helpers without a room of their own."""
+"""Helpers that all rooms share."""

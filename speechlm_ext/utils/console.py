@@ -1,8 +1,8 @@
-"""The terminal's text: standard output that takes every character, and arguments that are text.
+"""Text of the terminal: standard output that accepts every character, and arguments decoded as text.
 
-What standard output's encoding cannot hold (``PYTHONIOENCODING=ascii``, a pipe on Windows, the C locale; a file's name
-that is not UTF-8 anywhere) is written as ``\\uXXXX``, which loses nothing, and a note says once how to see the
-characters. A result that took hours does not end in a ``UnicodeEncodeError``.
+Characters outside standard output's encoding (``PYTHONIOENCODING=ascii``, a pipe on Windows, the C locale; a file name
+that is not UTF-8) are written as ``\\uXXXX``, and one note explains how to see them. So a result that took hours does
+not end in a ``UnicodeEncodeError``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _noted = False
 
 
 def make_output_safe() -> None:
-    """Let standard output and standard error take every text. Every program of the project calls it first."""
+    """Make standard output and standard error accept every text. Every program of the project calls it first."""
     codecs.register_error(_HANDLER, _escape)
     for stream, errors in ((sys.stdout, _HANDLER), (sys.stderr, "backslashreplace")):
         reconfigure = getattr(stream, "reconfigure", None)
@@ -27,7 +27,7 @@ def make_output_safe() -> None:
 
 
 def argument_text(word: str | None) -> str | None:
-    """A command line's word as text: where the locale could not decode it, its bytes are UTF-8 if they can be."""
+    """A command-line word as text: if the locale could not decode it, its bytes are tried as UTF-8."""
     if word is None or word.isascii() or not any("\ud800" <= char <= "\udfff" for char in word):
         return word
     try:
@@ -42,7 +42,7 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
         _noted = True
         with contextlib.suppress(Exception):
             print(
-                f"note: standard output is {error.encoding}; characters that it cannot hold are written as \\uXXXX. "
+                f"note: standard output is {error.encoding}; characters outside it are written as \\uXXXX. "
                 "Set PYTHONIOENCODING=utf-8 to see them.",
                 file=sys.stderr,
             )

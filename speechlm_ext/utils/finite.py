@@ -1,4 +1,4 @@
-"""Whether weights are finite: asked before anything is saved over what is good, and after anything was read."""
+"""Finite weights: checked before a save replaces good files, and after reading."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from speechlm_ext.errors import SpeechLMError
 def is_finite(tensor: Tensor) -> bool:
     """Whether every value is a finite number.
 
-    By minimum and maximum, which NaN passes through: one pass at the memory's speed and no memory of its own, on the
-    CPU a hundred times as fast as ``isfinite().all()``.
+    By minimum and maximum, which propagate NaN: one pass at memory speed without extra memory, on the CPU a hundred
+    times as fast as ``isfinite().all()``.
     """
     if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
@@ -27,7 +27,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The first tensor with values that are not finite, e.g. ``'head.weight' (3 of 640 values, the first is nan)``;
-    None where all are finite."""
+    None if all are finite."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             bad = ~tensor.detach().isfinite()
@@ -41,9 +41,9 @@ def require_finite(tensors: Mapping[str, Tensor], error: type[SpeechLMError], wh
 
     Args:
         tensors: by name.
-        error: the class of what is raised.
-        what: what they are of; the message's beginning.
-        hint: what that means and what to do; the message's end.
+        error: class of the error.
+        what: owner of the tensors; the start of the message.
+        hint: consequence and remedy; the end of the message.
 
     Raises:
         SpeechLMError: of class ``error``.

@@ -1,7 +1,7 @@
-"""Language tags as people write them: ``en``, ``EN``, ``eng``, ``en-US``, ``en_US`` all mean English.
+"""Language tags in any spelling: ``en``, ``EN``, ``eng``, ``en-US``, ``en_US`` all mean English.
 
-The rules (BCP 47, ISO 639, macrolanguages, old codes) are those of the ``langcodes`` library; this is the one place
-that asks it. Whatever depends on a language (number words, case folding, the recogniser) goes through here.
+The rules (BCP 47, ISO 639, macrolanguages, old codes) are those of the ``langcodes`` library. Everything that depends
+on a language (number words, case folding, speech recognition) uses this module.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from speechlm_ext.errors import SpeechLMError
 
-#: Codes that libraries use against the standards: Kazakh in num2words.
+#: Non-standard codes of libraries: Kazakh in num2words.
 _WRONG_CODES = {"kz": "kk"}
-#: Languages that count as one on this scale of Unicode's CLDR; 0 is the same language, 1 Bokmål and Norwegian.
+#: Maximum distance of equal languages in Unicode's CLDR; 0 is the same language, 1 Bokmål and Norwegian.
 _SAME = 1
 #: Encoding and variant of a POSIX locale: ``de_DE.UTF-8@euro``.
 _LOCALE_ENDING = re.compile(r"[.@].*")
@@ -25,7 +25,7 @@ def canonical_tag(tag: str) -> str | None:
     """The standard form of a tag: ``EN_us`` gives ``en-US``, ``eng`` gives ``en``.
 
     Returns:
-        None where ``tag`` is no well-formed tag of a language that the standards know (``english``, ``xx``, ``und``).
+        None if ``tag`` is not a well-formed tag of a standard language (``english``, ``xx``, ``und``).
 
     Raises:
         SpeechLMError: langcodes is not installed.
@@ -36,17 +36,17 @@ def canonical_tag(tag: str) -> str | None:
 
 def base_language(tag: str) -> str:
     """The language of a tag without region and script: ``pt-BR`` gives ``pt``, ``cmn`` its macrolanguage ``zh``; ``""``
-    where it is not known."""
+    if it is unknown."""
     language = _parse(tag)
     return language.prefer_macrolanguage().language if language is not None else ""
 
 
 def match_language(tag: str, supported: Iterable[str]) -> str | None:
-    """The code among ``supported`` that means the language of ``tag``.
+    """The code among ``supported`` for the language of ``tag``.
 
-    The region decides where ``supported`` has it (``fr-CH`` before ``fr``); else it is dropped. A language is matched
-    with its macrolanguage (``cmn`` with ``zh``) and with what CLDR takes for the same (``nb`` with ``no``), never with
-    a neighbour (``yue`` is not ``zh``).
+    A region in ``supported`` is preferred (``fr-CH`` before ``fr``); otherwise the region is ignored. A language
+    matches its macrolanguage (``cmn`` and ``zh``) and languages that CLDR treats as equal (``nb`` and ``no``), never a
+    related one (``yue`` is not ``zh``).
 
     Returns:
         The code as ``supported`` writes it, or None.

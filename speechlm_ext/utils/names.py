@@ -1,4 +1,4 @@
-"""File names made from ids: the one function for it, and its inverse.
+"""File names made from ids, and the inverse.
 
 Ids come from users: they may hold separators, ``..``, any script, or differ in upper and lower case only. A name made
 here is unique for its id on every file system, safe on every system, and readable where the id is:
@@ -7,10 +7,10 @@ here is unique for its id on every file system, safe on every system, and readab
     a/2         -> a%2F2.wav
     LJ001-0001  -> LJ001-0001+3.wav
 
-Letters, digits, ``_``, ``-`` and ``.`` stay as they are; every other byte of the id's UTF-8 is percent-encoded as in
-URLs. Behind ``+`` stands which of the letters are capitals, a hexadecimal number, so that names differ where case does
-not count; behind ``@`` the number of one of several results. An id whose name would be too long is cut, and behind
-``~`` stands its hash: such a name cannot be turned back, its record has the id.
+Letters, digits, ``_``, ``-`` and ``.`` are kept; every other byte of the id's UTF-8 is percent-encoded as in URLs.
+``+`` is followed by a hexadecimal mask of the capital letters, so that names differ on file systems that ignore case;
+``@`` by the number of one of several results. An id whose name would be too long is cut and followed by ``~`` and its
+hash: such a name has no inverse, its record has the id.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import hashlib
 import re
 from urllib.parse import quote, unquote
 
-#: File systems take 255 bytes (some encrypted ones 143 of any script); temporary names add some to a name.
+#: File systems allow 255 bytes (some encrypted ones 143 of any script); temporary names add some to a name.
 MAX_BYTES = 200
 _HASH_DIGITS = 32
 #: Names that Windows keeps for devices, whatever follows the first dot.
@@ -27,14 +27,14 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECA
 
 
 def file_name(item_id: str, suffix: str = "", *, number: int = 1) -> str:
-    """A file name for an id: unique also where case does not count, without separators, at most 200 bytes.
+    """A file name for an id: unique even if case is ignored, without separators, at most 200 bytes.
 
     Args:
         item_id: any string.
-        suffix: what the name ends in, such as ``.wav``; short and plain ASCII.
-        number: of one of several files of the id; 1 adds nothing to the name.
+        suffix: end of the name, such as ``.wav``; short and plain ASCII.
+        number: number of one of several files of the id; 1 adds nothing to the name.
     """
-    # A dot at the beginning hides a file, two are a folder, and Windows drops one at the end; a dash begins an option.
+    # A leading dot hides a file, two are a folder, and Windows drops a final one; a leading dash is an option.
     stem = quote(item_id, safe="", errors="surrogatepass").replace("~", "%7E")
     stem = re.sub(r"\A\.|\.(?=\.|\Z)", "%2E", stem)
     if stem.startswith("-") or _RESERVED.match(stem):
@@ -51,7 +51,7 @@ def file_name(item_id: str, suffix: str = "", *, number: int = 1) -> str:
 
 
 def id_of(name: str, suffix: str = "") -> tuple[str, int] | None:
-    """The id and number that :func:`file_name` made ``name`` from; None for a name that was cut or is none of its."""
+    """The id and number from which :func:`file_name` made ``name``; None for a name that was cut or is foreign."""
     stem, _, number = name.removesuffix(suffix).partition("@")
     stem = stem.partition("+")[0]
     try:

@@ -1,7 +1,9 @@
-"""What the settings of all verbs have in common: old names that are still taken, one value where a list may stand."""
+"""Helpers for the settings of all verbs: old names, one value in place of a list, options without effect."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from speechlm_ext.errors import ConfigError
@@ -10,15 +12,15 @@ Value = TypeVar("Value")
 
 
 def take_old_name(settings: Any, old: str, new: str, needed: str | None = None) -> None:
-    """Move what was given under a field's old name to its new one; for ``__post_init__`` of frozen settings.
+    """Move a value from a field's old name to its new one; for ``__post_init__`` of frozen settings.
 
     Args:
         settings: the dataclass, changed in place.
         old, new: names of its fields.
-        needed: what the setting is, where it must be given under one of the names.
+        needed: description of the setting, if a value is required under one of the names.
 
     Raises:
-        ConfigError: both were given and differ, or a needed one is missing.
+        ConfigError: both are set and differ, or a required one is missing.
     """
     value = getattr(settings, old)
     if value is None:
@@ -37,3 +39,17 @@ def take_old_name(settings: Any, old: str, new: str, needed: str | None = None) 
 def as_list(value: list[Value] | Value) -> list[Value]:
     """One value or a list of them as a list."""
     return value if isinstance(value, list) else [value]
+
+
+def refuse_options(settings: Any, names: Sequence[str], purpose: str) -> None:
+    """Raises :class:`ConfigError`: one of these settings is not at its default but would have no effect.
+
+    Args:
+        settings: the dataclass.
+        names: of its fields.
+        purpose: use of the settings, and the way out, e.g. ``"for recordings; leave it out"``.
+    """
+    defaults = {field.name: field.default for field in fields(settings)}
+    given = [f"--{name}" for name in names if getattr(settings, name) != defaults[name]]
+    if given:
+        raise ConfigError(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} {purpose}.")

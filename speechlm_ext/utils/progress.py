@@ -1,4 +1,4 @@
-"""The bar of one walk over the rows, or of one stage of the start; it appears after two seconds."""
+"""Progress bar of one pass over the rows or of one stage; it appears after two seconds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _DELAY = 2.0
 
 
 def stage_bar(what: str | None, total: int, *, unit: str = "row", progress: bool | None) -> tqdm:
-    """A bar that leaves nothing behind.
+    """A bar that is removed when it ends.
 
     Args:
-        what: is done; None shows no bar.
+        what: description; None shows no bar.
         total: units of work.
         progress: True or False; None: only on a terminal.
     """

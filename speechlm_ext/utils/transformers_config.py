@@ -1,4 +1,4 @@
-"""What is checked of a transformers configuration before transformers builds anything from it."""
+"""Checks of a transformers configuration before a model is built from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_LAYERS = 10_000
 
 
 def check_num_layers(settings: Mapping[str, Any]) -> None:
-    """Refuse a number of layers that no model has: it would take for ever to build before its weights are missed.
+    """Refuse an absurd number of layers: building them would take forever before missing weights are noticed.
 
     Args:
         settings: a configuration as plain data.

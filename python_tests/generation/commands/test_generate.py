@@ -218,7 +218,7 @@ def test_records_keep_separators_and_refuse_a_key_twice(tmp_path):
         "b": "x",
     }
     path.write_text('{"id": "a", "text": "x", "text": "y"}\n')
-    with pytest.raises(GenerationError, match="line 1: not a generation record: key 'text' stands twice"):
+    with pytest.raises(GenerationError, match="line 1: not a generation record: key 'text' occurs twice"):
         records._read(path, partial=False)
 
 

@@ -122,7 +122,7 @@ def test_the_rest_of_a_file_is_served(model_folder, tmp_path, capsys):
 def test_a_key_twice_is_refused_by_name(tmp_path, line, key):
     (tmp_path / "r.jsonl").write_text(line + '\n{"id": "b", "task": "textlm", "text": "x"}\n')
     refused, request = read_requests(tmp_path / "r.jsonl", {})
-    assert f"r.jsonl, line 1: key '{key}' stands twice" in refused.error or (
+    assert f"r.jsonl, line 1: key '{key}' occurs twice" in refused.error or (
         f"r.jsonl, line 1: '{key}' is given beside the other keys and under 'settings'" in refused.error
     )
     assert request.id == "b"

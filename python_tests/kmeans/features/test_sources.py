@@ -137,7 +137,7 @@ def test_refusals(tmp_path):
         ([], "the list of files is empty"),
         (
             [good, tmp_path / "folder"],
-            "folder is a folder, which cannot stand in a list of files: give it alone",
+            "folder is a folder, which cannot be part of a list of files: give it alone",
         ),
         (tmp_path / "cut.npy", "cut.npy cannot be read .*damaged, truncated"),
         (tmp_path / "empty.npy", "empty.npy cannot be read"),
@@ -146,7 +146,7 @@ def test_refusals(tmp_path):
             tmp_path / "pickled.npy",
             r"pickled.npy cannot be read \(it holds Python objects\).*refused.*Save numbers",
         ),
-        (tmp_path / "noise.npy", r"noise.npy cannot be read \(it does not begin as one\); it is damaged"),
+        (tmp_path / "noise.npy", r"noise.npy cannot be read \(it has no .npy header\); it is damaged"),
         (tmp_path / "zip.npy", r"expected float16, float32 or float64 \[n, F\], got a .npz archive"),
         (tmp_path / "noise.parquet", "noise.parquet cannot be read"),
         (write(tmp_path / "ints.npy", ROWS.astype(int)), r"expected float16.*got int64 \[10, 4\]"),
@@ -157,7 +157,10 @@ def test_refusals(tmp_path):
         (write(tmp_path / "cube.npy", ROWS.reshape(5, 2, 4)), r"got float32 \[5, 2, 4\].*reshape\(-1, F\)"),
         (write(tmp_path / "none.npy", ROWS[:0]), "none.npy has no rows; leave it out"),
         ([good, write(tmp_path / "wide.npy", ROWS[:, :3])], "wide.npy has 3 features but .*good.npy has 4"),
-        (write(tmp_path / "a.parquet", {"f": lists}), "has no column 'features', only f; say which"),
+        (
+            write(tmp_path / "a.parquet", {"f": lists}),
+            "has no column 'features', only f; set column to the one",
+        ),
         (
             write(tmp_path / "b.parquet", {"features": [1.0, 2.0]}),
             "should hold lists of float16.*it holds double",
@@ -175,7 +178,7 @@ def test_refusals(tmp_path):
         (torch.zeros(2, 2, dtype=torch.bool), r"got torch.bool \[2, 2\]"),
         (ROWS.tolist(), "expected a float array or tensor .*got list"),
         (None, "got NoneType"),
-        (Odd(), r"row 0: expected a float block \[n, 2\], got torch.int64 \[4, 2\]; mend the source"),
+        (Odd(), r"row 0: expected a float block \[n, 2\], got torch.int64 \[4, 2\]; fix the source"),
     ]
     for features, message in cases:
         with pytest.raises(KMeansError, match=message) as caught:

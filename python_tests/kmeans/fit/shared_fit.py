@@ -1,13 +1,14 @@
-"""Fits on the shares of several processes. Started by torchrun: ``shared_fit.py FOLDER``.
+"""Fits on the shares of two processes: the test's own is rank 0, ``shared_fit.py FOLDER`` is rank 1.
 
-``FOLDER/shares.json`` says which rows of ``FOLDER/x.npy`` each rank holds; each writes what it finds to
-``FOLDER/found.RANK``, as safetensors.
+``FOLDER/shares.json`` lists which rows of ``FOLDER/x.npy`` each rank holds, several times; results of share list N are
+in ``FOLDER/found.N.RANK``, as safetensors.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -78,17 +79,26 @@ def refusals(rows: np.ndarray, rank: int) -> None:
             raise AssertionError(f"no error: {message}")
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    start, stop = json.loads((folder / "shares.json").read_text())[rank]
-    rows = np.load(folder / "x.npy")[start:stop]
-    found = run(rows, folder, rank)
-    refusals(np.nan_to_num(rows), rank)
-    save_file({k: v.contiguous() for k, v in found.items()}, folder / f"found.{rank}")
-    torch.distributed.destroy_process_group()
+def main(folder: Path, rank: int) -> None:
+    """Run the fits of one rank of two."""
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=120),
+    )
+    try:
+        for number, shares in enumerate(json.loads((folder / "shares.json").read_text())):
+            start, stop = shares[rank]
+            rows = np.load(folder / "x.npy")[start:stop]
+            found = run(rows, folder / str(number), rank)
+            refusals(np.nan_to_num(rows), rank)
+            save_file({k: v.contiguous() for k, v in found.items()}, folder / f"found.{number}.{rank}")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), 1)

@@ -173,7 +173,8 @@ def test_rows_that_are_not_finite(x):
     bad = x.clone()
     bad[5, 2], bad[700, 0], bad[1499, 5] = float("nan"), float("inf"), -float("inf")
     with pytest.raises(
-        KMeansError, match=r"row 5 has a value that is not a finite number.*nonfinite=\"drop\""
+        KMeansError,
+        match=r"row 5 has a value that is not a finite number.*set nonfinite to 'drop' to drop such rows",
     ):
         sx.KMeans(4).fit(bad)
     keep = torch.ones(1500, dtype=torch.bool)
@@ -195,33 +196,33 @@ def test_rows_that_are_not_finite(x):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_clusters": 0}, "n_clusters should be a whole number from 1; got 0"),
-        ({"n_clusters": 2.0}, "n_clusters should be a whole number from 1; got 2.0"),
-        ({"n_clusters": 2, "init": "kmeans"}, r"init should be one of k-means\+\+, .*got 'kmeans'"),
-        ({"n_clusters": 2, "init": np.zeros((2, 3)), "n_init": 2}, "n_init=2 with an array as init"),
-        ({"n_clusters": 2, "algorithm": "elkan"}, "algorithm should be 'lloyd' or 'minibatch'; got 'elkan'"),
-        ({"n_clusters": 2, "max_iter": 0}, "max_iter should be"),
-        ({"n_clusters": 2, "tol": -1}, "tol should be a number from 0; got -1"),
-        ({"n_clusters": 2, "batch_size": 0}, "batch_size should be"),
-        ({"n_clusters": 2, "random_state": None}, "random_state should be a whole number; got None"),
-        ({"n_clusters": 2, "reassignment_ratio": 1.5}, r"reassignment_ratio should be a number in \[0, 1\)"),
-        ({"n_clusters": 2, "max_no_improvement": 0}, "max_no_improvement should be None or"),
-        ({"n_clusters": 20, "init_size": 10}, "init_size=10 rows cannot start 20 clusters"),
+        ({"n_clusters": 0}, "n_clusters must be an integer >= 1, got 0"),
+        ({"n_clusters": 2.0}, "n_clusters must be an integer >= 1, got 2.0"),
+        ({"n_clusters": 2, "init": "kmeans"}, r"init must be one of k-means\+\+, .*got 'kmeans'"),
+        ({"n_clusters": 2, "init": np.zeros((2, 3)), "n_init": 2}, "n_init = 2 with an array as init"),
+        ({"n_clusters": 2, "algorithm": "elkan"}, "algorithm must be 'lloyd' or 'minibatch', got 'elkan'"),
+        ({"n_clusters": 2, "max_iter": 0}, "max_iter must be"),
+        ({"n_clusters": 2, "tol": -1}, "tol must be a number >= 0, got -1"),
+        ({"n_clusters": 2, "batch_size": 0}, "batch_size must be"),
+        ({"n_clusters": 2, "random_state": None}, "random_state must be an integer, got None"),
+        ({"n_clusters": 2, "reassignment_ratio": 1.5}, r"reassignment_ratio must be a number in \[0, 1\)"),
+        ({"n_clusters": 2, "max_no_improvement": 0}, "max_no_improvement must be None or"),
+        ({"n_clusters": 20, "init_size": 10}, "init_size = 10 rows are too few for 20 clusters"),
         (
             {"n_clusters": 2, "n_local_trials": 0},
-            "n_local_trials should be None or a whole number from 1; got 0",
+            "n_local_trials must be None or an integer >= 1, got 0",
         ),
-        ({"n_clusters": 2, "n_local_trials": 1.0}, "n_local_trials should be None or a whole number from 1"),
+        ({"n_clusters": 2, "n_local_trials": 1.0}, "n_local_trials must be None or an integer >= 1"),
         (
             {"n_clusters": 2, "n_local_trials": 1, "init": "random"},
-            r"n_local_trials=1 is for the starts k-means\+\+",
+            r"n_local_trials = 1 only applies to the init methods k-means\+\+",
         ),
         ({"n_clusters": 2, "n_local_trials": 1, "init": np.zeros((2, 3))}, "leave it out with another init"),
-        ({"n_clusters": 2, "nonfinite": "skip"}, "nonfinite should be 'error' or 'drop'"),
-        ({"n_clusters": 2, "block_rows": 0}, "block_rows should be"),
+        ({"n_clusters": 2, "nonfinite": "skip"}, "nonfinite must be 'error' or 'drop'"),
+        ({"n_clusters": 2, "block_rows": 0}, "block_rows must be"),
         (
             {"n_clusters": 2, "block_rows": "all"},
-            "block_rows should be None or a whole number from 1; got 'all'",
+            "block_rows must be None or an integer >= 1, got 'all'",
         ),
     ],
 )
@@ -229,6 +230,10 @@ def test_impossible_settings(settings, message):
     with pytest.raises(KMeansError, match=message) as caught:
         sx.KMeans(**settings)
     assert isinstance(caught.value, SpeechLMError) and isinstance(caught.value, ValueError)
+    assert (
+        caught.value.argument in settings
+        and f" --{caught.value.argument} " in caught.value.for_command_line()
+    )
 
 
 def test_refusals(x):
@@ -242,7 +247,7 @@ def test_refusals(x):
         sx.KMeans(2, nonfinite="drop").fit(torch.full((2, 3), torch.nan))
     with pytest.raises(KMeansError, match=r"need at least as many rows, got 1 \(1 more are not finite\)"):
         sx.KMeans(2, nonfinite="drop").fit(torch.tensor([[1.0], [torch.nan]]))
-    with pytest.raises(KMeansError, match=r"init should be float \[4, 6\].*got torch.float32 \[3, 6\]"):
+    with pytest.raises(KMeansError, match=r"init must be float \[4, 6\] .*got torch.float32 \[3, 6\]"):
         sx.KMeans(4, init=x[:3]).fit(x)
     with pytest.raises(KMeansError, match="init has a value that is not a finite number"):
         sx.KMeans(1, init=torch.full((1, 6), torch.nan)).fit(x)
@@ -258,7 +263,7 @@ def test_refusals(x):
             use(x[:, :5])
     with pytest.raises(KMeansError, match="distributed=True needs torch.distributed"):
         sx.KMeans(3, distributed=True).fit(x)
-    with pytest.raises(KMeansError, match="checkpoint_every should be"):
+    with pytest.raises(KMeansError, match="checkpoint_every must be"):
         model.fit(x, checkpoint_every=0)
 
 
@@ -267,7 +272,7 @@ def test_refusals(x):
 )
 def test_an_init_that_is_no_array(init, x):
     with pytest.raises(
-        KMeansError, match=r"K-Means: init should be one of k-means\+\+, .*all rows of one length; got"
+        KMeansError, match=r"K-Means: init must be one of k-means\+\+, .*rows of one length, got"
     ):
         sx.KMeans(2, init=init)
 
@@ -282,17 +287,15 @@ def test_an_init_may_be_a_list_or_part_of_a_graph(x, tmp_path):
 
 @pytest.mark.parametrize("device", ["foo", "mps", "meta", 3.5, "cuda:x"])
 def test_a_device_that_is_none(device):
-    with pytest.raises(
-        KMeansError, match=r"K-Means: device should be 'cpu', 'cuda' or 'cuda:N'; got .*Leave it out"
-    ):
+    with pytest.raises(KMeansError, match=r"device must be cpu, cuda, cuda:N or auto, got "):
         sx.KMeans(2, device=device)
 
 
 @pytest.mark.parametrize(
     ("count", "device", "message"),
     [
-        (0, "cuda", "got 'cuda', but torch finds no GPU. See `speechlm doctor`, or take 'cpu'"),
-        (2, "cuda:2", "got 'cuda:2', but torch finds only 2, counted from 0"),
+        (0, "cuda", "device cuda is not available: torch finds no GPU. See `speechlm doctor`, or use cpu"),
+        (2, "cuda:2", "device cuda:2 is not available: torch finds only 2 GPUs, counted from 0"),
     ],
 )
 def test_a_gpu_that_is_not_there(count, device, message, monkeypatch):
@@ -303,13 +306,26 @@ def test_a_gpu_that_is_not_there(count, device, message, monkeypatch):
     assert sx.KMeans(2, device="cpu").device == torch.device("cpu")
 
 
+def test_scikit_learn_can_clone_it(x):
+    from sklearn.base import clone
+
+    given = {"n_clusters": 4, "init": "random", "random_state": 3, "device": "cpu", "init_size": 50}
+    model = sx.KMeans(**given)
+    assert {**model.get_params(), "device": "cpu"}.items() >= given.items() and model.max_iter is None
+    copy = clone(model)
+    want = model.fit(x).labels_
+    assert not hasattr(copy, "labels_") and torch.equal(copy.fit_predict(x), want)
+    model.n_clusters = 5
+    assert len(model.fit(x).cluster_centers_) == 5
+
+
 def test_takes_numbers_of_numpy(x, tmp_path):
     model = sx.KMeans(np.int64(4), tol=np.float32(0.01), random_state=np.int32(3), progress=False).fit(x)
     want = sx.KMeans(4, tol=float(np.float32(0.01)), random_state=3, progress=False).fit(x)
     assert torch.equal(model.cluster_centers_, want.cluster_centers_)
     model.save(tmp_path)
     assert sx.KMeans.load(tmp_path).fingerprint == want.fingerprint
-    with pytest.raises(KMeansError, match="n_clusters should be a whole number from 1; got 2.5"):
+    with pytest.raises(KMeansError, match="n_clusters must be an integer >= 1, got 2.5"):
         sx.KMeans(2.5)
 
 

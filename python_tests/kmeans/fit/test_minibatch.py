@@ -13,7 +13,7 @@ from speechlm_ext.kmeans.features.sources import ArraySource
 from speechlm_ext.kmeans.fit import minibatch
 from speechlm_ext.kmeans.fit.minibatch import Batches
 from speechlm_ext.kmeans.fit.ranks import Ranks
-from speechlm_ext.kmeans.fit.scan import survey
+from speechlm_ext.kmeans.fit.scan import scan
 
 
 def test_partial_fit_by_hand():
@@ -67,9 +67,9 @@ def test_starved_centroids_move_to_rows():
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed(monkeypatch):
     monkeypatch.setattr(minibatch, "SEGMENT", 16)
-    monkeypatch.setattr(minibatch, "_LEAST_SEGMENTS", 3)
+    monkeypatch.setattr(minibatch, "_MIN_SEGMENTS", 3)
     x = torch.arange(1000.0)[:, None]
-    data = survey(ArraySource(x), Ranks())
+    data = scan(ArraySource(x), Ranks())
     batches = Batches(data, 60, seed=0)
     assert batches.per_epoch == 17
     orders = []
@@ -82,7 +82,7 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed(monkeypatch):
         orders.append(numbers)
     assert not torch.equal(orders[0], orders[1])
     # Any batch by itself, and with blocks of another size.
-    other = Batches(survey(ArraySource(x), Ranks(), block_rows=7), 60, seed=0)
+    other = Batches(scan(ArraySource(x), Ranks(), block_rows=7), 60, seed=0)
     assert torch.equal(other.get(20)[1], orders[1][180:240])
     assert not torch.equal(Batches(data, 60, seed=1).get(0)[1], orders[0][:60])
     # Rows of a batch come from all over the data.

@@ -12,7 +12,7 @@ from speechlm_ext.errors import CheckpointError
 from speechlm_ext.kmeans.features.sources import ArraySource
 from speechlm_ext.kmeans.fit.greedy_seeding import greedy_plus_plus
 from speechlm_ext.kmeans.fit.ranks import Ranks
-from speechlm_ext.kmeans.fit.scan import survey
+from speechlm_ext.kmeans.fit.scan import scan
 from speechlm_ext.kmeans.fit.seeding import initial_centers
 from speechlm_ext.utils import progress
 
@@ -20,7 +20,8 @@ sk = pytest.importorskip("sklearn.cluster", reason="the oracle needs scikit-lear
 
 
 def start_inertia(x: torch.Tensor, num_clusters: int, init: str, seed: int) -> float:
-    centers = initial_centers(survey(ArraySource(x), Ranks()), num_clusters, init, seed=seed)
+    settings = sx.KMeans(num_clusters, init=init, random_state=seed).settings
+    centers = initial_centers(scan(ArraySource(x), Ranks()), settings)
     assert centers.shape == (num_clusters, x.shape[1])
     squared = (x[:, None] - centers).square().sum(2)
     assert (squared == 0).any(0).all()  # all are rows
@@ -64,7 +65,7 @@ def test_weights_are_rows():
 def test_both_ways_of_distances_choose_alike(monkeypatch):
     points = torch.randn(300, 5, dtype=torch.float64)
     table = greedy_plus_plus(points, 30, seed=1, purpose="t")
-    monkeypatch.setattr("speechlm_ext.kmeans.fit.greedy_seeding._ALL_PAIRS", 0)
+    monkeypatch.setattr("speechlm_ext.kmeans.fit.greedy_seeding._MAX_TABLE_POINTS", 0)
     # The table is rounded to float32, which may in principle turn a draw; here it does not.
     assert torch.equal(table, greedy_plus_plus(points, 30, seed=1, purpose="t"))
     assert table.unique().numel() == 30
@@ -74,10 +75,11 @@ def test_both_ways_of_distances_choose_alike(monkeypatch):
 @pytest.mark.parametrize("trials", [1, 3, None])
 def test_trials_of_the_start(x, trials, all_pairs, monkeypatch):
     """One trial is plain k-means++ and no other number differs from the book's either; None is 2 + floor(ln K)."""
-    monkeypatch.setattr("speechlm_ext.kmeans.fit.greedy_seeding._ALL_PAIRS", all_pairs)
+    monkeypatch.setattr("speechlm_ext.kmeans.fit.greedy_seeding._MAX_TABLE_POINTS", all_pairs)
     for seed in range(5):
         want = plus_plus(x, 12, seed=seed, purpose="k-means++/0", trials=trials or 4)
-        found = initial_centers(survey(ArraySource(x), Ranks()), 12, "k-means++", seed=seed, trials=trials)
+        settings = sx.KMeans(12, random_state=seed, n_local_trials=trials).settings
+        found = initial_centers(scan(ArraySource(x), Ranks()), settings)
         assert torch.equal(found, x[want])
 
 
@@ -137,8 +139,9 @@ def test_a_start_from_some_of_the_rows(x):
 def test_random_start_is_rows_in_proportion():
     """Each of 20 rows is chosen about equally often: 4 of 20 in each of 200 draws."""
     x = torch.arange(20.0)[:, None]
-    data = survey(ArraySource(x), Ranks())
-    drawn = torch.cat([initial_centers(data, 4, "random", seed=seed)[:, 0] for seed in range(200)])
+    data = scan(ArraySource(x), Ranks())
+    settings = [sx.KMeans(4, init="random", random_state=seed).settings for seed in range(200)]
+    drawn = torch.cat([initial_centers(data, s)[:, 0] for s in settings])
     counts = torch.bincount(drawn.long(), minlength=20)
     assert counts.sum() == 800 and 15 < int(counts.min()) and int(counts.max()) < 70
 

@@ -1,1 +1,1 @@
-"""Which samples go into which pack, before anything is read: the pack plan, its report, its memory estimate."""
+"""The pack plan: the samples of each pack, computed from lengths before any token is read; and its report."""

@@ -1,9 +1,9 @@
-"""The pack plan: which samples stand together in which pack, for any epoch, from the lengths alone.
+"""The pack plan: the samples of each pack in any epoch, from the lengths alone.
 
 Every epoch has the same number of packs, so a position in training is one integer: pack p is pack ``p % P`` of epoch
-``p // P``, and going to any position costs one epoch's plan. What an epoch holds varies a little (random halves of
-factors, speaker prompts), so P is what a few probed epochs need at most, and an epoch that needs fewer splits some
-packs; one that would need more throws its dice again. Both are pure functions of seed and epoch.
+``p // P``, and going to any position costs one epoch's plan. Epochs vary a little (random halves of factors, speaker
+prompts), so P is the maximum over a few epochs. An epoch that needs fewer packs splits some; one that needs more is
+drawn again. Both are pure functions of seed and epoch.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ import numpy as np
 from speechlm_ext.data.plan.bin_packing import pack_random, pack_tight, split_to
 from speechlm_ext.data.samples import SampleTable, TaskUse
 from speechlm_ext.data.sequence import LossWeights
-from speechlm_ext.data.tokens.shards import TokenCorpus
+from speechlm_ext.data.tokens.folder import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.tasks import load_tasks
+from speechlm_ext.utils.text import counted
 
-#: Epochs that are packed to find P, unless an epoch has so many samples that one says it all.
+#: Epochs that are packed to find P.
 _PROBES = 4
+#: From this many samples in an epoch one epoch is enough to find P.
 _LARGE = 50_000
-#: Throws of the dice for an epoch before giving up; the later ones also try the tighter packing.
+#: Random draws for an epoch before giving up; the later ones also try the tighter packing.
 _DRAWS = 16
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What is trained on, and how it is packed."""
+    """Training data: token folders, tasks, and packing."""
 
     tokens: list[str] | str = field(default_factory=list)
     """A token folder or a list of them (the ``output_dir`` of ``speechlm tokenize``), all of one layout."""
@@ -39,15 +41,15 @@ class PlanConfig:
     dataset_factors: dict[str, float] = field(default_factory=dict)
     """Factor per data set, multiplied with the task's; default 1."""
     budget: int = 8192
-    """Most rows (frames of all streams together) in a pack."""
+    """Maximum number of rows (frames of all streams together) in a pack."""
     seed: int = 0
-    """Decides order, packs, prompts and random halves."""
+    """Seed of order, packs, prompts and random halves."""
     prompt_frames: int = 500
-    """Most frames of a speaker prompt."""
+    """Maximum number of frames of a speaker prompt."""
     overlong: Literal["error", "drop"] = "error"
-    """What to do about a sample longer than the budget: stop, or leave it out and count it."""
+    """Whether a sample longer than the budget is an error, or is left out and counted."""
     loss: LossWeights = field(default_factory=LossWeights)
-    """Loss weight per modality, and which region is learnt."""
+    """Loss weight per modality, and the region with a loss."""
     task_file: str | None = None
     """YAML file with task templates of your own."""
     delays: list[int] | None = None
@@ -60,7 +62,7 @@ class PackPlan:
 
     def __init__(
         self,
-        samples: SampleTable | np.ndarray,
+        samples: SampleTable,
         seed: int = 0,
         budget: int = 8192,
         *,
@@ -69,12 +71,12 @@ class PackPlan:
         """Check the lengths and fix the number of packs in an epoch.
 
         Args:
-            samples: a sample table, or plain lengths int ``[n]`` with every sample used once.
-            budget: most rows in a pack.
-            overlong: refuse samples longer than the budget, or drop them (``num_dropped`` says how many).
+            samples: the samples; with ``overlong="drop"`` those that are too long are removed from it.
+            budget: maximum number of rows in a pack.
+            overlong: refuse samples longer than the budget, or drop and count them (``num_dropped``).
 
         Raises:
-            PlanError: no sample, a length below 1, or a sample longer than the budget.
+            PlanError: no sample, or a sample longer than the budget.
         """
         if budget < 1:
             raise PlanError(f"budget must be at least 1 row, got {budget}.")
@@ -82,79 +84,66 @@ class PackPlan:
             raise PlanError(f"overlong must be 'error' or 'drop', got {overlong!r}.")
         self.seed, self.budget = seed, budget
         self._samples = samples
-        longest = samples.max_lengths() if isinstance(samples, SampleTable) else np.asarray(samples, np.int64)
-        if len(longest) and longest.min() < 1:
-            raise PlanError(
-                f"sample {int(longest.argmin())} has length {int(longest.min())}; lengths must be >= 1."
-            )
-        over = longest > budget
-        self.num_dropped = int(over.sum())
+        longest = samples.max_lengths()
+        is_overlong = longest > budget
+        self.num_dropped = int(is_overlong.sum())
         if self.num_dropped and overlong == "error":
-            raise PlanError(self._overlong_message(longest, over))
-        if isinstance(samples, SampleTable) and self.num_dropped:
-            samples.drop(~over)
-        self._plain = None if isinstance(samples, SampleTable) else longest
-        self._usable = np.flatnonzero(~over)
+            raise PlanError(self._overlong_message(longest))
         if self.num_dropped == len(longest):
             raise PlanError(
                 f"no sample is left to pack: {self.num_dropped} of {len(longest)} are longer than {budget} rows."
                 if len(longest)
                 else "there is no sample to pack; check the manifest, the tasks and their filters."
             )
+        if self.num_dropped:
+            samples.drop(~is_overlong)
+        self.num_items = int(samples.copies(0).sum())
+        """Samples with their repetitions in an epoch: the same number in each."""
         self.packs_per_epoch = self._count_packs()
         """P, the same in every epoch."""
         self._cache: dict[int, tuple[list[np.ndarray], int]] = {}
         self._lock = threading.Lock()
 
     def epoch_packs(self, epoch: int) -> list[np.ndarray]:
-        """The packs of an epoch: for each the sample indices, int64, in the order in which they stand in it."""
+        """The packs of an epoch: for each its sample indices in order, int64."""
         return self._epoch(epoch)[0]
 
     def draw(self, epoch: int) -> int:
-        """Which throw of the dice the epoch uses, for :class:`SampleTable`."""
+        """Number of the random draw that the epoch uses, for :class:`SampleTable`."""
         return self._epoch(epoch)[1]
 
     def locate(self, pack: int) -> tuple[int, int]:
-        """``(epoch, index)`` of a pack counted from the beginning of training."""
+        """``(epoch, index)`` of a pack counted from the start of training."""
         return divmod(pack, self.packs_per_epoch)
-
-    def pack(self, pack: int) -> np.ndarray:
-        """Sample indices of a pack counted from the beginning of training."""
-        epoch, index = self.locate(pack)
-        return self.epoch_packs(epoch)[index]
 
     def lengths(self, epoch: int) -> np.ndarray:
         """Rows of each sample in an epoch, int64."""
-        if isinstance(self._samples, SampleTable):
-            return self._samples.lengths(epoch, self.draw(epoch))
-        assert self._plain is not None
-        return self._plain
+        return self._samples.lengths(epoch, self.draw(epoch))
 
-    # ---- how ----------------------------------------------------------------------------------------------------
+    # ---- packing ------------------------------------------------------------------------------------------------
     def _epoch(self, epoch: int) -> tuple[list[np.ndarray], int]:
         with self._lock:
             if epoch not in self._cache:
                 while len(self._cache) > 1:
-                    # Ranks and workers stand near each other, so the present epoch and its neighbour are enough.
+                    # Workers are at most a few packs apart, so the present epoch and its neighbor are enough.
                     self._cache.pop(min(self._cache))
                 self._cache[epoch] = self._make(epoch)
             return self._cache[epoch]
 
     def _count_packs(self) -> int:
-        """P: the most that a few epochs need, and a little more where the data is large enough not to mind."""
-        if self._size_of_epoch() == 0:
+        """P: the maximum over a few epochs, and a little more for epochs that were not tried."""
+        if self.num_items == 0:
             raise PlanError("no sample is drawn in an epoch; all factors are too small for so few samples.")
-        large = self._size_of_epoch() >= _LARGE
+        large = self.num_items >= _LARGE
         counts = []
         for epoch in range(1 if large else _PROBES):
             _, lengths = self._items(epoch, 0)
             counts.append(len(pack_random(lengths, self.budget, self._rng(epoch, 0))))
             if not large:
-                # Longest first is the way out of an epoch whose throws are unlucky, so it must fit.
+                # Best-fit decreasing is the fallback of an epoch with unlucky draws, so it must fit.
                 counts.append(len(pack_tight(lengths, self.budget, self._rng(epoch, 0))))
-        fixed = not isinstance(self._samples, SampleTable) or self._samples.is_fixed
-        slack = max(counts) // 500 if fixed else max(1, max(counts) // 500)
-        return min(max(counts) + slack, self._size_of_epoch())
+        slack = max(counts) // 500
+        return min(max(counts) + (slack if self._samples.is_fixed else max(1, slack)), self.num_items)
 
     def _make(self, epoch: int) -> tuple[list[np.ndarray], int]:
         for draw in range(_DRAWS):
@@ -176,35 +165,17 @@ class PackPlan:
     def _rng(self, epoch: int, draw: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch, draw, 0])
 
-    def _size_of_epoch(self) -> int:
-        """Copies of samples in an epoch: the same in each."""
-        return (
-            int(self._samples.copies(0).sum())
-            if isinstance(self._samples, SampleTable)
-            else len(self._usable)
-        )
-
     def _items(self, epoch: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
-        """The sample of every copy in an epoch, and its rows."""
-        if isinstance(self._samples, SampleTable):
-            items = np.repeat(np.arange(len(self._samples)), self._samples.copies(epoch, draw))
-            return items, self._samples.lengths(epoch, draw)[items]
-        assert self._plain is not None
-        return self._usable, self._plain[self._usable]
+        """The sample index of every copy in an epoch, and its rows."""
+        items = np.repeat(np.arange(len(self._samples)), self._samples.copies(epoch, draw))
+        return items, self._samples.lengths(epoch, draw)[items]
 
-    def _overlong_message(self, longest: np.ndarray, over: np.ndarray) -> str:
+    def _overlong_message(self, longest: np.ndarray) -> str:
         worst = int(longest.argmax())
-        name = f"sample {worst}"
-        if isinstance(self._samples, SampleTable):
-            table = self._samples
-            utterance = table.corpus.utterance(int(table.utterance[worst]))
-            task = table.templates[table.task[worst]].name
-            name = f"utterance {utterance['id']!r} of {utterance['dataset']!r} as {task}"
-        more = int(over.sum()) - 1
         return (
-            f"{name} needs {int(longest[worst])} rows but a pack holds {self.budget}; "
-            f"{more} more sample{' is' if more == 1 else 's are'} too long. Raise budget to {int(longest[worst])}, cut "
-            "the recordings, or leave them out with overlong: drop."
+            f"{self._samples.name(worst)} needs {int(longest[worst])} rows but a pack holds {self.budget} (too "
+            f"long in all: {counted(self.num_dropped, 'sample')}). Raise budget to {int(longest[worst])}, cut the "
+            "recordings, or leave them out with overlong: drop."
         )
 
 

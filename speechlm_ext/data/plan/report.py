@@ -1,66 +1,44 @@
-"""``speechlm plan``: what a training run would see, before any GPU is held.
-
-Tokens per modality and task, padding, packs per epoch, how the loss is shared out, and a memory estimate. Settings
-that cannot work are refused here with the same errors that training would raise.
-"""
+"""The report of a pack plan: tokens per modality and task, padding, packs per epoch, each kind's share of the loss."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from speechlm_ext.data.plan.memory import MemoryEstimate, ModelShape, estimate_memory
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
-from speechlm_ext.data.samples import SampleTable
+from speechlm_ext.data.samples import SampleCounts, SampleTable
 from speechlm_ext.data.sequence import LossWeights, content_length
-from speechlm_ext.data.tokens.shards import TokenCorpus, open_tokens
+from speechlm_ext.data.tokens.folder import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tasks import TaskTemplate
 
 KINDS = ("text", "ssl", "codec", "special")
+#: Why utterances are left out of a task, by field of :class:`SampleCounts`.
+_REASONS = {
+    "filtered": "outside its data sets or languages",
+    "lacking": "lack a modality",
+    "no_prompt": "no other utterance of the speaker to prompt with",
+    "overlong": "too long, dropped",
+}
 
 
 @dataclass(frozen=True)
-class PlanReportConfig:
-    """Print what training would see, and refuse settings that cannot work."""
-
-    data: PlanConfig
-    """Token folders, tasks, and how samples are packed: as in the training config."""
-    model: ModelShape | None = None
-    """Sizes of the model, for the memory estimate."""
-    json: bool = False
-    """Print JSON instead of a table."""
-
-
-@dataclass(frozen=True)
-class TaskReport:
+class TaskReport(SampleCounts):
     """One task in one epoch."""
 
-    task: str
-    samples: int
-    """Different samples."""
     copies: int
     """Samples with their repetitions."""
     rows: int
     tokens: dict[str, int]
     """Tokens per kind: text, ssl, codec (all codebooks), special."""
-    filtered: int
-    """Utterances outside the task's data sets and languages."""
-    lacking: int
-    """Utterances without a modality that the task needs."""
-    no_prompt: int
-    """Utterances without another one of their speaker to prompt with."""
-    overlong: int
-    """Samples dropped because they are longer than the budget."""
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What ``speechlm plan`` prints; token counts are those of the first epoch."""
+    """Size and contents of an epoch; token counts are those of the first one."""
 
     layout: str
     utterances: int
@@ -69,7 +47,7 @@ class PlanReport:
     rows: int
     packs_per_epoch: int
     padding: float
-    """Share of the packs' rows that stays empty."""
+    """Share of the packs' rows without a sample."""
     pad_cells: float
     """Share of the filled rows' cells (rows times streams) without a token: single-stream parts and delays."""
     longest: int
@@ -77,62 +55,34 @@ class PlanReport:
     tokens: dict[str, int]
     loss_share: dict[str, float]
     """Share of the total loss weight per kind of token; they add up to 1."""
-    memory: MemoryEstimate | None = field(default=None)
 
 
-def run_plan(cfg: PlanReportConfig) -> PlanReport:
-    """Make the plan of the first epoch, print the report and return it.
-
-    Raises:
-        SpeechLMError: data or settings with which training cannot work.
-    """
-    report = make_report(open_tokens(cfg.data.tokens, cfg.data.delays), cfg.data, cfg.model)
-    print(json.dumps(asdict(report), indent=2) if cfg.json else format_report(report))
-    return report
-
-
-def make_report(corpus: TokenCorpus, cfg: PlanConfig, shape: ModelShape | None = None) -> PlanReport:
+def make_report(corpus: TokenCorpus, cfg: PlanConfig) -> PlanReport:
     """The report over opened token folders.
 
     Raises:
-        PlanError: nothing would be learnt, or a sample is longer than the model takes; others as for training.
+        PlanError: nothing would be learned; others as for training.
     """
     samples = build_samples(corpus, cfg)
     plan = PackPlan(samples, cfg.seed, cfg.budget, overlong=cfg.overlong)
-    longest = int(samples.max_lengths().max())
-    if shape is not None and shape.max_positions is not None and longest > shape.max_positions:
-        raise PlanError(
-            f"the longest sample has {longest} rows but the model takes {shape.max_positions} (model.max_positions). "
-            "Raise it, or cut the recordings."
-        )
     draw = plan.draw(0)
     copies, lengths = samples.copies(0, draw), samples.lengths(0, draw)
     prompt_len = np.minimum(samples.speech_lengths[samples.prompts(0, draw)], cfg.prompt_frames)
-    tasks, total, loss = [], Counter[str](), Counter[str]()
-    for number, (template, account) in enumerate(zip(samples.templates, samples.eligible, strict=True)):
+    tasks, total, loss = [], Counter[str](), dict.fromkeys(KINDS, 0.0)
+    for number, (template, counts) in enumerate(zip(samples.templates, samples.counts, strict=True)):
         mine = np.flatnonzero(samples.task == number)
         frames = _frames(samples, template, mine, copies[mine], prompt_len)
-        tokens = _count(template, frames, int(copies[mine].sum()), corpus.layout)
+        num_copies = int(copies[mine].sum())
+        tokens, task_loss = _tokens_and_loss(template, frames, num_copies, corpus.layout, cfg.loss)
         total.update(tokens)
-        loss.update(_loss_weight(template, frames, int(copies[mine].sum()), corpus.layout, cfg.loss))
-        tasks.append(
-            TaskReport(
-                template.name,
-                account.samples,
-                int(copies[mine].sum()),
-                int((copies[mine] * lengths[mine]).sum()),
-                dict(tokens),
-                account.filtered,
-                account.lacking,
-                account.no_prompt,
-                account.overlong,
-            )
-        )
+        loss = {kind: loss[kind] + task_loss[kind] for kind in KINDS}
+        num_rows = int((copies[mine] * lengths[mine]).sum())
+        tasks.append(TaskReport(**asdict(counts), copies=num_copies, rows=num_rows, tokens=dict(tokens)))
     rows = int((copies * lengths).sum())
     weight = sum(loss.values())
     if weight <= 0:
         raise PlanError(
-            "nothing would be learnt: every token of these tasks has loss weight 0. Raise data.loss."
+            "nothing would be learned: every token of these tasks has loss weight 0. Raise data.loss."
         )
     return PlanReport(
         layout=str(corpus.layout),
@@ -143,68 +93,38 @@ def make_report(corpus: TokenCorpus, cfg: PlanConfig, shape: ModelShape | None =
         packs_per_epoch=plan.packs_per_epoch,
         padding=1 - rows / (plan.packs_per_epoch * cfg.budget),
         pad_cells=1 - sum(total.values()) / (rows * corpus.layout.num_streams),
-        longest=longest,
+        longest=int(samples.max_lengths().max()),
         tokens={k: total[k] for k in KINDS},
         loss_share={k: loss[k] / weight for k in KINDS},
-        memory=None if shape is None else estimate_memory(shape, corpus.layout, cfg.budget),
     )
 
 
 def format_report(report: PlanReport) -> str:
     """The report as a table for people."""
+    table = [["task", "samples", "copies", "rows", *(f"{kind} tokens" for kind in KINDS)]]
+    samples, copies = (sum(getattr(t, name) for t in report.tasks) for name in ("samples", "copies"))
+    for name, *numbers, tokens in (
+        *((t.task, t.samples, t.copies, t.rows, t.tokens) for t in report.tasks),
+        ("all", samples, copies, report.rows, report.tokens),
+    ):
+        table.append([name, *(f"{n:,}" for n in (*numbers, *(tokens.get(kind, 0) for kind in KINDS)))])
+    table.append(["loss share", "", "", "", *(f"{report.loss_share[kind]:.1%}" for kind in KINDS)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [f"layout {report.layout}    {report.utterances:,} utterances", ""]
-    head = ["task", "samples", "copies", "rows", *(f"{k} tokens" for k in KINDS)]
-    body = [
-        [
-            t.task,
-            f"{t.samples:,}",
-            f"{t.copies:,}",
-            f"{t.rows:,}",
-            *(f"{t.tokens.get(k, 0):,}" for k in KINDS),
-        ]
-        for t in report.tasks
-    ]
-    copies = sum(t.copies for t in report.tasks)
-    body.append(
-        ["all", f"{sum(t.samples for t in report.tasks):,}", f"{copies:,}", f"{report.rows:,}"]
-        + [f"{report.tokens[k]:,}" for k in KINDS]
-    )
-    body.append(["loss share", "", "", "", *(f"{report.loss_share[k]:.1%}" for k in KINDS)])
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    for row in [head, *body]:
-        lines.append(
-            "  ".join(
-                c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+    for name, *cells in table:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *right]))
     lines.append("")
     for t in report.tasks:
-        why = [("outside its data sets or languages", t.filtered), ("lack a modality", t.lacking)]
-        why += [
-            ("no other utterance of the speaker to prompt with", t.no_prompt),
-            ("too long, dropped", t.overlong),
-        ]
-        left = "; ".join(f"{count:,} {reason}" for reason, count in why if count)
-        if left:
-            lines.append(f"left out of {t.task}: {left}")
+        counts = [(getattr(t, name), reason) for name, reason in _REASONS.items()]
+        left_out = "; ".join(f"{count:,} {reason}" for count, reason in counts if count)
+        if left_out:
+            lines.append(f"left out of {t.task}: {left_out}")
     lines.append(
         f"{report.packs_per_epoch:,} packs an epoch of at most {report.budget:,} rows, padding {report.padding:.2%}; "
         f"cells without a token {report.pad_cells:.1%}; longest sample {report.longest:,} rows"
     )
-    if report.memory is not None:
-        m = report.memory
-        parts = ", ".join(
-            f"{n} {_size(getattr(m, n))}"
-            for n in ("weights", "gradients", "optimizer", "activations", "logits")
-        )
-        lines.append(
-            f"memory per process, estimated: {_size(m.total)} ({parts}); {m.num_parameters / 1e6:,.1f} M parameters"
-        )
     return "\n".join(lines)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _frames(
@@ -218,7 +138,7 @@ def _frames(
 
 
 def _streams_of(modality: str, layout: TokenLayout) -> Counter[str]:
-    """How many streams of each kind a frame of ``modality`` fills."""
+    """Number of streams of each kind that a frame of ``modality`` fills."""
     kinds: Counter[str] = Counter()
     for span in layout.content_ranges(modality):
         if span is not None:
@@ -227,29 +147,23 @@ def _streams_of(modality: str, layout: TokenLayout) -> Counter[str]:
     return kinds
 
 
-def _count(template: TaskTemplate, frames: list[int], copies: int, layout: TokenLayout) -> Counter[str]:
-    out: Counter[str] = Counter(special=copies * (2 + len(template.entries) + len(template.targets)))
-    for (entry, _), length in zip(template.entries, frames, strict=True):
-        for kind, streams in _streams_of(entry.modality, layout).items():
-            out[kind] += streams * length
-    return out
-
-
-def _loss_weight(
+def _tokens_and_loss(
     template: TaskTemplate, frames: list[int], copies: int, layout: TokenLayout, weights: LossWeights
-) -> Counter[str]:
+) -> tuple[Counter[str], dict[str, float]]:
+    """Number of tokens and sum of loss weights per kind, of a task in one epoch."""
     everything = weights.region == "all"
     ends = sum(weights.of_end(entry.modality, layout) for entry in template.targets)
     markers = weights.special * (1 + len(template.entries)) if everything else 0.0
-    out: Counter[str] = Counter()
-    out["special"] = (ends + markers) * copies  # type: ignore[assignment]
+    tokens = Counter(special=copies * (2 + len(template.entries) + len(template.targets)))
+    loss = {kind: 0.0 for kind in KINDS} | {"special": (ends + markers) * copies}
     per_token = {
         "text": weights.text,
         "ssl": weights.ssl,
         "codec": weights.codec / max(layout.num_codebooks, 1),
     }
     for (entry, is_target), length in zip(template.entries, frames, strict=True):
-        if is_target or everything:
-            for kind, streams in _streams_of(entry.modality, layout).items():
-                out[kind] += streams * length * per_token[kind]  # type: ignore[assignment]
-    return out
+        for kind, streams in _streams_of(entry.modality, layout).items():
+            tokens[kind] += streams * length
+            if is_target or everything:
+                loss[kind] += streams * length * per_token[kind]
+    return tokens, loss

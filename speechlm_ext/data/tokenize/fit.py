@@ -1,7 +1,7 @@
-"""Fitting the tokenizers of a token folder on the manifest's own recordings and texts, or taking given ones.
+"""The tokenizers of a token folder: fitted on the manifest's recordings and texts, or copied from another folder.
 
-What was fitted is remembered with a hash of everything it was fitted from, so a restart loads it and a run with other
-settings is told to use another folder.
+Fitted tokenizers are recorded with a hash of everything they were fitted from, so a restart loads them and a run with
+other settings is refused.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from speechlm_ext.data.manifest import Utterance
+from speechlm_ext.data.recordings import read_wave
+from speechlm_ext.data.tokenize.settings import TokenizeConfig
 from speechlm_ext.errors import AudioError, ConfigError, LayoutMismatchError
 from speechlm_ext.tokenizers import (
     EncoderKMeans,
@@ -31,7 +34,6 @@ from speechlm_ext.tokenizers import (
     TokenizerSet,
     require_equal_rates,
 )
-from speechlm_ext.tokenizers.encoders.spec import SAMPLE_RATE, EncoderSpec
 from speechlm_ext.utils.files.io import atomic_write_json
 from speechlm_ext.utils.files.json_text import parse_json
 
@@ -40,100 +42,20 @@ RECORD = "fit.json"
 Config = TypeVar("Config", TextConfig, SSLConfig, EncoderKMeansConfig, RVQConfig)
 
 
-@dataclass(frozen=True)
-class TextFit(TextConfig):
-    """How to get the text tokenizer."""
+def get_tokenizers(cfg: TokenizeConfig, utterances: Sequence[Utterance]) -> TokenizerSet:
+    """The tokenizers of a token folder: existing ones, those that an earlier run fitted there, or fitted now.
 
-    kind: Literal["sentencepiece", "huggingface", "none"] = "sentencepiece"
-    """Train a SentencePiece model on the manifest's texts, read a Hugging Face tokenizer, or have none."""
-    path: str | None = None
-    """Folder of the Hugging Face tokenizer."""
-
-
-@dataclass(frozen=True)
-class SSLFit(SSLConfig):
-    """How to get the SSL units."""
-
-    kind: Literal["mfcc-kmeans", "encoder-kmeans", "none"] = "mfcc-kmeans"
-    """K-Means units over normalised MFCCs, over the features of ``encoder``, or none."""
-    encoder: str | None = None
-    """Of ``encoder-kmeans``: ``mfcc``, ``log-mel``, or ``hf:FOLDER_OR_HUB_NAME:LAYER``."""
-    kmeans: str | None = None
-    """Of ``encoder-kmeans``: take the units of this folder, which ``speechlm kmeans fit`` has written, and fit none;
-    they know their encoder, unless they were imported."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kind != "encoder-kmeans":
-            if self.encoder is not None or self.kmeans is not None:
-                raise ConfigError(
-                    f"ssl.encoder and ssl.kmeans are settings of ssl.kind encoder-kmeans, but it is {self.kind!r}."
-                )
-        elif self.sample_rate != SAMPLE_RATE:
-            raise ConfigError(
-                f"ssl.kind encoder-kmeans works at {SAMPLE_RATE} Hz, but ssl.sample_rate is {self.sample_rate}."
-            )
-        elif self.encoder is None and self.kmeans is None:
-            raise ConfigError(
-                "ssl.kind encoder-kmeans needs ssl.encoder (mfcc, log-mel, or hf:FOLDER_OR_HUB_NAME:LAYER such as "
-                "hf:facebook/hubert-base-ls960:9) to fit units, or ssl.kmeans, a folder of fitted ones."
-            )
-        elif self.encoder is not None:
-            EncoderSpec.parse(self.encoder)
-
-
-@dataclass(frozen=True)
-class CodecFit(RVQConfig):
-    """How to get the codec."""
-
-    kind: Literal["rvq-kmeans", "none"] = "rvq-kmeans"
-    """Fit residual K-Means codebooks over log-mel frames, or have none."""
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """Everything that decides fitted tokenizers, except the data."""
-
-    text: TextFit
-    ssl: SSLFit
-    codec: CodecFit
-    minutes: float
-    resample: bool
-    seed: int
-
-
-def get_tokenizers(
-    out: Path,
-    given: str | None,
-    settings: FitSettings,
-    utterances: Sequence[Utterance],
-    *,
-    skip_bad: bool,
-    may_fit: bool,
-) -> TokenizerSet:
-    """The tokenizers of the token folder ``out``: given ones, those fitted before, or fitted now.
-
-    Args:
-        given: folder of existing tokenizers, or None to fit.
-        may_fit: False insists that they are there already.
+    Only a run over everything fits: a part, or ``merge``, needs tokenizers that are already there.
 
     Raises:
-        ConfigError: ``out`` belongs to other settings, or nothing may be fitted.
+        ConfigError: the folder belongs to other settings, or has no tokenizers and this run may fit none.
         TokenizerError, AudioError: they cannot be loaded or fitted.
     """
-    folder = out / FOLDER
-    if given is not None:
-        tokenizers = TokenizerSet.load(given)
-        if os.path.realpath(folder) != os.path.realpath(given):
-            if folder.is_dir() and TokenizerSet.load(folder).fingerprints() != tokenizers.fingerprints():
-                raise LayoutMismatchError(
-                    f"{out} was tokenized with other tokenizers than {given}; their ids mean different things. "
-                    "Choose another output_dir."
-                )
-            tokenizers.save(folder)
-        return tokenizers
-    key = _fit_key(settings, utterances)
-    record = out / RECORD
+    out = Path(cfg.output_dir)
+    folder, record = out / FOLDER, out / RECORD
+    if cfg.tokenizers is not None:
+        return _copy_tokenizers(Path(cfg.tokenizers), out)
+    key = _fit_key(cfg, utterances)
     if record.is_file():
         try:
             found = parse_json(record.read_bytes())["inputs_sha256"]
@@ -147,47 +69,42 @@ def get_tokenizers(
                 f"output_dir, or keep these tokenizers with --tokenizers {folder}."
             )
         return TokenizerSet.load(folder)
-    if not may_fit:
+    if cfg.part != (0, 1) or cfg.stage == "merge":
         raise ConfigError(
             f"{out} has no fitted tokenizers. Run once with --stage fit before the parts, or give --tokenizers FOLDER."
         )
-    tokenizers = _fit(settings, utterances, skip_bad)
+    tokenizers = _fit(cfg, utterances)
     tokenizers.save(folder)
-    atomic_write_json(record, {"inputs_sha256": key, "settings": asdict(settings)})
+    atomic_write_json(record, {"inputs_sha256": key, "settings": _fit_settings(cfg)})
     return tokenizers
 
 
-def read_wave(utterance: Utterance, sample_rate: int | None, resample: bool) -> tuple[np.ndarray, int]:
-    """The utterance's part of its recording, float32 ``[T]``, and its rate.
-
-    Raises:
-        AudioError: the recording cannot be used, or the part lies outside it.
-    """
-    from speechlm_ext.audio.files import read_audio
-
-    if utterance.audio is None:
-        raise AudioError("there is no audio.")
-    wave, rate = read_audio(utterance.audio, sample_rate, resample=resample)
-    if utterance.start is None:
-        return wave, rate
-    begin = round(utterance.start * rate)
-    end = len(wave) if utterance.duration is None else begin + round(utterance.duration * rate)
-    # A hundredth of a second past the end is how durations are rounded in manifests, not an error.
-    if begin >= len(wave) or end > len(wave) + rate // 100:
-        length = "open" if utterance.duration is None else f"{utterance.duration:g} s"
-        raise AudioError(
-            f"start {utterance.start:g} s with duration {length} reaches past the end of {utterance.audio}, which "
-            f"lasts {len(wave) / rate:.3f} s; mend them."
-        )
-    return wave[begin:end], rate
+def _copy_tokenizers(source: Path, out: Path) -> TokenizerSet:
+    folder = out / FOLDER
+    tokenizers = TokenizerSet.load(source)
+    if os.path.realpath(folder) != os.path.realpath(source):
+        if folder.is_dir() and TokenizerSet.load(folder).fingerprints() != tokenizers.fingerprints():
+            raise LayoutMismatchError(
+                f"{out} was tokenized with other tokenizers than {source}; their ids mean different things. "
+                "Choose another output_dir."
+            )
+        tokenizers.save(folder)
+    return tokenizers
 
 
-def _fit_key(settings: FitSettings, utterances: Sequence[Utterance]) -> str:
+def _fit_settings(cfg: TokenizeConfig) -> dict[str, Any]:
+    """Every setting that decides fitted tokenizers."""
+    parts = {name: asdict(getattr(cfg, name)) for name in ("text", "ssl", "codec")}
+    return {**parts, "minutes": cfg.fit_minutes, "resample": cfg.resample, "seed": cfg.seed}
+
+
+def _fit_key(cfg: TokenizeConfig, utterances: Sequence[Utterance]) -> str:
+    """Hash of everything that decides fitted tokenizers: settings, K-Means units, and the manifest's lines."""
     from speechlm_ext.kmeans import KMeans
 
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    if settings.ssl.kmeans is not None:  # the folder's name says nothing of the units in it
-        digest.update(KMeans.load(settings.ssl.kmeans).fingerprint.encode())
+    digest = hashlib.sha256(json.dumps(_fit_settings(cfg), sort_keys=True).encode())
+    if cfg.ssl.kmeans is not None:  # the folder's name says nothing about the units in it
+        digest.update(KMeans.load(cfg.ssl.kmeans).fingerprint.encode())
     for u in utterances:
         digest.update(
             json.dumps([u.dataset, u.id, u.audio and u.audio.name, u.text, u.start, u.duration]).encode()
@@ -195,37 +112,25 @@ def _fit_key(settings: FitSettings, utterances: Sequence[Utterance]) -> str:
     return digest.hexdigest()
 
 
-def _fit(settings: FitSettings, utterances: Sequence[Utterance], skip_bad: bool) -> TokenizerSet:
-    texts = [u.text for u in utterances if u.text is not None]
-    has_audio = any(u.audio is not None for u in utterances)
-    text: Any = None
-    if settings.text.kind == "huggingface":
-        if settings.text.path is None:
-            raise ConfigError("text.kind 'huggingface' needs text.path, the folder of a tokenizer.")
-        text = HuggingFaceText.from_folder(settings.text.path)
-    elif settings.text.kind == "sentencepiece" and texts:
-        text = SentencePieceText.fit(texts, _plain(settings.text, TextConfig))
+def _fit(cfg: TokenizeConfig, utterances: Sequence[Utterance]) -> TokenizerSet:
+    text = _fit_text(cfg, utterances)
     ssl: Any = None
     codec: Any = None
-    waves: dict[int, list[np.ndarray]] = {}
-    if has_audio and settings.ssl.kind == "encoder-kmeans" and settings.ssl.kmeans is not None:
-        ssl = EncoderKMeans.from_kmeans(settings.ssl.kmeans, encoder=settings.ssl.encoder)
-    elif has_audio and settings.ssl.kind != "none":
-        rate = settings.ssl.sample_rate
-        waves[rate] = list(_fit_waves(settings, utterances, rate, skip_bad))
-        if settings.ssl.kind == "encoder-kmeans":
-            ssl = EncoderKMeans.fit(
-                waves[rate], _plain(settings.ssl, EncoderKMeansConfig), seed=settings.seed
-            )
+    has_audio = any(u.audio is not None for u in utterances)
+    waves = lru_cache(lambda rate: list(_fit_waves(cfg, utterances, rate)))
+    if has_audio and cfg.ssl.kind != "none":
+        if cfg.ssl.kmeans is not None:
+            ssl = EncoderKMeans.from_kmeans(cfg.ssl.kmeans, encoder=cfg.ssl.encoder)
+        elif cfg.ssl.kind == "encoder-kmeans":
+            settings = _only(cfg.ssl, EncoderKMeansConfig)
+            ssl = EncoderKMeans.fit(waves(cfg.ssl.sample_rate), settings, seed=cfg.seed)
         else:
-            ssl = MFCCKMeans.fit(waves[rate], _plain(settings.ssl, SSLConfig), seed=settings.seed)
-    if has_audio and settings.codec.kind != "none":
-        rate = settings.codec.mel.sample_rate
-        if ssl is not None:  # before a fit of minutes, not at the first recording behind it
-            require_equal_rates((ssl.sample_rate, ssl.frame_rate), (rate, settings.codec.frame_rate))
-        if rate not in waves:
-            waves[rate] = list(_fit_waves(settings, utterances, rate, skip_bad))
-        codec = RVQKMeansCodec.fit(waves[rate], _plain(settings.codec, RVQConfig), seed=settings.seed)
+            ssl = MFCCKMeans.fit(waves(cfg.ssl.sample_rate), _only(cfg.ssl, SSLConfig), seed=cfg.seed)
+    if has_audio and cfg.codec.kind != "none":
+        rate = cfg.codec.mel.sample_rate
+        if ssl is not None:  # before a fit of minutes, not at the first recording after it
+            require_equal_rates((ssl.sample_rate, ssl.frame_rate), (rate, cfg.codec.frame_rate))
+        codec = RVQKMeansCodec.fit(waves(rate), _only(cfg.codec, RVQConfig), seed=cfg.seed)
     if text is None and ssl is None and codec is None:
         raise ConfigError(
             "no tokenizer is left to fit: the manifest has no text and no audio for the kinds chosen."
@@ -233,25 +138,36 @@ def _fit(settings: FitSettings, utterances: Sequence[Utterance], skip_bad: bool)
     return TokenizerSet(text, ssl, codec)
 
 
-def _fit_waves(
-    settings: FitSettings, utterances: Sequence[Utterance], rate: int, skip_bad: bool
-) -> Iterator[np.ndarray]:
-    """Recordings in random order until they last long enough."""
+def _fit_text(
+    cfg: TokenizeConfig, utterances: Sequence[Utterance]
+) -> HuggingFaceText | SentencePieceText | None:
+    if cfg.text.kind == "huggingface":
+        if cfg.text.path is None:
+            raise ConfigError("text.kind 'huggingface' needs text.path, the folder of a tokenizer.")
+        return HuggingFaceText.from_folder(cfg.text.path)
+    texts = [u.text for u in utterances if u.text is not None]
+    if cfg.text.kind == "none" or not texts:
+        return None
+    return SentencePieceText.fit(texts, _only(cfg.text, TextConfig))
+
+
+def _fit_waves(cfg: TokenizeConfig, utterances: Sequence[Utterance], rate: int) -> Iterator[np.ndarray]:
+    """Recordings in random order, ``fit_minutes`` of them."""
     spoken = [u for u in utterances if u.audio is not None]
-    left = settings.minutes * 60 * rate
-    for i in np.random.default_rng(settings.seed).permutation(len(spoken)):
+    left = cfg.fit_minutes * 60 * rate
+    for i in np.random.default_rng(cfg.seed).permutation(len(spoken)):
         if left <= 0:
             return
         try:
-            wave, _ = read_wave(spoken[i], rate, settings.resample)
+            wave, _ = read_wave(spoken[i], rate, cfg.resample)
         except AudioError as error:
-            if skip_bad:
+            if cfg.skip_bad:
                 continue
             raise AudioError(f"{spoken[i].where}: {error}") from None
         left -= len(wave)
         yield wave
 
 
-def _plain(settings: Any, kind: type[Config]) -> Config:
-    """The tokenizer's own settings, without what is said here about how to get it."""
+def _only(settings: Any, kind: type[Config]) -> Config:
+    """The settings of the tokenizer's own class, without those that select it."""
     return kind(**{f.name: getattr(settings, f.name) for f in fields(kind)})

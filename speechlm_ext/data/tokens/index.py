@@ -1,13 +1,11 @@
-"""``index.json`` of a token folder, and how the other files are compared with it.
+"""``index.json`` of a token folder, and the comparison of the other files with it.
 
 The index is written last and holds size and sha256 of every other file, and a sha256 of itself. Everything is checked
-before it is used, so that damage is refused by the name of file and key.
+before it is used, so that an error about damage names file and key.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +16,7 @@ from speechlm_ext.errors import ShardError, foreign_errors
 from speechlm_ext.utils.files.io import sha256_file
 from speechlm_ext.utils.files.json_shape import SHA256, SIZE, Range, check_shape
 from speechlm_ext.utils.files.json_text import read_json
+from speechlm_ext.utils.hashing import sha256_json
 
 INDEX = "index.json"
 LENGTHS = "lengths.npz"
@@ -40,7 +39,7 @@ def shard_name(number: int) -> str:
 
 _FILE = {"size": SIZE, "sha256": SHA256}
 _COUNTS = Range(int, 0, np.iinfo(np.int64).max)
-#: What ``index.json`` holds; tokenizing adds how many items were rejected.
+#: Shape of ``index.json``; ``speechlm tokenize`` adds the number of rejected items.
 _INDEX_SHAPE = {
     "format": str,
     "version": int,
@@ -79,11 +78,11 @@ def read_index(path: Path) -> dict[str, Any]:
 def index_sha256(index: Mapping[str, Any]) -> str:
     """Hash of an index without its own hash."""
     plain = {key: value for key, value in index.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return sha256_json(plain)
 
 
 def check_lengths(arrays: Mapping[str, np.ndarray], index: Mapping[str, Any]) -> None:
-    """Compare the arrays of ``lengths.npz`` with the index. Raises ``ValueError`` where they do not belong together."""
+    """Compare the arrays of ``lengths.npz`` with the index. Raises ``ValueError`` for the first difference."""
     rows = [shard["rows"] for shard in index["shards"]]
     num = index["num_utterances"]
     if num != sum(rows):

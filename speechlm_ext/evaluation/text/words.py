@@ -20,7 +20,7 @@ import unicodedata
 import regex
 
 from speechlm_ext.utils.language import base_language
-from speechlm_ext.utils.scripts import NO_SPACES
+from speechlm_ext.utils.text import NO_SPACES
 
 #: In these languages an apostrophe is a letter: Uzbek oʻ, Hawaiian ʻokina, Breton cʼh, Guarani ʼ.
 _APOSTROPHE_IS_LETTER = {"br", "gn", "haw", "qu", "sm", "to", "ty", "uz"}

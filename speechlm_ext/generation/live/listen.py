@@ -22,7 +22,7 @@ from speechlm_ext.generation.requests.prompt import build_prompt, find_task
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.requests.settings import SamplingSettings, number
 from speechlm_ext.model.lm import SpeechLMModel
-from speechlm_ext.utils.scripts import NO_SPACES
+from speechlm_ext.utils.text import NO_SPACES
 
 _UNIT = regex.compile(rf"(?={NO_SPACES})\X|(?:(?!{NO_SPACES})\S)+")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.requests.request import GenerationRequest
-from speechlm_ext.utils.files.json_text import json_problem, parse_json, split_lines
+from speechlm_ext.utils.files.json_lines import JsonLine, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,16 @@ def read_requests(path: str | Path, defaults: dict[str, Any]) -> list[Line]:
         GenerationError: the file is missing, empty or not UTF-8.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise GenerationError(
-            f"requests file {path} is not UTF-8 (byte {error.start}); save it as UTF-8."
-        ) from None
-    except OSError as error:
-        raise GenerationError(f"requests file {path} cannot be read: {error.strerror or error}.") from None
-    lines = list(split_lines(data))
+    lines = read_json_lines(path, "requests file", GenerationError)
     if not lines:
         raise GenerationError(f"requests file {path} holds no requests; write one JSON object per line.")
     entries: list[Line] = []
     seen: dict[str, int] = {}
-    for number, line in lines:
-        found, entry = _read_line(line, f"{path}, line {number}", defaults, path.parent)
+    for line in lines:
+        where, number = f"{path}, line {line.number}", line.number
+        found, entry = _read_line(line, where, defaults, path.parent)
         if entry.id in seen:
-            again = f"{path}, line {number}: id {entry.id!r} stands on line {seen[entry.id]} already."
+            again = f"{where}: id {entry.id!r} stands on line {seen[entry.id]} already."
             entry = RefusedRequest("", again, data=found)
         if not entry.id:
             entry = RefusedRequest(_free(f"line {number}", seen), entry.error, data=found)  # type: ignore[union-attr]
@@ -72,15 +64,13 @@ def read_requests(path: str | Path, defaults: dict[str, Any]) -> list[Line]:
 
 
 def _read_line(
-    line: bytes, where: str, defaults: dict[str, Any], folder: Path
+    line: JsonLine, where: str, defaults: dict[str, Any], folder: Path
 ) -> tuple[dict[str, Any], Line]:
     """The line's data, and the request or what is wrong with it; id ``""`` if it has none of its own."""
     try:
-        data = parse_json(line, allow_nan=True)  # settings are checked by name
+        data = line.object()
     except ValueError as error:
-        return {}, RefusedRequest("", f"{where}: {json_problem(error)}.")
-    if not isinstance(data, dict):
-        return {}, RefusedRequest("", f"{where}: expected a JSON object, got {type(data).__name__}.")
+        return {}, RefusedRequest("", f"{where}: {error}.")
     nested = data.get("settings")
     twice = sorted(set(data) & set(nested)) if isinstance(nested, dict) else []
     if twice:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -26,8 +25,10 @@ from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.requests.request import RECORDINGS, GenerationRequest, GenerationResult
 from speechlm_ext.generation.requests.request_file import RefusedRequest
 from speechlm_ext.utils.files.io import atomic_write_text, sha256_file, storage_error
+from speechlm_ext.utils.files.json_lines import json_lines
 from speechlm_ext.utils.files.json_shape import check_shape
-from speechlm_ext.utils.files.json_text import json_line, parse_json, split_lines
+from speechlm_ext.utils.files.json_text import json_line
+from speechlm_ext.utils.hashing import sha256_json
 from speechlm_ext.utils.names import file_name
 
 RESULTS = "results.jsonl"
@@ -69,7 +70,7 @@ def fingerprint(request: GenerationRequest, model: dict[str, str]) -> str:
             # By content: recordings of one length have one size.
             with contextlib.suppress(OSError):
                 data[name] = sha256_file(value)
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return sha256_json(data)
 
 
 class ResultsFolder:
@@ -258,13 +259,14 @@ def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:
     if partial and not data.endswith(b"\n"):
         data = data[: data.rfind(b"\n") + 1]
         os.truncate(path, len(data))
-    for number, line in split_lines(data):
+    for line in json_lines(path, data):
         try:
-            record = parse_json(line, allow_nan=True)
+            record = line.value()
             check_shape(record, _RECORD)
             records[record["id"]] = record
         except ValueError as problem:
             raise GenerationError(
-                f"{path}, line {number}: not a generation record: {problem}; choose another folder or remove the file."
+                f"{path}, line {line.number}: not a generation record: {problem}; choose another folder or remove the "
+                "file."
             ) from None
     return records

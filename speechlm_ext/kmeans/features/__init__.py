@@ -1,1 +1,1 @@
-"""Where the rows of a fit come from: arrays, shards on disk, random samples of them."""
+"""The rows of a fit: arrays, shards on disk, random samples of them."""

@@ -1,8 +1,8 @@
-"""Choosing a share of the frames: exactly so many rows, evenly spread, by a hash of the seed.
+"""Sampling a share of the frames: an exact number of rows, evenly spread, chosen by a hash of the seed.
 
 M of N rows are chosen as one row from each of M strata of consecutive rows (stratified sampling), stratum j covering
 rows ``[j N // M, (j + 1) N // M)``. So the number is exact, every recording is represented by its length, and a range
-of rows can be sampled without knowing the others.
+of rows can be sampled independently of the others.
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ from speechlm_ext.utils.files.io import atomic_path
 
 
 def sampled_rows(
-    num_rows: int, count: int, seed: int, *, begin: int = 0, end: int | None = None, purpose: str = "sample"
+    num_rows: int,
+    num_samples: int,
+    seed: int,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    purpose: str = "sample",
 ) -> np.ndarray:
-    """Numbers of the chosen rows that lie in ``[begin, end)``, ascending int64.
+    """Numbers of the chosen rows in ``[start, end)``, ascending int64.
 
     Args:
         num_rows: N.
-        count: M <= N rows chosen in all.
-        purpose: separates the draws of different places.
+        num_samples: M <= N, rows chosen in total.
+        purpose: makes the draws of different callers independent.
     """
-    if count == 0:
+    if num_samples == 0:
         return np.zeros(0, np.int64)
     end = num_rows if end is None else end
-    first, last = begin * count // num_rows, min(count, -(-end * count // num_rows) + 1)
+    first, last = start * num_samples // num_rows, min(num_samples, -(-end * num_samples // num_rows) + 1)
     strata = np.arange(first, max(first, last), dtype=np.int64)
-    low, high = strata * num_rows // count, (strata + 1) * num_rows // count
+    low, high = strata * num_rows // num_samples, (strata + 1) * num_rows // num_samples
     draws = uniforms(seed, purpose, torch.from_numpy(strata)).numpy()
     rows = low + np.minimum((draws * (high - low)).astype(np.int64), high - low - 1)
-    return rows[(rows >= begin) & (rows < end)]
+    return rows[(rows >= start) & (rows < end)]
 
 
 def sample_size(num_rows: int, share: float, max_frames: int | None) -> int:
@@ -47,30 +53,32 @@ def sample_size(num_rows: int, share: float, max_frames: int | None) -> int:
         ConfigError: a share outside (0, 1] or no frames.
     """
     if not 0 < share <= 1:
-        raise ConfigError(f"--share must lie in (0, 1], got {share:g}; 0.1 keeps every tenth frame or so.")
+        raise ConfigError(
+            f"share must be in (0, 1], got {share:g}; 0.1 keeps about every tenth frame.", argument="share"
+        )
     if max_frames is not None and max_frames < 1:
-        raise ConfigError(f"--max_frames must be at least 1, got {max_frames}.")
-    kept = max(1, round(share * num_rows))
-    return kept if max_frames is None else min(kept, max_frames)
+        raise ConfigError(f"max_frames must be at least 1, got {max_frames}.", argument="max_frames")
+    size = max(1, round(share * num_rows))
+    return size if max_frames is None else min(size, max_frames)
 
 
 def write_sample(
-    source: FeatureSource, count: int, seed: int, path: Path, advance: Callable[[int], object]
+    source: FeatureSource, num_samples: int, seed: int, path: Path, advance: Callable[[int], object]
 ) -> None:
-    """Write ``count`` rows of a source into one ``.npy`` file, atomically.
+    """Write ``num_samples`` rows of a source into one ``.npy`` file, atomically.
 
     Args:
         advance: called with the number of rows read since the last call.
     """
     dtype = np.float64 if source.dtype == torch.float64 else np.float32
     with atomic_path(path) as temporary:
-        out_MF = np.lib.format.open_memmap(temporary, "w+", dtype, (count, source.num_features))
-        at = 0
+        out_MF = np.lib.format.open_memmap(temporary, "w+", dtype, (num_samples, source.num_features))
+        num_written = 0
         for first, block in source.blocks(0, source.num_rows, max(1, (1 << 23) // source.num_features)):
-            rows = sampled_rows(source.num_rows, count, seed, begin=first, end=first + len(block))
-            out_MF[at : at + len(rows)] = block.numpy()[rows - first]
-            at += len(rows)
+            rows = sampled_rows(source.num_rows, num_samples, seed, start=first, end=first + len(block))
+            out_MF[num_written : num_written + len(rows)] = block.numpy()[rows - first]
+            num_written += len(rows)
             advance(len(block))
-        assert at == count
+        assert num_written == num_samples
         out_MF.flush()
         del out_MF

@@ -1,15 +1,14 @@
-"""Feature shards on disk, read block by block: ``.npy`` files and Parquet files.
+"""Feature shards on disk as arrays of rows: ``.npy`` files mapped into memory, Parquet files read by row groups.
 
-Both are checked when they are opened (kind, shape, dtype, length against the header) and hold nothing in memory but
-the block being read.
+Both are checked when they are opened (kind, shape, dtype, length against the header); only the block being read is in
+memory.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,50 +17,31 @@ import pyarrow.parquet as pq
 from speechlm_ext.errors import KMeansError, foreign_errors
 
 SUFFIXES = (".npy", ".parquet")
-_WAY_OUT = "It is damaged or truncated: write it again."
-_PIECES, _PIECE_BYTES = 64, 4096
+_HINT = "It is damaged or truncated: write it again."
 
 
-def content_key(path: Path, pieces: int = _PIECES) -> list[Any]:
-    """Size of a file and a sha256 over so many pieces of it (from 2), as JSON: tells files of one name and size apart,
-    such as the same recordings' features of another layer, without reading all of them. Raises ``OSError``."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with open(path, "rb") as file:
-        for i in range(pieces):
-            file.seek(max(0, size - _PIECE_BYTES) * i // (pieces - 1))
-            digest.update(file.read(_PIECE_BYTES))
-    return [size, digest.hexdigest()]
+def open_npy(path: Path) -> np.ndarray:
+    """A ``.npy`` file of float ``[n, F]``, mapped into memory.
 
-
-def how_to_reshape(num_dims: int) -> str:
-    """Words for rows that do not have two dimensions; none for those that have."""
-    if num_dims == 2:
-        return ""
-    if num_dims == 1:
-        return ", as by reshape(-1, F) for F numbers a frame, or reshape(-1, 1) for one number a frame"
-    return ", as by reshape(-1, F) for F numbers a frame"
-
-
-def why_no_npy(path: str | Path, error: Exception) -> str:
-    """What is the matter with a file that ``numpy.load`` refused, in parentheses, and what to do about it.
-
-    NumPy's own words recommend to unpickle what it does not know, which would run any code in the file.
+    Raises:
+        KMeansError: unreadable, of another type or shape, or with more bytes than its header describes.
     """
-    words = str(error)
-    if not isinstance(error, OSError) and ("object" in words.lower() or "pickle" in words):
-        with open(path, "rb") as file:
-            is_npy = file.read(6) == b"\x93NUMPY"
-        if is_npy:
-            return (
-                "(it holds Python objects); such arrays are refused, since reading one runs whatever code it holds. "
-                "Save numbers instead: numpy.save of a float array [n, F]"
-            )
-        words = "it does not begin as one"
-    return f"({words}); it is damaged, truncated, or not a plain .npy file: write it again with numpy.save"
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header is evaluated as Python, and raises anything
+        raise KMeansError(f"feature shard {path} cannot be read {npy_problem(path, error)}.") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or array.itemsize > 8:
+        got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "a .npz archive"
+        raise KMeansError(
+            f"feature shard {path}: expected float16, float32 or float64 [n, F], got {got}; convert it first"
+            f"{how_to_reshape(getattr(array, 'ndim', 2))}."
+        )
+    check_npy_size(path, array)
+    return array
 
 
 def check_npy_size(path: Path, array: np.ndarray) -> None:
-    """Refuse a mapped ``.npy`` file with more in it than its header says. Raises :class:`KMeansError`."""
+    """Raises :class:`KMeansError`: a mapped ``.npy`` file has more bytes than its header describes."""
     expected, size = getattr(array, "offset", 0) + array.nbytes, path.stat().st_size
     if size != expected:
         raise KMeansError(
@@ -70,98 +50,51 @@ def check_npy_size(path: Path, array: np.ndarray) -> None:
         )
 
 
-class Shard(Protocol):
-    """One file of rows."""
+def npy_problem(path: str | Path, error: Exception) -> str:
+    """Why ``numpy.load`` refused a file, in parentheses, and the way out.
 
-    path: Path
-    num_rows: int
-    num_features: int
-    is_double: bool
-
-    def blocks(self, start: int, stop: int, max_rows: int) -> Iterator[np.ndarray]:
-        """Rows ``[start, stop)`` in order, in float arrays ``[<= max_rows, F]``."""
-        ...
-
-
-def open_shard(path: Path, column: str) -> Shard:
-    """Open one file by its suffix.
-
-    Args:
-        path: ``*.npy`` or ``*.parquet``.
-        column: the Parquet column of features.
-
-    Raises:
-        KMeansError: no such file, another kind of file, damaged, empty, or not float ``[n, F]``.
+    NumPy's own message recommends to unpickle the file, which would run any code in it.
     """
-    if path.is_dir():
-        raise KMeansError(
-            f"feature shard {path} is a folder, which cannot stand in a list of files: give it alone for all its "
-            ".npy and .parquet files, or list these."
-        )
-    if not path.is_file():
-        raise KMeansError(
-            f"feature shard {path} does not exist; give .npy or .parquet files, or their folder."
-        )
-    if path.suffix.lower() not in SUFFIXES:
-        raise KMeansError(
-            f"feature shard {path}: expected a .npy or .parquet file; write features as float [n, F] with numpy.save."
-        )
-    shard: Shard = NpyShard(path) if path.suffix.lower() == ".npy" else ParquetShard(path, column)
-    if shard.num_rows == 0:
-        raise KMeansError(f"feature shard {path} has no rows; leave it out, or make it again.")
-    return shard
-
-
-class NpyShard:
-    """A ``.npy`` file of float ``[n, F]``, mapped into memory. Raises :class:`KMeansError`."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # a damaged header is evaluated as Python, and raises anything
-            raise KMeansError(f"feature shard {path} cannot be read {why_no_npy(path, error)}.") from None
-        if (
-            not isinstance(array, np.ndarray)
-            or array.ndim != 2
-            or array.dtype.kind != "f"
-            or array.itemsize > 8
-        ):
-            got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "a .npz archive"
-            raise KMeansError(
-                f"feature shard {path}: expected float16, float32 or float64 [n, F], got {got}; convert it before"
-                f"{how_to_reshape(getattr(array, 'ndim', 2))}."
+    reason = str(error)
+    if not isinstance(error, OSError) and ("object" in reason.lower() or "pickle" in reason):
+        with open(path, "rb") as file:
+            is_npy = file.read(6) == b"\x93NUMPY"
+        if is_npy:
+            return (
+                "(it holds Python objects); such arrays are refused, since reading one runs any code it holds. Save "
+                "numbers instead: numpy.save of a float array [n, F]"
             )
-        check_npy_size(path, array)
-        self.path = path
-        self.num_rows, self.num_features = (int(n) for n in array.shape)
-        self.is_double = array.itemsize == 8
-        self._array = array
-
-    def blocks(self, start: int, stop: int, max_rows: int) -> Iterator[np.ndarray]:
-        """See :class:`Shard`."""
-        for first in range(start, stop, max_rows):
-            yield self._array[first : min(stop, first + max_rows)]
+        reason = "it has no .npy header"
+    return f"({reason}); it is damaged, truncated, or not a plain .npy file: write it again with numpy.save"
 
 
-class ParquetShard:
-    """A Parquet file with a column of float lists, all of one length, read by row groups.
+def how_to_reshape(num_dims: int) -> str:
+    """A hint for arrays without two dimensions; empty for two."""
+    if num_dims == 2:
+        return ""
+    single = ", or reshape(-1, 1) for one number a frame" if num_dims == 1 else ""
+    return f", as by reshape(-1, F) for F numbers a frame{single}"
+
+
+class ParquetRows:
+    """A Parquet file with a column of float lists, all of one length; sliced like an array ``[n, F]``.
 
     Args:
         path: the file.
-        column: its name; lists or fixed-size lists of float16, float32 or float64.
+        column: its column of lists or fixed-size lists of float16, float32 or float64.
 
     Raises:
         KMeansError: unreadable, no such column, another type, lists that are missing or differ in length.
     """
 
     def __init__(self, path: Path, column: str) -> None:
-        with foreign_errors(KMeansError, f"feature shard {path} cannot be read", _WAY_OUT):
+        with foreign_errors(KMeansError, f"feature shard {path} cannot be read", _HINT):
             file = pq.ParquetFile(path)
             schema = file.schema_arrow
         if column not in schema.names:
             raise KMeansError(
-                f"feature shard {path} has no column {column!r}, only {', '.join(schema.names)}; say which holds the "
-                "features with column=."
+                f"feature shard {path} has no column {column!r}, only {', '.join(schema.names)}; set column to the one "
+                "with the features."
             )
         kind = schema.field(column).type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -171,47 +104,44 @@ class ParquetShard:
                 f"each row; it holds {kind}."
             )
         self.path, self.column = path, column
-        self.is_double = pa.types.is_float64(kind.value_type)
-        self.num_rows = file.metadata.num_rows
-        ends = np.cumsum([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
-        self._starts = np.concatenate([[0], ends]).astype(int).tolist()
-        self.num_features = -1
+        self.dtype = np.dtype(kind.value_type.to_pandas_dtype())
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self._starts = np.cumsum([0, *sizes]).tolist()
+        width = -1
         if pa.types.is_fixed_size_list(kind):
-            self.num_features = int(kind.list_size)
-        elif self.num_rows:
-            self.num_features = len(next(iter(self._lists(0, 1, 1)))[0])
+            width = int(kind.list_size)
+        elif file.metadata.num_rows:
+            width = len(next(iter(self._lists(0, 1, 1)))[0])
+        self.shape = (file.metadata.num_rows, width)
 
     def blocks(self, start: int, stop: int, max_rows: int) -> Iterator[np.ndarray]:
-        """See :class:`Shard`."""
-        at = start
+        """Rows ``[start, stop)`` in order, in float arrays ``[<= max_rows, F]``."""
+        width = self.shape[1]
         for lists in self._lists(start, stop, max_rows):
-            # flatten() honours slices and skips nulls; a null would move everything after it.
+            # flatten() honors slices and skips nulls; a null would move everything after it.
             flat = lists.flatten()
-            lengths = lists.value_lengths()
-            wrong = np.flatnonzero(np.asarray(lengths.fill_null(-1)) != self.num_features)
+            wrong = np.flatnonzero(np.asarray(lists.value_lengths().fill_null(-1)) != width)
             if lists.null_count or flat.null_count or len(wrong):
-                row = at + (int(wrong[0]) if len(wrong) else 0)
+                row = start + (int(wrong[0]) if len(wrong) else 0)
                 raise KMeansError(
-                    f"feature shard {self.path}: column {self.column!r}, at row {row}: expected {self.num_features} "
-                    "numbers in each row, as in the first; one is null, missing, or of another length. Mend the file."
+                    f"feature shard {self.path}: column {self.column!r}, at row {row}: expected {width} numbers in "
+                    "each row, as in the first; one is null, missing, or of another length. Fix the file."
                 )
-            yield flat.to_numpy(zero_copy_only=False).reshape(len(lists), self.num_features)
-            at += len(lists)
+            yield flat.to_numpy(zero_copy_only=False).reshape(len(lists), width)
+            start += len(lists)
 
     def _lists(self, start: int, stop: int, max_rows: int) -> Iterator[Any]:
         """Arrow list arrays of rows ``[start, stop)``, at most ``max_rows`` long."""
-        # A file of its own for each walk: readers are not shared between walks that are under way.
-        with foreign_errors(KMeansError, f"feature shard {self.path} cannot be read", _WAY_OUT):
-            file = pq.ParquetFile(self.path)
-            for group in range(len(self._starts) - 1):
-                begin, end = self._starts[group], self._starts[group + 1]
-                if end <= start or begin >= stop:
-                    continue
-                at = begin
-                for batch in file.iter_batches(max_rows, row_groups=[group], columns=[self.column]):
-                    first, last = max(start, at), min(stop, at + len(batch))
-                    if first < last:
-                        yield batch.column(0).slice(first - at, last - first)
-                    at += len(batch)
-                    if at >= stop:
-                        break
+        groups = [g for g, at in enumerate(self._starts[:-1]) if at < stop and self._starts[g + 1] > start]
+        # Opened for each pass: concurrent passes cannot share a reader.
+        with foreign_errors(KMeansError, f"feature shard {self.path} cannot be read", _HINT):
+            first = self._starts[groups[0]] if groups else 0
+            for batch in pq.ParquetFile(self.path).iter_batches(
+                max_rows, row_groups=groups, columns=[self.column]
+            ):
+                part = batch.column(0)[max(0, start - first) : max(0, stop - first)]
+                if len(part):
+                    yield part
+                first += len(batch)
+                if first >= stop:
+                    break

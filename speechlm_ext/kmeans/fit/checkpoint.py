@@ -1,8 +1,8 @@
 """The state of a fit on disk, for an exact resume.
 
-A folder with ``kmeans_state.json`` (settings, data, where the fit stands, and name and sha256 of its tensors' file) and
-one ``kmeans_state-*.safetensors``. The JSON is written last and atomically, so the pair it names is always whole; a
-write that is cut off leaves the one before. Rank 0 reads and writes.
+A folder with ``kmeans_state.json`` (settings, data, progress of the fit, name and sha256 of the file of its tensors)
+and one ``kmeans_state-*.safetensors``. The JSON is written last and atomically, so the pair that it names is always
+complete; an interrupted write leaves the previous pair. Rank 0 reads and writes.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class Checkpoint:
     """The checkpoint of one fit.
 
     Args:
-        folder: where it lies; made when it is first written.
+        folder: created at the first write.
         ranks: of the fit.
-        settings, data: what the fit is of; a checkpoint of others is refused.
+        settings, data: of the fit, as JSON values; a checkpoint of others is refused.
     """
 
     def __init__(
         self, folder: str | Path, ranks: Ranks, settings: Mapping[str, Any], data: Mapping[str, Any]
     ) -> None:
         self.folder, self.ranks = Path(folder), ranks
-        # As JSON gives them back: tuples become lists.
+        # As JSON returns them: tuples become lists.
         self.identity = json.loads(json.dumps({"settings": dict(settings), "data": dict(data)}))
 
     def load(self, device: torch.device) -> State | None:
-        """The state to go on from; None where there is no checkpoint yet.
+        """The state to resume from; None if there is no checkpoint yet.
 
         Raises:
             CheckpointError: damaged, or of other settings or data; on every rank.
@@ -58,7 +58,7 @@ class Checkpoint:
                 head, blob = self._read()
             except CheckpointError as caught:
                 error = caught
-        self.ranks.agree(error)
+        self.ranks.raise_any(error)
         head, blob = self.ranks.gather_bytes(head)[0], self.ranks.gather_bytes(blob)[0]
         if not head:
             return None
@@ -93,21 +93,21 @@ class Checkpoint:
         return head, blob
 
     def _compare(self, found: Mapping[str, Any]) -> None:
-        for part, wanted in self.identity.items():
-            for key, value in wanted.items():
-                was = found[part].get(key)
-                if was != value:
+        for part, values in self.identity.items():
+            for key, value in values.items():
+                stored = found[part].get(key)
+                if stored != value:
                     raise CheckpointError(
-                        f"checkpoint {self.folder} is of a fit with {part} {key} = {_short(was)}, this one has "
-                        f"{_short(value)}; give the same {part} to go on, or another folder to start anew."
+                        f"checkpoint {self.folder} is of a fit with {part} {key} = {_short(stored)}, this one has "
+                        f"{_short(value)}; give the same {part} to resume, or another folder to start anew."
                     )
 
     def save(self, state: State) -> None:
         """Write the state.
 
         Raises:
-            KMeansError: a centroid is not finite. StorageError: it cannot be written. In both cases the checkpoint
-                before is untouched.
+            KMeansError: a centroid is not finite. StorageError: it cannot be written. In both cases the previous
+                checkpoint is untouched.
         """
         error: Exception | None = None
         if self.ranks.rank == 0:
@@ -115,14 +115,14 @@ class Checkpoint:
                 self._write(state)
             except Exception as caught:
                 error = caught
-        self.ranks.agree(error)
+        self.ranks.raise_any(error)
 
     def _write(self, state: State) -> None:
         tensors, record = state.to_disk()
         numbers = [v for v in (*state.history, state.smoothed, state.lowest) if v is not None]
-        every = tensors | {"inertia": torch.tensor(numbers, dtype=torch.float64)}
-        hint = "The rows are too large for their type; the checkpoint before is untouched."
-        require_finite(every, KMeansError, f"the fit was not saved to {self.folder}", hint)
+        checked = tensors | {"inertia": torch.tensor(numbers, dtype=torch.float64)}
+        hint = "The rows are too large for their type; the previous checkpoint is untouched."
+        require_finite(checked, KMeansError, f"the fit was not saved to {self.folder}", hint)
         blob = save_tensors(tensors)
         name = f"kmeans_state-{state.run}-{state.iteration}-{'done' if state.done else 'going'}.safetensors"
         atomic_write_bytes(self.folder / name, blob)

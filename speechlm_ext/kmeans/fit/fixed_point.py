@@ -1,21 +1,21 @@
-"""Sums whose bits do not depend on the order of addition: pre-rounding to a common grid.
+"""Sums whose bits do not depend on the order of addition: summands are rounded to a common fixed-point grid first.
 
-Floating-point addition is not associative, so a sum over blocks, threads or ranks has other bits for every way of
-cutting the rows. Demmel and Nguyen, "Fast reproducible floating-point summation", ARITH 2013: round every summand to
-a multiple of one power of two, the grid's step g, chosen so that all partial sums are representable. Then every
-addition is exact, and exact additions commute.
+Floating-point addition is not associative, so a sum over blocks, threads or ranks has other bits for every division of
+the rows. Demmel and Nguyen, "Fast reproducible floating-point summation", ARITH 2013: round every summand to a multiple
+of one power of two, the grid's step g, chosen so that all partial sums are representable. Then every addition is exact,
+and exact additions commute.
 
-The argument. Let ``|v| < 2^a`` for all summands, let there be fewer than ``2^b`` of them (``1 <= b <= 52``), and
+Proof. Let ``|v| < 2^a`` for all summands, let there be fewer than ``2^b`` of them (``1 <= b <= 52``), and
 ``g = 2^(a + b - 52)``. 2^a is a multiple of g, so a rounded summand is at most 2^a in size; any partial sum is a
 multiple of g of at most ``2^b * 2^a = 2^52 g``, which float64 holds exactly. The rounding itself is
-``(v + M) - M`` with ``M = 1.5 * 2^52 g``: since ``|v| <= 2^(52 - b) g <= 2^51 g``, the first sum lies in
+``(v + M) - M`` with ``M = 1.5 * 2^52 g``: since ``|v| <= 2^(52 - b) g <= 2^51 g``, the first sum is in
 ``[2^52 g, 2^53 g)`` where float64 values are g apart, so it rounds v to the grid (to even at ties), and the second sum
 is exact.
 
-What it costs. A summand is rounded by at most g/2 = 2^(a + b - 53): of 53 bits below the largest summand about
-``53 - log2(rows)`` remain, e.g. 33 for a million rows, 23 for a thousand million. A mean is off by at most
-g/2, not by g/2 times the rows. To spend those bits well each feature has its own grid, around the middle of its own
-range: features of different scales, or far from the origin, lose nothing to each other.
+Cost. A summand is rounded by at most g/2 = 2^(a + b - 53): of 53 bits below the largest summand about
+``53 - log2(rows)`` remain, e.g. 33 for a million rows, 23 for a billion. A mean is off by at most g/2, not by g/2
+times the rows. To spend those bits well each feature has its own grid, around the middle of its own range: features of
+different scales, or far from the origin, do not reduce each other's precision.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def grid_step(bound: Tensor, count: int) -> Tensor:
     """The step g of the grid for fewer than ``2^52`` summands.
 
     Args:
-        bound: float64, any shape, >= 0: no summand is larger in size.
-        count: how many summands there are at most, over all blocks and ranks.
+        bound: float64, any shape, >= 0: maximum magnitude of the summands.
+        count: maximum number of summands, over all blocks and ranks.
 
     Returns:
         float64 powers of two, shaped as ``bound``.
@@ -51,7 +51,7 @@ def to_grid(values: Tensor, step: Tensor) -> Tensor:
 
 
 def exact_sum(values: Tensor) -> Tensor:
-    """Sum of a float64 tensor that is there as a whole, 0-dimensional: the same bits for any number of threads."""
+    """Sum of a float64 tensor, 0-dimensional, with the same bits for any number of threads."""
     if values.numel() == 0:
         return values.new_zeros(())
     return to_grid(values, grid_step(values.abs().max(), values.numel())).sum()
@@ -59,10 +59,10 @@ def exact_sum(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where each feature's summands are rounded to."""
+    """The fixed-point grid of each feature."""
 
     offset: Tensor
-    """float64 ``[F]``: subtracted from each row first, the middle of the feature's range."""
+    """float64 ``[F]``: subtracted from each row, the middle of the feature's range."""
     step: Tensor
     """float64 ``[F]``: powers of two."""
 
@@ -70,26 +70,26 @@ class Grid:
     def build(cls, low: Tensor, high: Tensor, num_rows: int) -> Grid:
         """The grid for at most ``num_rows`` rows between ``low`` and ``high`` (float64 ``[F]``)."""
         offset = low / 2 + high / 2
-        # The offset is rounded, so a row may lie a last bit beyond half the range.
+        # The offset is rounded, so a row may be one last bit beyond half the range.
         bound = (high / 2 - low / 2) * (1 + 2.0**-40) + offset.abs() * 2.0**-52
         return cls(offset, grid_step(bound, num_rows))
 
     def round(self, x: Tensor) -> Tensor:
-        """Rows ``[n, F]`` of any float dtype, less the offset, on the grid: float64 ``[n, F]``."""
+        """Rows ``[n, F]`` of any float dtype minus the offset, rounded to the grid: float64 ``[n, F]``."""
         return to_grid(x.to(torch.float64) - self.offset, self.step)
 
 
 def add_cluster_sums(x: Tensor, labels: Tensor, sums: Tensor, counts: Tensor, grid: Grid) -> None:
     """Add the rows of one block to the sums of their clusters, in place and exactly.
 
-    After all blocks ``grid.offset + sums[k] / counts[k]`` is the mean of cluster k, whatever the order of blocks, rows
-    and threads was.
+    After all blocks ``grid.offset + sums[k] / counts[k]`` is the mean of cluster k, for any order of blocks, rows and
+    threads.
 
     Args:
-        x: float ``[n, F]``; rows with a label must lie in the range that ``grid`` was built for.
-        labels: int32 or int64 ``[n]`` in ``[0, K)``; a row with -1 is left out.
+        x: float ``[n, F]``; rows with a label must be in the range that ``grid`` was built for.
+        labels: int32 or int64 ``[n]`` in ``[0, K)``; a row with -1 is skipped.
         sums: float64 ``[K, F]``, changed.
         counts: int64 ``[K]``, changed.
-        grid: of all the data, with its number of rows.
+        grid: built for all rows.
     """
     kmeans_sums(x, labels.to(torch.int32), grid.offset, grid.step, sums, counts)

@@ -1,12 +1,12 @@
 """Greedy k-means++ on points in memory, with weights.
 
-Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007: each next centre is a point drawn
-with probability proportional to its squared distance from the centres so far. Greedy: of several points drawn so
-(``2 + floor(ln K)`` unless told otherwise), the one is taken that leaves the smallest sum of squared distances.
+Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007: each next centroid is a point drawn
+with probability proportional to its squared distance from the centroids so far. Greedy: of several points drawn this
+way (default ``2 + floor(ln K)``), the one that leaves the smallest sum of squared distances is taken.
 
-Distances come from float64 products of points moved to the middle of their range, so nothing cancels for data far from
-the origin; what lies below the rounding error of that product counts as 0, so equal rows are equal. For few points all
-pairs are multiplied at once, which for K draws of L trials costs M/(K L) of multiplying the trials one by one and
+Distances come from float64 products of points relative to the middle of their range, so nothing cancels for data far
+from the origin; distances below the rounding error of that product count as 0, so equal rows are equal. For few points
+all pairs are multiplied at once, which for K draws of L trials costs M/(K L) of multiplying the trials one by one and
 leaves only table look-ups in the loop.
 """
 
@@ -25,7 +25,7 @@ from speechlm_ext.kmeans.fit.fixed_point import grid_step, to_grid
 from speechlm_ext.ops.common.matmul import put_logits
 from speechlm_ext.utils.progress import stage_bar
 
-_ALL_PAIRS = 1 << 14  # most points whose pairs are all kept: 1 GiB of float32
+_MAX_TABLE_POINTS = 1 << 14  # a table of all their pairs: 1 GiB of float32
 
 
 def greedy_plus_plus(
@@ -41,13 +41,13 @@ def greedy_plus_plus(
     """Choose ``num_clusters`` of the points.
 
     Args:
-        points: float64 ``[M, F]``, finite, around 0 (less the middle of their range).
+        points: float64 ``[M, F]``, finite, relative to the middle of their range.
         num_clusters: K <= M.
-        seed, purpose: of the draws (see ``hashing.py``).
-        weights: float64 ``[M]`` >= 0: how many rows a point stands for; default 1.
-        trials: points drawn for each centre, of which the best is taken; default ``2 + floor(ln K)``. 1 is plain
+        seed, purpose: of the draws (see ``counter_rng.py``).
+        weights: float64 ``[M]`` >= 0: number of rows that a point represents; default 1.
+        trials: points drawn for each centroid, of which the best is taken; default ``2 + floor(ln K)``. 1 is plain
             k-means++.
-        progress: a bar, see ``progress.py``.
+        progress: True or False for a progress bar; None: only on a terminal.
 
     Returns:
         int64 ``[K]`` indices. When fewer than K points are distinct, the rest repeat.
@@ -69,22 +69,23 @@ def greedy_plus_plus(
         for k in range(1, num_clusters):
             mass = nearest * weights
             step = grid_step(mass.max(), num_points)
-            tried = _draw(to_grid(mass, step), chances[k])
-            left = torch.minimum(distances(tried), nearest)
+            drawn = _draw(to_grid(mass, step), chances[k])
+            remaining = torch.minimum(distances(drawn), nearest)
             # On the grid the sums are exact, so two trials compare the same in any order of addition.
-            best = to_grid(left * weights, step).sum(dim=1).argmin()
-            chosen.append(tried[best])
-            nearest = left[best]
+            best = to_grid(remaining * weights, step).sum(dim=1).argmin()
+            chosen.append(drawn[best])
+            nearest = remaining[best]
             bar.update()
     return torch.stack(chosen)
 
 
 def _draw(mass: Tensor, chances: Tensor) -> Tensor:
-    """Indices drawn in proportion to ``mass`` (on a grid, so that the running sums are exact)."""
-    running = mass.cumsum(0)
-    spots = torch.minimum(chances * running[-1], torch.nextafter(running[-1], -torch.ones_like(running[-1])))
-    # right=True passes over points without mass.
-    return torch.searchsorted(running, spots, right=True).clamp_(max=mass.shape[0] - 1)
+    """Indices drawn in proportion to ``mass`` (on a grid, so that the cumulative sums are exact)."""
+    cumulative = mass.cumsum(0)
+    total = cumulative[-1]
+    targets = torch.minimum(chances * total, torch.nextafter(total, -torch.ones_like(total)))
+    # right=True skips points without mass.
+    return torch.searchsorted(cumulative, targets, right=True).clamp_(max=mass.shape[0] - 1)
 
 
 def _distances(points: Tensor, num_drawn: int, progress: bool | None) -> Callable[[Tensor], Tensor]:
@@ -96,20 +97,21 @@ def _distances(points: Tensor, num_drawn: int, progress: bool | None) -> Callabl
     norms = points.square().sum(dim=1)
     unit = 4 * torch.finfo(torch.float64).eps * (width + 4)
 
-    def direct(rows: Tensor, others: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        products = torch.empty(rows.shape[0], others.shape[0], dtype=torch.float64, device=rows.device)
-        put_logits(products, rows, others)
-        scale = first[:, None] + second
+    def distances(rows: Tensor | slice, others: slice) -> Tensor:
+        a, b = points[rows], points[others]
+        products = torch.empty(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
+        put_logits(products, a, b)
+        scale = norms[rows][:, None] + norms[others]
         squared = products.mul_(-2).add_(scale)
         return squared.masked_fill_(squared <= scale.mul_(unit), 0.0)
 
-    if num_points > _ALL_PAIRS or num_points > 4 * num_drawn:
-        return lambda chosen: direct(points[chosen], points, norms[chosen], norms)
+    if num_points > _MAX_TABLE_POINTS or num_points > 4 * num_drawn:
+        return lambda chosen: distances(chosen, slice(None))
     table = torch.empty(num_points, num_points, dtype=torch.float32, device=points.device)
     with stage_bar("k-means++, distances", num_points, progress=progress) as bar:
         for start in range(0, num_points, 512):
             rows = slice(start, min(num_points, start + 512))
-            strip = direct(points[rows], points[: rows.stop], norms[rows], norms[: rows.stop])
+            strip = distances(rows, slice(rows.stop))
             table[rows, : rows.stop] = strip
             table[:start, rows] = strip[:, :start].T
             bar.update(strip.shape[0])

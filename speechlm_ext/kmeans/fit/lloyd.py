@@ -1,8 +1,8 @@
 """Lloyd's algorithm: assign every row to its nearest centroid, move every centroid to the mean of its rows.
 
-Lloyd, "Least squares quantization in PCM", 1982. Labels are the exact float64 argmin, sums are exact on a grid
-(``sums.py``), so an iteration gives the same bits for any blocks, threads and ranks. A cluster without rows takes the
-row farthest from its own centroid, as in scikit-learn: the row's weight leaves the cluster it was in.
+Lloyd, "Least squares quantization in PCM", 1982. Labels are the exact float64 argmin, sums are exact fixed-point sums
+(``fixed_point.py``), so an iteration has the same bits for any blocks, threads and ranks. A cluster without rows takes
+the row farthest from its own centroid, as in scikit-learn: the row's weight leaves the cluster it was in.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from speechlm_ext.ops.common.memory import lazy_zeros
 
 
 class Farthest:
-    """The rows farthest from their own centroids, at most ``limit``, ties by row number, of equal rows the first.
+    """The ``limit`` rows farthest from their own centroids; ties by row number, equal rows once.
 
-    Rows in memory are ``limit * F`` values, as many as the centroids.
+    It holds up to ``limit * F`` values, as many as the centroids.
     """
 
     def __init__(self, limit: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -33,45 +33,42 @@ class Farthest:
         self.rows = torch.empty(0, width, dtype=dtype, device=device)
 
     def add(self, block: Tensor, labels: Tensor, distances: Tensor) -> None:
-        """Take a block into account: ``[n, F]``, int32 ``[n]`` and ``[n]``; blocks come in order of their rows."""
-        # A later row with an equal distance stays behind, so a full list admits only larger ones. NaN never enters.
-        least = self.distances[-1] if self.distances.shape[0] == self.limit else 0.0
-        fresh = (distances > least).nonzero()[:, 0]
-        if fresh.numel() == 0:
+        """Add a block: rows ``[n, F]``, labels int32 ``[n]``, distances ``[n]``; blocks come in order of their rows."""
+        # A later row with an equal distance ranks behind, so a full list admits only larger ones. NaN never enters.
+        threshold = self.distances[-1] if self.distances.shape[0] == self.limit else 0.0
+        new = (distances > threshold).nonzero()[:, 0]
+        if new.numel() == 0:
             return
-        held, known = self.rows, self.distances.shape[0]
+        old_rows, num_old = self.rows, self.distances.shape[0]
 
-        def rows(places: Tensor) -> Tensor:
-            """Rows by place in ``held`` followed by the fresh ones; few are asked for, so these are not joined."""
-            is_old = places < known
-            found = held.new_empty(places.shape[0], held.shape[1])
-            found[is_old] = held[places[is_old]]
-            found[~is_old] = block[fresh[places[~is_old] - known]]
-            return found
+        def take(places: Tensor) -> Tensor:
+            """Rows by place among the old and then the new ones; few are needed, so these are not concatenated."""
+            is_old = places < num_old
+            rows = old_rows.new_empty(places.shape[0], old_rows.shape[1])
+            rows[is_old] = old_rows[places[is_old]]
+            rows[~is_old] = block[new[places[~is_old] - num_old]]
+            return rows
 
-        self._keep(
-            torch.cat([self.distances, distances[fresh]]), torch.cat([self.labels, labels[fresh]]), rows
-        )
+        self._select(torch.cat([self.distances, distances[new]]), torch.cat([self.labels, labels[new]]), take)
 
     def gather(self, data: Data) -> None:
-        """The farthest of all ranks; they come in rank order, so ties still go to the lowest row."""
-        gather = data.ranks.gather
-        rows = gather(self.rows)
-        self._keep(gather(self.distances), gather(self.labels), lambda places: rows[places])
+        """Keep the farthest of all ranks; they come in rank order, so ties still go to the lowest row."""
+        rows = data.ranks.gather(self.rows)
+        self._select(data.ranks.gather(self.distances), data.ranks.gather(self.labels), rows.__getitem__)
 
-    def _keep(self, distances: Tensor, labels: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
+    def _select(self, distances: Tensor, labels: Tensor, take: Callable[[Tensor], Tensor]) -> None:
         distances, order = distances.sort(descending=True, stable=True)
-        # Equal rows, such as digital silence, would fill the list. They have equal distances and so stand together.
+        # Equal rows, such as digital silence, would fill the list. Their distances are equal, so they are neighbors.
         tied = (distances[1:] == distances[:-1]).nonzero()[:, 0] + 1
-        first = torch.ones_like(order, dtype=torch.bool)
-        first[tied] = (rows(order[tied]) != rows(order[tied - 1])).any(dim=1)
-        order = order[first][: self.limit]
-        self.distances, self.labels, self.rows = distances[first][: self.limit], labels[order], rows(order)
+        is_first = torch.ones_like(order, dtype=torch.bool)
+        is_first[tied] = (take(order[tied]) != take(order[tied - 1])).any(dim=1)
+        order = order[is_first][: self.limit]
+        self.distances, self.labels, self.rows = distances[is_first][: self.limit], labels[order], take(order)
 
 
 @dataclass
-class Walk:
-    """What one walk over all rows gives, summed over all ranks."""
+class PassResult:
+    """Result of one pass over all rows, summed over all ranks."""
 
     sums: Tensor
     """float64 ``[K, F]`` on ``data.grid``."""
@@ -82,26 +79,26 @@ class Walk:
     farthest: Farthest
 
 
-def walk(
+def assign_pass(
     data: Data,
     centers: Tensor,
     *,
     labels_out: Tensor | None = None,
     with_farthest: bool = False,
-    what: str = "k-means",
-) -> Walk:
-    """Assign all rows.
+    name: str = "k-means",
+) -> PassResult:
+    """Assign all rows to their nearest centroids.
 
     Args:
         data: the rows.
         centers: ``[K, F]``.
         labels_out: int32 of this rank's rows, filled with their labels; -1 for rows that are not finite.
-        with_farthest: also find the rows for clusters that are empty.
-        what: name of the walk in a progress bar.
+        with_farthest: also find candidates for empty clusters.
+        name: of the progress bar.
     """
     num_clusters, width = centers.shape
     index = CentroidIndex.build(centers.to(data.work_dtype))
-    step = grid_step(farthest_possible(data, centers), data.num_rows)
+    step = grid_step(squared_distance_bound(data, centers), data.num_rows)
     if data.device.type == "cpu":
         sums = lazy_zeros(num_clusters, width, torch.float64)
     else:
@@ -109,7 +106,7 @@ def walk(
     counts = torch.zeros(num_clusters, dtype=torch.int64, device=data.device)
     inertia = torch.zeros((), dtype=torch.float64, device=data.device)
     farthest = Farthest(num_clusters, width, data.work_dtype, data.device)
-    for first, block in data.blocks(what):
+    for first, block in data.blocks(name):
         labels, squared = kmeans_assign(block, index, return_distance=True)
         add_cluster_sums(block, labels, sums, counts, data.grid)
         inertia += to_grid(squared.nan_to_num(nan=0.0).double(), step).sum()
@@ -118,22 +115,22 @@ def walk(
         if labels_out is not None:
             labels_out[first : first + block.shape[0]] = labels
     data.ranks.sum_(sums, counts, inertia)
-    return Walk(sums, counts, float(inertia), farthest)
+    return PassResult(sums, counts, float(inertia), farthest)
 
 
-def farthest_possible(data: Data, centers: Tensor) -> Tensor:
-    """No row is farther than this, squared, from the nearest centroid: from box to box, float64 0-dimensional."""
+def squared_distance_bound(data: Data, centers: Tensor) -> Tensor:
+    """Upper bound of any row's squared distance to its nearest centroid, from their ranges; float64, 0-dimensional."""
     low, high = centers.amin(dim=0), centers.amax(dim=0)  # aminmax takes three times as long
     reach = torch.maximum((data.high - low.double()).abs(), (high.double() - data.low).abs())
-    # Twice, for what the distance's own rounding adds. On the CPU for one order of addition.
+    # Twice, for the rounding of the distance itself. A Python sum has one order of addition.
     return torch.tensor(2 * sum(reach.square().tolist()), dtype=torch.float64, device=data.device)
 
 
-def reseed_empty(data: Data, result: Walk) -> int:
-    """Give each cluster without rows the farthest row that is left, in ``result.sums`` and ``.counts``.
+def reseed_empty(data: Data, result: PassResult) -> int:
+    """Give each cluster without rows the farthest row available, in ``result.sums`` and ``.counts``.
 
-    A row at distance 0, equal to one already taken, or alone in its cluster is passed over: it would make no
-    new centroid or another empty cluster. Then the cluster stays empty, where it was.
+    Rows at distance 0, equal to one already taken, or alone in their cluster are skipped: they would make no new
+    centroid or another empty cluster. A cluster for which no row is left keeps its centroid.
 
     Returns:
         The number of clusters that were without rows.
@@ -143,42 +140,39 @@ def reseed_empty(data: Data, result: Walk) -> int:
         return 0
     result.farthest.gather(data)
     sums, counts = result.sums, result.counts
-    left = counts.tolist()
-    labels = result.farthest.labels.tolist()
+    num_left = counts.tolist()
     rows = data.grid.round(result.farthest.rows)
     taken: set[bytes] = set()
-    waiting = iter(empty)
-    target = next(waiting)
-    for row, label in enumerate(labels):
-        key = rows[row].cpu().numpy().tobytes()
-        if left[label] <= 1 or key in taken:
+    targets = iter(empty)
+    for row, label in zip(rows, result.farthest.labels.tolist(), strict=True):
+        key = row.cpu().numpy().tobytes()
+        if num_left[label] <= 1 or key in taken:
             continue
-        taken.add(key)
-        left[label] -= 1
-        counts[label] -= 1
-        sums[label] -= rows[row]
-        counts[target], sums[target] = 1, rows[row]
-        found = next(waiting, None)
-        if found is None:
+        target = next(targets, None)
+        if target is None:
             break
-        target = found
+        taken.add(key)
+        num_left[label] -= 1
+        counts[label] -= 1
+        sums[label] -= row
+        counts[target], sums[target] = 1, row
     return len(empty)
 
 
-def _means(data: Data, result: Walk, old: Tensor) -> tuple[Tensor, float]:
-    """The new centroids, and their squared shift; a cluster without rows stays where it was."""
+def _means(data: Data, result: PassResult, old: Tensor) -> tuple[Tensor, float]:
+    """The new centroids and their squared shift; a cluster without rows keeps its centroid."""
     new, shifts = torch.empty_like(old), torch.empty(old.shape[0], dtype=torch.float64, device=old.device)
-    # On the CPU a part at a time, which stays in cache.
+    # On the CPU in parts that fit into cache.
     rows = max(1, (1 << 17) // old.shape[1]) if old.device.type == "cpu" else old.shape[0]
     for start in range(0, old.shape[0], rows):
-        at = slice(start, start + rows)
-        counts = result.counts[at, None]
-        before = old[at].double()
-        means = torch.where(counts > 0, result.sums[at] / counts.clamp(min=1) + data.grid.offset, before)
-        new[at] = means
+        part = slice(start, start + rows)
+        counts = result.counts[part, None]
+        before = old[part].double()
+        means = torch.where(counts > 0, result.sums[part] / counts.clamp(min=1) + data.grid.offset, before)
+        new[part] = means
         # Rows are summed by one thread each, in one order.
-        shifts[at] = (new[at].double() - before).square_().sum(dim=1)
-    # The decision to stop must not hang on the order of addition.
+        shifts[part] = (new[part].double() - before).square_().sum(dim=1)
+    # The decision to stop must not depend on the order of addition.
     return new, float(exact_sum(shifts))
 
 
@@ -189,12 +183,12 @@ def lloyd_step(data: Data, state: State, *, max_iter: int, tolerance: float) -> 
         data: the rows.
         state: centroids, history and ``done``.
         max_iter: iterations after which it is done.
-        tolerance: squared shift of all centroids up to which it is done; it also is when no centroid moved.
+        tolerance: done when the squared shift of all centroids is at most this.
     """
-    what = f"k-means {state.iteration + 1}"
-    result = walk(data, state.centers, what=what)
-    if bool((result.counts == 0).any()):  # seldom: once more, for the rows that they take
-        result = walk(data, state.centers, with_farthest=True, what=what)
+    name = f"k-means {state.iteration + 1}"
+    result = assign_pass(data, state.centers, name=name)
+    if bool((result.counts == 0).any()):  # rare: a second pass finds the rows that the empty clusters take
+        result = assign_pass(data, state.centers, with_farthest=True, name=name)
     num_empty = reseed_empty(data, result)
     new, shift = _means(data, result, state.centers)
     state.history.append(result.inertia)

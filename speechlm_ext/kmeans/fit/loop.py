@@ -1,5 +1,4 @@
-"""The course of a fit: start, iterate, keep the state on disk, judge, and the same again for ``n_init`` starts;
-and the single step of ``partial_fit``."""
+"""The course of a fit: start, iterate, save the state, repeat for ``n_init`` starts; the step of ``partial_fit``."""
 
 from __future__ import annotations
 
@@ -12,25 +11,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
-from speechlm_ext.kmeans.fit.lloyd import lloyd_step, walk
-from speechlm_ext.kmeans.fit.minibatch import Batches, judge_progress, minibatch_step
+from speechlm_ext.kmeans.fit.lloyd import assign_pass, lloyd_step
+from speechlm_ext.kmeans.fit.minibatch import Batches, minibatch_step, update_stopping
 from speechlm_ext.kmeans.fit.scan import Data
 from speechlm_ext.kmeans.fit.seeding import initial_centers, subsample
-from speechlm_ext.kmeans.fit.state import Best, State, Step
+from speechlm_ext.kmeans.fit.state import Best, State
 from speechlm_ext.kmeans.settings import Settings
 
 _LOG = logging.getLogger(__name__)
-#: Where there is no bar, a line of log so often.
+#: Seconds between log lines where there is no progress bar.
 _LOG_SECONDS = 20.0
 
 
 @dataclass
-class Fitted:
+class FitResult:
     """The best of the starts."""
 
     best: Best
     labels: Tensor | None
-    """int32 of this rank's rows, where they were wanted."""
+    """int32 labels of this rank's rows, if requested."""
 
 
 def run_fit(
@@ -39,9 +38,9 @@ def run_fit(
     *,
     checkpoint: Checkpoint | None = None,
     checkpoint_every: int = 1,
-    want_labels: bool = False,
-) -> Fitted:
-    """Fit, or go on from the checkpoint.
+    with_labels: bool = False,
+) -> FitResult:
+    """Fit, or resume from the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another fit.
@@ -52,73 +51,63 @@ def run_fit(
     if state is None:
         state = _start(data, settings, 0, None)
         _save(checkpoint, state)
-    labels = _no_labels(data) if want_labels else None
-    best_labels: Tensor | None = None
+    labels = best_labels = None
+    if with_labels:
+        labels = torch.full((data.source.num_rows,), -1, dtype=torch.int32, device=data.device)
     while state.run < settings.n_init:
         _iterate(data, settings, state, checkpoint, checkpoint_every)
-        final = walk(data, state.centers, labels_out=labels, what="k-means, final")
+        final = assign_pass(data, state.centers, labels_out=labels, name="k-means, final")
         if state.best is None or final.inertia < state.best.inertia:
+            is_lloyd = settings.algorithm == "lloyd"
             state.best = Best(
                 centers=state.centers,
                 inertia=final.inertia,
                 counts=final.counts,
-                history=[*state.history, final.inertia] if settings.algorithm == "lloyd" else state.history,
+                history=[*state.history, final.inertia] if is_lloyd else state.history,
                 iterations=state.iteration,
-                seen=state.seen if settings.algorithm == "minibatch" else final.counts.double(),
+                seen=final.counts.double() if is_lloyd else state.seen,
             )
-            if labels is not None:
-                best_labels = labels.clone()
+            best_labels = None if labels is None else labels.clone()
         if state.run + 1 < settings.n_init:
             state = _start(data, settings, state.run + 1, state.best)
         else:
             state.run, state.done = settings.n_init, True
         _save(checkpoint, state)
     assert state.best is not None
-    if labels is not None and best_labels is None:  # taken from a finished checkpoint
-        walk(data, state.best.centers, labels_out=labels, what="k-means, labels")
+    if labels is not None and best_labels is None:  # loaded from the checkpoint of a finished fit
+        assign_pass(data, state.best.centers, labels_out=labels, name="k-means, labels")
         best_labels = labels
-    return Fitted(state.best, best_labels)
+    return FitResult(state.best, best_labels)
 
 
 def partial_step(data: Data, settings: Settings, state: State | None) -> tuple[State, float]:
     """One mini-batch step with all the rows, which are held in memory.
 
     Args:
-        state: to go on from; None: the start is chosen among the rows.
+        state: to continue from; None: the start is chosen among the rows.
 
     Returns:
         The new state, and the inertia of the rows before the step, summed over all ranks.
     """
-    s = settings
     if state is None:
-        centers = initial_centers(data, s.n_clusters, s.init, seed=s.random_state, trials=s.n_local_trials)
-        seen = torch.zeros(s.n_clusters, dtype=torch.float64, device=data.device)
+        centers = initial_centers(data, settings)
+        seen = torch.zeros(settings.n_clusters, dtype=torch.float64, device=data.device)
         state = State(centers=centers, seen=seen)
     else:
         state = replace(state, centers=state.centers.to(data.device), seen=state.seen.to(data.device))
-    empty = torch.empty(0, data.source.num_features, dtype=data.work_dtype, device=data.device)
-    rows = torch.cat([empty, *(block for _, block in data.blocks())])
+    rows = torch.cat([data.no_rows(), *(block for _, block in data.blocks())])
     numbers = torch.arange(rows.shape[0], device=data.device) + data.first_row
-    step = minibatch_step(
-        data, state, rows, numbers, seed=s.random_state, reassignment_ratio=s.reassignment_ratio
-    )
+    step = minibatch_step(data, settings, state, rows, numbers)
     return state, step.inertia * data.num_usable
 
 
 def _start(data: Data, settings: Settings, run: int, best: Best | None) -> State:
-    given, size = data, settings.init_size
+    candidates, size = data, settings.init_size
     if size is None and settings.algorithm == "minibatch":
         size = max(3 * settings.batch_size, 3 * settings.n_clusters)
     if size is not None and size < data.num_usable and isinstance(settings.init, str):
-        given = subsample(data, size, seed=settings.random_state, purpose=f"init rows/{run}")
-    centers = initial_centers(
-        given,
-        settings.n_clusters,
-        settings.init,
-        seed=settings.random_state,
-        run=run,
-        trials=settings.n_local_trials,
-    )
+        candidates = subsample(data, size, seed=settings.random_state, purpose=f"init rows/{run}")
+    centers = initial_centers(candidates, settings, run)
     seen = torch.zeros(settings.n_clusters, dtype=torch.float64, device=data.device)
     return State(centers=centers, seen=seen, run=run, best=best)
 
@@ -133,56 +122,28 @@ def _iterate(
     tolerance = settings.tol * data.mean_variance
     hidden = True if data.progress is False or data.ranks.rank else (None if data.progress is None else False)
     name = "k-means" if settings.n_init == 1 else f"k-means, start {state.run + 1} of {settings.n_init}"
-    with tqdm(
-        total=total, initial=state.iteration, desc=name, disable=hidden, unit="it" if is_lloyd else "step"
-    ) as bar:
-        logged = time.monotonic()
+    unit = "it" if is_lloyd else "step"
+    with tqdm(total=total, initial=state.iteration, desc=name, disable=hidden, unit=unit) as bar:
+        last_log = time.monotonic()
         while not state.done:
             if is_lloyd:
-                step = lloyd_step(data, state, max_iter=settings.max_iter, tolerance=tolerance)
+                step = lloyd_step(data, state, max_iter=total, tolerance=tolerance)
             else:
-                step = _minibatch(data, settings, state, batches, total, tolerance)
+                step = minibatch_step(data, settings, state, *batches.get(state.iteration))
+                update_stopping(data, settings, state, step)
             bar.update()
-            told = (
+            status = (
                 f"inertia {state.history[-1]:.6g}, shift {step.shift:.3g}, "
                 f"{'empty' if is_lloyd else 'reassigned'} {step.num_empty}"
             )
-            bar.set_postfix_str(told, refresh=False)
-            if hidden is None and bar.disable and time.monotonic() - logged > _LOG_SECONDS:
-                _LOG.info("%s: iteration %d, %s", name, state.iteration, told)  # stderr is a file: no bar
-                logged = time.monotonic()
+            bar.set_postfix_str(status, refresh=False)
+            if hidden is None and bar.disable and time.monotonic() - last_log > _LOG_SECONDS:
+                _LOG.info("%s: iteration %d, %s", name, state.iteration, status)  # stderr is a file: no bar
+                last_log = time.monotonic()
             if state.done or state.iteration % checkpoint_every == 0:
                 _save(checkpoint, state)
-
-
-def _minibatch(
-    data: Data, settings: Settings, state: State, batches: Batches, max_steps: int, tolerance: float
-) -> Step:
-    block, numbers = batches.get(state.iteration)
-    step = minibatch_step(
-        data,
-        state,
-        block,
-        numbers,
-        seed=settings.random_state + state.run,
-        reassignment_ratio=settings.reassignment_ratio,
-    )
-    judge_progress(
-        data,
-        state,
-        step,
-        batch_size=batches.batch_size,
-        max_steps=max_steps,
-        tolerance=tolerance,
-        max_no_improvement=settings.max_no_improvement,
-    )
-    return step
 
 
 def _save(checkpoint: Checkpoint | None, state: State) -> None:
     if checkpoint is not None:
         checkpoint.save(state)
-
-
-def _no_labels(data: Data) -> Tensor:
-    return torch.full((data.source.num_rows,), -1, dtype=torch.int32, device=data.device)

@@ -1,7 +1,7 @@
-"""The processes of a fit: each holds a share of the rows, in rank order, and all see the same sums.
+"""The processes of a fit: each holds a share of the rows, in rank order, and all compute the same sums.
 
-Tensors only travel, never pickled objects. What is not a sum of exact numbers is gathered in rank order, so results
-do not depend on how the rows are shared.
+Only tensors are sent, never pickled objects. Everything but sums of exact numbers is gathered in rank order, so results
+do not depend on the shares.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
@@ -17,7 +18,7 @@ from speechlm_ext.errors import KMeansError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the fit; the default is a process alone."""
+    """This process among those of the fit; the default is a single process."""
 
     rank: int = 0
     size: int = 1
@@ -27,16 +28,17 @@ class Ranks:
         """The ranks of ``torch.distributed``'s default group.
 
         Args:
-            wanted: True insists on it, False stays alone, ``"auto"`` joins where it is initialised.
+            wanted: True requires it, False ignores it, ``"auto"`` joins where it is initialized.
 
         Raises:
-            KMeansError: it is insisted on and not initialised.
+            KMeansError: it is required and not initialized.
         """
         ready = distributed.is_available() and distributed.is_initialized()
         if wanted is True and not ready:
             raise KMeansError(
                 "K-Means: distributed=True needs torch.distributed; call torch.distributed.init_process_group first "
-                "(under torchrun), or leave distributed at 'auto'."
+                "(under torchrun), or leave distributed at 'auto'.",
+                argument="distributed",
             )
         if wanted is False or not ready:
             return cls()
@@ -59,7 +61,7 @@ class Ranks:
             tensor.copy_(moved)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """All ranks' ``[n_i, ...]`` on end, in rank order; ``n_i`` may differ and may be 0."""
+        """All ranks' ``[n_i, ...]`` concatenated in rank order; ``n_i`` may differ and may be 0."""
         if self.size == 1:
             return tensor
         lengths = self._all([tensor.shape[0]])
@@ -79,16 +81,12 @@ class Ranks:
         distributed.all_gather(parts, mine)
         return torch.cat(parts).tolist()
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise the first rank's error on every rank, so that none waits for one that has given up.
+    def raise_any(self, error: Exception | None) -> None:
+        """Raise an error of any rank on every rank, so that none waits for one that has stopped.
 
         Raises:
-            the error itself where it happened and alone; elsewhere its like with the rank's name.
+            Exception: ``error`` itself on the rank where it occurred; elsewhere a KMeansError with that rank's number.
         """
-        if self.size == 1:
-            if error is not None:
-                raise error
-            return
         text = b"" if error is None else f"rank {self.rank}: {error}".encode()
         texts = self.gather_bytes(text)
         if error is not None:
@@ -102,17 +100,10 @@ class Ranks:
         if self.size == 1:
             return [data]
         lengths = self._all([len(data)])
-        # bytearray: torch wants memory that it may write to.
-        mine = (
-            torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if data
-            else torch.empty(0, dtype=torch.uint8)
-        )
-        whole = bytes(self.gather(mine).cpu().numpy().tobytes())
-        ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        return [whole[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        mine = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+        return [part.numpy().tobytes() for part in self.gather(mine).split(lengths)]
 
 
 def _device() -> torch.device:
-    """Where the backend wants its tensors: NCCL on the GPU, gloo on the CPU."""
+    """Where the backend needs its tensors: NCCL on the GPU, gloo on the CPU."""
     return torch.device("cuda" if "nccl" in str(distributed.get_backend()) else "cpu")

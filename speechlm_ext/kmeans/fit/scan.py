@@ -1,9 +1,9 @@
-"""The first look at the data: is it usable, how large is it, where does it lie; and :class:`Data`, all that later
-walks need.
+"""Scan the data: row count, feature ranges, non-finite rows, variance, content hash; and :class:`Data`, the result.
 
-Two walks. The first finds the range of every feature (minima and maxima do not depend on the order), the rows that are
-not finite, and a hash of some rows; the second, on the grid that follows from the range, sums and squares, which give
-the variance that the stopping rule is relative to and, being exact, a check of the whole content.
+The scan takes two passes. The first finds the range of every feature (minima and maxima do not depend on the order) and
+the rows that are not finite. The second sums values and squares on the grid that follows from the range: they give the
+variance that the stopping rule is relative to and, being exact, a check of the whole content, together with a hash of
+some rows.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.errors import KMeansError
-from speechlm_ext.kmeans.features.sources import FeatureSource, where
+from speechlm_ext.kmeans.features.sources import FeatureSource, nonfinite_row, place_of
 from speechlm_ext.kmeans.fit.fixed_point import Grid, grid_step, to_grid
 from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.utils.progress import stage_bar
 
 _BLOCK_VALUES = 1 << 23  # 32 MiB of float32
-_SAMPLED_ROWS = 64
-#: Where squares and their sums over a row stay normal numbers.
-_FLOAT32_RANGE, _FLOAT64_LARGEST = (1e-12, 1e12), 1e140
+_HASHED_ROWS = 64
+#: Within this range squares and their sums over a row stay normal numbers.
+_FLOAT32_RANGE, _FLOAT64_MAX = (1e-12, 1e12), 1e140
 
 
 def default_block_rows(num_features: int) -> int:
@@ -36,7 +36,7 @@ def default_block_rows(num_features: int) -> int:
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a fit, on all ranks, and what is known of them."""
+    """The rows of a fit, on all ranks, and their statistics."""
 
     source: FeatureSource
     """This rank's rows."""
@@ -48,21 +48,21 @@ class Data:
     num_rows: int
     """Of all ranks."""
     num_dropped: int
-    """Rows of all ranks that are not finite and left out."""
+    """Rows of all ranks that are not finite and dropped."""
     low: Tensor
-    """float64 ``[F]``: smallest value of each feature."""
+    """float64 ``[F]``: minimum of each feature."""
     high: Tensor
-    """float64 ``[F]``: the largest."""
+    """float64 ``[F]``: maximum of each feature."""
     grid: Grid
-    mean_variance: float
+    mean_variance: float = 0.0
     """Mean over the features of their variance."""
-    content: str
+    content: str = ""
     """sha256 of ranges, sums, squares and some rows, as hex digits; does not depend on ranks or blocks."""
     progress: bool | None = None
 
     @property
     def num_usable(self) -> int:
-        """Rows that count."""
+        """Rows that are not dropped."""
         return self.num_rows - self.num_dropped
 
     @property
@@ -72,25 +72,33 @@ class Data:
 
     @property
     def work_dtype(self) -> torch.dtype:
-        """What rows are compared in: the features' own, or float64 where float32 squares would over- or underflow."""
+        """Type for comparing rows: the features' own, or float64 where float32 squares would over- or underflow."""
         largest = float(torch.maximum(self.low.abs(), self.high.abs()).max())
         safe = largest == 0 or _FLOAT32_RANGE[0] <= largest <= _FLOAT32_RANGE[1]
         return self.dtype if safe else torch.float64
 
-    def blocks(self, what: str | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Walk this rank's rows: pairs of the first row's number on this rank and ``[n, F]`` in ``work_dtype``.
+    def num_batches(self, batch_size: int) -> int:
+        """Mini-batches of up to ``batch_size`` rows in an epoch."""
+        return -(-self.num_rows // min(batch_size, self.num_rows))
+
+    def no_rows(self) -> Tensor:
+        """An empty tensor ``[0, F]`` in ``work_dtype``."""
+        return torch.empty(0, self.source.num_features, dtype=self.work_dtype, device=self.device)
+
+    def blocks(self, name: str | None = None) -> Iterator[tuple[int, Tensor]]:
+        """One pass over this rank's rows: pairs of a block's first local row number and ``[n, F]`` in ``work_dtype``.
 
         Args:
-            what: name of the walk for a progress bar, which appears when the walk takes longer than two seconds.
+            name: of a progress bar, which appears when the pass takes longer than two seconds.
         """
         dtype, total = self.work_dtype, self.source.num_rows
-        with stage_bar(what, total, progress=self.progress) as bar:
+        with stage_bar(name, total, progress=self.progress) as bar:
             for first, block in self.source.blocks(0, total, self.block_rows):
                 yield first, block.to(device=self.device, dtype=dtype)
                 bar.update(block.shape[0])
 
     def identity(self) -> dict[str, Any]:
-        """What two fits of the same data have in common."""
+        """Properties that two fits on the same data share."""
         return {
             "num_rows": self.num_rows,
             "num_features": self.source.num_features,
@@ -100,7 +108,7 @@ class Data:
         }
 
 
-def survey(
+def scan(
     source: FeatureSource,
     ranks: Ranks,
     *,
@@ -109,13 +117,13 @@ def survey(
     block_rows: int | None = None,
     progress: bool | None = None,
 ) -> Data:
-    """Look at all rows.
+    """Scan all rows.
 
     Args:
         source: this rank's rows; may be empty on some ranks.
-        nonfinite: what a row with a NaN or an infinity is: an error that names it, or left out.
-        device: where blocks are worked on; default where the rows are, the CPU for files.
-        block_rows: rows of a block; default about 32 MiB. Does not change any result.
+        nonfinite: a row with a NaN or an infinity is an error that names it, or is dropped.
+        device: where to compute; default where the rows are, the CPU for files.
+        block_rows: rows of a block; default about 32 MiB. Has no effect on results.
         progress: see :class:`~speechlm_ext.kmeans.KMeans`.
 
     Raises:
@@ -123,48 +131,37 @@ def survey(
     """
     device = device or getattr(source, "device", None) or torch.device("cpu")
     block_rows = block_rows or default_block_rows(source.num_features)
-    error: Exception | None = None
-    width, double = source.num_features, source.dtype == torch.float64
-    heads = [json.loads(h) for h in ranks.gather_bytes(json.dumps([width, double]).encode())]
+    head = json.dumps([source.num_features, source.dtype == torch.float64])
+    heads = [json.loads(text) for text in ranks.gather_bytes(head.encode())]
     if heads != heads[:1] * len(heads):
         raise KMeansError(
             f"features: the ranks have different ones (width, is float64): {heads}; all rows of a fit come from one "
             "encoder and layer."
         )
     shares = ranks.shares(source.num_rows)
-    first_row, num_rows = sum(shares[: ranks.rank]), sum(shares)
-    low = torch.full((width,), torch.inf, dtype=torch.float64, device=device)
+    num_rows = sum(shares)
+    low = torch.full((source.num_features,), torch.inf, dtype=torch.float64, device=device)
     high, dropped = -low, torch.zeros((), dtype=torch.int64, device=device)
-    bar = stage_bar("features, range", source.num_rows, progress=progress)
+    error: Exception | None = None
     try:
-        for first, block in source.blocks(0, source.num_rows, block_rows):
-            if block.ndim != 2 or block.shape[1] != width or not block.is_floating_point():
-                raise KMeansError(
-                    f"features: {where(source, first)}: expected a float block [n, {width}], got {block.dtype} "
-                    f"{list(block.shape)}; mend the source's blocks()."
-                )
-            bar.update(block.shape[0])
-            block = block.to(device)
-            least, most = torch.aminmax(block, dim=0)  # a NaN shows in both, an infinity in one
-            if not bool((least.isfinite() & most.isfinite()).all()):
-                finite = block.isfinite().all(dim=1)
-                if nonfinite == "error":
-                    bad = first + int((~finite).nonzero()[0])
-                    raise KMeansError(
-                        f"features: {where(source, bad)} has a value that is not a finite number; mend the features, "
-                        'or leave such rows out with nonfinite="drop".'
-                    )
-                dropped += (~finite).sum()
-                block = block[finite]
-                if block.shape[0] == 0:
-                    continue
-                least, most = torch.aminmax(block, dim=0)
-            low, high = torch.minimum(low, least.double()), torch.maximum(high, most.double())
+        with stage_bar("features, range", source.num_rows, progress=progress) as bar:
+            for first, block in source.blocks(0, source.num_rows, block_rows):
+                _check_block(source, first, block)
+                bar.update(block.shape[0])
+                block = block.to(device)
+                block_low, block_high = torch.aminmax(block, dim=0)  # a NaN shows in both, an infinity in one
+                if not bool((block_low.isfinite() & block_high.isfinite()).all()):
+                    finite = block.isfinite().all(dim=1)
+                    if nonfinite == "error":
+                        raise nonfinite_row(source, first + int((~finite).nonzero()[0]), "drop such rows")
+                    dropped += (~finite).sum()
+                    if not bool(finite.any()):
+                        continue
+                    block_low, block_high = torch.aminmax(block[finite], dim=0)
+                low, high = torch.minimum(low, block_low.double()), torch.maximum(high, block_high.double())
     except KMeansError as caught:
         error = caught
-    finally:
-        bar.close()
-    ranks.agree(error)
+    ranks.raise_any(error)
     negated = -low
     ranks.max_(negated, high)
     ranks.sum_(dropped)
@@ -175,28 +172,34 @@ def survey(
             + (f"; none of the {num_rows} is finite" if num_rows else "")
             + ". Give features of at least as many frames as clusters."
         )
-    if float(torch.maximum(high.abs(), low.abs()).max()) > _FLOAT64_LARGEST:
+    if float(torch.maximum(high.abs(), low.abs()).max()) > _FLOAT64_MAX:
         raise KMeansError(
-            "features: a value is larger than 1e140 and its square no number; scale the features."
+            "features: a value is larger than 1e140, so its square overflows; scale the features."
         )
-    grid = Grid.build(low, high, num_rows)
     data = Data(
-        source,
-        ranks,
-        device,
-        block_rows,
-        first_row,
-        num_rows,
-        num_dropped,
-        low,
-        high,
-        grid,
-        0.0,
-        "",
-        progress,
+        source=source,
+        ranks=ranks,
+        device=device,
+        block_rows=block_rows,
+        first_row=sum(shares[: ranks.rank]),
+        num_rows=num_rows,
+        num_dropped=num_dropped,
+        low=low,
+        high=high,
+        grid=Grid.build(low, high, num_rows),
+        progress=progress,
     )
     variance, content = _moments(data)
     return replace(data, mean_variance=variance, content=content)
+
+
+def _check_block(source: FeatureSource, first: int, block: Tensor) -> None:
+    width = source.num_features
+    if block.ndim != 2 or block.shape[1] != width or not block.is_floating_point():
+        raise KMeansError(
+            f"features: {place_of(source, first)}: expected a float block [n, {width}], got {block.dtype} "
+            f"{list(block.shape)}; fix the source's blocks()."
+        )
 
 
 def _moments(data: Data) -> tuple[float, str]:
@@ -206,28 +209,27 @@ def _moments(data: Data) -> tuple[float, str]:
     squares = torch.zeros_like(sums)
     step = grid_step((data.high - data.low).square(), data.num_rows)
     hashed = torch.zeros(1, dtype=torch.int64)
-    spots = [i * data.num_rows // _SAMPLED_ROWS - data.first_row for i in range(_SAMPLED_ROWS)]
+    places = {i * data.num_rows // _HASHED_ROWS - data.first_row for i in range(_HASHED_ROWS)}
     for first, block in data.blocks("features, sums"):
-        for spot in {s for s in spots if first <= s < first + block.shape[0]}:
-            hashed += _row_hash(data.first_row + spot, block[spot - first])
-        chunk = max(1, (1 << 18) // width)
-        for part in block.split(chunk):
-            centred = part.double() - data.grid.offset
+        for place in [p for p in places if first <= p < first + block.shape[0]]:
+            hashed += _row_hash(data.first_row + place, block[place - first])
+        for part in block.split(max(1, (1 << 18) // width)):
+            centered = part.double() - data.grid.offset
             if data.num_dropped:
-                centred.masked_fill_(~part.isfinite().all(dim=1, keepdim=True), 0.0)
-            sums += to_grid(centred, data.grid.step).sum(dim=0)
-            squares += to_grid(centred.square(), step).sum(dim=0)
+                centered.masked_fill_(~part.isfinite().all(dim=1, keepdim=True), 0.0)
+            sums += to_grid(centered, data.grid.step).sum(dim=0)
+            squares += to_grid(centered.square(), step).sum(dim=0)
     data.ranks.sum_(sums, squares, hashed)
     mean = sums / data.num_usable
     variance = (squares / data.num_usable - mean.square()).clamp(min=0.0)
     digest = hashlib.sha256(json.dumps([data.num_rows, data.num_dropped, int(hashed)]).encode())
     for tensor in (data.low, data.high, sums, squares):
         digest.update(tensor.cpu().numpy().tobytes())
-    # Python's sum has one order, whatever the threads.
+    # A Python sum has one order of addition, whatever the threads.
     return sum(variance.tolist()) / width, digest.hexdigest()
 
 
 def _row_hash(number: int, row: Tensor) -> int:
-    """A 64-bit hash of a row and its global number; sums of these wrap, and do not depend on who adds them."""
+    """A 64-bit hash of a row and its global number; their sum wraps, and does not depend on who adds them."""
     data = str(number).encode() + row.double().cpu().numpy().tobytes()
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little", signed=True)

@@ -23,7 +23,6 @@ import torch
 
 from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import AudioError, ConfigError
-from speechlm_ext.utils.checks import check_positive
 
 SAMPLE_RATE = 16000
 KINDS = "mfcc, log-mel or hf:FOLDER_OR_HUB_NAME:LAYER"
@@ -47,7 +46,11 @@ class EncoderSpec:
             raise ConfigError(f"unknown feature encoder {self.kind!r}; expected {KINDS}.")
         if (self.kind == "hf") != bool(self.name) or self.layer < 0:
             raise ConfigError(f"feature encoder {self}: expected {KINDS}, with LAYER from 0.")
-        check_positive(self, "frames_per_token")
+        if self.frames_per_token < 1:
+            raise ConfigError(
+                f"feature encoder {self}: frames_per_token must be at least 1, got {self.frames_per_token}.",
+                argument="frames_per_token",
+            )
 
     @classmethod
     def parse(cls, text: str, frames_per_token: int = 1) -> EncoderSpec:

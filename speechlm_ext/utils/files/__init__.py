@@ -1,1 +1,1 @@
-"""Files: atomic writes, folders, JSON and YAML read strictly, checkpoint folders."""
+"""Files: atomic writes, folders, strict readers of JSON and YAML, checkpoint folders."""

@@ -1,8 +1,8 @@
-"""The folders of a run's checkpoints: how they get their names, lose them, and are found.
+"""The folders of a run's checkpoints: naming, removing and finding them.
 
-A folder counts as a checkpoint when it is named ``step-N`` and has its state. It gets that name only when all of it is
-on the disk, and loses it before any of it is removed, so whatever a kill leaves under such a name is complete. What it
-leaves under hidden names is cleared away by :func:`recover`.
+A folder is a checkpoint if it is named ``step-N`` and has its state. It gets that name only when all of it is on the
+disk, and loses it before any of it is removed, so a folder with such a name is complete even after a kill. Folders that
+a kill leaves under hidden names are removed by :func:`recover`.
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint in the folder ``root``, whatever ``latest`` says."""
+    """The newest complete checkpoint in the folder ``root``, whatever ``latest`` names."""
     found = list_checkpoints(root)
     return found[-1] if found else None
 
 
 def resolve_latest(path: Path) -> Path:
-    """The folder that ``latest`` names where it is a text file, as on file systems without links; other paths as they
-    are."""
+    """The folder named by a text file ``latest``, as on file systems without links; other paths unchanged."""
     if path.name != LATEST or not path.is_file():
         return path
     try:
@@ -67,16 +66,15 @@ def resolve_latest(path: Path) -> Path:
 
 
 def incomplete_name(folder: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
+    """The folder in which a checkpoint is written before it gets its name."""
     return folder.with_name(f"{_INCOMPLETE}{folder.name}")
 
 
 def publish(folder: Path) -> None:
-    """Flush the complete ``incomplete_name(folder)`` to the disk and give it its name. What had that name loses it in
-    the same moment.
+    """Flush ``incomplete_name(folder)`` to the disk and rename it to ``folder``, replacing one of that name atomically.
 
     Raises:
-        OSError: it cannot be flushed or renamed; what had the name still has it.
+        OSError: it cannot be flushed or renamed; an existing ``folder`` is kept.
     """
     incomplete, replaced = incomplete_name(folder), folder.with_name(f"{_REPLACED}{folder.name}")
     for where, _, files in os.walk(incomplete, topdown=False):
@@ -86,7 +84,7 @@ def publish(folder: Path) -> None:
     if not folder.exists():
         os.replace(incomplete, folder)
     elif not _exchange(incomplete, folder):
-        # Two renames: a kill between them is mended by recover().
+        # Two renames; recover() repairs a kill between them.
         _clear(replaced)
         os.replace(folder, replaced)
         try:
@@ -127,10 +125,10 @@ def remove(folder: Path) -> None:
 
 
 def recover(root: Path) -> None:
-    """Clear away what a kill left in the folder ``root``: half-written and half-removed checkpoints. One that had lost
-    its name to a successor that never got it has it again.
+    """Remove half-written and half-removed checkpoints that a kill left in the folder ``root``; a checkpoint that was
+    moved away for a successor which never came gets its name back.
 
-    A folder ``latest``, which a copy makes that follows links, gets a name of its own too.
+    A folder ``latest``, which a copy that follows links makes, is renamed too.
 
     Raises:
         StorageError: one of them cannot be renamed.
@@ -153,8 +151,8 @@ def recover(root: Path) -> None:
 
 
 def _free_latest(root: Path) -> None:
-    """Where ``latest`` is a folder, it is a copy of a checkpoint, and maybe the only one: it gets the name of its step,
-    or one that says what it is where the run has that step already."""
+    """A folder ``latest`` is a copy of a checkpoint, and maybe the only one: rename it to its step, or to
+    ``latest-copy`` if the run has that step already."""
     latest = root / LATEST
     if latest.is_symlink() or not latest.is_dir():
         return
@@ -167,7 +165,7 @@ def _free_latest(root: Path) -> None:
     except OSError as error:
         raise storage_error(error, latest) from error
     logger.warning(
-        "%s was a folder, not a link (so it is after a copy that follows links): it is %s now%s",
+        "%s was a folder, not a link, as after a copy that follows links; it is now %s%s",
         latest,
         name.name,
         "" if name == own else "; delete it if it is not wanted",
@@ -175,7 +173,7 @@ def _free_latest(root: Path) -> None:
 
 
 def _named_by_state(folder: Path) -> Path | None:
-    """The name that a checkpoint's own state gives it; None without a state."""
+    """The path that a checkpoint's own state gives it; None without a state."""
     try:
         step = parse_json((folder / STATE_NAME).read_bytes())["step"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -190,11 +188,13 @@ def _clear(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        logger.warning("%s is left over and cannot be removed: %s", folder, error.strerror or error)
+        logger.warning(
+            "%s is left from an earlier run and cannot be removed: %s", folder, error.strerror or error
+        )
 
 
 def point_latest(folder: Path) -> None:
-    """Let ``latest`` beside the checkpoint name it: a link, or a text file where the file system has no links.
+    """Point ``latest`` beside the checkpoint to it: a link, or a text file if the file system has no links.
 
     Raises:
         OSError, StorageError: it cannot be written.

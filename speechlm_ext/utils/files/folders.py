@@ -1,7 +1,7 @@
-"""The files of a kind in a folder that a user names, and what was left out of them, counted.
+"""Listing the files of a kind in a user's folder, with counts of the others.
 
-Links are followed, to folders too, each folder and file once: data sets are often put together from links. Hidden files
-are no data: macOS writes ``._NAME`` beside each file of a foreign disk, and they have its ending.
+Links are followed, to folders too, each folder and file once: data sets are often assembled from links. Hidden files
+are not data: macOS writes ``._NAME`` beside each file of a foreign disk, with the same suffix.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ _HIDDEN_FOLDERS = ("__MACOSX",)
 
 @dataclass
 class FoundFiles:
-    """What :func:`find_files` found."""
+    """Result of :func:`find_files`."""
 
     files: list[Path] = field(default_factory=list)
-    """Below the folder as it was given, sorted by their parts."""
+    """Paths that start with the given folder, sorted by their parts."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """How many files or folders were left out for which reason."""
+    """Number of files and folders that were left out, by reason."""
 
     def __str__(self) -> str:
-        """The reasons in words; empty where nothing was left out."""
+        """The reasons in words; empty if nothing was left out."""
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
 
 
 def find_files(
     folder: Path, suffixes: Collection[str], error: type[SpeechLMError], *, recursive: bool = True
 ) -> FoundFiles:
-    """Find the files with one of some endings in a folder.
+    """Find the files with given suffixes in a folder.
 
-    A file that has several names below the folder, by links, counts once: by its own name, else by the first.
+    A file with several names below the folder, by links, counts once: by its own name, else by the first.
 
     Args:
-        folder: as given; the paths found begin with it.
-        suffixes: endings in lower case with their dot; upper case is the same.
-        error: the class of what is raised.
+        folder: the folder; the paths found start with it.
+        suffixes: in lower case with their dot; upper case matches too.
+        error: class of the errors.
         recursive: look into sub-folders too; otherwise they are counted as left out, and other files are not.
 
     Raises:
@@ -54,7 +54,7 @@ def find_files(
     seen = {top}
     todo, links = [(folder, top)], list[tuple[Path, str]]()
     while todo or links:
-        # Folders by their own names first, so that a link back to one of them is what is left out.
+        # Folders by their own names first, so that a link back to one of them is left out, not the folder.
         todo.sort(reverse=True)
         links.sort(reverse=True)
         here, target = todo.pop() if todo else links.pop()

@@ -21,24 +21,27 @@ from typing import Any
 from speechlm_ext.errors import StorageError
 from speechlm_ext.utils.files.json_text import json_document
 
-#: What file systems answer that cannot flush a folder, or where its rights forbid to open it.
+#: Errors of file systems that cannot flush a folder, and of folders that may not be opened.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOSYS)
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """Turn an ``OSError`` of a write into a message that names the file and the way out."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Turn the ``OSError`` of a write into one with file and remedy; a StorageError keeps its message."""
+    message = f"could not write {path}: {error.strerror or error}. Check the folder and its rights."
+    if isinstance(error, StorageError):
+        message = str(error)
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = "unknown"
         with contextlib.suppress(OSError):
             stat = os.statvfs(path.parent)
             free = f"{stat.f_bavail * stat.f_frsize / 2**20:.0f} MiB"
-        return StorageError(
+        message = (
             f"could not write {path}: the disk is full ({free} free in {path.parent}). What was written "
             "before is intact; free some space or choose another folder, then run the same command again."
         )
-    return StorageError(
-        f"could not write {path}: {error.strerror or error}. Check the folder and its rights."
-    )
+    problem = StorageError(message)
+    problem.errno = error.errno
+    return problem
 
 
 def sync_file(path: str | Path) -> None:
@@ -48,7 +51,7 @@ def sync_file(path: str | Path) -> None:
 
 
 def sync_folder(path: str | Path) -> None:
-    """Flush a folder's names to the disk, where the file system can. Raises ``OSError``."""
+    """Flush a folder's names to the disk if the file system can. Raises ``OSError``."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     except OSError as error:
@@ -65,7 +68,7 @@ def sync_folder(path: str | Path) -> None:
 
 
 def make_folder(path: str | Path) -> None:
-    """Make a folder and its parents where they are missing, and flush their names to the disk. Raises ``OSError``."""
+    """Make a folder and its missing parents, and flush their names to the disk. Raises ``OSError``."""
     path = Path(path)
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,7 @@ def make_folder(path: str | Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it takes that name, on failure it is removed.
 
-    The file gets the rights that ``open()`` gives a new file, also where a library writes it with others.
+    The file gets the rights that ``open()`` gives a new file, even if a library writes it with others.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -137,13 +140,13 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
     for place, number in _not_finite(value, ""):
         raise StorageError(
             f"{path} was not written: its value {place or 'itself'} would be {number}, but JSON has finite numbers "
-            "only. What is on the disk is as before; the numbers that it comes from are wrong or too large."
+            "only. The file on the disk is unchanged; the numbers behind this value are wrong or too large."
         )
     atomic_write_text(path, json_document(value))
 
 
 def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
-    """Where numbers that are not finite are in a JSON value, and which."""
+    """Place and value of the numbers in a JSON value that are not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         yield place, value
     elif isinstance(value, dict):

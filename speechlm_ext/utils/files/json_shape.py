@@ -1,9 +1,9 @@
-"""Checking that JSON has the shape its reader expects, so that a damaged or edited file is refused by the key's name.
+"""Checking JSON against the shape that its reader expects; errors about a damaged or edited file name the key.
 
 A shape is a type hint (``int``, ``float``, ``str``, ``bool``, ``X | None``, ``Literal``, ``list[X]``,
 ``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[str, X]``, ``Any``), a :class:`Range`, :class:`SHA256`, a list ``[shape]`` of
 any length, a dataclass, or a dict of shapes: an object of exactly these keys, where a key that ends in ``?`` may be
-missing and ``"..."`` stands for any others. A dataclass is an object of its fields; those with a default may be
+missing and ``"..."`` allows any others. A dataclass is an object of its fields; those with a default may be
 missing.
 """
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """A number of at least ``low`` and at most ``high``; whole where ``kind`` is int."""
+    """A number in [``low``, ``high``]; an integer if ``kind`` is int."""
 
     kind: type
     low: float
@@ -51,12 +51,12 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
     """Compare JSON data with a shape.
 
     Args:
-        value: what :func:`json.loads` gives.
+        value: the result of :func:`json.loads`.
         shape: see the module's text.
         where: path of ``value`` inside the file, for messages.
 
     Raises:
-        ValueError: the first difference: the path of the key, what was expected there, and what came.
+        ValueError: the first difference: path of the key, expected shape, and value.
     """
     if shape is Any:
         return
@@ -97,11 +97,11 @@ def read_shaped(path: str | Path, shape: Any, error: type[SpeechLMError], hint: 
     Args:
         path: the file.
         shape: see the module's text.
-        error: the class of what is raised.
-        hint: what to do about a damaged file; the message's last part.
+        error: class of the errors.
+        hint: remedy for a damaged file; the end of the message.
 
     Raises:
-        FileNotFoundError: the file is missing, for callers that know what that means.
+        FileNotFoundError: the file is missing; the caller says what that means.
         SpeechLMError: of class ``error``: unreadable, not strict JSON, or of another shape; it names file and key.
     """
     value = read_json(path, error, hint)
@@ -113,7 +113,7 @@ def read_shaped(path: str | Path, shape: Any, error: type[SpeechLMError], hint: 
 
 
 def build(cls: Callable[..., T], value: Any, where: str = "") -> T:
-    """Make a dataclass of an object whose shape is checked first; nested dataclasses are made too.
+    """Check the shape of an object and make a dataclass of it, with nested dataclasses.
 
     Raises:
         ValueError: as :func:`check_shape`. Errors of the class's own checks pass.

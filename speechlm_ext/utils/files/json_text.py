@@ -1,8 +1,8 @@
-"""Reading JSON that somebody else wrote: the one reader of JSON files and of JSON lines, and the writer of lines.
+"""Strict reading of JSON text and files, and writing of JSON lines and documents.
 
-It is stricter than :mod:`json` where leniency loses data: a key that stands twice in an object is an error (the last
-value would win without a word), NaN and infinities are errors (they are not JSON, and few readers take them), and
-lines end at a line feed only: JSON strings may hold Unicode's line and paragraph separators as they are.
+Stricter than :mod:`json` where leniency loses data: a key that occurs twice in an object is an error (the last value
+would silently win), NaN and infinities are errors (they are not JSON, and few readers accept them), and lines end at a
+line feed only: JSON strings may contain Unicode's line and paragraph separators.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def parse_json(text: str | bytes, *, allow_nan: bool = False) -> Any:
 
     Args:
         text: a JSON text; bytes must be UTF-8.
-        allow_nan: take ``NaN``, ``Infinity`` and ``-Infinity``, as :func:`json.dumps` writes them.
+        allow_nan: accept ``NaN``, ``Infinity`` and ``-Infinity``, as :func:`json.dumps` writes them.
 
     Raises:
-        ValueError: not UTF-8, not JSON, nested too deeply, a key that stands twice in an object, or a number that is
-            not finite. The message has no place in it; callers add file and line.
+        ValueError: not UTF-8, not JSON, nested too deeply, a key that occurs twice in an object, or a number that is
+            not finite. Callers add file and line to the message.
     """
     if isinstance(text, bytes):
         try:
@@ -36,8 +36,10 @@ def parse_json(text: str | bytes, *, allow_nan: bool = False) -> Any:
     try:
         number = None if allow_nan else _finite
         return json.loads(text, object_pairs_hook=_unique, parse_constant=constant, parse_float=number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("not JSON (nested too deeply)") from None
 
 
 def read_json(path: str | Path, error: type[SpeechLMError], hint: str, *, allow_nan: bool = False) -> Any:
@@ -45,12 +47,12 @@ def read_json(path: str | Path, error: type[SpeechLMError], hint: str, *, allow_
 
     Args:
         path: the file.
-        error: the class of what is raised.
-        hint: what to do about a damaged file; the message's last part.
+        error: class of the errors.
+        hint: remedy for a damaged file; the end of the message.
         allow_nan: as in :func:`parse_json`.
 
     Raises:
-        FileNotFoundError: the file is missing, for callers that know what that means.
+        FileNotFoundError: the file is missing; the caller says what that means.
         SpeechLMError: of class ``error``: the file cannot be read or is not strict JSON; the message names it.
     """
     try:
@@ -63,22 +65,17 @@ def read_json(path: str | Path, error: type[SpeechLMError], hint: str, *, allow_
         raise error(f"{path} is damaged: {problem}; {hint}") from None
 
 
-def json_problem(error: ValueError) -> str:
-    """What :func:`parse_json` found, for a message that says where."""
-    return str(error) if isinstance(error, _DuplicateKey) else f"not JSON ({error})"
-
-
 def json_line(value: Any) -> str:
     """One line of a JSON lines file, its line feed included; the counterpart of :func:`split_lines`.
 
-    Text is written as it is. Where it holds what UTF-8 cannot (a file's name that is not UTF-8), the line is written
-    with escapes, which read back as the same name.
+    Text is written unescaped, unless UTF-8 cannot hold it (a file's name that is not UTF-8): then the line has escapes,
+    which read back as the same name.
     """
     return _dump(value, None)
 
 
 def json_document(value: Any) -> str:
-    """A JSON file for people, indented; else as :func:`json_line`."""
+    """An indented JSON document; otherwise as :func:`json_line`."""
     return _dump(value, 2)
 
 
@@ -99,15 +96,11 @@ def split_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-class _DuplicateKey(ValueError):
-    pass
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise _DuplicateKey(f"key {key!r} stands twice in one object; keep one of them")
+            raise ValueError(f"key {key!r} occurs twice in one object; keep one of them")
         result[key] = value
     return result
 

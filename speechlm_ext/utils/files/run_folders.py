@@ -1,4 +1,4 @@
-"""Names of the files of a model folder, and the folder that a path means: itself, or a run's newest checkpoint."""
+"""File names of a model folder, and resolving a path to a model folder or to a run's newest checkpoint."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MODEL_FILES = (CONFIG_NAME, WEIGHTS_NAME, LAYOUT_NAME)
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """The model folder that ``path`` means.
+    """Resolve ``path`` to a model folder.
 
-    A model folder (checkpoint, export) is itself. A run folder (``runs/NAME``) and its ``checkpoints/`` mean the run's
-    newest complete checkpoint, which is said in the log; so does ``checkpoints/latest`` where that link is broken.
-    Where it is a text file, for want of links, it means the folder that it names. Any other path is given back as it
-    is, for the reader's own errors.
+    A model folder (checkpoint, export) is returned unchanged. A run folder (``runs/NAME``), its ``checkpoints/`` and a
+    broken link ``checkpoints/latest`` resolve to the run's newest complete checkpoint, which is logged. A text file
+    ``latest``, on file systems without links, resolves to the folder that it names. Any other path is returned,
+    for the reader's own errors.
 
     Raises:
         CheckpointError: a run without a complete checkpoint.

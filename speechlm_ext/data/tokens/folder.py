@@ -1,19 +1,17 @@
-"""Token folders: what ``speechlm tokenize`` writes and everything later reads.
+"""Token folders: the output of ``speechlm tokenize`` and the input of everything later.
 
 A folder holds ``token_layout.json``, ``tokenizers/``, ``shard-00000.parquet`` …, ``lengths.npz`` (frames, speaker,
 data set, language, shard and row of every utterance) and ``index.json``, which is written last: a folder without
 it is not finished. The index has every shard's rows, size and sha256, so a cut-off copy is found at opening.
-Ids in shards are raw, from 0. A shard is read when it is first asked for and then stays in memory as two flat
-arrays per column, of 16 bits where the vocabulary allows it: about 1 MB for 10 minutes of 9 streams at 50 Hz.
+Ids in shards are raw, from 0. A shard is read on first use and then stays in memory as two flat arrays per column, of
+16 bits where the vocabulary allows it: about 1 MB for 10 minutes of 9 streams at 50 Hz.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,163 +20,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from speechlm_ext.data.tokens.format import read_head
 from speechlm_ext.data.tokens.index import (
     COLUMNS,
-    FORMAT,
     HINT,
     INDEX,
     LENGTHS,
-    VERSION,
     WAY_OUT,
     check_file,
     check_lengths,
     index_sha256,
     read_index,
-    shard_name,
 )
 from speechlm_ext.errors import ShardError, foreign_errors
 from speechlm_ext.layout import FILE_NAME, TokenLayout
-from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, sha256_file
-from speechlm_ext.utils.files.json_shape import check_shape
-from speechlm_ext.utils.files.json_text import parse_json
-
-_META_LAYOUT = b"speechlm.layout_sha256"
-_META_INPUTS = b"speechlm.inputs_sha256"
-_META_REJECTED = b"speechlm.rejected"
-
-_SCHEMA = pa.schema(
-    [("id", pa.string()), ("dataset", pa.string()), ("speaker", pa.string()), ("lang", pa.string())]
-    + [("text", pa.string()), ("duration", pa.float64())]
-    + [(c, pa.list_(pa.int32())) for c in COLUMNS]
-    + [(f"{c}_len", pa.int32()) for c in COLUMNS]
-)
 
 
-# ---- writing --------------------------------------------------------------------------------------------------
-def write_shard(
-    path: Path,
-    rows: Sequence[Mapping[str, Any]],
-    layout: TokenLayout,
-    inputs_sha256: str = "",
-    rejected: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Write one shard atomically.
-
-    Args:
-        path: its final name.
-        rows: per utterance ``id``, ``dataset``, ``speaker``, ``lang``, ``text``, ``duration`` and int arrays
-            ``[T, C]`` (or None) under ``text_bpe``, ``ssl``, ``codec``.
-        inputs_sha256: hash over what the shard was made from; a restart compares it.
-        rejected: items of this shard that were left out.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-    for row in rows:
-        for name in ("id", "dataset", "speaker", "lang", "text", "duration"):
-            columns[name].append(row.get(name))
-        for name in COLUMNS:
-            ids = row.get(name)
-            columns[name].append(None if ids is None else np.ascontiguousarray(ids, np.int32).reshape(-1))
-            columns[f"{name}_len"].append(0 if ids is None else len(ids))
-    schema = _SCHEMA.with_metadata(
-        {
-            _META_LAYOUT: layout.sha256.encode(),
-            _META_INPUTS: inputs_sha256.encode(),
-            _META_REJECTED: json.dumps(list(rejected)).encode(),
-        }
-    )
-    table = pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-
-
-@dataclass(frozen=True)
-class ShardHead:
-    """What a shard says about itself."""
-
-    rows: int
-    layout_sha256: str
-    inputs_sha256: str
-    rejected: list[dict[str, Any]]
-
-
-def read_head(path: Path) -> ShardHead | None:
-    """A shard's own description, or None where there is no readable shard of ours."""
-    try:
-        meta = pq.read_metadata(path)
-        keys = meta.metadata or {}
-        rejected = parse_json(keys[_META_REJECTED])
-        check_shape(rejected, list[dict[str, Any]])
-        return ShardHead(meta.num_rows, keys[_META_LAYOUT].decode(), keys[_META_INPUTS].decode(), rejected)
-    except (OSError, LookupError, ValueError, pa.ArrowException):
-        return None
-
-
-def write_index(
-    folder: Path, layout: TokenLayout, num_shards: int, extra: Mapping[str, Any] | None = None
-) -> int:
-    """Write ``lengths.npz`` and then ``index.json`` over the first ``num_shards`` shards of ``folder``.
-
-    Returns:
-        Number of utterances.
-
-    Raises:
-        ShardError: a shard is missing, unreadable or of another layout. StorageError: the disk is full.
-    """
-    names: dict[str, dict[str, int]] = {"dataset": {}, "speaker": {}, "lang": {}}
-    parts: dict[str, list[np.ndarray]] = {}
-    shards = []
-    for number in range(num_shards):
-        path = folder / shard_name(number)
-        head = read_head(path)
-        if head is None or head.layout_sha256 != layout.sha256:
-            raise ShardError(
-                f"{path} is missing, damaged, or of another layout than {layout}; run `speechlm tokenize` again, it "
-                "writes the shards that are not there."
-            )
-        with foreign_errors(ShardError, f"{path} is damaged", "Delete it and run `speechlm tokenize` again."):
-            # All columns, for the pages' checksums: the index would else vouch for what was damaged before it.
-            table = pq.read_table(path, page_checksum_verification=True)
-            for key, known in names.items():
-                values = table[key].to_pylist()
-                ids = [-1 if v is None else known.setdefault(v, len(known)) for v in values]
-                parts.setdefault(key, []).append(np.array(ids, np.int32))
-            for column in COLUMNS:
-                parts.setdefault(column, []).append(table[f"{column}_len"].to_numpy().astype(np.int32))
-        parts.setdefault("shard", []).append(np.full(head.rows, number, np.int32))
-        parts.setdefault("row", []).append(np.arange(head.rows, dtype=np.int32))
-        shards.append(
-            {"name": path.name, "rows": head.rows, "size": path.stat().st_size, "sha256": sha256_file(path)}
-        )
-    arrays = {key: np.concatenate(value) for key, value in parts.items()}
-    with atomic_path(folder / LENGTHS) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    layout.save(folder)
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "layout_sha256": layout.sha256,
-        "num_utterances": len(arrays["row"]),
-        "frames": {c: int(arrays[c].sum()) for c in COLUMNS},
-        "lengths": {"size": (folder / LENGTHS).stat().st_size, "sha256": sha256_file(folder / LENGTHS)},
-        "shards": shards,
-        "names": {key: list(known) for key, known in names.items()},
-        **(extra or {}),
-    }
-    atomic_write_json(folder / INDEX, {**index, "sha256": index_sha256(index)})
-    return len(arrays["row"])
-
-
-# ---- reading --------------------------------------------------------------------------------------------------
 class _Shard:
-    """One shard in memory: per token column the ids of all rows on end and where each row begins."""
+    """One shard in memory: per token column the concatenated ids of all rows, and each row's offset."""
 
     def __init__(self, path: Path, rows: int, sha256: str) -> None:
         with foreign_errors(ShardError, f"shard {path} cannot be read", HINT):
             data = path.read_bytes()
-            # Before the decoder sees them: damaged bytes may decode to other ids without a word.
+            # Before decoding: damaged bytes may decode to other ids without an error.
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise ShardError(f"{path}: content does not match the sha256 in {INDEX}; {WAY_OUT}")
             self._read(pq.read_table(pa.BufferReader(data)), path, rows)
@@ -210,7 +74,7 @@ class TokenFolder:
         layout: its token layout.
         lengths: int32 ``[n]`` frames per utterance under ``text_bpe``, ``ssl`` and ``codec``; 0 where it has none.
         speaker, dataset, lang: int32 ``[n]`` index into ``names["speaker"]`` …, -1 where there is none.
-        names: the names that those indices mean.
+        names: the names behind those indices.
         index: the content of ``index.json``.
     """
 
@@ -231,8 +95,7 @@ class TokenFolder:
         """Open and check a folder: index, layout, each shard's size and layout hash.
 
         Args:
-            verify: also read every shard and compare its sha256 now; otherwise that is done when it is first asked
-                for.
+            verify: also read every shard and compare its sha256 now instead of on first use.
 
         Raises:
             ShardError: not a finished token folder, or a file in it is missing, truncated or of another layout.
@@ -240,10 +103,12 @@ class TokenFolder:
         """
         path = Path(path)
         if not (path / INDEX).is_file():
-            what = "was not finished; run the same `speechlm tokenize` again, it continues where it stopped"
+            problem = (
+                "was not finished; run the same `speechlm tokenize` again, it continues where it stopped"
+            )
             if not any(path.glob("shard-*.parquet")):
-                what = "is not a token folder; give the `out` folder of `speechlm tokenize`"
-            raise ShardError(f"{path} has no {INDEX}: it {what}.")
+                problem = "is not a token folder; give the output_dir of `speechlm tokenize`"
+            raise ShardError(f"{path} has no {INDEX}: it {problem}.")
         index = read_index(path / INDEX)
         shards, names = index["shards"], index["names"]
         layout = TokenLayout.load(path)
@@ -276,18 +141,18 @@ class TokenFolder:
 
     @cached_property
     def ids(self) -> list[str]:
-        """Every utterance's id, in order."""
+        """Id of every utterance, in order."""
         out: list[str] = []
         for number in range(len(self.index["shards"])):
             out += self._get(number).plain["id"].to_pylist()
         return out
 
     def utterance(self, i: int) -> dict[str, Any]:
-        """Everything stored about utterance ``i``.
+        """The stored data of utterance ``i``.
 
         Returns:
             ``id``, ``dataset``, ``speaker``, ``lang``, ``text``, ``duration`` (seconds), and raw ids int32
-            ``text_bpe [T, 1]``, ``ssl [T, 1]``, ``codec [T, K]``; None for what the utterance does not have.
+            ``text_bpe [T, 1]``, ``ssl [T, 1]``, ``codec [T, K]``; None for missing ones.
 
         Raises:
             ShardError: its shard cannot be read.
@@ -326,7 +191,7 @@ class TokenCorpus:
     def __init__(self, folders: Sequence[TokenFolder]) -> None:
         if not folders:
             raise ShardError(
-                "no token folder was given; give at least one `out` folder of `speechlm tokenize`."
+                "no token folder was given; give at least one output_dir of `speechlm tokenize`."
             )
         self.folders = list(folders)
         self.layout = folders[0].layout
@@ -340,7 +205,7 @@ class TokenCorpus:
         self.langs: list[str] = []
         self.dataset = np.concatenate([_merge(f.dataset, f.names["dataset"], self.datasets) for f in folders])
         self.lang = np.concatenate([_merge(f.lang, f.names["lang"], self.langs) for f in folders])
-        # (data set, speaker) pairs, numbered; -1 stays "nobody".
+        # Numbers of (data set, speaker) pairs; -1 is no speaker.
         names: list[str] = []
         local = np.concatenate([_merge(f.speaker, f.names["speaker"], names) for f in folders]).astype(
             np.int64
@@ -382,7 +247,7 @@ def open_tokens(tokens: Tokens, delays: Sequence[int] | None = None) -> TokenCor
     """Open token folders given in any form.
 
     Args:
-        delays: of each stream, instead of those in the folders' layout. What is stored is not delayed, so the same
+        delays: of each stream, instead of those in the folders' layout. Stored ids are not delayed, so the same
             folders serve every stream layout.
 
     Raises:

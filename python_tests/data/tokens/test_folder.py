@@ -11,15 +11,9 @@ import numpy as np
 import pytest
 
 from python_tests.data.conftest import LAYOUT, MakeFolder, random_rows
-from speechlm_ext.data.tokens.shards import (
-    INDEX,
-    LENGTHS,
-    TokenCorpus,
-    TokenFolder,
-    shard_name,
-    write_index,
-    write_shard,
-)
+from speechlm_ext.data.tokens.folder import TokenCorpus, TokenFolder
+from speechlm_ext.data.tokens.format import write_index, write_shard
+from speechlm_ext.data.tokens.index import INDEX, LENGTHS, shard_name
 from speechlm_ext.errors import LayoutError, LayoutMismatchError, ShardError, StorageError
 from speechlm_ext.layout import TokenLayout
 
