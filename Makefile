@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install -qq --no-compile --disable-pip-version-check
+# On all cores, where pip would use one. Test processes and commands start in half the time.
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 ARGS   ?=
 # Test processes; 0 runs the tests in one, as debuggers want it.
 WORKERS ?= 2
@@ -32,6 +34,7 @@ $(VENV)/.created:
 $(VENV)/.installed: $(VENV)/.created requirements.txt pyproject.toml
 	@echo "make: installing requirements into $(VENV)"
 	@$(PIP) -r requirements.txt
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
@@ -41,6 +44,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.built requirements-dev.txt
 	@$(PIP) -r requirements-dev.txt
+	@$(COMPILE)
 	@touch $@
 
 # The recogniser that judges the demo's speech comes from the Hugging Face Hub; where that cannot be reached, from two
