@@ -55,7 +55,7 @@ def test_stable_words_are_never_taken_back(listening, monkeypatch):
     listener = listening.listen("asr", chunk_seconds=0.1)
     texts = iter(said)
     monkeypatch.setattr(
-        listener, "_understand", lambda wave: GenerationResult("a", "asr", "eos", text=next(texts))
+        listener, "_transcribe", lambda wave: GenerationResult("a", "asr", "eos", text=next(texts))
     )
     found = [p.stable for p in listener.push(make_wave(0.7))]
     assert found == ["", "one", "one two", "one two three", "one two three", "one two three", "one two three"]

@@ -23,7 +23,7 @@ from speechlm_ext.generation import GenerationRequest, SamplingSettings, StreamC
 from speechlm_ext.generation.commands.generate import GenerateConfig, run_generate
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.live import stream as stream_room
-from speechlm_ext.generation.live.incremental import TextPieces
+from speechlm_ext.generation.live.incremental import TextDecoder
 from speechlm_ext.tokenizers import HuggingFaceText, SentencePieceText, TextConfig, TokenizerSet
 
 DELAYS = [None, (0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 3, 2), (2, 3, 2, 4)]
@@ -116,14 +116,14 @@ class Rarely(Engine):
     """An engine that looks as seldom as on a GPU."""
 
     def __init__(self, model, num_slots):
-        super().__init__(model, num_slots, poll=8)
+        super().__init__(model, num_slots, poll_interval=8)
 
 
 def test_fewer_looks_at_a_gpu(model, monkeypatch):
     """Steps that are needed in any case are taken without a look between them; the tokens do not change."""
     looks = []
-    look = stream_room._look
-    monkeypatch.setattr(stream_room, "_look", lambda *a: (looks.append(1), look(*a))[1])
+    look = stream_room._poll
+    monkeypatch.setattr(stream_room, "_poll", lambda *a: (looks.append(1), look(*a))[1])
     monkeypatch.setattr(stream_room, "Engine", Rarely)
     request = GenerationRequest("a", **TTS, settings=SamplingSettings(seed=4, max_len=20, min_len=20))
     chunks = list(model.stream(request, chunk_frames=8))
@@ -272,14 +272,14 @@ def byte_level() -> HuggingFaceText:
 def test_pieces_hold_whole_characters_only(kind, text):
     tokenizer = byte_level() if kind == "huggingface" else SentencePieceText.fit(["one two"], TextConfig(270))
     ids = tokenizer.encode(text)
-    pieces = TextPieces(tokenizer)
+    pieces = TextDecoder(tokenizer)
     said = [pieces.push(ids[i : i + 1])["text"] for i in range(len(ids))]
     said.append(pieces.push(ids[:0], end=True)["text"])
     assert "".join(said) == tokenizer.decode(ids) == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in said) and said[-1] == ""
     # A character cut off at the end is said as the whole text says it.
-    cut = TextPieces(tokenizer)
+    cut = TextDecoder(tokenizer)
     odd = tokenizer.encode("x漢")[:-1]
     assert cut.push(odd)["text"] == "x"
     assert "x" + cut.push(odd[:0], end=True)["text"] == tokenizer.decode(odd)
@@ -292,11 +292,11 @@ def test_text_that_is_taken_back_is_an_error():
         def decode(self, ids):
             return "do not" if len(ids) == 2 else "don't"
 
-    pieces = TextPieces(Fickle())
+    pieces = TextDecoder(Fickle())
     ids = np.zeros((1, 1), np.int32)
     assert pieces.push(ids)["text"] == "don't" and pieces.push(ids)["text"] == ""
     assert pieces.push(ids)["text"] == ""
-    pieces = TextPieces(Fickle())
+    pieces = TextDecoder(Fickle())
     pieces.push(ids)
     with pytest.raises(GenerationError, match="changes what it said"):
         pieces.push(ids, end=True)

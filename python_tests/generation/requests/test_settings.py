@@ -179,7 +179,7 @@ def test_a_chain_with_an_endless_length(tokenizers):
     chained = make_model(layout, tokenizers, positions=64)
     object.__setattr__(chained.config, "tasks", (CHAIN,))
     request = GenerationRequest("a", "chain", text="one", settings=SamplingSettings(max_len=10**30, seed=1))
-    prompt = build_prompt(request, CHAIN, layout, tokenizers, 64)
+    prompt = build_prompt(request, chained)
     assert [segment.max_new < 64 for segment in prompt.segments] == [True, True]
     (result,) = generate(chained, [request])
     assert result.error is None and len(result.chain[0]) + len(result.ids) < 64

@@ -13,7 +13,8 @@ from python_tests.generation.tools import make_layout, make_prompt, random_conte
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, generate
 from speechlm_ext.generation.engine.engine import decode
-from speechlm_ext.generation.requests.prompt import build_prompt, find_task, raw_content
+from speechlm_ext.generation.requests.encode_fields import raw_content
+from speechlm_ext.generation.requests.prompt import build_prompt
 from speechlm_ext.generation.requests.request import SamplingSettings
 from speechlm_ext.generation.search.beam import beam_search
 from speechlm_ext.layout import TokenLayout
@@ -110,8 +111,7 @@ def test_requests_ask_for_a_beam(tokenizers):
     ]
     a, b, c, d = generate(model, asked)
     for request, result in ((asked[0], a), (asked[3], d)):
-        template = find_task(request, model.tasks)
-        prompt = build_prompt(request, template, model.layout, tokenizers, 256)
+        prompt = build_prompt(request, model)
         (one,) = beam_search(model, prompt, 4, 0.5)
         np.testing.assert_array_equal(raw_content(one.content_TS, "text_bpe", model.layout), result.ids)
         assert result.logprob == one.logprob and result.text == tokenizers.text.decode(result.ids)

@@ -1,4 +1,4 @@
-"""The sampler's state for prompts: columns of the logits, scopes, settings and lengths of every request.
+"""The sampler's state of prompts: columns of the logits, scopes, settings and lengths of every request.
 
 Axes: B requests, G targets of a request, S streams, R forced rows, H rows of history.
 """
@@ -18,19 +18,20 @@ from speechlm_ext.generation.requests.settings import SamplingSettings
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops import DecodeState
 
-#: The packed tensors of a state that have a row for each request; the history is written before it is read.
-GIVEN = ("sampling", "choice", "limits", "request", "guidance", "progress", "forced")
-ROWS = (*GIVEN, "history", "history_logprob")
+#: The tensors of a state with a row for each request that a new request sets.
+INPUTS = ("sampling", "choice", "limits", "request", "guidance", "progress", "forced")
+#: All tensors with a row for each request. A history is written before it is read.
+ROWS = (*INPUTS, "history", "history_logprob")
 
 
 class Columns:
-    """Which ids the logits' columns stand for: per stream the union of what some modalities may have there.
+    """The ids of the logits' columns: per stream the union of the id ranges of some modalities.
 
     Columns ascend by id, so the first column among equals is the lowest id.
 
     Attributes:
-        modalities: what may be generated.
-        ranges: per stream the id ranges, the end among stream 0's.
+        modalities: of the targets.
+        ranges: per stream the id ranges, the end token among stream 0's.
         ids: per stream int64 ``[V_s]``; a stream that none of the modalities uses has the pad alone, which is never
             read.
     """
@@ -42,7 +43,7 @@ class Columns:
         self.ids = [torch.cat([torch.arange(a, b) for a, b in parts]) for parts in self.ranges]
 
     def ranges_of(self, modalities: Iterable[str]) -> list[list[tuple[int, int]]]:
-        """Per stream the id ranges that some modalities may have there, the end among stream 0's, ascending."""
+        """Per stream the ascending id ranges of some modalities, the end token among stream 0's."""
         contents = [self.layout.content_ranges(m) for m in modalities]
         eos = {(self.layout.sos_eos_id, self.layout.sos_eos_id + 1)}
         return [
@@ -51,7 +52,7 @@ class Columns:
         ]
 
     def scope(self, modality: str) -> list[tuple[int, int]]:
-        """Per stream the ids that content of ``modality`` may have; (-1, -1) for none."""
+        """Per stream the id range of ``modality``; (-1, -1) without content."""
         return [(-1, -1) if r is None else r for r in self.layout.content_ranges(modality)]
 
 
@@ -65,7 +66,7 @@ def new_state(
 
     Args:
         columns: of the logits; they hold every target's modality.
-        forced: for each prompt the rows int64 ``[R_b, S]`` that are given, -1 where a token is to be sampled.
+        forced: for each prompt the known rows int64 ``[R_b, S]``, -1 where a token is sampled.
     """
     layout = columns.layout
     G, R = max(len(p.segments) for p in prompts), max(map(len, forced))
@@ -117,7 +118,7 @@ def _padded(prompt: Prompt, num_segments: int) -> list[Segment]:
 
 
 def _temperatures(settings: SamplingSettings, num_streams: int) -> list[float]:
-    """Of each stream; 0 is greedy."""
+    """Temperature of each stream; 0 is greedy."""
     if settings.greedy or settings.temperature is None:
         return [0.0] * num_streams
     first, *rest = settings.per_stream("temperature", num_streams, 0.0)
@@ -133,7 +134,7 @@ def slots(state: DecodeState, count: int) -> DecodeState:
 
 
 def resized(state: DecodeState, num_slots: int, segments: int, forced: int, rows: int) -> DecodeState:
-    """A state with at least these B, G, R and H; what it holds is kept, new requests are done."""
+    """A state with at least these B, G, R and H that keeps its values; added requests are done."""
 
     def grown(x: Tensor, *sizes: int, value: float = 0) -> Tensor:
         pads: list[int] = []
@@ -151,23 +152,36 @@ def resized(state: DecodeState, num_slots: int, segments: int, forced: int, rows
     parts["history_logprob"] = grown(state.history_logprob, num_slots, rows, value=float("nan"))
     if all(part is getattr(state, name) for name, part in parts.items()):
         return state
-    parts["progress"][old:, 4] = 1
-    return dataclasses.replace(state, **parts)
+    state = dataclasses.replace(state, **parts)
+    state.done[old:] = 1
+    return state
 
 
-def sizes(state: DecodeState) -> tuple[int, int, int]:
-    """G, R and H of a state."""
-    return state.limits.shape[1], state.forced.shape[1], state.history.shape[1]
+def with_columns(
+    old: DecodeState | None, prompts: Sequence[Prompt], columns: Columns, num_slots: int, device: torch.device
+) -> DecodeState:
+    """The state of ``num_slots`` requests for other columns of the logits; ``old`` gives everything else.
 
-
-def corner(x: Tensor) -> tuple[slice, ...]:
-    """Where a tensor of this shape lies in a larger one."""
-    return tuple(slice(0, size) for size in x.shape)
+    Args:
+        prompts: of the active requests; those that are not in ``old`` are done until :func:`put` sets them.
+    """
+    unknown = np.empty((0, columns.layout.num_streams), dtype=np.int64)
+    state = resized(new_state(prompts, columns, [unknown] * len(prompts), device), num_slots, 1, 0, 0)
+    state.done[:] = 1
+    if old is None:
+        return state
+    state = resized(state, num_slots, old.limits.shape[1], old.forced.shape[1], old.history.shape[1])
+    first_column, end_column = state.first_column.clone(), state.end_column.clone()
+    for name in ROWS:
+        values = getattr(old, name)
+        getattr(state, name)[tuple(slice(0, size) for size in values.shape)] = values
+    state.first_column[:], state.end_column[:] = first_column, end_column
+    return state
 
 
 def put(state: DecodeState, slot: int, other: DecodeState, row: int) -> None:
-    """Write request ``row`` of ``other``, which is no wider, into ``slot``."""
-    for name in GIVEN:
+    """Write request ``row`` of ``other``, whose sizes are not larger, into ``slot``."""
+    for name in INPUTS:
         into, new = getattr(state, name)[slot], getattr(other, name)[row]
         if new.dim() == 0 or into.shape == new.shape:
             into.copy_(new)
