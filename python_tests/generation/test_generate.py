@@ -220,16 +220,16 @@ def test_nan_weights_fail_with_a_message(model):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"temperature": 0.0}, "greater than 0"),
+        ({"temperature": 0.0}, "from 0.001 to 1000, got 0.0; set greedy"),
         ({"temperature": float("nan")}, "finite"),
         ({"top_k": 0}, "at least 1"),
         ({"top_p": 0.0}, "greater than 0"),
         ({"top_p": 1.5}, "at most 1"),
-        ({"min_len": -1}, "at least 0"),
+        ({"min_len": -1}, "at least 0, got -1"),
         ({"min_len": 5, "max_len": 4}, "never end"),
         ({"max_len": 0}, "at least 1"),
         ({"max_len": 5, "max_len_ratio": 1.0}, "one of them"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -1}, "seed must be an integer from 0 to 9223372036854775807"),
         ({"top_k": 2.5}, "integer"),
     ],
 )

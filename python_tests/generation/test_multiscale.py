@@ -12,7 +12,7 @@ from python_tests.generation.conftest import FRAME, make_model, make_wave
 from python_tests.generation.engine.test_slots import TASKS, prompts_of
 from python_tests.generation.live import test_stream
 from python_tests.generation.live.test_chat import talk
-from python_tests.generation.live.test_stream import SETTINGS, TTS, requests
+from python_tests.generation.live.test_stream import SETTINGS, TTS
 from python_tests.generation.test_generate import CHAIN
 from python_tests.generation.tools import make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
@@ -203,11 +203,7 @@ def test_bad_logits_of_a_stream_fail_their_request_only(monkeypatch, value, stre
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
 def test_a_stream_is_generate_bit_for_bit(tokenizers, number):
     _, model = build(tokenizers=tokenizers, seed=number)
-    for request, chunk_frames in itertools.product(requests(SETTINGS[number]), (1, 4)):
-        result = generate(model, [request], batch_size=1)[0]
-        columns = 4 if result.modality == "codec_ssl" else 1
-        chunks = list(model.stream(request, chunk_frames=chunk_frames))
-        test_stream.check(chunks, result, columns, chunk_frames)
+    test_stream.check_streams(model, SETTINGS[number])
 
 
 def test_the_first_chunk_comes_after_one_row_and_stopping_frees_it(speaking, monkeypatch):

@@ -58,17 +58,17 @@ def test_no_python_work_grows_with_streams():
 def test_the_cache_is_given_once(monkeypatch):
     """Room for all that the requests may say is made when they join; no step moves keys and values."""
     layout, rng = TokenLayout.build(ssl=11, codec=(7, 8), text=20), np.random.default_rng(0)
-    model = make_model(layout, tasks=(TTS,), positions=1024)
+    model = make_model(layout, tasks=(TTS,), positions=256)
     engine = Engine(model, 2)
     text = random_content(layout, "text_bpe", 5, rng)
-    settings = SamplingSettings(min_len=300, max_len=300)
+    settings = SamplingSettings(min_len=100, max_len=100)
     prompt = make_prompt(layout, TTS, [text], settings=settings)
     engine.admit([DecodeJob(0, prompt)])
     stores = [store.data_ptr() for store in engine._cache.stores()]
     while engine.active:
         engine.step()
         ((_, decoded),) = engine.collect() or [(None, None)]
-    assert len(decoded.content_TS) == 300
+    assert len(decoded.content_TS) == 100
     assert [store.data_ptr() for store in engine._cache.stores()] == stores
 
 

@@ -82,8 +82,8 @@ def test_bad_use(listening):
         ("codec_ssl_plain_tts", {}, "does not turn one recording into text"),
         ("textlm", {}, "does not turn one recording into text"),
         ("sing", {}, "not one that the model was trained for"),
-        ("asr", {"chunk_seconds": 0.0}, "chunk_seconds must be above 0"),
-        ("asr", {"chunk_seconds": "1"}, "chunk_seconds must be a finite number"),
+        ("asr", {"chunk_seconds": 0.0}, "chunk_seconds must be a finite number greater than 0, got 0.0"),
+        ("asr", {"chunk_seconds": "1"}, "chunk_seconds must be a finite number greater than 0, got '1'"),
         ("asr", {"settings": SamplingSettings(beam_size=2)}, "takes no guidance"),
         ("asr", {"settings": SamplingSettings(n_best=2)}, "leave n_best out"),
         ("asr", {"settings": {"max_len": 2}}, "must be SamplingSettings, got dict"),
@@ -91,7 +91,7 @@ def test_bad_use(listening):
         with pytest.raises(GenerationError, match=message):
             listening.listen(task, **options)
     listener = listening.listen("asr", chunk_seconds=0.1)
-    with pytest.raises(GenerationError, match="nothing was heard"):
+    with pytest.raises(GenerationError, match="there is no audio"):
         listener.finish()
     with pytest.raises(AudioError, match="samples pushed to a listener"):
         listener.push(np.full(100, np.nan, np.float32))

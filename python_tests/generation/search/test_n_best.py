@@ -25,13 +25,13 @@ def test_samples_are_those_of_the_seeds(model):
     settings = SamplingSettings(n_best=5, max_len=8, seed=3)
     beside = GenerationRequest("asr", "asr", audio=make_wave(0.3), settings=SamplingSettings(max_len=4))
     several = GenerationRequest("a", TTS, text="one two", settings=settings)
+    singles = [dataclasses.replace(settings, n_best=1, seed=3 + number) for number in range(5)]
+    expected = [generate(model, [dataclasses.replace(several, settings=s)], 1)[0] for s in singles]
     for batch_size in (1, 2, 4, 16):
         got, _ = generate(model, [several, beside], batch_size)
         results = [got, *got.alternatives]
         assert len(results) == 5 and all(r.alternatives == () for r in got.alternatives)
-        for number, one in enumerate(results):
-            single = dataclasses.replace(settings, n_best=1, seed=3 + number)
-            (alone,) = generate(model, [dataclasses.replace(several, settings=single)], 1)
+        for number, (one, alone) in enumerate(zip(results, expected, strict=True)):
             np.testing.assert_array_equal(one.ids, alone.ids)
             np.testing.assert_allclose(one.wav, alone.wav, atol=1e-6)
             assert one.logprob == pytest.approx(alone.logprob, abs=1e-3) and one.settings.seed == 3 + number
