@@ -29,7 +29,7 @@ from speechlm_ext.tokenizers import HuggingFaceText, SentencePieceText, TextConf
 DELAYS = [None, (0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 3, 2), (2, 3, 2, 4)]
 SETTINGS = [
     SamplingSettings(greedy=True, max_len=7),
-    SamplingSettings(seed=11, temperature=1.3, top_k=4, min_len=3, max_len=14),
+    SamplingSettings(seed=11, temperature=1.3, top_k=4, min_len=3, max_len=9),
     SamplingSettings(seed=2, top_p=0.9, repetition_penalty=1.2, guidance=1.5, max_len=9),
 ]
 TTS = {"task": "codec_ssl_plain_tts", "text": "one two"}
@@ -98,7 +98,7 @@ def check_streams(model, settings: SamplingSettings) -> None:
 @pytest.mark.parametrize("delays", DELAYS, ids=str)
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
 def test_a_stream_is_generate_bit_for_bit(tokenizers, delays, number):
-    model = make_model(tokenizers.make_layout("t", delays=delays), tokenizers, seed=number)
+    model = make_model(tokenizers.make_layout("t", delays=delays), tokenizers, seed=number, num_layers=1)
     check_streams(model, SETTINGS[number])
 
 
@@ -106,7 +106,7 @@ def test_a_stream_is_generate_bit_for_bit(tokenizers, delays, number):
 @pytest.mark.parametrize("chunk_frames", [1, 3])
 def test_chunks_come_as_soon_as_their_rows_are_there(tokenizers, delays, chunk_frames, monkeypatch):
     layout = tokenizers.make_layout("t", delays=delays)
-    model, steps = make_model(layout, tokenizers), []
+    model, steps = make_model(layout, tokenizers, num_layers=1), []
     step = Engine.step
     monkeypatch.setattr(Engine, "step", lambda self: (steps.append(1), step(self))[1])
     needed = []

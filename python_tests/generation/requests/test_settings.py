@@ -19,7 +19,7 @@ TTS = "codec_ssl_plain_tts"
 @pytest.fixture(scope="module")
 def short_model(tokenizers):
     """A model with a context of 48 rows."""
-    return make_model(tokenizers.make_layout("short"), tokenizers, positions=48)
+    return make_model(tokenizers.make_layout("short"), tokenizers, positions=48, num_layers=1)
 
 
 def serve(model, *settings: SamplingSettings, text: str = "one two three"):
