@@ -42,7 +42,9 @@ def make_wave(seconds: float = 0.5, seed: int = 0) -> np.ndarray:
 FRAME = FrameTransformerConfig(hidden_size=16, num_layers=2, num_heads=2, ffn_size=24)
 
 
-def make_model(layout, tokenizers=None, tasks=TASKS, seed=0, positions=256, frame=None, num_layers=2) -> SpeechLM:
+def make_model(
+    layout, tokenizers=None, tasks=TASKS, seed=0, positions=256, frame=None, num_layers=2
+) -> SpeechLM:
     """A random Llama of width 32 in fp32, with rows drawn large enough that its choices are clear.
 
     ``frame``: settings of a frame transformer, whose part of the hidden states is as large as the backbone's.

@@ -125,8 +125,6 @@ class _Batch:
         request = self.requests[index]
         try:
             prompt = build_prompt(request, self.model)
-            if request.settings.best_of > 1:
-                best_of.recognition_task(prompt.template, self.model.tasks, f"request {request.id!r}")
         except SpeechLMError as error:
             self._finish(index, failed_request(request, error))
             return []

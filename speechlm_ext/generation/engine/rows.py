@@ -57,8 +57,15 @@ def failed_result(
 ) -> Decoded:
     """Result of a failed request; ``rows_RS``: rows decoded before the failure, with the prompt's."""
     rows_RS = prefix_rows(prompt.frames_PS, layout) if rows_RS is None else rows_RS
-    nothing = np.empty((0, layout.num_streams), dtype=np.float32)
-    return Decoded(rows_RS[:0], rows_RS, "failed", float("nan"), 0, nothing, error=message)
+    return Decoded(
+        content_TS=rows_RS[:0],
+        rows_RS=rows_RS,
+        finished="failed",
+        logprob=float("nan"),
+        num_scored=0,
+        logprob_TS=rows_RS[:0].astype(np.float32),
+        error=message,
+    )
 
 
 def delayed_rows(frames_PS: np.ndarray, num_rows: int, layout: TokenLayout, unknown: int = -1) -> np.ndarray:
@@ -227,12 +234,12 @@ def read_decoded(
             logprob += end_logprob
         first += end + layout.max_delay + 2
     return Decoded(
-        contents[-1],
-        rows_RS,
-        "max_len" if is_cut and not is_forced_RS[end_row, 0] else "eos",
-        logprob,
-        num_scored,
-        logprob_TS,
-        end_logprob,
-        tuple(contents[:-1]),
+        content_TS=contents[-1],
+        rows_RS=rows_RS,
+        finished="max_len" if is_cut and not is_forced_RS[end_row, 0] else "eos",
+        logprob=logprob,
+        num_scored=num_scored,
+        logprob_TS=logprob_TS,
+        end_logprob=end_logprob,
+        intermediate=tuple(contents[:-1]),
     )

@@ -136,25 +136,24 @@ def slots(state: DecodeState, count: int) -> DecodeState:
 def resized(state: DecodeState, num_slots: int, segments: int, forced: int, rows: int) -> DecodeState:
     """A state with at least these B, G, R and H that keeps its values; added requests are done."""
 
-    def grown(x: Tensor, *sizes: int, value: float = 0) -> Tensor:
-        pads: list[int] = []
-        for size, wanted in reversed(list(zip(x.shape, (*sizes, *x.shape[len(sizes) :]), strict=True))):
-            pads += [0, max(0, wanted - size)]
-        return F.pad(x, pads, value=value) if any(pads) else x
-
-    old = state.progress.shape[0]
-    parts = {
-        name: grown(getattr(state, name), num_slots, segments) for name in ("sampling", "choice", "limits")
-    }
-    parts |= {name: grown(getattr(state, name), num_slots) for name in ("request", "guidance", "progress")}
-    parts["forced"] = grown(state.forced, num_slots, forced, value=-1)
-    parts["history"] = grown(state.history, num_slots, rows)
-    parts["history_logprob"] = grown(state.history_logprob, num_slots, rows, value=float("nan"))
-    if all(part is getattr(state, name) for name, part in parts.items()):
+    B, G = num_slots, segments
+    sizes = {"sampling": (B, G), "choice": (B, G), "limits": (B, G), "forced": (B, forced)}
+    sizes |= {"history": (B, rows), "history_logprob": (B, rows)}
+    fill = {"forced": -1, "history_logprob": float("nan")}
+    old = {name: getattr(state, name) for name in ROWS}
+    new = {name: _grown(x, sizes.get(name, (B,)), fill.get(name, 0)) for name, x in old.items()}
+    if all(new[name] is x for name, x in old.items()):
         return state
-    state = dataclasses.replace(state, **parts)
-    state.done[old:] = 1
+    state = dataclasses.replace(state, **new)
+    state.done[len(old["progress"]) :] = 1
     return state
+
+
+def _grown(x: Tensor, sizes: Sequence[int], fill: float) -> Tensor:
+    """``x`` padded to at least ``sizes`` in its leading dimensions; itself if it has them."""
+    missing = [max(0, size - old) for size, old in zip(sizes, x.shape, strict=False)]
+    pads = [0, 0] * (x.dim() - len(missing)) + [pad for size in reversed(missing) for pad in (0, size)]
+    return F.pad(x, pads, value=fill) if any(pads) else x
 
 
 def with_columns(

@@ -10,6 +10,7 @@ Axes: P prompt frames, T content frames, S streams.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,11 +21,12 @@ from speechlm_ext.generation.requests.request import GenerationRequest, check_re
 from speechlm_ext.generation.requests.settings import MAX_COUNT, SamplingSettings
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model.lm import SpeechLMModel
-from speechlm_ext.tasks import TaskTemplate, resolve_task
+from speechlm_ext.tasks import Entry, TaskTemplate, resolve_task
 from speechlm_ext.tokenizers import TokenizerSet
 
 #: More frames than any sequence has.
 NO_LIMIT = MAX_COUNT
+_TEXT = Entry("text", "text_bpe")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def build_prompt(request: GenerationRequest, model: SpeechLMModel) -> Prompt:
     tokenizers = require_tokenizers(model)
     template = find_task(request, model.tasks)
     check_request(request, template)
+    if request.settings.best_of > 1:
+        recognition_task(template, model.tasks, f"request {request.id!r}")
     layout, settings = model.layout, request.settings
     content = encode_request(request, template, layout, tokenizers)
     start = [special_frame(layout.sos_eos_id, layout), special_frame(layout.task_id(template.name), layout)]
@@ -138,6 +142,26 @@ def find_task(request: GenerationRequest, tasks: tuple[TaskTemplate, ...]) -> Ta
         return resolve_task(request.task, tasks)
     except ConfigError as error:
         raise GenerationError(f"request {request.id!r}: {error}") from None
+
+
+def recognition_task(template: TaskTemplate, tasks: Sequence[TaskTemplate], where: str) -> TaskTemplate:
+    """The trained task that recognizes the speech of ``template``'s target.
+
+    Raises:
+        GenerationError: ``template`` does not turn text into speech, or there is no such task.
+    """
+    target = template.targets[-1]
+    if _TEXT not in template.conditions or target.modality not in ("codec", "codec_ssl", "ssl"):
+        raise GenerationError(
+            f"{where}: best_of selects among tries at speaking a text; task {template.name} does not speak one."
+        )
+    for task in tasks:
+        if task.conditions == (target,) and task.targets == (_TEXT,):
+            return task
+    raise GenerationError(
+        f"{where}: best_of needs a model that is trained to recognize {target.modality} speech (a task with condition "
+        f"{target.field}/{target.modality} and target text/text_bpe); this one knows {[t.name for t in tasks]}."
+    )
 
 
 def special_frame(token_id: int, layout: TokenLayout) -> np.ndarray:

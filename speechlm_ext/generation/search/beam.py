@@ -16,7 +16,7 @@ import torch
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine.rows import Decoded, delayed_rows, failed_result
 from speechlm_ext.generation.engine.sampler_state import Columns
-from speechlm_ext.generation.requests.prompt import Prompt
+from speechlm_ext.generation.requests.prompt import Prompt, pad_frames
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model.lm import SpeechLMModel
 
@@ -124,25 +124,20 @@ def _cannot_win(live: list[_Hypothesis], worst: _Hypothesis, penalty: float, lon
 
 
 def _decoded(prompt: Prompt, prefix_RS: np.ndarray, found: _Hypothesis, layout: TokenLayout) -> Decoded:
-    segment, S = prompt.segments[0], layout.num_streams
-    tokens = [*found.ids, *([layout.sos_eos_id] if found.ended else [])]
-    new_RS = np.full((len(tokens), S), layout.pad_id, dtype=np.int64)
-    new_RS[:, 0] = tokens
-    rows_RS = np.concatenate([prefix_RS, new_RS])
-    given = prompt.num_given
-    content_TS = np.full((given + len(found.ids), S), layout.pad_id, dtype=np.int64)
-    content_TS[:given] = prompt.frames_PS[len(prompt.frames_PS) - given :]
-    content_TS[given:, 0] = found.ids
-    logprob_TS = np.full((len(content_TS), S), np.nan, dtype=np.float32)
-    logprob_TS[given:, 0] = found.logprobs[: len(found.ids)]
-    is_cut = len(found.ids) >= segment.max_new
-    scored = found.logprobs[: len(found.ids)] if is_cut else found.logprobs
+    count, num_given = len(found.ids), prompt.num_given
+    new_RS = pad_frames(count + found.ended, layout)
+    new_RS[:, 0] = [*found.ids, *[layout.sos_eos_id] * found.ended]
+    content_TS = np.concatenate([prompt.frames_PS[len(prompt.frames_PS) - num_given :], new_RS[:count]])
+    logprob_TS = np.full(content_TS.shape, np.nan, dtype=np.float32)
+    logprob_TS[num_given:, 0] = found.logprobs[:count]
+    is_cut = count >= prompt.segments[0].max_new
+    scored = found.logprobs[:count] if is_cut else found.logprobs
     return Decoded(
-        content_TS,
-        rows_RS,
-        "max_len" if is_cut else "eos",
-        float(sum(scored)),
-        len(scored),
-        logprob_TS,
-        found.logprobs[-1],
+        content_TS=content_TS,
+        rows_RS=np.concatenate([prefix_RS, new_RS]),
+        finished="max_len" if is_cut else "eos",
+        logprob=float(sum(scored)),
+        num_scored=len(scored),
+        logprob_TS=logprob_TS,
+        end_logprob=found.logprobs[-1],
     )

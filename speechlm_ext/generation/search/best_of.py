@@ -15,33 +15,12 @@ import torch
 
 from speechlm_ext.data.batch import Sample, SequencePacker
 from speechlm_ext.data.sequence import LossWeights, sequence_length
-from speechlm_ext.errors import GenerationError
+from speechlm_ext.generation.requests.prompt import recognition_task
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
 from speechlm_ext.model.lm import SpeechLMModel
-from speechlm_ext.tasks import Entry, TaskTemplate
+from speechlm_ext.tasks import TaskTemplate
 
-_TEXT = Entry("text", "text_bpe")
 _EQUAL = LossWeights(text=1.0, ssl=1.0, codec=1.0, special=1.0)
-
-
-def recognition_task(template: TaskTemplate, tasks: Sequence[TaskTemplate], where: str) -> TaskTemplate:
-    """The trained task that recognizes the speech of ``template``'s target.
-
-    Raises:
-        GenerationError: ``template`` does not turn text into speech, or there is no such task.
-    """
-    target = template.targets[-1]
-    if _TEXT not in template.conditions or target.modality not in ("codec", "codec_ssl", "ssl"):
-        raise GenerationError(
-            f"{where}: best_of selects among tries at speaking a text; task {template.name} does not speak one."
-        )
-    for task in tasks:
-        if task.conditions == (target,) and task.targets == (_TEXT,):
-            return task
-    raise GenerationError(
-        f"{where}: best_of needs a model that is trained to recognize {target.modality} speech (a task with condition "
-        f"{target.field}/{target.modality} and target text/text_bpe); this one knows {[t.name for t in tasks]}."
-    )
 
 
 @torch.no_grad()
