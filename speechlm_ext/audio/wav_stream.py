@@ -1,4 +1,4 @@
-"""Sound written while it is made: a wav file that is valid at every moment, or raw samples to a pipe.
+"""Incremental audio output: a growing wav file that is always valid, or raw samples to a pipe.
 
 Samples are 16-bit PCM, mono, rounded as :func:`speechlm_ext.audio.files.write_wav` rounds them.
 """
@@ -17,7 +17,7 @@ from speechlm_ext.utils.files.io import storage_error
 
 _HEADER = 44
 #: The header counts bytes with 32 bits.
-_MOST = 2**32 - 1 - _HEADER
+_MAX_BYTES = 2**32 - 1 - _HEADER
 
 
 def pcm16(wave: np.ndarray) -> bytes:
@@ -30,19 +30,18 @@ def pcm16(wave: np.ndarray) -> bytes:
         AudioError: samples that cannot be used.
     """
     wave = check_wave(wave, "samples to be written") if np.size(wave) else np.zeros(0, np.float32)
-    # As libsndfile: to 32 bits, of which the upper half is kept.
+    # As libsndfile: round to 32 bits, then keep the upper half.
     wide = np.rint(np.clip(wave, -1.0, 1.0).astype(np.float64) * 2.0**31).astype(np.int64) >> 16
     return np.minimum(wide, 2**15 - 1).astype("<i2").tobytes()
 
 
 class WavStream:
-    """A wav file that grows. Use it as a context manager.
+    """A growing wav file. Use it as a context manager.
 
-    The header is written anew behind every piece: a reader finds a whole file of what was written until then, and so
-    does one after a crash.
+    The header is rewritten after every piece, so that the file is complete for a reader at any time and after a crash.
 
     Args:
-        path: made anew; folders that are missing are made.
+        path: overwritten; missing folders are created.
         sample_rate: Hz.
 
     Raises:
@@ -67,10 +66,10 @@ class WavStream:
             StorageError: they cannot be written.
         """
         total = 2 * (self.num_samples + len(wave))
-        if total > _MOST:
+        if total > _MAX_BYTES:
             raise AudioError(f"{self.path}: a wav file holds 4 GiB at most; write raw samples instead.")
         try:
-            # The samples come first: what the header counts is always there.
+            # Samples first: the header never counts bytes that are not written.
             self._put(_HEADER + 2 * self.num_samples, pcm16(wave))
             self._put(0, self._header(total))
         except OSError as error:
@@ -90,7 +89,7 @@ class WavStream:
         return head + form + struct.pack("<4sI", b"data", num_bytes)
 
     def close(self) -> None:
-        """Close the file; it stays as it is."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> WavStream:
@@ -101,10 +100,10 @@ class WavStream:
 
 
 class RawStream:
-    """The same for a pipe: samples without a header, each piece sent at once.
+    """Samples without a header to a pipe, each piece flushed at once. Same interface as :class:`WavStream`.
 
     Args:
-        file: binary, e.g. ``sys.stdout.buffer``; it stays open.
+        file: binary, e.g. ``sys.stdout.buffer``; it is not closed.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -116,7 +115,7 @@ class RawStream:
 
         Raises:
             AudioError: samples that cannot be used.
-            StorageError: they cannot be written. BrokenPipeError: nobody listens any more.
+            StorageError: they cannot be written. BrokenPipeError: the reader has closed the pipe.
         """
         try:
             self._file.write(pcm16(wave))

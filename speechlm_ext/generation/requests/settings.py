@@ -43,14 +43,17 @@ class Range(NamedTuple):
     """0 is allowed besides."""
 
     def __str__(self) -> str:
-        kind = f"{'0 or ' if self.or_zero else ''}{'an integer' if self.is_integer else 'a finite number'}"
+        kind = ("0 or " if self.or_zero else "") + ("an integer" if self.is_integer else "a finite number")
+        high = self.high if self.is_integer else f"{self.high:g}"
         if self.is_open:
             return f"{kind} greater than {self.low:g}" + (
-                f" and at most {self.high:g}" * (self.high < math.inf)
+                "" if self.high == math.inf else f" and at most {high}"
             )
-        if self.high == math.inf:
-            return f"{kind} of at least {self.low:g}"
-        return f"{kind} from {self.low:g} to {self.high if self.is_integer else format(self.high, 'g')}"
+        return (
+            f"{kind} of at least {self.low:g}"
+            if self.high == math.inf
+            else f"{kind} from {self.low:g} to {high}"
+        )
 
     def holds(self, value: Any) -> bool:
         """Whether ``value`` is such a number."""
@@ -122,7 +125,7 @@ class SamplingSettings:
     beam_size: int = 1
     """Number of beams, for text and units; 1 is off. Excludes the sampling settings."""
     length_penalty: float = 1.0
-    """Beam search compares ``log p / tokens^length_penalty``; 0 favours short targets. From -10 to 10."""
+    """Beam search compares ``log p / tokens^length_penalty``; 0 favors short targets. From -10 to 10."""
     seed: int = 0
     """Draws depend on (seed, row, stream) alone: equal requests give equal tokens in any batch, and no two streams
     share a draw."""
