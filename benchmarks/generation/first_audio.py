@@ -72,7 +72,7 @@ def staged(model: SpeechLM, request: GenerationRequest) -> tuple[dict[str, float
     model.tokenizers.text.encode(request.text)
     stage("tokenize")
     prompt = build_prompt(request, model)
-    voice = make_chunk_decoder(prompt.modality, model.tokenizers)
+    decoder = make_chunk_decoder(prompt.modality, model.tokenizers)
     stage("prompt")
     engine = Engine(model, 1)
     reader = FrameReader(prompt, model.layout)
@@ -85,18 +85,18 @@ def staged(model: SpeechLM, request: GenerationRequest) -> tuple[dict[str, float
         stage(name)
         if len(frames_TS):
             name = "lookahead"
-            samples = voice.push(raw_content(frames_TS, prompt.modality, model.layout))["audio"]
+            samples = decoder.push(raw_content(frames_TS, prompt.modality, model.layout))["audio"]
             stage("codec")
     return spent, reader.num_new_rows
 
 
 def first_chunk(model: SpeechLM, request: GenerationRequest) -> float:
     """Seconds until the product's own stream has samples."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     chunks = model.stream(request)
     while not len(next(chunks).audio):
         pass
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     chunks.close()
     return seconds
 

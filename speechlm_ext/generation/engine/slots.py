@@ -80,7 +80,6 @@ class SlotTable:
     Attributes:
         active: the slots in use, in order.
         columns: of the logits: the ids that any target so far can have.
-        state: the sampler's, of ``num_slots`` rows; None before the first request.
     """
 
     def __init__(self, layout: TokenLayout, num_slots: int, device: torch.device) -> None:
@@ -91,7 +90,7 @@ class SlotTable:
 
     @property
     def state(self) -> DecodeState:
-        """The sampler's state; there is none before the first request."""
+        """The sampler's state of ``num_slots`` rows; there is none before the first request."""
         assert self._state is not None
         return self._state
 
