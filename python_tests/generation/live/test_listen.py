@@ -11,6 +11,7 @@ from speechlm_ext.generation import GenerationRequest, GenerationResult, Samplin
 from speechlm_ext.generation.live.listen import _common_words
 
 SHORT = SamplingSettings(max_len=12)
+WAVE = np.concatenate([make_wave(0.5, 1), make_wave(0.5, 2)])
 
 
 @pytest.fixture(scope="module")
@@ -18,27 +19,34 @@ def listening(tokenizers):
     return make_model(tokenizers.make_layout("t"), tokenizers, positions=1024)
 
 
+@pytest.fixture(scope="module")
+def offline(listening):
+    """Results of ``generate`` for the first seconds of ``WAVE``."""
+    return {
+        seconds: listening.generate(
+            [GenerationRequest("a", "asr", audio=WAVE[: int(seconds * 16000)], settings=SHORT)]
+        )[0]
+        for seconds in (0.25, 0.5, 0.75, 1.0)
+    }
+
+
 @pytest.mark.parametrize("pieces", [[4000] * 4, [1, 15999], [16000], [700] * 22 + [600]])
-def test_partial_results_are_those_of_the_audio_so_far(listening, pieces):
-    wave = np.concatenate([make_wave(0.5, 1), make_wave(0.5, 2)])
+def test_partial_results_are_those_of_the_audio_so_far(listening, offline, pieces):
     listener = listening.listen("asr", chunk_seconds=0.25, settings=SHORT)
     rows, prefill = [], listening.prefill
     listening.prefill = lambda ids, *rest: rows.append(len(ids)) or prefill(ids, *rest)
     partials, at = [], 0
     for count in pieces:
-        partials += listener.push(wave[at : at + count])
+        partials += listener.push(WAVE[at : at + count])
         at += count
     result = listener.finish()
     del listening.prefill
-    assert at == len(wave) == 16000 and [p.seconds for p in partials] == [0.25, 0.5, 0.75, 1.0]
-    for partial in partials:
-        so_far = wave[: int(partial.seconds * 16000)]
-        (offline,) = listening.generate([GenerationRequest("a", "asr", audio=so_far, settings=SHORT)])
-        assert partial.text == offline.text
-    np.testing.assert_array_equal(result.ids, offline.ids)
-    assert result.logprob == pytest.approx(offline.logprob, abs=1e-3) and result.seconds > 0
+    assert at == len(WAVE) == 16000
+    assert {p.seconds: p.text for p in partials} == {s: whole.text for s, whole in offline.items()}
+    np.testing.assert_array_equal(result.ids, offline[1.0].ids)
+    assert result.logprob == pytest.approx(offline[1.0].logprob, abs=1e-3) and result.seconds > 0
     # Five prompts, of which each reads little more than what was not there before.
-    frames = len(listening.tokenizers.encode_codec_ssl(wave))
+    frames = len(listening.tokenizers.encode_codec_ssl(WAVE))
     assert sum(rows) < 2 * frames + 5 * 8
 
 

@@ -205,7 +205,7 @@ def engines(monkeypatch):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_stopping_early_frees_the_row(model, engines, guidance):
-    long = {**TTS, "min_len": 30, "max_len": 30, "guidance": guidance}
+    long = {**TTS, "min_len": 12, "max_len": 12, "guidance": guidance}
     model.train()
     try:
         chunks = model.stream(**long)
