@@ -6,7 +6,8 @@ Axes: B requests, G targets of a request, S streams, R forced rows, H rows of hi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,41 +69,36 @@ def new_state(
         columns: of the logits; they hold every target's modality.
         forced: for each prompt the known rows int64 ``[R_b, S]``, -1 where a token is sampled.
     """
-    layout = columns.layout
-    G, R = max(len(p.segments) for p in prompts), max(map(len, forced))
+    layout, S = columns.layout, columns.layout.num_streams
+    rows_BRS = np.full((len(prompts), max(map(len, forced)), S), -1, dtype=np.int64)
+    for b, rows in enumerate(forced):
+        rows_BRS[b, : len(rows)] = rows
     first = min(layout.delays)
 
-    def per_segment(value: object) -> Tensor:
-        rows = [[value(p, s) for s in _padded(p, G)] for p in prompts]  # type: ignore[operator]
-        return torch.tensor(rows)
-
     def per_stream(name: str, missing: float) -> Tensor:
-        return per_segment(lambda p, s: s.settings.per_stream(name, layout.num_streams, missing))
+        return _per_segment(prompts, lambda p, s: s.settings.per_stream(name, S, missing))
 
     repetition_penalty = per_stream("repetition_penalty", 1.0)
     is_off = repetition_penalty == 1
-    rows_BRS = np.full((len(prompts), R, layout.num_streams), -1, dtype=np.int64)
-    for b, rows in enumerate(forced):
-        rows_BRS[b, : len(rows)] = rows
     return DecodeState.new(
         len(prompts),
         scope_ids=columns.ids,
         delays=layout.delays,
-        pad_ids=[layout.pad_id] * layout.num_streams,
+        pad_ids=[layout.pad_id] * S,
         eos_id=layout.sos_eos_id,
-        scope=per_segment(lambda p, s: columns.scope(s.modality)),
+        scope=_per_segment(prompts, lambda p, s: columns.scope(s.modality)),
         num_segments=torch.tensor([len(p.segments) for p in prompts]),
-        markers=per_segment(lambda p, s: layout.marker_id(s.modality)),
-        temperature=per_segment(lambda p, s: _temperatures(s.settings, layout.num_streams)),
+        markers=_per_segment(prompts, lambda p, s: layout.marker_id(s.modality)),
+        temperature=_per_segment(prompts, lambda p, s: _temperatures(s.settings, S)),
         top_k=per_stream("top_k", 0),
         top_p=per_stream("top_p", 1.0).clamp(min=1e-30),  # not 0 in float32
         min_p=per_stream("min_p", 0.0),
         repetition_penalty=repetition_penalty,
         repetition_window=per_stream("repetition_window", 0).masked_fill(is_off, 0),
         seed=torch.tensor([p.segments[0].settings.seed for p in prompts]),
-        min_frames=per_segment(lambda p, s: s.min_new + (p.num_given if s is p.segments[0] else 0)),
-        max_frames=per_segment(lambda p, s: s.max_new + (p.num_given if s is p.segments[0] else 0)),
-        row_limit=per_segment(lambda p, s: s.row_limit - len(p.frames_PS) - first),
+        min_frames=_per_segment(prompts, lambda p, s: s.min_new + (p.num_given if s is p.segments[0] else 0)),
+        max_frames=_per_segment(prompts, lambda p, s: s.max_new + (p.num_given if s is p.segments[0] else 0)),
+        row_limit=_per_segment(prompts, lambda p, s: s.row_limit - len(p.frames_PS) - first),
         step=torch.tensor([p.num_given + first for p in prompts]),
         guidance=torch.tensor([float(p.segments[0].settings.guidance) for p in prompts]),
         forced=torch.from_numpy(rows_BRS),
@@ -112,9 +108,12 @@ def new_state(
     )
 
 
-def _padded(prompt: Prompt, num_segments: int) -> list[Segment]:
-    """The prompt's segments; the last one again where another prompt has more."""
-    return [*prompt.segments, *[prompt.segments[-1]] * (num_segments - len(prompt.segments))]
+def _per_segment(prompts: Sequence[Prompt], value: Callable[[Prompt, Segment], Any]) -> Tensor:
+    """``value`` of every segment: ``[B, G, ...]``; a prompt with fewer segments repeats its last one."""
+    G = max(len(p.segments) for p in prompts)
+    return torch.tensor(
+        [[value(p, p.segments[min(g, len(p.segments) - 1)]) for g in range(G)] for p in prompts]
+    )
 
 
 def _temperatures(settings: SamplingSettings, num_streams: int) -> list[float]:
