@@ -1,4 +1,4 @@
-"""``sx.SpeechLM``: the model with all that people do with it, on top of ``model/`` and ``generation/``."""
+"""``sx.SpeechLM``: load, save, and generate with a model, on top of ``model/`` and ``generation/``."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ class SpeechLM(SpeechLMModel):
     def from_pretrained(
         cls, folder: str | Path, device: torch.device | str = "cpu", *, verify: bool = True
     ) -> SpeechLM:
-        """Load a model folder, or the newest checkpoint of a run folder; strict: every weight must be there and nothing
-        else.
+        """Load a model folder, or the newest checkpoint of a run folder.
+
+        Loading is strict: exactly the model's weights must be there.
 
         Args:
-            folder: a checkpoint, an export, or the folder of a run.
-            device: where the model goes.
-            verify: compare its files with their digests, and see that every weight is finite.
+            folder: a checkpoint, an export, or a run folder.
+            device: of the model.
+            verify: compare the files with their digests, and check that every weight is finite.
 
         Raises:
-            CheckpointError: not a model folder, or one of its files is missing or damaged, or its weights are of
-                another shape or not finite.
-            LayoutError, LayoutMismatchError: its layout is damaged or is not the one of its tokenizers.
+            CheckpointError: not a model folder, a missing or damaged file, or weights that have another shape or are
+                not finite.
+            LayoutError, LayoutMismatchError: its layout is damaged or not that of its tokenizers.
         """
         return load_model(find_model_folder(folder), cls, device, verify=verify)
 
@@ -52,33 +53,36 @@ class SpeechLM(SpeechLMModel):
         """Write a model folder; see :func:`speechlm_ext.model.files.model_folder.save_model`.
 
         Raises:
-            CheckpointError: a weight is not finite; what the folder holds is untouched.
+            CheckpointError: a weight is not finite; the folder is left as it is.
             StorageError: the disk is full or the folder cannot be written.
         """
         save_model(self, folder)
 
     def generate(self, requests: Sequence[GenerationRequest], batch_size: int = 16) -> list[GenerationResult]:
-        """Decode many requests together; see :func:`speechlm_ext.generation.generate`."""
+        """Generate text and speech for many requests together; see :func:`speechlm_ext.generation.generate`."""
         return generate(self, requests, batch_size=batch_size)
 
     def stream(
         self, request: GenerationRequest | None = None, *, chunk_frames: int = 1, **fields: Any
     ) -> Iterator[StreamChunk]:
-        """Decode one request and yield text and sound as they become final.
+        """Generate one request and yield text and audio as they are decoded.
 
         Args:
-            request: what to decode, or None and its fields and sampling settings as keywords:
+            request: a request, or None and its fields and sampling settings as keywords:
                 ``model.stream(task="tts", text="one two", seed=3)``.
-            chunk_frames: fewest frames of a chunk.
+            chunk_frames: minimum number of frames of a chunk.
+
+        Raises:
+            GenerationError, TokenizerError: see :func:`speechlm_ext.generation.live.stream.stream`.
         """
         return stream(self, request_of(request, fields), chunk_frames)
 
     def chat(self, task: str) -> Chat:
-        """A dialogue that opens with ``task``'s token."""
+        """Start a dialogue under the special token of ``task``."""
         return Chat(self, task)
 
     def listen(
         self, task: str, chunk_seconds: float = 1.0, settings: SamplingSettings | None = None
     ) -> Listener:
-        """Transcribe audio as it arrives."""
+        """Transcribe audio as it arrives, in chunks of ``chunk_seconds``."""
         return Listener(self, task, chunk_seconds, settings)

@@ -30,7 +30,8 @@ from benchmarks.generation.espnet_loop import decode_one
 from benchmarks.generation.models import build, tts_prompt
 from benchmarks.gpu_check.report import decode_table
 from speechlm_ext import SpeechLM
-from speechlm_ext.generation.engine.engine import Engine, Work, decode
+from speechlm_ext.generation.engine.engine import Engine, decode
+from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.utils.console import make_output_safe
 
 TEXT, WARM = 30, 3
@@ -84,7 +85,7 @@ def watched(model: SpeechLM, engine: Engine, clock: Clock) -> Iterator[None]:
 def measure_batch(model: SpeechLM, batch: int, frames: int, device: str) -> dict[str, float]:
     """One batch from prefill to the last frame."""
     engine = Engine(model, batch)
-    works = [Work(b, tts_prompt(model.layout, str(b), TEXT, frames, b)) for b in range(batch)]
+    works = [DecodeJob(b, tts_prompt(model.layout, str(b), TEXT, frames, b)) for b in range(batch)]
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     begun = time.perf_counter()
     engine.admit(works)
@@ -97,7 +98,7 @@ def measure_batch(model: SpeechLM, batch: int, frames: int, device: str) -> dict
         while engine.active:
             start = time.perf_counter()
             engine.step()
-            if (count + 1) % engine.poll == 0:
+            if (count + 1) % engine.poll_interval == 0:
                 engine.collect()
             if device == "cpu":
                 steps.append(time.perf_counter() - start)

@@ -22,10 +22,12 @@ import torch
 
 from benchmarks.generation.models import build
 from speechlm_ext import SpeechLM
-from speechlm_ext.generation.engine.engine import Engine, Work
+from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.rows import FrameReader
-from speechlm_ext.generation.live.incremental import voice_of
-from speechlm_ext.generation.requests.prompt import build_prompt, raw_content
+from speechlm_ext.generation.engine.slots import DecodeJob
+from speechlm_ext.generation.live.incremental import make_chunk_decoder
+from speechlm_ext.generation.requests.encode_fields import raw_content
+from speechlm_ext.generation.requests.prompt import build_prompt
 from speechlm_ext.generation.requests.request import GenerationRequest, SamplingSettings
 from speechlm_ext.tasks import builtin_tasks
 from speechlm_ext.tokenizers import RVQConfig, RVQKMeansCodec, SentencePieceText, TextConfig, TokenizerSet
@@ -69,12 +71,12 @@ def staged(model: SpeechLM, request: GenerationRequest) -> tuple[dict[str, float
 
     model.tokenizers.text.encode(request.text)
     stage("tokenize")
-    prompt = build_prompt(request, model.tasks[0], model.layout, model.tokenizers, model.max_positions)
-    voice = voice_of(prompt.modality, model.tokenizers)
+    prompt = build_prompt(request, model)
+    decoder = make_chunk_decoder(prompt.modality, model.tokenizers)
     stage("prompt")
     engine = Engine(model, 1)
     reader = FrameReader(prompt, model.layout)
-    engine.admit([Work("a", prompt)])
+    engine.admit([DecodeJob("a", prompt)])
     stage("prefill")
     name, samples = "first frame", np.zeros(0, np.float32)
     while not len(samples):
@@ -83,18 +85,18 @@ def staged(model: SpeechLM, request: GenerationRequest) -> tuple[dict[str, float
         stage(name)
         if len(frames_TS):
             name = "lookahead"
-            samples = voice.push(raw_content(frames_TS, prompt.modality, model.layout))["audio"]
+            samples = decoder.push(raw_content(frames_TS, prompt.modality, model.layout))["audio"]
             stage("codec")
-    return spent, engine.steps
+    return spent, reader.num_new_rows
 
 
 def first_chunk(model: SpeechLM, request: GenerationRequest) -> float:
     """Seconds until the product's own stream has samples."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     chunks = model.stream(request)
     while not len(next(chunks).audio):
         pass
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     chunks.close()
     return seconds
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from speechlm_ext import SpeechLM
-from speechlm_ext.generation.requests.prompt import Prompt, Segment, content_frames, special_frame
+from speechlm_ext.generation.requests.encode_fields import content_frames
+from speechlm_ext.generation.requests.prompt import Prompt, Segment, special_frame
 from speechlm_ext.generation.requests.request import SamplingSettings
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model.config import ModelConfig

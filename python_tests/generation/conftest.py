@@ -1,4 +1,4 @@
-"""A tiny random model with real tokenizers, fitted once on synthetic sound."""
+"""A tiny random model with real tokenizers, fitted once on synthetic audio."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def make_wave(seconds: float = 0.5, seed: int = 0) -> np.ndarray:
 FRAME = FrameTransformerConfig(hidden_size=16, num_layers=2, num_heads=2, ffn_size=24)
 
 
-def make_model(layout, tokenizers=None, tasks=TASKS, seed=0, positions=256, frame=None) -> SpeechLM:
+def make_model(
+    layout, tokenizers=None, tasks=TASKS, seed=0, positions=256, frame=None, num_layers=2
+) -> SpeechLM:
     """A random Llama of width 32 in fp32, with rows drawn large enough that its choices are clear.
 
     ``frame``: settings of a frame transformer, whose part of the hidden states is as large as the backbone's.
@@ -51,7 +53,7 @@ def make_model(layout, tokenizers=None, tasks=TASKS, seed=0, positions=256, fram
         "model_type": "llama",
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": positions,

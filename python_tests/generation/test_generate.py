@@ -13,7 +13,8 @@ from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import AudioError, GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
 from speechlm_ext.generation.engine.engine import decode
-from speechlm_ext.generation.requests.prompt import build_prompt, raw_content
+from speechlm_ext.generation.requests.encode_fields import raw_content
+from speechlm_ext.generation.requests.prompt import build_prompt
 from speechlm_ext.ops import delay_pack
 from speechlm_ext.tasks import Entry, TaskTemplate, builtin_tasks
 
@@ -54,7 +55,7 @@ def test_rows_are_those_that_training_packs(tokenizers, delays):
     for request in requests():
         kin = {"asr": "codec_ssl_asr"}
         template = builtin_tasks()[kin.get(request.task, request.task)]
-        prompt = build_prompt(request, template, layout, tokenizers, 256)
+        prompt = build_prompt(request, model)
         one = decode(model, [prompt])[0]
         content = raw_content(one.content_TS, prompt.modality, layout)
         stored = utterance(request, tokenizers)
@@ -219,16 +220,16 @@ def test_nan_weights_fail_with_a_message(model):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"temperature": 0.0}, "greater than 0"),
+        ({"temperature": 0.0}, "from 0.001 to 1000, got 0.0; set greedy"),
         ({"temperature": float("nan")}, "finite"),
         ({"top_k": 0}, "at least 1"),
         ({"top_p": 0.0}, "greater than 0"),
         ({"top_p": 1.5}, "at most 1"),
-        ({"min_len": -1}, "at least 0"),
+        ({"min_len": -1}, "at least 0, got -1"),
         ({"min_len": 5, "max_len": 4}, "never end"),
         ({"max_len": 0}, "at least 1"),
         ({"max_len": 5, "max_len_ratio": 1.0}, "one of them"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -1}, "seed must be an integer from 0 to 9223372036854775807"),
         ({"top_k": 2.5}, "integer"),
     ],
 )
@@ -265,7 +266,7 @@ def test_longest_length_is_what_the_context_holds(tokenizers):
         "a", "codec_ssl_plain_tts", text="one", settings=SamplingSettings(seed=1, min_len=40)
     )
     result = generate(model, [request])[0]
-    prompt = build_prompt(request, builtin_tasks()["codec_ssl_plain_tts"], layout, tokenizers, 64)
+    prompt = build_prompt(request, model)
     # The last row that is fed has position 63.
     assert len(prompt.frames_PS) + prompt.segments[0].max_new + layout.max_delay - 1 == 64
     assert result.finished != "failed" and len(result.ids) <= prompt.segments[0].max_new
@@ -284,7 +285,7 @@ def test_chain_of_targets(tokenizers, delays):
         GenerationRequest(str(n), "chain", text="one", settings=SamplingSettings(max_len=9, seed=n))
         for n in range(3)
     ] + [GenerationRequest("free", "chain", settings=SamplingSettings(max_len=4, greedy=False, seed=9))]
-    prompts = [build_prompt(r, CHAIN, layout, tokenizers, 256) for r in asked]
+    prompts = [build_prompt(r, chained) for r in asked]
     for request, result, one in zip(
         asked, generate(chained, asked, batch_size=3), decode(chained, prompts), strict=True
     ):

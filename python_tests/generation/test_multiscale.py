@@ -12,12 +12,13 @@ from python_tests.generation.conftest import FRAME, make_model, make_wave
 from python_tests.generation.engine.test_slots import TASKS, prompts_of
 from python_tests.generation.live import test_stream
 from python_tests.generation.live.test_chat import talk
-from python_tests.generation.live.test_stream import SETTINGS, TTS, requests
+from python_tests.generation.live.test_stream import SETTINGS, TTS
 from python_tests.generation.test_generate import CHAIN
 from python_tests.generation.tools import make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
-from speechlm_ext.generation.engine.engine import Engine, Work, decode
+from speechlm_ext.generation.engine.engine import Engine, decode
+from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.live import stream as stream_room
 from speechlm_ext.generation.live.chat import Chat
 from speechlm_ext.generation.search.beam import beam_search
@@ -42,7 +43,9 @@ def speaking(tokenizers):
 
 def engine_of(model, prompts, **options):
     engine = Engine(model, **options)
-    found = {work.key: decoded for work, decoded in engine.run(Work(n, p) for n, p in enumerate(prompts))}
+    found = {
+        work.key: decoded for work, decoded in engine.run(DecodeJob(n, p) for n, p in enumerate(prompts))
+    }
     return [found[n] for n in range(len(prompts))]
 
 
@@ -105,7 +108,9 @@ def test_greedy_tokens_are_those_of_a_full_recompute(kind, scale):
         assert prompt.modality == "text_bpe" or len(one.content_TS) >= 3
 
 
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True, "poll": 2}, {"poll": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cuda_graphs": True, "poll_interval": 2}, {"poll_interval": 3}], ids=str
+)
 @pytest.mark.parametrize("num_slots", [1, 3, 8])
 def test_whatever_the_company(num_slots, options):
     """Ragged text and speech that come and go, in fixed sizes too: each as if it were alone."""
@@ -198,11 +203,7 @@ def test_bad_logits_of_a_stream_fail_their_request_only(monkeypatch, value, stre
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
 def test_a_stream_is_generate_bit_for_bit(tokenizers, number):
     _, model = build(tokenizers=tokenizers, seed=number)
-    for request, chunk_frames in itertools.product(requests(SETTINGS[number]), (1, 4)):
-        result = generate(model, [request], batch_size=1)[0]
-        columns = 4 if result.modality == "codec_ssl" else 1
-        chunks = list(model.stream(request, chunk_frames=chunk_frames))
-        test_stream.check(chunks, result, columns, chunk_frames)
+    test_stream.check_streams(model, SETTINGS[number])
 
 
 def test_the_first_chunk_comes_after_one_row_and_stopping_frees_it(speaking, monkeypatch):

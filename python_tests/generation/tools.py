@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from speechlm_ext.generation.requests.prompt import Prompt, Segment, content_frames, special_frame
+from speechlm_ext.generation.requests.encode_fields import content_frames
+from speechlm_ext.generation.requests.prompt import Prompt, Segment, special_frame
 from speechlm_ext.generation.requests.request import SamplingSettings
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tasks import builtin_tasks

@@ -19,7 +19,7 @@ from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.data.tokens.folder import TokenFolder
 from speechlm_ext.generation import SamplingSettings
 from speechlm_ext.generation.engine.engine import decode
-from speechlm_ext.generation.requests.prompt import content_frames
+from speechlm_ext.generation.requests.encode_fields import content_frames
 
 pytest.importorskip("deepspeed", reason="training needs deepspeed: pip install 'speechlm_ext[train]'")
 

@@ -1,4 +1,4 @@
-"""Writing sound piece by piece: to a wav file that is valid at every moment, or as raw samples to a pipe.
+"""Incremental audio output: a growing wav file that is always valid, or raw samples to a pipe.
 
 Samples are 16-bit PCM, mono, rounded as :func:`speechlm_ext.audio.files.write_wav` rounds them.
 """
@@ -16,7 +16,7 @@ from speechlm_ext.errors import AudioError, StorageError
 from speechlm_ext.utils.files.io import storage_error
 
 _HEADER = 44
-#: The header counts bytes in 32 bits.
+#: The header counts bytes with 32 bits.
 _MAX_BYTES = 2**32 - 1 - _HEADER
 
 
@@ -29,8 +29,8 @@ def pcm16(wave: np.ndarray) -> bytes:
     Raises:
         AudioError: unusable samples.
     """
-    wave = check_wave(wave, "samples to write") if np.size(wave) else np.zeros(0, np.float32)
-    # As libsndfile rounds: to 32 bits, then the upper half.
+    wave = check_wave(wave, "samples to be written") if np.size(wave) else np.zeros(0, np.float32)
+    # As libsndfile: round to 32 bits, then keep the upper half.
     wide = np.rint(np.clip(wave, -1.0, 1.0).astype(np.float64) * 2.0**31).astype(np.int64) >> 16
     return np.minimum(wide, 2**15 - 1).astype("<i2").tobytes()
 
@@ -38,7 +38,7 @@ def pcm16(wave: np.ndarray) -> bytes:
 class WavStream:
     """A growing wav file. Use it as a context manager.
 
-    The header is rewritten after every piece, so the file is complete for a reader at any time, also after a crash.
+    The header is rewritten after every piece, so that the file is complete for a reader at any time and after a crash.
 
     Args:
         path: overwritten; missing folders are created.
@@ -69,7 +69,7 @@ class WavStream:
         if total > _MAX_BYTES:
             raise AudioError(f"{self.path}: a wav file holds 4 GiB at most; write raw samples instead.")
         try:
-            # The samples first, so that the header never counts more than is there.
+            # Samples first: the header never counts bytes that are not written.
             self._put(_HEADER + 2 * self.num_samples, pcm16(wave))
             self._put(0, self._header(total))
         except OSError as error:
@@ -100,10 +100,10 @@ class WavStream:
 
 
 class RawStream:
-    """Raw samples to a pipe, without a header; each piece is sent at once.
+    """Samples without a header to a pipe, each piece flushed at once. Same interface as :class:`WavStream`.
 
     Args:
-        file: binary, e.g. ``sys.stdout.buffer``; it stays open.
+        file: binary, e.g. ``sys.stdout.buffer``; it is not closed.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -114,9 +114,8 @@ class RawStream:
         """Send samples ``[n]``: floats in [-1, 1] or integer PCM.
 
         Raises:
-            AudioError: unusable samples.
-            StorageError: they cannot be written.
-            BrokenPipeError: the reader has closed the pipe.
+            AudioError: samples that cannot be used.
+            StorageError: they cannot be written. BrokenPipeError: the reader has closed the pipe.
         """
         try:
             self._file.write(pcm16(wave))

@@ -9,7 +9,9 @@ import torch
 from python_tests.generation.conftest import make_model
 from python_tests.generation.tools import ScriptedModel, make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.engine.engine import Engine, Work, decode
+from speechlm_ext.generation.engine import graphs
+from speechlm_ext.generation.engine.engine import Engine, decode
+from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.requests.request import SamplingSettings
 from speechlm_ext.ops import delay_pack
 
@@ -50,8 +52,10 @@ def test_requests_join_as_others_leave(num_slots):
 def test_a_real_model_gives_the_same_in_few_slots(poll):
     layout, rng = make_layout(), np.random.default_rng(1)
     model, prompts = make_model(layout, tasks=TASKS), prompts_of(layout, 9, rng)
-    engine = Engine(model, 4, poll=poll)
-    found = {work.key: decoded for work, decoded in engine.run(Work(n, p) for n, p in enumerate(prompts))}
+    engine = Engine(model, 4, poll_interval=poll)
+    found = {
+        work.key: decoded for work, decoded in engine.run(DecodeJob(n, p) for n, p in enumerate(prompts))
+    }
     assert not engine.active and engine.num_free == 4
     for number, prompt in enumerate(prompts):
         one = decode(model, [prompt])[0]
@@ -83,11 +87,11 @@ def test_cancel_frees_the_slot_and_disturbs_nobody():
     model, prompts = make_model(layout, tasks=TASKS), prompts_of(layout, 4, rng)
     wanted = [decode(model, [p])[0].rows_RS for p in prompts]
     engine = Engine(model, 3)
-    engine.admit([Work(n, p) for n, p in enumerate(prompts[:3])])
+    engine.admit([DecodeJob(n, p) for n, p in enumerate(prompts[:3])])
     engine.step()
     engine.cancel(0)
     assert engine.num_free == 1
-    engine.admit([Work(3, prompts[3])])
+    engine.admit([DecodeJob(3, prompts[3])])
     engine.cancel("nobody")
     found = {}
     while engine.active:
@@ -133,9 +137,9 @@ def test_guidance_is_the_formula(scale):
                 assert guided.logprob_TS[frame, s] == pytest.approx(want, abs=1e-3)
     engine = Engine(model, 1)
     with pytest.raises(GenerationError, match="2 slots are needed and 1 are free"):
-        engine.admit([Work(0, prompt)])
+        engine.admit([DecodeJob(0, prompt)])
     with pytest.raises(GenerationError, match="guidance needs two rows"):
-        list(engine.run([Work(0, prompt)]))
+        list(engine.run([DecodeJob(0, prompt)]))
 
 
 @pytest.mark.parametrize("kind", ["codec_ssl", "codec", "ssl"])
@@ -176,24 +180,27 @@ def test_teacher_forcing_gives_the_log_probabilities_of_the_packed_form(kind):
 
 @pytest.mark.parametrize("num_slots", [3, 8])
 def test_steps_of_fixed_sizes_give_the_same(num_slots):
-    """What graphs work on: slots filled up to a power of two and keys to 256, with requests that come and go."""
+    """The sizes of graphs, slots padded to a power of two and keys to a multiple, with requests that come and go."""
     layout, rng = make_layout(), np.random.default_rng(6)
     model, prompts = make_model(layout, tasks=TASKS), prompts_of(layout, 11, rng)
-    engine = Engine(model, num_slots, poll=2, cuda_graphs=True)
-    found = {work.key: decoded for work, decoded in engine.run(Work(n, p) for n, p in enumerate(prompts))}
+    engine = Engine(model, num_slots, poll_interval=2, cuda_graphs=True)
+    found = {
+        work.key: decoded for work, decoded in engine.run(DecodeJob(n, p) for n, p in enumerate(prompts))
+    }
     for number, prompt in enumerate(prompts):
         np.testing.assert_array_equal(found[number].rows_RS, decode(model, [prompt])[0].rows_RS)
 
 
-def test_steps_of_fixed_sizes_for_a_long_time():
-    """A slot that fills steps up counts rows for as long as none of its own requests comes, past what it has."""
+def test_steps_of_fixed_sizes_for_a_long_time(monkeypatch):
+    """A slot that pads steps counts rows for as long as no request comes, past the rows that it has."""
+    monkeypatch.setattr(graphs, "KEYS", 64)
     layout, rng = make_layout(), np.random.default_rng(8)
-    model = make_model(layout, tasks=TASKS, positions=4096)
+    model = make_model(layout, tasks=TASKS, positions=1024)
 
     def work(number, length):
         text = random_content(layout, "text_bpe", 3, rng)
         settings = SamplingSettings(greedy=False, top_k=5, seed=number, min_len=length, max_len=length)
-        return Work(number, make_prompt(layout, TASKS[0], [text], settings=settings, name=f"r{number}"))
+        return DecodeJob(number, make_prompt(layout, TASKS[0], [text], settings=settings, name=f"r{number}"))
 
     engine, number = Engine(model, 4, cuda_graphs=True), 0
     while max(engine._cache.held) <= engine._cache.num_rows:
@@ -202,7 +209,7 @@ def test_steps_of_fixed_sizes_for_a_long_time():
             number += 1
         engine.step()
         engine.collect()
-    engine.cancel(engine.active[-1].work.key)
+    engine.cancel(engine.active[-1].job.key)
     long = work(number, 2 * engine._cache.num_rows)
     engine.admit([long])
     (found,) = [decoded for done, decoded in engine.run([]) if done is long]
@@ -215,7 +222,7 @@ def test_logits_stay_where_captured_steps_write_them():
     engine = Engine(model, 4, cuda_graphs=True)
     for number in range(4):
         prompt = make_prompt(layout, TASKS[0], [random_content(layout, "text_bpe", 3, rng)])
-        engine.admit([Work(number, prompt)])
+        engine.admit([DecodeJob(number, prompt)])
         engine.step()
         places.add(engine._head._logits.data_ptr())
     assert len(places) == 1
@@ -228,9 +235,9 @@ def test_captured_steps_give_what_eager_ones_do():
     prompts = prompts_of(layout, 11, rng)
     eager = dict(
         (w.key, d.rows_RS)
-        for w, d in Engine(model, 4, cuda_graphs=False).run(Work(n, p) for n, p in enumerate(prompts))
+        for w, d in Engine(model, 4, cuda_graphs=False).run(DecodeJob(n, p) for n, p in enumerate(prompts))
     )
     engine = Engine(model, 4, cuda_graphs=True)
-    for work, decoded in engine.run(Work(n, p) for n, p in enumerate(prompts)):
+    for work, decoded in engine.run(DecodeJob(n, p) for n, p in enumerate(prompts)):
         np.testing.assert_array_equal(decoded.rows_RS, eager[work.key])
     assert engine._graphs._graphs

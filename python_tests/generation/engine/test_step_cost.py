@@ -13,7 +13,8 @@ from benchmarks.generation.models import build
 from python_tests.generation.conftest import make_model
 from python_tests.generation.tools import make_prompt, random_content
 from speechlm_ext.generation import SamplingSettings
-from speechlm_ext.generation.engine.engine import Engine, Work
+from speechlm_ext.generation.engine.engine import Engine
+from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.layout import TokenLayout
 
 TTS = "codec_ssl_plain_tts"
@@ -27,7 +28,7 @@ def calls_of_a_step(num_codebooks: int, num_requests: int) -> Counter[str]:
     for n in range(num_requests):
         text = random_content(layout, "text_bpe", 5, rng)
         settings = SamplingSettings(seed=n, min_len=20, max_len=20)
-        engine.admit([Work(n, make_prompt(layout, TTS, [text], settings=settings))])
+        engine.admit([DecodeJob(n, make_prompt(layout, TTS, [text], settings=settings))])
     for _ in range(4):
         engine.step()
         engine.collect()
@@ -57,17 +58,17 @@ def test_no_python_work_grows_with_streams():
 def test_the_cache_is_given_once(monkeypatch):
     """Room for all that the requests may say is made when they join; no step moves keys and values."""
     layout, rng = TokenLayout.build(ssl=11, codec=(7, 8), text=20), np.random.default_rng(0)
-    model = make_model(layout, tasks=(TTS,), positions=1024)
+    model = make_model(layout, tasks=(TTS,), positions=256)
     engine = Engine(model, 2)
     text = random_content(layout, "text_bpe", 5, rng)
-    settings = SamplingSettings(min_len=300, max_len=300)
+    settings = SamplingSettings(min_len=100, max_len=100)
     prompt = make_prompt(layout, TTS, [text], settings=settings)
-    engine.admit([Work(0, prompt)])
+    engine.admit([DecodeJob(0, prompt)])
     stores = [store.data_ptr() for store in engine._cache.stores()]
     while engine.active:
         engine.step()
         ((_, decoded),) = engine.collect() or [(None, None)]
-    assert len(decoded.content_TS) == 300
+    assert len(decoded.content_TS) == 100
     assert [store.data_ptr() for store in engine._cache.stores()] == stores
 
 

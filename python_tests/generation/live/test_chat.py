@@ -57,12 +57,12 @@ def test_a_kept_cache_equals_a_fresh_prefill(tokenizers, delays):
     # What was read before is not read again.
     assert few < len(kept.frames_TS) + layout.max_delay < sum(fed)
     # The cache itself, row by row.
-    rows_RS = prefix_rows(kept.frames_TS, layout)[: len(kept._session.held_RS)]
+    rows_RS = prefix_rows(kept.frames_TS, layout)[: len(kept._session.cached_RS)]
     behind = [s for s, d in enumerate(layout.delays) if d >= layout.delays[0]]
-    np.testing.assert_array_equal(kept._session.held_RS[:, behind], rows_RS[:, behind])
+    np.testing.assert_array_equal(kept._session.cached_RS[:, behind], rows_RS[:, behind])
     cache = model.new_cache(1, 8)
     with torch.no_grad():
-        model.prefill(torch.from_numpy(kept._session.held_RS), cache, [0], [len(kept._session.held_RS)])
+        model.prefill(torch.from_numpy(kept._session.cached_RS), cache, [0], [len(kept._session.cached_RS)])
     for held, whole in zip(kept._session.engine._cache.stores(), cache.stores(), strict=True):
         torch.testing.assert_close(held[0, : len(rows_RS)], whole[0, : len(rows_RS)], rtol=1e-4, atol=1e-5)
 
@@ -119,7 +119,7 @@ def test_bad_turns_change_nothing(tokenizers):
         (lambda: chat.say("x", modality="song"), GenerationError, "got 'song'"),
         (lambda: chat.say("\ud800"), GenerationError, "lone surrogate"),
         (lambda: Chat(model, "sing"), LayoutError, "sing"),
-        (lambda: Chat(make_model(layout), "textlm"), GenerationError, "needs a model with tokenizers"),
+        (lambda: Chat(make_model(layout), "textlm"), GenerationError, "the model has no tokenizers"),
     ]:
         with pytest.raises(error, match=message):
             call()

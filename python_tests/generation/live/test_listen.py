@@ -11,6 +11,7 @@ from speechlm_ext.generation import GenerationRequest, GenerationResult, Samplin
 from speechlm_ext.generation.live.listen import _common_words
 
 SHORT = SamplingSettings(max_len=12)
+WAVE = np.concatenate([make_wave(0.5, 1), make_wave(0.5, 2)])
 
 
 @pytest.fixture(scope="module")
@@ -18,27 +19,34 @@ def listening(tokenizers):
     return make_model(tokenizers.make_layout("t"), tokenizers, positions=1024)
 
 
+@pytest.fixture(scope="module")
+def offline(listening):
+    """Results of ``generate`` for the first seconds of ``WAVE``."""
+    return {
+        seconds: listening.generate(
+            [GenerationRequest("a", "asr", audio=WAVE[: int(seconds * 16000)], settings=SHORT)]
+        )[0]
+        for seconds in (0.25, 0.5, 0.75, 1.0)
+    }
+
+
 @pytest.mark.parametrize("pieces", [[4000] * 4, [1, 15999], [16000], [700] * 22 + [600]])
-def test_partial_results_are_those_of_the_audio_so_far(listening, pieces):
-    wave = np.concatenate([make_wave(0.5, 1), make_wave(0.5, 2)])
+def test_partial_results_are_those_of_the_audio_so_far(listening, offline, pieces):
     listener = listening.listen("asr", chunk_seconds=0.25, settings=SHORT)
     rows, prefill = [], listening.prefill
     listening.prefill = lambda ids, *rest: rows.append(len(ids)) or prefill(ids, *rest)
     partials, at = [], 0
     for count in pieces:
-        partials += listener.push(wave[at : at + count])
+        partials += listener.push(WAVE[at : at + count])
         at += count
     result = listener.finish()
     del listening.prefill
-    assert at == len(wave) == 16000 and [p.seconds for p in partials] == [0.25, 0.5, 0.75, 1.0]
-    for partial in partials:
-        so_far = wave[: int(partial.seconds * 16000)]
-        (offline,) = listening.generate([GenerationRequest("a", "asr", audio=so_far, settings=SHORT)])
-        assert partial.text == offline.text
-    np.testing.assert_array_equal(result.ids, offline.ids)
-    assert result.logprob == pytest.approx(offline.logprob, abs=1e-3) and result.seconds > 0
+    assert at == len(WAVE) == 16000
+    assert {p.seconds: p.text for p in partials} == {s: whole.text for s, whole in offline.items()}
+    np.testing.assert_array_equal(result.ids, offline[1.0].ids)
+    assert result.logprob == pytest.approx(offline[1.0].logprob, abs=1e-3) and result.seconds > 0
     # Five prompts, of which each reads little more than what was not there before.
-    frames = len(listening.tokenizers.encode_codec_ssl(wave))
+    frames = len(listening.tokenizers.encode_codec_ssl(WAVE))
     assert sum(rows) < 2 * frames + 5 * 8
 
 
@@ -55,7 +63,7 @@ def test_stable_words_are_never_taken_back(listening, monkeypatch):
     listener = listening.listen("asr", chunk_seconds=0.1)
     texts = iter(said)
     monkeypatch.setattr(
-        listener, "_understand", lambda wave: GenerationResult("a", "asr", "eos", text=next(texts))
+        listener, "_transcribe", lambda wave: GenerationResult("a", "asr", "eos", text=next(texts))
     )
     found = [p.stable for p in listener.push(make_wave(0.7))]
     assert found == ["", "one", "one two", "one two three", "one two three", "one two three", "one two three"]
@@ -82,8 +90,8 @@ def test_bad_use(listening):
         ("codec_ssl_plain_tts", {}, "does not turn one recording into text"),
         ("textlm", {}, "does not turn one recording into text"),
         ("sing", {}, "not one that the model was trained for"),
-        ("asr", {"chunk_seconds": 0.0}, "chunk_seconds must be above 0"),
-        ("asr", {"chunk_seconds": "1"}, "chunk_seconds must be a finite number"),
+        ("asr", {"chunk_seconds": 0.0}, "chunk_seconds must be a finite number greater than 0, got 0.0"),
+        ("asr", {"chunk_seconds": "1"}, "chunk_seconds must be a finite number greater than 0, got '1'"),
         ("asr", {"settings": SamplingSettings(beam_size=2)}, "takes no guidance"),
         ("asr", {"settings": SamplingSettings(n_best=2)}, "leave n_best out"),
         ("asr", {"settings": {"max_len": 2}}, "must be SamplingSettings, got dict"),
@@ -91,7 +99,7 @@ def test_bad_use(listening):
         with pytest.raises(GenerationError, match=message):
             listening.listen(task, **options)
     listener = listening.listen("asr", chunk_seconds=0.1)
-    with pytest.raises(GenerationError, match="nothing was heard"):
+    with pytest.raises(GenerationError, match="there is no audio"):
         listener.finish()
     with pytest.raises(AudioError, match="samples pushed to a listener"):
         listener.push(np.full(100, np.nan, np.float32))

@@ -23,13 +23,13 @@ from speechlm_ext.generation import GenerationRequest, SamplingSettings, StreamC
 from speechlm_ext.generation.commands.generate import GenerateConfig, run_generate
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.live import stream as stream_room
-from speechlm_ext.generation.live.incremental import TextPieces
+from speechlm_ext.generation.live.incremental import TextDecoder
 from speechlm_ext.tokenizers import HuggingFaceText, SentencePieceText, TextConfig, TokenizerSet
 
 DELAYS = [None, (0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 3, 2), (2, 3, 2, 4)]
 SETTINGS = [
     SamplingSettings(greedy=True, max_len=7),
-    SamplingSettings(seed=11, temperature=1.3, top_k=4, min_len=3, max_len=14),
+    SamplingSettings(seed=11, temperature=1.3, top_k=4, min_len=3, max_len=9),
     SamplingSettings(seed=2, top_p=0.9, repetition_penalty=1.2, guidance=1.5, max_len=9),
 ]
 TTS = {"task": "codec_ssl_plain_tts", "text": "one two"}
@@ -86,21 +86,27 @@ def requests(settings: SamplingSettings) -> list[GenerationRequest]:
     ]
 
 
+def check_streams(model, settings: SamplingSettings) -> None:
+    """Streams of every kind of target equal the results of ``generate``."""
+    for request in requests(settings):
+        result = generate(model, [request], batch_size=1)[0]
+        columns = 4 if result.modality == "codec_ssl" else 1
+        for chunk_frames in (1, 4):
+            check(list(model.stream(request, chunk_frames=chunk_frames)), result, columns, chunk_frames)
+
+
 @pytest.mark.parametrize("delays", DELAYS, ids=str)
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
 def test_a_stream_is_generate_bit_for_bit(tokenizers, delays, number):
-    model = make_model(tokenizers.make_layout("t", delays=delays), tokenizers, seed=number)
-    for request, chunk_frames in itertools.product(requests(SETTINGS[number]), (1, 4)):
-        result = generate(model, [request], batch_size=1)[0]
-        columns = 4 if result.modality == "codec_ssl" else 1
-        check(list(model.stream(request, chunk_frames=chunk_frames)), result, columns, chunk_frames)
+    model = make_model(tokenizers.make_layout("t", delays=delays), tokenizers, seed=number, num_layers=1)
+    check_streams(model, SETTINGS[number])
 
 
 @pytest.mark.parametrize("delays", DELAYS, ids=str)
 @pytest.mark.parametrize("chunk_frames", [1, 3])
 def test_chunks_come_as_soon_as_their_rows_are_there(tokenizers, delays, chunk_frames, monkeypatch):
     layout = tokenizers.make_layout("t", delays=delays)
-    model, steps = make_model(layout, tokenizers), []
+    model, steps = make_model(layout, tokenizers, num_layers=1), []
     step = Engine.step
     monkeypatch.setattr(Engine, "step", lambda self: (steps.append(1), step(self))[1])
     needed = []
@@ -116,14 +122,14 @@ class Rarely(Engine):
     """An engine that looks as seldom as on a GPU."""
 
     def __init__(self, model, num_slots):
-        super().__init__(model, num_slots, poll=8)
+        super().__init__(model, num_slots, poll_interval=8)
 
 
 def test_fewer_looks_at_a_gpu(model, monkeypatch):
     """Steps that are needed in any case are taken without a look between them; the tokens do not change."""
     looks = []
-    look = stream_room._look
-    monkeypatch.setattr(stream_room, "_look", lambda *a: (looks.append(1), look(*a))[1])
+    look = stream_room._poll
+    monkeypatch.setattr(stream_room, "_poll", lambda *a: (looks.append(1), look(*a))[1])
     monkeypatch.setattr(stream_room, "Engine", Rarely)
     request = GenerationRequest("a", **TTS, settings=SamplingSettings(seed=4, max_len=20, min_len=20))
     chunks = list(model.stream(request, chunk_frames=8))
@@ -154,8 +160,8 @@ def test_keywords_and_requests(model):
         ({"text": "x"}, "task missing"),
         ({**TTS, "top_k": 0}, "top_k must be an integer of at least 1"),
         ({**TTS, "chunk_frames": 0}, "chunk_frames must be an integer of at least 1, got 0"),
-        ({**TTS, "best_of": 2}, "best_of chooses among whole results"),
-        ({"task": "asr", "audio": make_wave(), "beam_size": 2}, "beam_size chooses among whole results"),
+        ({**TTS, "best_of": 2}, "best_of selects among whole results"),
+        ({"task": "asr", "audio": make_wave(), "beam_size": 2}, "beam_size selects among whole results"),
         ({"request": request, "text": "x"}, "a request or its fields"),
     ):
         with pytest.raises(GenerationError, match=message):
@@ -199,7 +205,7 @@ def engines(monkeypatch):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_stopping_early_frees_the_row(model, engines, guidance):
-    long = {**TTS, "min_len": 30, "max_len": 30, "guidance": guidance}
+    long = {**TTS, "min_len": 12, "max_len": 12, "guidance": guidance}
     model.train()
     try:
         chunks = model.stream(**long)
@@ -272,14 +278,14 @@ def byte_level() -> HuggingFaceText:
 def test_pieces_hold_whole_characters_only(kind, text):
     tokenizer = byte_level() if kind == "huggingface" else SentencePieceText.fit(["one two"], TextConfig(270))
     ids = tokenizer.encode(text)
-    pieces = TextPieces(tokenizer)
+    pieces = TextDecoder(tokenizer)
     said = [pieces.push(ids[i : i + 1])["text"] for i in range(len(ids))]
     said.append(pieces.push(ids[:0], end=True)["text"])
     assert "".join(said) == tokenizer.decode(ids) == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in said) and said[-1] == ""
     # A character cut off at the end is said as the whole text says it.
-    cut = TextPieces(tokenizer)
+    cut = TextDecoder(tokenizer)
     odd = tokenizer.encode("x漢")[:-1]
     assert cut.push(odd)["text"] == "x"
     assert "x" + cut.push(odd[:0], end=True)["text"] == tokenizer.decode(odd)
@@ -292,13 +298,13 @@ def test_text_that_is_taken_back_is_an_error():
         def decode(self, ids):
             return "do not" if len(ids) == 2 else "don't"
 
-    pieces = TextPieces(Fickle())
+    pieces = TextDecoder(Fickle())
     ids = np.zeros((1, 1), np.int32)
     assert pieces.push(ids)["text"] == "don't" and pieces.push(ids)["text"] == ""
     assert pieces.push(ids)["text"] == ""
-    pieces = TextPieces(Fickle())
+    pieces = TextDecoder(Fickle())
     pieces.push(ids)
-    with pytest.raises(GenerationError, match="changes what it said"):
+    with pytest.raises(GenerationError, match="changes emitted text"):
         pieces.push(ids, end=True)
 
 

@@ -13,7 +13,8 @@ from python_tests.generation.tools import make_layout, make_prompt, random_conte
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, generate
 from speechlm_ext.generation.engine.engine import decode
-from speechlm_ext.generation.requests.prompt import build_prompt, find_task, raw_content
+from speechlm_ext.generation.requests.encode_fields import raw_content
+from speechlm_ext.generation.requests.prompt import build_prompt
 from speechlm_ext.generation.requests.request import SamplingSettings
 from speechlm_ext.generation.search.beam import beam_search
 from speechlm_ext.layout import TokenLayout
@@ -32,27 +33,25 @@ def test_a_wide_beam_finds_the_best_of_all(delays, penalty, least, most):
     prompt = make_prompt(layout, "asr", [condition], settings=settings)
     start, _ = layout.interval("text_bpe")
     P, columns = len(prompt.frames_PS), [layout.sos_eos_id, *range(start, start + 4)]
+    sequences = [ids for count in range(least, most + 1) for ids in itertools.product(range(4), repeat=count)]
+    samples = []
+    for ids in sequences:
+        frames = np.full((len(ids) + 1, 3), layout.pad_id)
+        frames[:, 0] = [*(start + np.array(ids, dtype=np.int64)), layout.sos_eos_id]
+        samples.append(torch.from_numpy(np.concatenate([prompt.frames_PS, frames])))
+    batch = delay_pack(samples, delays=layout.delays, pad_ids=[layout.pad_id] * 3)
+    with torch.no_grad():
+        hidden = model.hidden(batch.ids, batch.position, batch.cu_seqlens)
+        all_logits = (hidden @ model.head.weight[columns].T).double()
     scored = []
-    for count in range(least, most + 1):
-        for said in itertools.product(range(4), repeat=count):
-            frames = np.full((count + 1, 3), layout.pad_id)
-            frames[:, 0] = [*(start + np.array(said, dtype=np.int64)), layout.sos_eos_id]
-            whole = torch.from_numpy(np.concatenate([prompt.frames_PS, frames]))
-            rows = delay_pack([whole], delays=layout.delays, pad_ids=[layout.pad_id] * 3).ids
-            with torch.no_grad():
-                hidden = model.hidden(
-                    rows, torch.arange(len(rows)), torch.tensor([0, len(rows)], dtype=torch.int32)
-                )
-            logits = (hidden @ model.head.weight[columns].T).detach()[P - 1 + layout.delays[0] :].double()
-            total = 0.0
-            for t in range(count + 1):
-                row = logits[t].clone()
-                if t < least:
-                    row[0] = float("-inf")
-                if t >= most:
-                    row[1:] = float("-inf")
-                total += float(row.log_softmax(0)[0 if t == count else 1 + said[t]])
-            scored.append((total / (count + 1) ** penalty, total, said))
+    for ids, first in zip(sequences, batch.cu_seqlens.tolist()[:-1], strict=True):
+        row = first + P - 1 + layout.delays[0]
+        logits = all_logits[row : row + len(ids) + 1].clone()
+        logits[:least, 0] = float("-inf")
+        logits[most:, 1:] = float("-inf")
+        log_p = logits.log_softmax(1)
+        total = sum(float(log_p[t, i]) for t, i in enumerate([*(1 + i for i in ids), 0]))
+        scored.append((total / (len(ids) + 1) ** penalty, total, ids))
     scored.sort(reverse=True)
     found = beam_search(model, prompt, 64, penalty, num_best=5)
     for one, (_, total, said) in zip(found, scored, strict=False):
@@ -110,8 +109,7 @@ def test_requests_ask_for_a_beam(tokenizers):
     ]
     a, b, c, d = generate(model, asked)
     for request, result in ((asked[0], a), (asked[3], d)):
-        template = find_task(request, model.tasks)
-        prompt = build_prompt(request, template, model.layout, tokenizers, 256)
+        prompt = build_prompt(request, model)
         (one,) = beam_search(model, prompt, 4, 0.5)
         np.testing.assert_array_equal(raw_content(one.content_TS, "text_bpe", model.layout), result.ids)
         assert result.logprob == one.logprob and result.text == tokenizers.text.decode(result.ids)
@@ -119,5 +117,5 @@ def test_requests_ask_for_a_beam(tokenizers):
     for bad in ({"temperature": 0.7}, {"top_k": 3}, {"greedy": True}, {"guidance": 2.0}, {"best_of": 2}):
         with pytest.raises(GenerationError, match="beam search"):
             SamplingSettings(beam_size=2, **bad)
-    with pytest.raises(GenerationError, match="beam_size must be an integer of at least 1"):
+    with pytest.raises(GenerationError, match="beam_size must be an integer from 1 to 1024, got 0"):
         SamplingSettings(beam_size=0)

@@ -12,9 +12,10 @@ import torch
 from python_tests.generation.conftest import make_model, make_wave
 from python_tests.generation.tools import make_layout, make_prompt, random_content
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
-from speechlm_ext.generation.engine.engine import Engine, Work, decode
+from speechlm_ext.generation.engine.engine import Engine, decode
+from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.requests import results_folder as records
-from speechlm_ext.generation.requests.prompt import build_prompt, find_task
+from speechlm_ext.generation.requests.prompt import build_prompt
 from speechlm_ext.tokenizers import TokenizerSet
 
 TTS = "codec_ssl_plain_tts"
@@ -24,13 +25,13 @@ def test_samples_are_those_of_the_seeds(model):
     settings = SamplingSettings(n_best=5, max_len=8, seed=3)
     beside = GenerationRequest("asr", "asr", audio=make_wave(0.3), settings=SamplingSettings(max_len=4))
     several = GenerationRequest("a", TTS, text="one two", settings=settings)
+    singles = [dataclasses.replace(settings, n_best=1, seed=3 + number) for number in range(5)]
+    expected = [generate(model, [dataclasses.replace(several, settings=s)], 1)[0] for s in singles]
     for batch_size in (1, 2, 4, 16):
         got, _ = generate(model, [several, beside], batch_size)
         results = [got, *got.alternatives]
         assert len(results) == 5 and all(r.alternatives == () for r in got.alternatives)
-        for number, one in enumerate(results):
-            single = dataclasses.replace(settings, n_best=1, seed=3 + number)
-            (alone,) = generate(model, [dataclasses.replace(several, settings=single)], 1)
+        for number, (one, alone) in enumerate(zip(results, expected, strict=True)):
             np.testing.assert_array_equal(one.ids, alone.ids)
             np.testing.assert_allclose(one.wav, alone.wav, atol=1e-6)
             assert one.logprob == pytest.approx(alone.logprob, abs=1e-3) and one.settings.seed == 3 + number
@@ -66,7 +67,7 @@ def test_a_prefill_is_shared_with_a_request_in_the_middle(model):
     engine = Engine(real, 3)
     found = {}
     for number, prompt in enumerate(prompts):
-        engine.admit([Work(number, prompt)])
+        engine.admit([DecodeJob(number, prompt)])
         for _ in range(3):
             engine.step()
             found |= {w.key: d for w, d in engine.collect()}
@@ -146,8 +147,7 @@ def test_a_given_target_is_scored_as_it_was_decoded(model):
             text = "one two"
             new = model.tokenizers.text.encode(text).reshape(-1, 1)
         given = dataclasses.replace(request, target_text=text, settings=SamplingSettings())
-        template = find_task(given, model.tasks)
-        prompt = build_prompt(given, template, model.layout, model.tokenizers, model.max_positions)
+        prompt = build_prompt(given, model)
         want, end = forced_logprobs(model, prompt)
         beside = GenerationRequest("t", TTS, text="one", settings=SamplingSettings(max_len=5))
         scored, _ = generate(model, [given, beside])

@@ -1,20 +1,21 @@
-"""``speechlm generate``: one request from the command line, or a file of requests into a results folder."""
+"""``speechlm generate``: a request of the command line, or a file of requests into a results folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import ConfigError, GenerationError
-from speechlm_ext.generation.commands.generate_stream import STDOUT, run_stream
+from speechlm_ext.generation.commands.generate_stream import CUT_NOTE, STDOUT, run_stream
 from speechlm_ext.generation.generate import generate
 from speechlm_ext.generation.requests.prompt import find_task
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
-from speechlm_ext.generation.requests.request_file import Line, RefusedRequest, read_requests
+from speechlm_ext.generation.requests.request_file import Line, RejectedRequest, read_requests
 from speechlm_ext.generation.requests.results_folder import ResultsFolder
 from speechlm_ext.generation.requests.settings import SamplingSettings
 from speechlm_ext.utils.console import argument_text
@@ -43,7 +44,7 @@ Each line of a requests file is one request, with sampling settings of its own:
   {"id": "u1", "task": "tts", "text": "three seven one", "seed": 3, "max_len_ratio": 20}
   {"id": "u2", "task": "asr", "audio": "clips/u2.wav", "lang": "en", "n_best": 2}
 
-A run that was stopped, in whatever way, goes on with the same command. The exit code is 1 when some requests failed."""
+If a run is interrupted in any way, rerun the same command to resume. The exit code is 1 if requests failed."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class GenerateConfig:
     """Generate text or speech with a trained model."""
 
     model: Path
-    """Model folder: a checkpoint, an export, or a folder downloaded from the Hub; of a run folder its newest
-    checkpoint is taken."""
+    """Model folder: a checkpoint, an export, or a folder downloaded from the Hub; a run folder stands for its newest
+    checkpoint."""
     task: str | None = None
-    """Task name or kind: tts, asr, textlm, audiolm, … With ``requests``: for lines that name none."""
+    """Task name or kind: tts, asr, textlm, audiolm, … With ``requests``: default of its lines."""
     text: str | None = None
     """Text to speak (tts), or to continue (textlm)."""
     audio: Path | None = None
@@ -64,65 +65,65 @@ class GenerateConfig:
     lang: str | None = None
     """Language code, kept in the record."""
     target_text: str | None = None
-    """Text that the task would end in: it is not generated but scored, token by token."""
+    """Target text to score token by token instead of generating one, for tasks that end in text."""
     target_audio: Path | None = None
-    """The same for a task that ends in speech: a recording."""
+    """Target recording to score, for tasks that end in speech."""
     output: Path | None = None
-    """Where the result goes: a wav file for speech; text is printed and also written here if given. With ``stream``,
+    """File of the result: a wav file for speech; text is printed, and also written here if given. With ``stream``,
     ``-`` sends raw 16-bit samples to standard output."""
     stream: bool = False
-    """Write the sound or text of one request while it is made: the wav file grows and is valid at every moment."""
+    """Write the audio or text of one request while it is decoded; the growing wav file is always valid."""
     chunk_frames: int = 1
-    """With ``stream``: fewest frames that are written at a time."""
+    """With ``stream``: minimum number of frames that are written at a time."""
     requests: Path | None = None
     """JSONL file of requests: id, task, text, audio, speaker_prompt, lang, target_text, target_audio, resample and any
     of the sampling settings below. Audio paths are relative to the file."""
     output_dir: Path | None = None
-    """Folder for ``results.jsonl`` and ``wav/`` of ``requests``; a stopped run goes on where it was."""
+    """Folder for ``results.jsonl`` and ``wav/`` of ``requests``; an interrupted run resumes."""
     batch_size: int = 16
     """Requests decoded at once."""
     greedy: bool | None = None
     """Take the most probable token. Default: true for text, false for speech."""
     temperature: float | list[float] | None = None
-    """Sampling temperature. Default for speech: 0.8. This, top_k, top_p, min_p and those of repetition also take a list
-    with a value for each stream, as in ``"[0.8,0.5,0.5]"``; a temperature of 0 in it is the most probable token."""
+    """Sampling temperature. Default for speech: 0.8. This, top_k, top_p, min_p and the repetition settings also take a
+    list with a value for each stream, as in ``"[0.8,0.5,0.5]"``; 0 in it takes the most probable token."""
     codec_temperature: float | None = None
-    """Temperature of the streams behind the first; 0 takes their most probable code. Default: as ``temperature``."""
+    """Temperature of all streams but the first; 0 takes their most probable code. Default: as ``temperature``."""
     top_k: int | list[int] | None = None
     """Sample among the k most probable tokens. Default for speech: 30."""
     top_p: float | list[float] | None = None
-    """Sample among the fewest tokens whose probabilities reach p."""
+    """Sample among the smallest set of tokens whose probabilities reach p."""
     min_p: float | list[float] | None = None
-    """Leave out tokens that are less probable than this times the most probable one."""
+    """Drop tokens that are less probable than this times the most probable one."""
     repetition_penalty: float | list[float] | None = None
-    """Makes ids that a stream had lately less probable; 1 is off, 1.1 is mild."""
+    """Makes recent ids of a stream less probable; 1 is off, 1.1 is mild."""
     repetition_window: int | list[int] | None = None
-    """Rows that the repetition penalty looks back; default 50."""
+    """Rows that the repetition penalty covers; default 50."""
     guidance: float | None = None
-    """Classifier-free guidance; 1 is off, 1.5 to 3 follow the text or voice more closely. Made for models that were
-    trained with conditions left out at times."""
+    """Classifier-free guidance; 1 is off, 1.5 to 3 follow the text or voice more closely. For models trained with
+    conditions dropped at random."""
     beam_size: int | None = None
-    """Beam search over so many beginnings, for text and units; default 1, off."""
+    """Number of beams, for text and units; default 1, off."""
     length_penalty: float | None = None
-    """Beam search compares log p / tokens^length_penalty; default 1, and 0 favours short targets."""
+    """Beam search compares log p / tokens^length_penalty; default 1; 0 favors short targets."""
     seed: int | None = None
-    """Seed of the draws; default 0."""
+    """Seed of the samples; default 0."""
     n_best: int | None = None
-    """Results of each request: with ``beam_size`` the best, else samples with seeds from ``seed`` on. Default 1."""
+    """Number of results: with ``beam_size`` the best, else samples with seeds from ``seed`` on. Default 1."""
     best_of: int | None = None
-    """Tries at speaking a text; the one that the model itself recognises best is kept. Default 1."""
+    """Number of tries at speaking a text; the result is the one that the model itself recognizes best. Default 1."""
     min_len: int | None = None
-    """Fewest new frames (text tokens or speech frames) before the end; default 1."""
+    """Minimum number of new frames (text tokens or speech frames); default 1."""
     min_len_ratio: float | None = None
-    """Fewest new frames as a multiple of the prompt's content frames, instead of ``min_len``."""
+    """Minimum as a multiple of the prompt's content frames, instead of ``min_len``."""
     max_len: int | None = None
-    """Most new frames; default: as many as the context holds, at most 2048."""
+    """Maximum number of new frames; default: what the context holds, up to 2048."""
     max_len_ratio: float | None = None
-    """Most new frames as a multiple of the prompt's content frames, instead of ``max_len``."""
+    """Maximum as a multiple of the prompt's content frames, instead of ``max_len``."""
     resample: bool = True
-    """Convert recordings of another sampling rate, which is said once; ``false`` makes them an error."""
+    """Convert recordings of another sampling rate and log it once; ``false`` makes them an error."""
     device: str = "auto"
-    """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA where there is a device."""
+    """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA if there is a device."""
     dtype: str = "auto"
     """``float32``, ``bfloat16``, or ``auto``: bfloat16 on CUDA, float32 on the CPU."""
     verify: bool = True
@@ -146,31 +147,30 @@ class GenerateConfig:
             one = ("text", "audio", "speaker_prompt", "target_text", "target_audio", "output")
             extra = [n for n in one if getattr(self, n) is not None]
             if extra:
-                raise ConfigError(
-                    f"{', '.join(extra)} cannot be given together with requests; put it in the file."
-                )
+                raise ConfigError(f"{', '.join(extra)} cannot be given with requests; put it in the file.")
             if self.output_dir is None:
                 raise ConfigError("requests needs output_dir, the folder for the results.")
 
     def sampling(self) -> dict[str, Any]:
-        """The sampling settings that were given."""
-        names = [f.name for f in dataclasses.fields(SamplingSettings)]
-        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        """The sampling settings that are not None."""
+        return self._not_none(f.name for f in dataclasses.fields(SamplingSettings))
 
     def defaults(self) -> dict[str, Any]:
-        """What a line of a requests file leaves out."""
-        more = {"task": self.task, "lang": self.lang, "resample": self.resample}
-        return self.sampling() | {name: value for name, value in more.items() if value is not None}
+        """Values for lines of a requests file that leave them out."""
+        return self.sampling() | self._not_none(("task", "lang", "resample"))
+
+    def _not_none(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 def run_generate(cfg: GenerateConfig) -> int:
-    """Serve what the config asks for.
+    """Generate what the config asks for.
 
     Returns:
-        0, or 1 when some requests of a file failed (their errors stand in the records).
+        0, or 1 if requests of a file failed; their records hold the errors.
 
     Raises:
-        SpeechLMError: the model or the requests cannot be read, or the one request failed.
+        SpeechLMError: the model or the requests cannot be read, or the single request failed.
     """
     settings = SamplingSettings(**cfg.sampling())
     cfg = dataclasses.replace(cfg, model=find_model_folder(cfg.model))
@@ -188,13 +188,16 @@ def run_generate(cfg: GenerateConfig) -> int:
         target_text=argument_text(cfg.target_text),
         target_audio=cfg.target_audio,
     )
-    model = load_model(cfg)
-    template = find_task(request, model.tasks)
-    is_scored = cfg.target_text is not None or cfg.target_audio is not None
+    return _run_one(cfg, request, load_model(cfg))
+
+
+def _run_one(cfg: GenerateConfig, request: GenerationRequest, model: SpeechLMModel) -> int:
+    is_scored = request.given_target is not None
     if is_scored and (cfg.output is not None or cfg.stream):
         raise ConfigError("a given target is scored and makes no file; leave out output and stream.")
-    if template.targets[-1].modality.startswith("codec") and cfg.output is None and not is_scored:
-        raise ConfigError(f"task {cfg.task!r} makes speech; say where to write it with -o out.wav.")
+    modality = find_task(request, model.tasks).targets[-1].modality
+    if modality.startswith("codec") and cfg.output is None and not is_scored:
+        raise ConfigError(f"task {cfg.task!r} makes speech; name the file to write with -o out.wav.")
     if cfg.stream:
         return run_stream(model, request, cfg.output, cfg.chunk_frames)
     result = generate(model, [request])[0]
@@ -221,9 +224,7 @@ def load_model(cfg: GenerateConfig) -> SpeechLMModel:
     except RuntimeError:
         raise ConfigError(f"device must be auto, cpu or cuda[:N], got {cfg.device!r}.") from None
     if on_gpu and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device {cfg.device} was asked for but torch sees no CUDA device; use cpu or auto."
-        )
+        raise ConfigError(f"device is {cfg.device}, but torch finds no CUDA device; use cpu or auto.")
     model = model_folder.load_model(cfg.model, SpeechLMModel, device, verify=cfg.verify)
     if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and on_gpu):
         model = model.to(torch.bfloat16)
@@ -245,11 +246,11 @@ def _run_file(cfg: GenerateConfig, lines: list[Line]) -> int:
     try:
         requests = [line for line in lines if isinstance(line, GenerationRequest)]
         for line in lines:
-            if isinstance(line, RefusedRequest):
-                folder.refuse(line)
+            if isinstance(line, RejectedRequest):
+                folder.add_rejected(line)
         todo = [r for r in requests if not folder.is_done(r)]
         if len(todo) < len(requests):
-            print(f"{len(requests) - len(todo)} of {len(lines)} requests are done already.", file=sys.stderr)
+            print(f"{len(requests) - len(todo)} of {len(lines)} requests are already done.", file=sys.stderr)
 
         def keep(index: int, result: GenerationResult) -> None:
             folder.add(todo[index], result)
@@ -259,43 +260,39 @@ def _run_file(cfg: GenerateConfig, lines: list[Line]) -> int:
     finally:
         folder.release()
     failed = [line for line in lines if folder.records[line.id]["finished"] == "failed"]
-    print(f"{len(lines) - len(failed)} of {len(lines)} requests served: {path}", file=sys.stderr)
+    print(f"{len(lines) - len(failed)} of {len(lines)} requests succeeded: {path}", file=sys.stderr)
     for line in failed[:5]:
         print(f"failed: {folder.records[line.id]['error']}", file=sys.stderr)
     if len(failed) > 5:
-        print(f"… and {len(failed) - 5} more; their errors stand in {path}.", file=sys.stderr)
+        print(f"… and {len(failed) - 5} more; {path} has their errors.", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _write_one(result: GenerationResult, output: Path | None) -> None:
-    """Print text, write speech; say on stderr what became of it. Of several results each is printed or written."""
+    """Print the text or write the speech of a result and its alternatives, with notes on stderr."""
     results = [result, *result.alternatives]
     for one in results:
         if one.finished == "failed":
             raise GenerationError(one.error or "the request failed.")
     if any(one.finished == "max_len" for one in results):
-        print(
-            "note: the model did not end by itself; the result was cut at the longest length.",
-            file=sys.stderr,
-        )
-    if result.wav is not None and result.sample_rate:
-        if output is None:
-            raise ConfigError(f"task {result.task!r} makes speech; say where to write it with -o out.wav.")
-        for number, one in enumerate(results, 1):
-            assert one.wav is not None and one.sample_rate is not None
-            path = output if number == 1 else output.with_stem(f"{output.stem}.{number}")
-            write_wav(path, one.wav, one.sample_rate)
-            seconds = len(one.wav) / one.sample_rate
-            print(f"wrote {path}: {seconds:.2f} s of speech in {one.seconds:.2f} s.", file=sys.stderr)
+        print(CUT_NOTE, file=sys.stderr)
+    if result.wav is None:
+        text = "\n".join(_text_of(one) for one in results)
+        print(text)
+        if output is not None:
+            atomic_write_text(output, text + "\n")
         return
-    text = "\n".join(_said(one) for one in results)
-    print(text)
-    if output is not None:
-        atomic_write_text(output, text + "\n")
+    assert output is not None
+    for number, one in enumerate(results, 1):
+        assert one.wav is not None and one.sample_rate is not None
+        path = output if number == 1 else output.with_stem(f"{output.stem}.{number}")
+        write_wav(path, one.wav, one.sample_rate)
+        seconds = len(one.wav) / one.sample_rate
+        print(f"wrote {path}: {seconds:.2f} s of speech in {one.seconds:.2f} s.", file=sys.stderr)
 
 
-def _said(result: GenerationResult) -> str:
+def _text_of(result: GenerationResult) -> str:
     """The text, or ids where there is none."""
     if result.text is not None:
         return result.text
-    return " ".join(str(i) for i in result.ids.ravel().tolist()) if result.ids is not None else ""
+    return " ".join(map(str, [] if result.ids is None else result.ids.ravel().tolist()))

@@ -1,4 +1,4 @@
-"""``speechlm generate --stream``: one request whose sound or text is written while it is made."""
+"""``speechlm generate --stream``: writes the audio or text of one request while it is decoded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,82 +21,72 @@ if TYPE_CHECKING:
 
 #: As ``output``: raw samples to standard output.
 STDOUT = Path("-")
+CUT_NOTE = "note: the model did not end the result; it was cut at the maximum length."
 
 
 def run_stream(
     model: SpeechLMModel, request: GenerationRequest, output: Path | None, chunk_frames: int
 ) -> int:
-    """Serve the request.
+    """Generate and write one request.
 
     Args:
-        output: for speech a wav file, or ``-`` for raw 16-bit samples on standard output; text is printed as it comes
-            and, if a file is given, written there at the end.
+        output: for speech a wav file, or ``-`` for raw 16-bit samples on standard output; text is printed piece by
+            piece and, if a file is given, written there at the end.
 
     Returns:
-        0, or 1 if the reader of standard output went away.
+        0, or 1 if the reader of standard output closed it.
 
     Raises:
-        SpeechLMError: the request cannot be served, or failed on the way: what came before is written.
+        SpeechLMError: the request is rejected, or fails on the way; everything before the failure is written.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     chunks = stream(model, request, chunk_frames)
     try:
         with closing(chunks):  # type: ignore[type-var]
             first = next(chunks)
-            finished = (
-                _speak(first, chunks, output, begun)
-                if first.audio is not None and first.sample_rate is not None
-                else _print(first, chunks, output)
-            )
+            if first.sample_rate is None:
+                finished = _print(chain([first], chunks), output)
+            else:
+                assert output is not None
+                finished = _write_audio(chain([first], chunks), first.sample_rate, output, start)
     except BrokenPipeError:
-        # Python would complain again when it flushes standard output at its end.
+        # Python would report it again when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if finished == "max_len":
-        print(
-            "note: the model did not end by itself; the result was cut at the longest length.",
-            file=sys.stderr,
-        )
+        print(CUT_NOTE, file=sys.stderr)
     return 0
 
 
-def _speak(first: StreamChunk, rest: Iterator[StreamChunk], output: Path | None, begun: float) -> str | None:
-    """Write the samples of all chunks; returns how the last one finished."""
-    assert output is not None and first.sample_rate is not None
-    finished, heard = None, False
-    raw = output == STDOUT
-    with RawStream(sys.stdout.buffer) if raw else WavStream(output, first.sample_rate) as sink:
-        for chunk in _all(first, rest):
+def _write_audio(chunks: Iterator[StreamChunk], rate: int, output: Path, start: float) -> str | None:
+    """Write the samples of all chunks; returns ``finished`` of the last one."""
+    is_raw, finished = output == STDOUT, None
+    with RawStream(sys.stdout.buffer) if is_raw else WavStream(output, rate) as sink:
+        for chunk in chunks:
             if chunk.audio is not None and len(chunk.audio):
+                is_first = sink.num_samples == 0
                 sink.write(chunk.audio)
-                if not heard:
-                    seconds = time.perf_counter() - begun
+                if is_first:
+                    seconds = time.perf_counter() - start
                     print(f"first audio after {seconds:.3f} s", file=sys.stderr, flush=True)
-                    heard = True
             finished = chunk.finished
-    length, seconds = sink.num_samples / first.sample_rate, time.perf_counter() - begun
-    what = f"{first.sample_rate} Hz, 16-bit mono to standard output" if raw else str(output)
-    print(f"wrote {what}: {length:.2f} s of speech in {seconds:.2f} s.", file=sys.stderr)
+    place = f"{rate} Hz, 16-bit mono to standard output" if is_raw else str(output)
+    length, seconds = sink.num_samples / rate, time.perf_counter() - start
+    print(f"wrote {place}: {length:.2f} s of speech in {seconds:.2f} s.", file=sys.stderr)
     return finished
 
 
-def _print(first: StreamChunk, rest: Iterator[StreamChunk], output: Path | None) -> str | None:
-    """Print the text of all chunks, or ids where there is none; returns how the last one finished."""
-    finished, said = None, ""
-    for chunk in _all(first, rest):
+def _print(chunks: Iterator[StreamChunk], output: Path | None) -> str | None:
+    """Print the text of all chunks, or ids where there is none; returns ``finished`` of the last one."""
+    finished, text = None, ""
+    for chunk in chunks:
         piece = chunk.text
         if piece is None:
-            piece = "".join(
-                f"{' ' if said or n else ''}{i}" for n, i in enumerate(chunk.ids.ravel().tolist())
-            )
+            piece = "".join(f" {i}" for i in chunk.ids.ravel().tolist())
+            piece = piece if text else piece.removeprefix(" ")
         print(piece, end="", flush=True)
-        said, finished = said + piece, chunk.finished
+        text, finished = text + piece, chunk.finished
     print(flush=True)
     if output is not None:
-        atomic_write_text(output, said + "\n")
+        atomic_write_text(output, text + "\n")
     return finished
-
-
-def _all(first: StreamChunk, rest: Iterator[StreamChunk]) -> Iterator[StreamChunk]:
-    yield first
-    yield from rest

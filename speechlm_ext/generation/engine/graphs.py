@@ -1,10 +1,10 @@
-"""CUDA graphs of the decode step: one launch instead of hundreds, for every size that comes up.
+"""CUDA graphs of the decode step: one launch instead of hundreds, for each size.
 
-A graph is captured for a number of slots, a number of keys, and the streams and products of the head that are read.
-Slots are rounded up to a power of two and keys to a multiple of 256, so that few graphs serve all batches: a slot
-without a request is fill for the sampler, and keys behind a request's rows are masked out. A size is first run without
-a graph, which lets the libraries set themselves up, and captured when it comes again. Random numbers follow the rows
-that are counted on the device, so each replay draws new ones.
+A graph is captured for a number of slots, a number of keys, and the calls and products of the head that are read. Slots
+are rounded up to a power of two and keys to a multiple of 256, so that few graphs serve all batches: slots without a
+request emit padding, and keys after a request's rows are masked. A size runs once without a graph, in which libraries
+initialize, and is captured when it recurs. Random numbers depend on row counters on the device, so each replay draws
+new ones.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from speechlm_ext.model.attention.kv_cache import KVCache
 from speechlm_ext.ops import SampledStep
 
 KEYS = 256
-#: For each call of the head in a step, the products that are read (None: all). A model with a frame transformer calls
-#: it once for each stream that is sampled, others once for all.
+#: For each call of the head in a step, the products that are read (None: all). A model with a frame transformer has one
+#: call for each sampled stream, others one for all.
 Calls = tuple[tuple[bool, ...] | None, ...]
 Size = tuple[int, int, Calls]
 
 
 class StepGraphs:
-    """The captured steps of an engine. On the CPU it runs the same padded sizes without capturing anything.
+    """The captured steps of an engine. On the CPU the same padded sizes run without capture.
 
     Args:
         step: computes one step for a number of slots, a number of keys, and calls of the head.
-        cache: what the steps read and write.
-        num_slots: most slots of a step.
+        cache: of keys and values, which the steps read and write.
+        num_slots: maximum number of slots of a step.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class StepGraphs:
         self._rows = 0
 
     def forget(self) -> None:
-        """Drop all graphs: the memory that they work on was replaced."""
+        """Drop all graphs; needed when memory that they use is replaced."""
         self._graphs.clear()
 
     def step(self, num_active: int, calls: Calls) -> SampledStep:
-        """A step for ``num_active`` requests and what fills the slots up."""
+        """Run a step for ``num_active`` requests, padded to a captured size."""
         cache = self._cache
         n = min(1 << (num_active - 1).bit_length(), self._num_slots)
         num_keys = -(-(cache.longest(num_active) + 1) // KEYS) * KEYS

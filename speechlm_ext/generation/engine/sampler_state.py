@@ -1,4 +1,4 @@
-"""The sampler's state for prompts: columns of the logits, scopes, settings and lengths of every request.
+"""The sampler's state of prompts: columns of the logits, scopes, settings and lengths of every request.
 
 Axes: B requests, G targets of a request, S streams, R forced rows, H rows of history.
 """
@@ -6,7 +6,8 @@ Axes: B requests, G targets of a request, S streams, R forced rows, H rows of hi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +19,20 @@ from speechlm_ext.generation.requests.settings import SamplingSettings
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops import DecodeState
 
-#: The packed tensors of a state that have a row for each request; the history is written before it is read.
-GIVEN = ("sampling", "choice", "limits", "request", "guidance", "progress", "forced")
-ROWS = (*GIVEN, "history", "history_logprob")
+#: The tensors of a state with a row for each request that a new request sets.
+INPUTS = ("sampling", "choice", "limits", "request", "guidance", "progress", "forced")
+#: All tensors with a row for each request. A history is written before it is read.
+ROWS = (*INPUTS, "history", "history_logprob")
 
 
 class Columns:
-    """Which ids the logits' columns stand for: per stream the union of what some modalities may have there.
+    """The ids of the logits' columns: per stream the union of the id ranges of some modalities.
 
     Columns ascend by id, so the first column among equals is the lowest id.
 
     Attributes:
-        modalities: what may be generated.
-        ranges: per stream the id ranges, the end among stream 0's.
+        modalities: of the targets.
+        ranges: per stream the id ranges, the end token among stream 0's.
         ids: per stream int64 ``[V_s]``; a stream that none of the modalities uses has the pad alone, which is never
             read.
     """
@@ -42,7 +44,7 @@ class Columns:
         self.ids = [torch.cat([torch.arange(a, b) for a, b in parts]) for parts in self.ranges]
 
     def ranges_of(self, modalities: Iterable[str]) -> list[list[tuple[int, int]]]:
-        """Per stream the id ranges that some modalities may have there, the end among stream 0's, ascending."""
+        """Per stream the ascending id ranges of some modalities, the end token among stream 0's."""
         contents = [self.layout.content_ranges(m) for m in modalities]
         eos = {(self.layout.sos_eos_id, self.layout.sos_eos_id + 1)}
         return [
@@ -51,7 +53,7 @@ class Columns:
         ]
 
     def scope(self, modality: str) -> list[tuple[int, int]]:
-        """Per stream the ids that content of ``modality`` may have; (-1, -1) for none."""
+        """Per stream the id range of ``modality``; (-1, -1) without content."""
         return [(-1, -1) if r is None else r for r in self.layout.content_ranges(modality)]
 
 
@@ -65,43 +67,38 @@ def new_state(
 
     Args:
         columns: of the logits; they hold every target's modality.
-        forced: for each prompt the rows int64 ``[R_b, S]`` that are given, -1 where a token is to be sampled.
+        forced: for each prompt the known rows int64 ``[R_b, S]``, -1 where a token is sampled.
     """
-    layout = columns.layout
-    G, R = max(len(p.segments) for p in prompts), max(map(len, forced))
+    layout, S = columns.layout, columns.layout.num_streams
+    rows_BRS = np.full((len(prompts), max(map(len, forced)), S), -1, dtype=np.int64)
+    for b, rows in enumerate(forced):
+        rows_BRS[b, : len(rows)] = rows
     first = min(layout.delays)
 
-    def per_segment(value: object) -> Tensor:
-        rows = [[value(p, s) for s in _padded(p, G)] for p in prompts]  # type: ignore[operator]
-        return torch.tensor(rows)
-
     def per_stream(name: str, missing: float) -> Tensor:
-        return per_segment(lambda p, s: s.settings.per_stream(name, layout.num_streams, missing))
+        return _per_segment(prompts, lambda p, s: s.settings.per_stream(name, S, missing))
 
     repetition_penalty = per_stream("repetition_penalty", 1.0)
     is_off = repetition_penalty == 1
-    rows_BRS = np.full((len(prompts), R, layout.num_streams), -1, dtype=np.int64)
-    for b, rows in enumerate(forced):
-        rows_BRS[b, : len(rows)] = rows
     return DecodeState.new(
         len(prompts),
         scope_ids=columns.ids,
         delays=layout.delays,
-        pad_ids=[layout.pad_id] * layout.num_streams,
+        pad_ids=[layout.pad_id] * S,
         eos_id=layout.sos_eos_id,
-        scope=per_segment(lambda p, s: columns.scope(s.modality)),
+        scope=_per_segment(prompts, lambda p, s: columns.scope(s.modality)),
         num_segments=torch.tensor([len(p.segments) for p in prompts]),
-        markers=per_segment(lambda p, s: layout.marker_id(s.modality)),
-        temperature=per_segment(lambda p, s: _temperatures(s.settings, layout.num_streams)),
+        markers=_per_segment(prompts, lambda p, s: layout.marker_id(s.modality)),
+        temperature=_per_segment(prompts, lambda p, s: _temperatures(s.settings, S)),
         top_k=per_stream("top_k", 0),
         top_p=per_stream("top_p", 1.0).clamp(min=1e-30),  # not 0 in float32
         min_p=per_stream("min_p", 0.0),
         repetition_penalty=repetition_penalty,
         repetition_window=per_stream("repetition_window", 0).masked_fill(is_off, 0),
         seed=torch.tensor([p.segments[0].settings.seed for p in prompts]),
-        min_frames=per_segment(lambda p, s: s.min_new + (p.num_given if s is p.segments[0] else 0)),
-        max_frames=per_segment(lambda p, s: s.max_new + (p.num_given if s is p.segments[0] else 0)),
-        row_limit=per_segment(lambda p, s: s.row_limit - len(p.frames_PS) - first),
+        min_frames=_per_segment(prompts, lambda p, s: s.min_new + (p.num_given if s is p.segments[0] else 0)),
+        max_frames=_per_segment(prompts, lambda p, s: s.max_new + (p.num_given if s is p.segments[0] else 0)),
+        row_limit=_per_segment(prompts, lambda p, s: s.row_limit - len(p.frames_PS) - first),
         step=torch.tensor([p.num_given + first for p in prompts]),
         guidance=torch.tensor([float(p.segments[0].settings.guidance) for p in prompts]),
         forced=torch.from_numpy(rows_BRS),
@@ -111,13 +108,16 @@ def new_state(
     )
 
 
-def _padded(prompt: Prompt, num_segments: int) -> list[Segment]:
-    """The prompt's segments; the last one again where another prompt has more."""
-    return [*prompt.segments, *[prompt.segments[-1]] * (num_segments - len(prompt.segments))]
+def _per_segment(prompts: Sequence[Prompt], value: Callable[[Prompt, Segment], Any]) -> Tensor:
+    """``value`` of every segment: ``[B, G, ...]``; a prompt with fewer segments repeats its last one."""
+    G = max(len(p.segments) for p in prompts)
+    return torch.tensor(
+        [[value(p, p.segments[min(g, len(p.segments) - 1)]) for g in range(G)] for p in prompts]
+    )
 
 
 def _temperatures(settings: SamplingSettings, num_streams: int) -> list[float]:
-    """Of each stream; 0 is greedy."""
+    """Temperature of each stream; 0 is greedy."""
     if settings.greedy or settings.temperature is None:
         return [0.0] * num_streams
     first, *rest = settings.per_stream("temperature", num_streams, 0.0)
@@ -133,41 +133,53 @@ def slots(state: DecodeState, count: int) -> DecodeState:
 
 
 def resized(state: DecodeState, num_slots: int, segments: int, forced: int, rows: int) -> DecodeState:
-    """A state with at least these B, G, R and H; what it holds is kept, new requests are done."""
+    """A state with at least these B, G, R and H that keeps its values; added requests are done."""
 
-    def grown(x: Tensor, *sizes: int, value: float = 0) -> Tensor:
-        pads: list[int] = []
-        for size, wanted in reversed(list(zip(x.shape, (*sizes, *x.shape[len(sizes) :]), strict=True))):
-            pads += [0, max(0, wanted - size)]
-        return F.pad(x, pads, value=value) if any(pads) else x
-
-    old = state.progress.shape[0]
-    parts = {
-        name: grown(getattr(state, name), num_slots, segments) for name in ("sampling", "choice", "limits")
-    }
-    parts |= {name: grown(getattr(state, name), num_slots) for name in ("request", "guidance", "progress")}
-    parts["forced"] = grown(state.forced, num_slots, forced, value=-1)
-    parts["history"] = grown(state.history, num_slots, rows)
-    parts["history_logprob"] = grown(state.history_logprob, num_slots, rows, value=float("nan"))
-    if all(part is getattr(state, name) for name, part in parts.items()):
+    B, G = num_slots, segments
+    sizes = {"sampling": (B, G), "choice": (B, G), "limits": (B, G), "forced": (B, forced)}
+    sizes |= {"history": (B, rows), "history_logprob": (B, rows)}
+    fill = {"forced": -1, "history_logprob": float("nan")}
+    old = {name: getattr(state, name) for name in ROWS}
+    new = {name: _grown(x, sizes.get(name, (B,)), fill.get(name, 0)) for name, x in old.items()}
+    if all(new[name] is x for name, x in old.items()):
         return state
-    parts["progress"][old:, 4] = 1
-    return dataclasses.replace(state, **parts)
+    state = dataclasses.replace(state, **new)
+    state.done[len(old["progress"]) :] = 1
+    return state
 
 
-def sizes(state: DecodeState) -> tuple[int, int, int]:
-    """G, R and H of a state."""
-    return state.limits.shape[1], state.forced.shape[1], state.history.shape[1]
+def _grown(x: Tensor, sizes: Sequence[int], fill: float) -> Tensor:
+    """``x`` padded to at least ``sizes`` in its leading dimensions; itself if it has them."""
+    missing = [max(0, size - old) for size, old in zip(sizes, x.shape, strict=False)]
+    pads = [0, 0] * (x.dim() - len(missing)) + [pad for size in reversed(missing) for pad in (0, size)]
+    return F.pad(x, pads, value=fill) if any(pads) else x
 
 
-def corner(x: Tensor) -> tuple[slice, ...]:
-    """Where a tensor of this shape lies in a larger one."""
-    return tuple(slice(0, size) for size in x.shape)
+def with_columns(
+    old: DecodeState | None, prompts: Sequence[Prompt], columns: Columns, num_slots: int, device: torch.device
+) -> DecodeState:
+    """The state of ``num_slots`` requests for other columns of the logits; ``old`` gives everything else.
+
+    Args:
+        prompts: of the active requests; those that are not in ``old`` are done until :func:`put` sets them.
+    """
+    unknown = np.empty((0, columns.layout.num_streams), dtype=np.int64)
+    state = resized(new_state(prompts, columns, [unknown] * len(prompts), device), num_slots, 1, 0, 0)
+    state.done[:] = 1
+    if old is None:
+        return state
+    state = resized(state, num_slots, old.limits.shape[1], old.forced.shape[1], old.history.shape[1])
+    first_column, end_column = state.first_column.clone(), state.end_column.clone()
+    for name in ROWS:
+        values = getattr(old, name)
+        getattr(state, name)[tuple(slice(0, size) for size in values.shape)] = values
+    state.first_column[:], state.end_column[:] = first_column, end_column
+    return state
 
 
 def put(state: DecodeState, slot: int, other: DecodeState, row: int) -> None:
-    """Write request ``row`` of ``other``, which is no wider, into ``slot``."""
-    for name in GIVEN:
+    """Write request ``row`` of ``other``, whose sizes are not larger, into ``slot``."""
+    for name in INPUTS:
         into, new = getattr(state, name)[slot], getattr(other, name)[row]
         if new.dim() == 0 or into.shape == new.shape:
             into.copy_(new)

@@ -1,1 +1,1 @@
-"""Generation while it is decoded or heard: streams, dialogues, transcripts of audio that arrives."""
+"""Generation in real time: streams, dialogues, and transcripts of audio as it arrives."""

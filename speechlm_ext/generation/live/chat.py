@@ -1,13 +1,12 @@
-"""A dialogue: turns of text or speech, with one key/value cache that is kept from turn to turn.
+"""A dialogue: turns of text or speech, with one key/value cache for all turns.
 
-The sequence is ``[sos][task]``, then for each turn ``[role][marker] content``, the end token after what the model
-said, and ``max_delay`` fill frames. A reply reads only what was said since the last one: the rows before are in the
-cache, and are the rows that a fresh prefill of the whole dialogue would have.
+The sequence is ``[sos][task]``, then for each turn ``[role][marker] content``, the end token after a turn of the model,
+and ``max_delay`` pad frames. A reply prefills only the turns since the last one: the earlier rows are in the cache, as
+after a fresh prefill of the whole dialogue.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,13 @@ import numpy as np
 
 from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.generate import result_of
 from speechlm_ext.generation.live.session import Session, check_one_row
+from speechlm_ext.generation.requests.encode_fields import content_frames, encode_field
 from speechlm_ext.generation.requests.prompt import (
     Prompt,
-    content_frames,
-    encode_field,
+    pad_frames,
     plan_segments,
+    require_tokenizers,
     special_frame,
 )
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
@@ -30,13 +29,13 @@ from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.tasks import Entry, TaskTemplate
 
 ROLES = ("system", "user", "assistant")
-#: What a turn may be made of.
+#: Modalities of a turn.
 MODALITIES = ("text_bpe", "codec_ssl", "codec", "ssl")
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """What was said: ``result`` is None for turns that were given."""
+    """A turn of the dialogue; ``result`` is None unless the model generated it."""
 
     role: str
     modality: str
@@ -61,10 +60,7 @@ class Chat:
     """
 
     def __init__(self, model: SpeechLMModel, task: str) -> None:
-        if model.tokenizers is None:
-            raise GenerationError(
-                "a chat needs a model with tokenizers; load a model folder that contains tokenizers/."
-            )
+        self.tokenizers = require_tokenizers(model)
         self.model, self.layout, self.task = model, model.layout, task
         layout = model.layout
         self._frames = [special_frame(layout.sos_eos_id, layout), special_frame(layout.task_id(task), layout)]
@@ -90,8 +86,8 @@ class Chat:
         Args:
             audio: a recording, or a float waveform at the tokenizers' rate.
             role: ``system``, ``user`` or ``assistant``.
-            modality: default text_bpe for text, and for speech codec_ssl where the layout has it, else codec.
-            resample: convert recordings of another rate, said in the log; False makes them an error.
+            modality: default text_bpe for text, and for speech codec_ssl if the layout has it, else codec.
+            resample: convert recordings of another rate and log it; False makes them an error.
 
         Raises:
             GenerationError: neither or both of text and audio, an unknown role or modality, or content that gives no
@@ -107,20 +103,20 @@ class Chat:
         self._check(role, modality)
         name = f"turn {len(self.turns)}"
         request = GenerationRequest(name, self.task, text=text, audio=audio, resample=resample)
-        assert self.model.tokenizers is not None
         with says_conversions():
-            raw_TC = encode_field(request, field, modality, self.model.tokenizers)
-        if len(raw_TC) == 0:
-            raise GenerationError(f"{name}: {field} gives no {modality} tokens; it is empty or too short.")
+            raw_TC = encode_field(request, field, modality, self.tokenizers)
         frames_TS = content_frames(raw_TC, modality, self.layout, name)
-        self._open(role, modality)
-        self._frames += [frames_TS, self._fill()]
+        self._frames += [
+            *self._opening(role, modality),
+            frames_TS,
+            pad_frames(self.layout.max_delay, self.layout),
+        ]
         self.turns.append(Turn(role, modality, frames_TS))
 
     def reply(
         self, modality: str = "text_bpe", settings: SamplingSettings | None = None, role: str = "assistant"
     ) -> GenerationResult:
-        """Let the model say the next turn.
+        """Generate the next turn.
 
         Args:
             modality: of the reply: text_bpe, codec, codec_ssl or ssl.
@@ -144,34 +140,16 @@ class Chat:
             (),
             (Entry("text" if modality == "text_bpe" else "audio", modality),),
         )
-        kept = list(self._frames)
-        self._open(role, modality)
-        frames_PS = self.frames_TS
-        try:
-            context = self.model.max_positions
-            num_content = sum(len(turn.frames_TS) for turn in self.turns)
-            segments = plan_segments(
-                settings, template, len(frames_PS), num_content, self.layout, context, name
-            )
-            prompt = Prompt(name, template, frames_PS, 0, segments)
-            result, content_TS = self._decode(prompt)
-        except BaseException:
-            self._frames = kept
-            raise
-        if result.finished == "failed":
-            self._frames = kept
-            return result
-        end = special_frame(self.layout.sos_eos_id, self.layout)
-        self._frames += [content_TS, end, self._fill()]
-        self.turns.append(Turn(role, modality, content_TS, result))
+        opening = self._opening(role, modality)
+        frames_PS = np.concatenate([*self._frames, *opening])
+        num_content = sum(len(turn.frames_TS) for turn in self.turns)
+        segments = plan_segments(settings, template, len(frames_PS), num_content, self.model, name)
+        result, content_TS = self._session.generate(Prompt(name, template, frames_PS, 0, segments))
+        if result.finished != "failed":
+            end = special_frame(self.layout.sos_eos_id, self.layout)
+            self._frames += [*opening, content_TS, end, pad_frames(self.layout.max_delay, self.layout)]
+            self.turns.append(Turn(role, modality, content_TS, result))
         return result
-
-    def _decode(self, prompt: Prompt) -> tuple[GenerationResult, np.ndarray]:
-        begun = time.perf_counter()
-        decoded = self._session.decode(prompt)
-        request = GenerationRequest(prompt.id, self.task, settings=prompt.segments[0].settings)
-        seconds = time.perf_counter() - begun
-        return result_of(request, prompt, decoded, seconds, self.model), decoded.content_TS
 
     def _check(self, role: str, modality: str) -> None:
         if role not in ROLES:
@@ -182,11 +160,6 @@ class Chat:
                 f"modality must be one that the model has: {', '.join(known)}; got {modality!r}."
             )
 
-    def _open(self, role: str, modality: str) -> None:
-        marker = self.layout.marker_id(modality)
-        self._frames += [
-            special_frame(self.layout.special_id(role), self.layout), special_frame(marker, self.layout)
-        ]  # fmt: skip
-
-    def _fill(self) -> np.ndarray:
-        return np.full((self.layout.max_delay, self.layout.num_streams), self.layout.pad_id, dtype=np.int64)
+    def _opening(self, role: str, modality: str) -> list[np.ndarray]:
+        ids = (self.layout.special_id(role), self.layout.marker_id(modality))
+        return [special_frame(token_id, self.layout) for token_id in ids]

@@ -1,26 +1,24 @@
-"""Recognition while the audio still arrives: partial results, chunk by chunk.
+"""Recognition of audio as it arrives: partial results, chunk by chunk.
 
-Each chunk lengthens the recording; its tokens are the prompt's condition, which grows at its end. What the prompts have
-in common stays in the key/value cache, so a chunk costs the reading of its own frames and of the few before it that
-changed, and the decoding of the text. A partial result may change in its last words; ``stable`` is what two partial
-results in a row agree on (LocalAgreement, Liu et al. 2020, "Low-latency sequence-to-sequence speech recognition").
+The prompt's condition grows by each chunk's tokens. The rows that prompts share stay in the key/value cache, so a chunk
+costs the prefill of its own frames and of the few before it that changed, and the decoding of the text. The last words
+of a partial result may change; ``stable`` is the beginning on which two consecutive partial results agree
+(LocalAgreement, Liu et al. 2020, "Low-latency sequence-to-sequence speech recognition").
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import regex
 
 from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.generate import result_of
 from speechlm_ext.generation.live.session import Session, check_one_row
-from speechlm_ext.generation.requests.prompt import build_prompt, find_task
+from speechlm_ext.generation.requests.prompt import build_prompt, find_task, require_tokenizers
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
-from speechlm_ext.generation.requests.settings import SamplingSettings, number
+from speechlm_ext.generation.requests.settings import Range, SamplingSettings
 from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.utils.text import NO_SPACES
 
@@ -29,19 +27,19 @@ _UNIT = regex.compile(rf"(?={NO_SPACES})\X|(?:(?!{NO_SPACES})\S)+")
 
 @dataclass(frozen=True)
 class PartialText:
-    """What was understood so far."""
+    """Transcript of the audio so far."""
 
     text: str
     """Of all the audio so far; its end may still change."""
     stable: str
-    """The beginning that this and the partial result before agree on, in whole words, and in whole characters where a
-    script has no spaces. It only grows: a word is never taken back, even if later audio speaks against it."""
+    """The beginning on which this and the previous partial result agree, in whole words, and in whole characters in
+    scripts without spaces. It only grows: a word is never retracted, even if later audio contradicts it."""
     seconds: float
     """Seconds of audio so far."""
 
 
 class Listener:
-    """Transcribes audio as it comes.
+    """Transcribes audio as it arrives.
 
         listener = model.listen("asr", chunk_seconds=1.0)
         for samples in microphone:              # float32 at listener.sample_rate
@@ -56,7 +54,7 @@ class Listener:
         settings: of the text; default greedy.
 
     Raises:
-        GenerationError: no such task, or one that takes or gives something else.
+        GenerationError: no such task, or one with other conditions or targets.
     """
 
     def __init__(
@@ -66,18 +64,14 @@ class Listener:
         chunk_seconds: float = 1.0,
         settings: SamplingSettings | None = None,
     ) -> None:
-        if model.tokenizers is None:
-            raise GenerationError(
-                "listening needs a model with tokenizers; load a model folder that contains tokenizers/."
-            )
-        number(chunk_seconds, "chunk_seconds", "listening")
-        if not chunk_seconds > 0:
-            raise GenerationError(f"chunk_seconds must be above 0, got {chunk_seconds}.")
+        self.model, self.tokenizers = model, require_tokenizers(model)
+        seconds = Range(0, is_open=True)
+        if not seconds.holds(chunk_seconds):
+            raise GenerationError(f"chunk_seconds must be {seconds}, got {chunk_seconds!r}.")
         self.settings = settings or SamplingSettings()
         check_one_row(self.settings, "listening")
-        self.model, self.tokenizers = model, model.tokenizers
         self.template = find_task(GenerationRequest("audio", task), model.tasks)
-        (*conditions,), (*targets,) = self.template.conditions, self.template.targets
+        conditions, targets = self.template.conditions, self.template.targets
         if [e.field for e in conditions] != ["audio"] or [t.modality for t in targets] != ["text_bpe"]:
             raise GenerationError(
                 f"task {self.template.name} does not turn one recording into text; listening needs one that does."
@@ -88,10 +82,10 @@ class Listener:
         self._chunk = max(1, round(chunk_seconds * self.sample_rate))
         self._session = Session(model)
         self._wave = np.empty(0, dtype=np.float32)
-        self._heard, self._last, self._stable = 0, "", ""
+        self._num_done, self._last, self._stable = 0, "", ""
 
     def push(self, samples: np.ndarray) -> list[PartialText]:
-        """Take in audio; returns a partial result for each chunk that became whole.
+        """Take in audio; returns a partial result for each chunk that is complete now.
 
         Args:
             samples: ``[n]`` at ``sample_rate``, any number of them: floats in [-1, 1] or integer PCM.
@@ -103,25 +97,25 @@ class Listener:
             return []
         self._wave = np.concatenate([self._wave, check_wave(samples, "samples pushed to a listener")])
         out = []
-        while len(self._wave) - self._heard >= self._chunk:
-            self._heard += self._chunk
-            out.append(self._partial(self._wave[: self._heard]))
+        while len(self._wave) - self._num_done >= self._chunk:
+            self._num_done += self._chunk
+            out.append(self._partial(self._wave[: self._num_done]))
         return out
 
     def finish(self) -> GenerationResult:
-        """The result of the whole recording: that of the same request to ``generate``. The listener starts anew.
+        """The result of the whole recording, equal to that of ``generate``. The listener can be used again.
 
         Raises:
             GenerationError: nothing was pushed, or the context cannot hold it.
         """
         if len(self._wave) == 0:
-            raise GenerationError("nothing was heard: push audio before finish.")
+            raise GenerationError("there is no audio: push some before finish.")
         wave = self._wave
-        self._wave, self._heard, self._last, self._stable = wave[:0], 0, "", ""
-        return self._understand(wave)
+        self._wave, self._num_done, self._last, self._stable = wave[:0], 0, "", ""
+        return self._transcribe(wave)
 
     def _partial(self, wave: np.ndarray) -> PartialText:
-        text = self._understand(wave).text or ""
+        text = self._transcribe(wave).text or ""
         agreed = _common_words(self._last, text)
         before = _units(self._stable)
         if _units(agreed)[: len(before)] == before:
@@ -129,28 +123,23 @@ class Listener:
         self._last = text
         return PartialText(text, self._stable, len(wave) / self.sample_rate)
 
-    def _understand(self, wave: np.ndarray) -> GenerationResult:
-        begun = time.perf_counter()
+    def _transcribe(self, wave: np.ndarray) -> GenerationResult:
         request = GenerationRequest(
             "audio", self.template.name, audio=wave, audio_rate=self.sample_rate, settings=self.settings
         )
-        prompt = build_prompt(
-            request, self.template, self.model.layout, self.tokenizers, self.model.max_positions
-        )
-        decoded = self._session.decode(prompt)
-        if decoded.error is not None:
-            raise GenerationError(decoded.error)
-        result = result_of(request, prompt, decoded, 0.0, self.model)
-        return replace(result, seconds=time.perf_counter() - begun)
+        result, _ = self._session.generate(build_prompt(request, self.model))
+        if result.error is not None:
+            raise GenerationError(result.error)
+        return result
 
 
 def _units(text: str) -> list[str]:
-    """What is agreed on as a whole: words, and in scripts without spaces grapheme clusters (letter and marks)."""
+    """The units of agreement: words, and in scripts without spaces grapheme clusters (letter and marks)."""
     return _UNIT.findall(text)
 
 
 def _common_words(first: str, second: str) -> str:
-    """The whole units at the beginning that two texts share, as the second one has them."""
+    """The leading units that two texts share, with the second one's spacing."""
     end = 0
     for a, b in zip(_units(first), _UNIT.finditer(second), strict=False):
         if a != b.group():

@@ -1,8 +1,7 @@
-"""What is asked of a model and what it answers: requests and results.
+"""Requests to a model and their results, as frozen data.
 
-Both are frozen data, and so are the settings of a request (``settings.py``). A request is checked in two steps: what
-can be seen without a model (numbers, types) when it is made, and what needs the model (task, fields, lengths) when its
-prompt is built.
+A request is checked in two steps: numbers and types when it is made, and what needs the model (task, fields, lengths)
+when its prompt is built.
 """
 
 from __future__ import annotations
@@ -15,19 +14,21 @@ from typing import Any
 import numpy as np
 
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.requests.settings import SamplingSettings, integer
+from speechlm_ext.generation.requests.settings import SamplingSettings, check_integer
 from speechlm_ext.tasks import TaskTemplate
 
 #: Fields of a request that are a file or a waveform.
 RECORDINGS = ("audio", "speaker_prompt", "target_audio")
+#: The field of a request that holds each manifest field of a task.
+FIELD_NAMES = {"text": "text", "audio": "audio", "speaker": "speaker_prompt"}
 
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
-    """One thing to generate.
+    """One text or recording to generate.
 
-    ``text`` and ``audio`` are the task's conditions; for a task without conditions (text or audio
-    continuation) the one that is its target is the given beginning, or is left out to start from nothing.
+    ``text`` and ``audio`` are the task's conditions. A task without conditions (text or audio continuation) continues
+    the one that is its target, or starts from nothing if that is left out.
     """
 
     id: str
@@ -45,12 +46,12 @@ class GenerationRequest:
     audio_rate: int | None = None
     """Rate of waveforms given as arrays, in Hz; None: the tokenizers' own rate."""
     resample: bool = True
-    """Convert audio of another sampling rate, which is said in the log; False makes it an error."""
+    """Convert audio of another sampling rate and log it; False makes it an error."""
     target_text: str | None = None
-    """The target's text, for tasks that end in one: it is not generated but given, and the result has the
-    log-probability of each of its tokens and of the end."""
+    """Target text to score instead of generating one, for tasks that end in text: the result has the log-probability
+    of each of its tokens and of the end."""
     target_audio: str | Path | np.ndarray | None = None
-    """The same for tasks that end in speech: a recording."""
+    """Target recording to score, for tasks that end in speech."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -77,20 +78,25 @@ class GenerationRequest:
         if not isinstance(self.resample, bool):
             raise GenerationError(f"{where}: resample must be true or false, got {self.resample!r}.")
         if self.audio_rate is not None:
-            integer(self.audio_rate, "audio_rate", where, 1)
+            check_integer(self.audio_rate, "audio_rate", where, 1)
         if not isinstance(self.settings, SamplingSettings):
             raise GenerationError(
                 f"{where}: settings must be SamplingSettings, got {type(self.settings).__name__}."
             )
 
+    @property
+    def given_target(self) -> str | None:
+        """Name of the target field to score, None for a request that generates."""
+        return next((n for n in ("target_text", "target_audio") if getattr(self, n) is not None), None)
+
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str, folder: Path | None = None) -> GenerationRequest:
-        """Read a request from a JSON object; settings stand beside the other keys or under ``settings``.
+        """Read a request from a JSON object, with its settings among the other keys or under ``settings``.
 
         Args:
             data: ``id``, ``task``, ``text``, ``audio``, ``speaker_prompt``, ``lang``, ``resample``, settings.
             where: the object's place, for messages.
-            folder: what relative audio paths are relative to.
+            folder: base of relative audio paths.
 
         Raises:
             GenerationError: an unknown key, a missing one, or a value that cannot be used.
@@ -123,16 +129,16 @@ class GenerationRequest:
 
 @dataclass(frozen=True, eq=False)
 class GenerationResult:
-    """What came of a request. ``finished`` is ``eos`` (the model ended), ``max_len`` or ``failed``."""
+    """Result of a request. ``finished`` is ``eos`` (the model ended the target), ``max_len`` or ``failed``."""
 
     id: str
     task: str
-    """The trained task's name; the asked one if it could not be resolved."""
+    """The trained task's name; the request's own if no trained task has it."""
     finished: str
     modality: str | None = None
-    """Modality of the last target, whose content is in the fields below."""
+    """Modality of the last target, whose content the fields below hold."""
     text: str | None = None
-    """Decoded text of a text target, with a continuation's given part."""
+    """Decoded text of a text target; a continuation's includes the request's own text."""
     wav: np.ndarray | None = None
     """Decoded float32 waveform ``[T]`` of a speech target that has a codec."""
     sample_rate: int | None = None
@@ -140,64 +146,83 @@ class GenerationResult:
     ids: np.ndarray | None = None
     """Raw ids int32 ``[T, columns]`` (from 0, as the tokenizers count) of the whole target."""
     num_given: int = 0
-    """How many of the first frames of ``ids`` a continuation request gave."""
+    """Leading frames of ``ids`` that come from a continuation request itself."""
     chain: tuple[np.ndarray, ...] = ()
     """Raw ids of earlier targets, for tasks that produce several."""
     logprob: float | None = None
-    """Sum of log-probabilities (modality mask, temperature 1) of the tokens chosen, in all targets; of a given target
-    that of all its tokens and its end."""
+    """Sum of log-probabilities (modality mask, temperature 1) of the generated tokens of all targets; of all tokens and
+    the end of a scored target."""
     num_scored: int = 0
-    """Tokens that ``logprob`` sums over: generated codes and ends that were not forced."""
+    """Tokens that ``logprob`` sums over: generated codes, and ends that were not forced."""
     logprobs: np.ndarray | None = None
-    """Log-probability of each of ``ids``, float32 ``[T, columns]``; NaN for a given beginning."""
+    """Log-probability of each of ``ids``, float32 ``[T, columns]``; NaN for the first ``num_given`` frames."""
     end_logprob: float | None = None
-    """Of the last target's end: 0 where it was forced by the longest length."""
+    """Log-probability of the last target's end; 0 if the maximum length forced it."""
     seconds: float = 0.0
-    """Time from joining the decoder to the end."""
+    """Time in the decoder."""
     alternatives: tuple[GenerationResult, ...] = ()
     """With ``n_best``: the other results, in order."""
     settings: SamplingSettings | None = None
-    """The settings used, with the defaults filled in; with ``best_of`` the seed of the try that was kept."""
+    """The settings used, defaults included; with ``best_of`` the seed of the selected try."""
     tries: tuple[float, ...] = ()
     """With ``best_of``: log p(text | speech) of each try that did not fail, by the model's own recognition."""
     error: str | None = None
-    """Why it failed."""
+    """Reason of a failure."""
 
 
-def check_fields(request: GenerationRequest, template: TaskTemplate) -> None:
-    """Compare the given fields with those that a task takes.
+def check_request(request: GenerationRequest, template: TaskTemplate) -> None:
+    """Compare a request's fields and settings with its task.
 
     Raises:
-        GenerationError: a condition is missing or a field is given that the task does not take.
+        GenerationError: a condition is missing, a field is given that the task does not take, or settings that do not
+            apply to the task.
     """
-    where = f"request {request.id!r} (task {template.name})"
-    given = {
-        "text": request.text is not None,
-        "audio": request.audio is not None,
-        "speaker": request.speaker_prompt is not None,
-    }
-    option = {"text": "text", "audio": "audio", "speaker": "speaker_prompt"}
-    needed = {e.field for e in template.conditions}
-    for name in sorted(needed):
-        if not given[name]:
-            raise GenerationError(f"{where}: the condition {option[name]} is missing; the task needs it.")
+    where, settings = f"request {request.id!r} (task {template.name})", request.settings
+    needed = [FIELD_NAMES[field] for field in sorted({e.field for e in template.conditions})]
+    for name in needed:
+        if getattr(request, name) is None:
+            raise GenerationError(f"{where}: the condition {name} is missing; the task needs it.")
     if "text" in needed and not (request.text or "").strip():
         raise GenerationError(f"{where}: text is empty; give at least one word.")
-    allowed = needed or {template.targets[0].field}
-    for name, is_given in given.items():
-        if is_given and name not in allowed:
-            takes = ", ".join(option[n] for n in sorted(allowed))
+    allowed = needed or [FIELD_NAMES[template.targets[0].field]]
+    for name in FIELD_NAMES.values():
+        if getattr(request, name) is not None and name not in allowed:
             raise GenerationError(
-                f"{where}: {option[name]} is given but the task takes only {takes}; leave it out."
+                f"{where}: {name} is given but the task takes only {', '.join(allowed)}; leave it out."
             )
+    if settings.guidance != 1.0 and not template.conditions:
+        raise GenerationError(
+            f"{where}: guidance compares with and without conditions, and the task has none."
+        )
+    if settings.n_best > 1 and settings.resolved(template.targets[-1].modality).greedy:
+        raise GenerationError(
+            f"{where}: greedy gives one result; leave n_best out, or sample, or set beam_size."
+        )
+    if request.given_target is not None:
+        _check_given_target(request, template, where)
+
+
+def _check_given_target(request: GenerationRequest, template: TaskTemplate, where: str) -> None:
+    given = [name for name in ("target_text", "target_audio") if getattr(request, name) is not None]
+    target = template.targets[-1]
+    wanted = "target_text" if target.field == "text" else "target_audio"
+    if len(template.targets) > 1:
+        raise GenerationError(f"{where}: {given[0]} is for tasks with one target; this one has several.")
+    if given != [wanted]:
+        raise GenerationError(f"{where}: the task ends in {target.modality}; give {wanted}, not {given[0]}.")
+    choices = request.settings.changed("guidance", "beam_size", "n_best", "best_of")
+    if choices:
+        raise GenerationError(
+            f"{where}: {wanted} is scored, so nothing is sampled; leave out {', '.join(choices)}."
+        )
 
 
 def _check_unicode(text: str | None, name: str, where: str) -> None:
-    """JSON and file names can bring halves of characters, which can neither be tokenized nor written."""
+    """Refuse lone surrogates, which JSON and file names can hold: they can neither be tokenized nor written."""
     try:
         (text or "").encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise GenerationError(
-            f"{where}: {name} has a lone surrogate ({half}) at character {error.start}, which is no character."
+            f"{where}: {name} has a lone surrogate ({half}) at character {error.start}; remove it."
         ) from None

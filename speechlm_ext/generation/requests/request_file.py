@@ -1,11 +1,11 @@
-"""Files of requests: JSON lines, of which a bad one stops no other.
+"""Files of requests, one JSON object per line.
 
-A line that is no request becomes a :class:`RefusedRequest` with the reason; the others are served.
+A line that is no request becomes a :class:`RejectedRequest` with the reason; the others are unaffected.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,19 @@ from speechlm_ext.utils.files.json_lines import JsonLine, read_json_lines
 
 
 @dataclass(frozen=True)
-class RefusedRequest:
-    """A line of a requests file that cannot be served."""
+class RejectedRequest:
+    """A line of a requests file that is no request."""
 
     id: str
-    """The line's own id if it has one that is free, else ``line N``."""
+    """The line's own id if it is unique, else ``line N``."""
     error: str
     task: str = ""
-    """What the line asked for; empty if it does not say."""
+    """The line's task; empty without one."""
     data: dict[str, Any] = field(default_factory=dict)
     """The line, if it is a JSON object."""
 
 
-#: What may come of a line.
-Line = GenerationRequest | RefusedRequest
+Line = GenerationRequest | RejectedRequest
 
 
 def read_requests(path: str | Path, defaults: dict[str, Any]) -> list[Line]:
@@ -39,7 +38,7 @@ def read_requests(path: str | Path, defaults: dict[str, Any]) -> list[Line]:
         defaults: task, ``resample`` and sampling settings for lines that leave them out.
 
     Returns:
-        One entry per line that is not blank, in order; no id comes twice.
+        One entry per line that is not blank, in order; ids are unique.
 
     Raises:
         GenerationError: the file is missing, empty or not UTF-8.
@@ -51,14 +50,17 @@ def read_requests(path: str | Path, defaults: dict[str, Any]) -> list[Line]:
     entries: list[Line] = []
     seen: dict[str, int] = {}
     for line in lines:
-        where, number = f"{path}, line {line.number}", line.number
-        found, entry = _read_line(line, where, defaults, path.parent)
+        where = f"{path}, line {line.number}"
+        data, entry = _read_line(line, where, defaults, path.parent)
         if entry.id in seen:
-            again = f"{where}: id {entry.id!r} stands on line {seen[entry.id]} already."
-            entry = RefusedRequest("", again, data=found)
-        if not entry.id:
-            entry = RefusedRequest(_free(f"line {number}", seen), entry.error, data=found)  # type: ignore[union-attr]
-        seen[entry.id] = number
+            reason = f"{where}: line {seen[entry.id]} has the id {entry.id!r} already."
+            entry = RejectedRequest("", reason, data=data)
+        if isinstance(entry, RejectedRequest) and not entry.id:
+            name = f"line {line.number}"
+            while name in seen:
+                name += "'"
+            entry = replace(entry, id=name)
+        seen[entry.id] = line.number
         entries.append(entry)
     return entries
 
@@ -66,33 +68,25 @@ def read_requests(path: str | Path, defaults: dict[str, Any]) -> list[Line]:
 def _read_line(
     line: JsonLine, where: str, defaults: dict[str, Any], folder: Path
 ) -> tuple[dict[str, Any], Line]:
-    """The line's data, and the request or what is wrong with it; id ``""`` if it has none of its own."""
+    """The line's data, and its request or the reason of its rejection, with id ``""`` if it has none of its own."""
     try:
         data = line.object()
     except ValueError as error:
-        return {}, RefusedRequest("", f"{where}: {error}.")
-    nested = data.get("settings")
-    twice = sorted(set(data) & set(nested)) if isinstance(nested, dict) else []
-    if twice:
-        reason = (
-            f"{where}: {twice[0]!r} is given beside the other keys and under 'settings'; keep one of them."
-        )
-        return data, RefusedRequest(data["id"] if isinstance(data.get("id"), str) else "", reason, data=data)
-    mine = set(data) | (set(nested) if isinstance(nested, dict) else set())
-    # A length of the line's own takes the place of the default's, absolute or relative.
+        return {}, RejectedRequest("", f"{where}: {error}.")
+    settings = data.get("settings")
+    nested = set(settings) if isinstance(settings, dict) else set()
+    for name in sorted(set(data) & nested):
+        reason = f"{where}: {name!r} is given beside the other keys and under 'settings'; keep one of them."
+        return data, RejectedRequest(data["id"] if isinstance(data.get("id"), str) else "", reason, data=data)
+    given = set(data) | nested
+    # A length in the line, absolute or relative, replaces the default's.
     for pair in ({"max_len", "max_len_ratio"}, {"min_len", "min_len_ratio"}):
-        mine |= pair if mine & pair else set()
-    full = {name: value for name, value in defaults.items() if name not in mine} | data
+        given |= pair if given & pair else set()
+    full = {name: value for name, value in defaults.items() if name not in given} | data
     try:
         return data, GenerationRequest.from_dict(full, where, folder)
     except GenerationError as error:
         if "surrogate" in str(error):  # cannot be written again
-            return {}, RefusedRequest("", str(error))
+            return {}, RejectedRequest("", str(error))
         name, task = (str(full[n]) if isinstance(full.get(n), str) else "" for n in ("id", "task"))
-        return data, RefusedRequest(name, str(error), task, data)
-
-
-def _free(name: str, seen: dict[str, int]) -> str:
-    while name in seen:
-        name += "'"
-    return name
+        return data, RejectedRequest(name, str(error), task, data)

@@ -1,10 +1,10 @@
 """The results of a run as a folder: ``results.jsonl``, and ``wav/`` for speech.
 
 A record holds everything that scoring needs later: the request, the settings with their defaults, raw ids and their
-log-probabilities, text or audio path, how it ended, and which model made it. While a run is going on, records are
-appended to ``results.partial.jsonl``; at its end ``results.jsonl`` is written whole, in the order of the requests. A
-run that was stopped goes on where it was: a request is done when a record of the same request and model exists and did
-not fail. One run at a time may write into a folder, and a file with fewer requests loses nothing of an earlier one.
+log-probabilities, text or audio path, how it ended, and the model. During a run, records are appended to
+``results.partial.jsonl``; at its end ``results.jsonl`` is written whole, in the order of the requests. An interrupted
+run resumes: a request is done if a record of the same request and model exists and did not fail. One run at a time
+writes into a folder, and a run with fewer requests keeps the results of an earlier one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.requests.request import RECORDINGS, GenerationRequest, GenerationResult
-from speechlm_ext.generation.requests.request_file import RefusedRequest
+from speechlm_ext.generation.requests.request_file import RejectedRequest
 from speechlm_ext.utils.files.io import atomic_write_text, sha256_file, storage_error
 from speechlm_ext.utils.files.json_lines import json_lines
 from speechlm_ext.utils.files.json_shape import check_shape
@@ -37,11 +37,11 @@ VERSION = 1
 
 
 def request_dict(request: GenerationRequest) -> dict[str, Any]:
-    """A request as plain data; waveforms given as arrays are named by their hash."""
+    """A request as plain data, in which a hash stands for a waveform array."""
 
     def source(value: str | Path | np.ndarray | None) -> str | None:
         if isinstance(value, np.ndarray):
-            # With the type: the same bytes are other samples in another one.
+            # With the type: the same bytes are other samples in another type.
             digest = hashlib.sha256(f"{value.dtype.str} {value.shape} ".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
             return "array:" + digest.hexdigest()
@@ -60,27 +60,27 @@ def request_dict(request: GenerationRequest) -> dict[str, Any]:
 
 
 def fingerprint(request: GenerationRequest, model: dict[str, str]) -> str:
-    """sha256 of a request and the model that serves it; equal ones give equal tokens."""
+    """sha256 of a request and its model; equal ones give equal tokens."""
     data: dict[str, Any] = {"request": request_dict(request), "model": model}
     for name in RECORDINGS:
         value = getattr(request, name)
         if isinstance(value, np.ndarray) and request.audio_rate is not None:
             data["audio_rate"] = request.audio_rate
         if isinstance(value, (str, Path)) and os.path.isfile(value):
-            # By content: recordings of one length have one size.
+            # By content: recordings of equal length have equal sizes.
             with contextlib.suppress(OSError):
                 data[name] = sha256_file(value)
     return sha256_json(data)
 
 
 class ResultsFolder:
-    """Writes records as they come, and knows which requests are done.
+    """Writes records as requests end, and knows the requests that are done.
 
     Args:
-        folder: made if missing; locked until :meth:`release`, or the end of the process.
+        folder: created if missing; locked until :meth:`release`, or the end of the process.
         model_path: for the records.
         model_hash: sha256 of the weights.
-        identity: what else decides the tokens, for the records: the layout's hash, the dtype.
+        identity: the layout's hash and the dtype, on which tokens depend as well.
 
     Raises:
         GenerationError: an existing record file is not one of ours, or another run writes into the folder.
@@ -100,8 +100,8 @@ class ResultsFolder:
             raise storage_error(error, self.folder / RESULTS) from error
         try:
             with contextlib.suppress(OSError):  # a file system without locks
-                _take(self._lock, self.folder)
-            # A killed run leaves the file that it was writing under a name of its own.
+                _acquire(self._lock, self.folder)
+            # A killed run leaves the temporary file that it was writing.
             for path in (*self.folder.glob(f".{RESULTS}.*"), *self.folder.glob("wav/.*.wav")):
                 path.unlink(missing_ok=True)
             self.records.update(_read(self.folder / RESULTS, partial=False))
@@ -117,21 +117,20 @@ class ResultsFolder:
             self._lock = -1
 
     def is_done(self, request: GenerationRequest) -> bool:
-        """Whether this request was served by this model already, without failing, and its audio is there."""
+        """Whether a result of this request and model exists, has not failed, and has its audio."""
         record = self.records.get(request.id)
         if record is None or record.get("finished") == "failed":
             return False
-        marks = [self._fingerprint(request)]
-        if record.get("fingerprint") not in marks and request.resample:
-            # What was served without conversion, the default once, needed none.
-            marks.append(fingerprint(dataclasses.replace(request, resample=False), self._identity))
-        if record.get("fingerprint") not in marks:
-            return False
+        if record.get("fingerprint") != self._fingerprint(request):
+            # A result without conversion is also that of a request that allows it: none was needed.
+            plain = dataclasses.replace(request, resample=False)
+            if not request.resample or record.get("fingerprint") != fingerprint(plain, self._identity):
+                return False
         paths = [one.get("audio") for one in (record, *record.get("alternatives", []))]
         return all(path is None or (self.folder / path).is_file() for path in paths)
 
     def _fingerprint(self, request: GenerationRequest) -> str:
-        """Of a request of this run; its recordings are read once."""
+        """Fingerprint of a request, cached: its recordings are read once."""
         if request.id not in self._fingerprints:
             self._fingerprints[request.id] = fingerprint(request, self._identity)
         return self._fingerprints[request.id]
@@ -145,17 +144,8 @@ class ResultsFolder:
         alternatives = [
             self._outcome(one, result.id, number) for number, one in enumerate(result.alternatives, 2)
         ]
-        record = {
-            "version": VERSION,
-            "id": result.id,
-            "task": result.task,
-            "modality": result.modality,
-            **self._outcome(result, result.id),
-            **({"alternatives": alternatives} if alternatives else {}),
-            "request": request_dict(request),
-            "model": self.model,
-            "fingerprint": self._fingerprint(request),
-        }
+        outcome = self._outcome(result, result.id) | ({"alternatives": alternatives} if alternatives else {})
+        record = self._record(result, outcome, request_dict(request), self._fingerprint(request))
         path = self.folder / PARTIAL
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -168,7 +158,7 @@ class ResultsFolder:
         return record
 
     def _outcome(self, result: GenerationResult, request_id: str, number: int = 1) -> dict[str, Any]:
-        """What came of a request, or the ``number``-th of several results; its audio is written to ``wav/``."""
+        """The fields of a request's ``number``-th result; writes its audio to ``wav/``."""
         audio = None
         if result.wav is not None and result.wav.size and result.sample_rate:
             audio = f"wav/{file_name(request_id, '.wav', number=number)}"
@@ -191,31 +181,34 @@ class ResultsFolder:
             "error": result.error,
         }
 
-    def refuse(self, refused: RefusedRequest) -> None:
-        """Note a line of the requests file that is no request; it is read again in every run."""
-        text = {name: refused.data.get(name) for name in ("text", "lang")}
-        self.records[refused.id] = {
-            "version": VERSION,
-            "id": refused.id,
-            "task": refused.task,
-            "modality": None,
-            **self._outcome(GenerationResult(refused.id, refused.task, "failed", error=refused.error), ""),
-            "request": {"id": refused.id, "task": refused.task, "audio": refused.data.get("audio"), **text},
-            "model": self.model,
-            "fingerprint": None,
-        }
+    def add_rejected(self, rejected: RejectedRequest) -> None:
+        """Keep the record of a line that is no request. It is not written before :meth:`close`."""
+        result = GenerationResult(rejected.id, rejected.task, "failed", error=rejected.error)
+        request: dict[str, Any] = {"id": rejected.id, "task": rejected.task}
+        request |= {name: rejected.data.get(name) for name in ("audio", "text", "lang")}
+        self.records[rejected.id] = self._record(result, self._outcome(result, ""), request, None)
 
-    def close(self, requests: Sequence[GenerationRequest | RefusedRequest]) -> Path:
+    def _record(
+        self,
+        result: GenerationResult,
+        outcome: dict[str, Any],
+        request: dict[str, Any],
+        fingerprint: str | None,
+    ) -> dict[str, Any]:
+        head = {"version": VERSION, "id": result.id, "task": result.task, "modality": result.modality}
+        return head | outcome | {"request": request, "model": self.model, "fingerprint": fingerprint}
+
+    def close(self, requests: Sequence[GenerationRequest | RejectedRequest]) -> Path:
         """Write ``results.jsonl`` with the records of ``requests`` in their order.
 
-        Served requests that the file does not have, of an earlier run with a longer one, stay in the partial file, so
-        that they need not be served again; without any it is removed.
+        Results of other requests, of an earlier run with more of them, stay in the partial file, so that they need not
+        be decoded again; without any it is removed.
         """
         wanted = {r.id for r in requests}
-        served = {name: record for name, record in self.records.items() if record.get("fingerprint")}
-        others = [record for name, record in served.items() if name not in wanted]
+        decoded = {name: record for name, record in self.records.items() if record.get("fingerprint")}
+        others = [record for name, record in decoded.items() if name not in wanted]
         if others:  # nothing may be lost between the two writes
-            atomic_write_text(self.folder / PARTIAL, _lines(served.values()))
+            atomic_write_text(self.folder / PARTIAL, _lines(decoded.values()))
         atomic_write_text(self.folder / RESULTS, _lines(self.records[r.id] for r in requests))
         if others:
             atomic_write_text(self.folder / PARTIAL, _lines(others))
@@ -229,29 +222,29 @@ def _lines(records: Iterable[dict[str, Any]]) -> str:
 
 
 def _rounded(logprobs_TC: np.ndarray) -> list[list[float | None]]:
-    """Log-probabilities with five decimals; None where there is none, which JSON can say."""
+    """Log-probabilities with five decimals, and None for NaN, which JSON lacks."""
     return [[None if np.isnan(x) else round(float(x), 5) for x in row] for row in logprobs_TC]
 
 
 _OUTCOME = {"finished?": str, "audio?": str | None, "...": Any}
-#: What this module relies on in a record.
+#: The fields of a record that this module reads.
 _RECORD = {**_OUTCOME, "id": str, "fingerprint?": str | None, "alternatives?": [_OUTCOME]}
 
 
-def _take(lock: int, folder: Path) -> None:
+def _acquire(lock: int, folder: Path) -> None:
     import fcntl
 
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise GenerationError(
-            f"another run is writing into {folder}; wait for it, or choose another folder."
+            f"another run is writing into {folder}; wait for it, or use another folder."
         ) from None
 
 
 def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:
-    """Records by id. A partial file may end in the middle of a line, where its run was killed: the file is cut back to
-    its last whole line, so that the next record begins a new one."""
+    """Records by id. A partial file is truncated to its last complete line, since a killed run may leave a part of one
+    and the next record must start a new line."""
     if not path.is_file():
         return {}
     records: dict[str, dict[str, Any]] = {}
@@ -266,7 +259,6 @@ def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:
             records[record["id"]] = record
         except ValueError as problem:
             raise GenerationError(
-                f"{path}, line {line.number}: not a generation record: {problem}; choose another folder or remove the "
-                "file."
+                f"{path}, line {line.number}: not a generation record: {problem}; use another folder or delete it."
             ) from None
     return records

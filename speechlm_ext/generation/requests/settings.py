@@ -1,8 +1,8 @@
-"""How tokens are chosen and how long a target may be: the settings of a request.
+"""Settings of a request: how tokens are chosen and how long a target may be.
 
-Numbers are checked when settings are made, with the ranges that the sampler can hold, so that one request's values can
-never stop a batch. What needs the model (how many streams there are, what the context holds) is checked when the prompt
-is built. Lengths count content frames: text tokens for text, codec frames for speech.
+Numbers are checked when settings are made, within the ranges that the sampler can hold, so that one request cannot stop
+a batch. What needs the model (number of streams, context) is checked when the prompt is built. Lengths count content
+frames: text tokens for text, codec frames for speech.
 
 Axes: S streams.
 """
@@ -13,22 +13,80 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from speechlm_ext.errors import GenerationError
 
-#: Longest target when neither the request nor the model's context says less.
+#: Maximum length of a target when neither the request nor the model's context sets one.
 DEFAULT_MAX_LEN = 2048
-#: Most tries, results or beginnings of one request: each takes a row of the batch.
+#: Maximum of a request's tries, results or beams: each takes a row of the batch.
 MAX_ROWS = 1024
 #: The sampler counts rows and ids in 32 bits.
 MAX_COUNT = 2**31 - 1
-#: Settings that may be a list with a value for each stream.
-PER_STREAM = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_window")
 
 _WHERE = "sampling settings"
+
+
+class Range(NamedTuple):
+    """Values that a setting may have, both ends included."""
+
+    low: float
+    high: float = math.inf
+    is_integer: bool = False
+    per_stream: bool = False
+    """One value for all streams, or one for each."""
+    is_open: bool = False
+    """Without ``low`` itself."""
+    or_zero: bool = False
+    """0 is allowed besides."""
+
+    def __str__(self) -> str:
+        kind = ("0 or " if self.or_zero else "") + ("an integer" if self.is_integer else "a finite number")
+        high = self.high if self.is_integer else f"{self.high:g}"
+        if self.is_open:
+            return f"{kind} greater than {self.low:g}" + (
+                "" if self.high == math.inf else f" and at most {high}"
+            )
+        return (
+            f"{kind} of at least {self.low:g}"
+            if self.high == math.inf
+            else f"{kind} from {self.low:g} to {high}"
+        )
+
+    def holds(self, value: Any) -> bool:
+        """Whether ``value`` is such a number."""
+        kinds = (int, np.integer) if self.is_integer else (int, float, np.integer, np.floating)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) < math.inf:
+            return False
+        if value == 0 and self.or_zero:
+            return True
+        return (self.low < value if self.is_open else self.low <= value) and value <= self.high
+
+
+_COUNT = Range(1, is_integer=True)
+_RANGES = {
+    "temperature": Range(1e-3, 1e3, per_stream=True),
+    "codec_temperature": Range(1e-3, 1e3, or_zero=True),
+    "top_k": _COUNT._replace(per_stream=True),
+    "top_p": Range(0, 1, per_stream=True, is_open=True),
+    "min_p": Range(0, 1, per_stream=True),
+    "repetition_penalty": Range(1e-3, 1e3, per_stream=True),
+    "repetition_window": _COUNT._replace(per_stream=True),
+    "guidance": Range(0, 1e3),
+    "beam_size": _COUNT._replace(high=MAX_ROWS),
+    "length_penalty": Range(-10, 10),
+    "seed": Range(0, 2**63 - 1, is_integer=True),
+    "n_best": _COUNT._replace(high=MAX_ROWS),
+    "best_of": _COUNT._replace(high=MAX_ROWS),
+    "min_len": Range(0, is_integer=True),
+    "min_len_ratio": Range(0, is_open=True),
+    "max_len": _COUNT,
+    "max_len_ratio": Range(0, is_open=True),
+}
+#: Settings that may be a list with a value for each stream.
+PER_STREAM = tuple(name for name, values in _RANGES.items() if values.per_stream)
 
 
 @dataclass(frozen=True)
@@ -45,46 +103,46 @@ class SamplingSettings:
     greedy: bool | None = None
     """Take the most probable token (the lowest id among equals) and ignore the other choices."""
     temperature: float | Sequence[float] | None = None
-    """Divides the logits before sampling; from 0.001 to 1000. In a list 0 stands for the most probable token."""
+    """Divides the logits before sampling; from 0.001 to 1000. In a list, 0 takes the stream's most probable token."""
     codec_temperature: float | None = None
-    """Temperature of the streams behind the first one; 0 takes their most probable code. The first stream decides what
-    is said, the others how it sounds: sampling only the first varies the words' course and keeps the sound clean. None:
+    """Temperature of all streams but the first; 0 takes their most probable code. The first stream carries the words,
+    the others the sound: sampling only the first varies the wording's rhythm and keeps the sound clean. None:
     ``temperature`` for all streams."""
     top_k: int | Sequence[int] | None = None
     """Sample among the k most probable tokens only; >= 1."""
     top_p: float | Sequence[float] | None = None
-    """Sample among the fewest tokens whose probabilities reach p; 0 < p <= 1."""
+    """Sample among the smallest set of tokens whose probabilities reach p; 0 < p <= 1."""
     min_p: float | Sequence[float] | None = None
-    """Leave out tokens that are less probable than this times the most probable one; 0 <= p <= 1."""
+    """Drop tokens that are less probable than this times the most probable one; 0 <= p <= 1."""
     repetition_penalty: float | Sequence[float] = 1.0
     """Divides positive and multiplies negative logits of ids that the stream had in the last ``repetition_window``
     rows; > 0, 1 is off."""
     repetition_window: int | Sequence[int] = 50
-    """Rows that the repetition penalty looks back; 50 is a second at 50 frames a second."""
+    """Rows that the repetition penalty covers; 50 is a second at 50 frames a second."""
     guidance: float = 1.0
     """Classifier-free guidance: logits ``u + guidance (c - u)``, c with the task's conditions and u without them. 1 is
-    off; more costs a second row of the batch. Made for models that were trained with conditions left out at times."""
+    off; more costs a second row of the batch. For models trained with conditions dropped at random."""
     beam_size: int = 1
-    """Beam search over so many beginnings, for text and units; 1 is off. Takes no other choice of tokens."""
+    """Number of beams, for text and units; 1 is off. Excludes the sampling settings."""
     length_penalty: float = 1.0
-    """Beam search compares ``log p / tokens^length_penalty``; 0 favours short targets. From -10 to 10."""
+    """Beam search compares ``log p / tokens^length_penalty``; 0 favors short targets. From -10 to 10."""
     seed: int = 0
     """Draws depend on (seed, row, stream) alone: equal requests give equal tokens in any batch, and no two streams
     share a draw."""
     n_best: int = 1
-    """Results that are given back: with beam search the best ones, the best first; else samples with seeds from
-    ``seed`` on. The prompt is read once."""
+    """Number of results: with beam search the best ones, best first; else samples with seeds from ``seed`` on. The
+    prompt is prefilled once."""
     best_of: int = 1
-    """Tries at speaking a text, with seeds from ``seed`` on; the one in which the model itself recognises the text best
-    is kept. Needs a model that was trained on recognition too."""
+    """Number of tries at speaking a text, with seeds from ``seed`` on; the result is the one in which the model itself
+    recognizes the text best. Needs a model that is trained on recognition too."""
     min_len: int = 1
-    """Fewest content frames before the end may come; counted without a continuation's given part."""
+    """Minimum number of new content frames; a continuation's given frames do not count."""
     min_len_ratio: float | None = None
-    """Fewest content frames as a multiple of the prompt's content frames; instead of ``min_len``."""
+    """Minimum as a multiple of the prompt's content frames; instead of ``min_len``."""
     max_len: int | None = None
-    """Most content frames; the end is forced there. None: as many as the context holds, at most 2048."""
+    """Maximum number of new content frames, where the end is forced. None: what the context holds, up to 2048."""
     max_len_ratio: float | None = None
-    """Most content frames as a multiple of the prompt's content frames; instead of ``max_len``."""
+    """Maximum as a multiple of the prompt's content frames; instead of ``max_len``."""
 
     def __post_init__(self) -> None:
         if not (self.greedy is None or isinstance(self.greedy, bool)):
@@ -94,101 +152,66 @@ class SamplingSettings:
             value = getattr(self, name)
             if isinstance(value, (list, tuple, np.ndarray)):
                 object.__setattr__(self, name, tuple(np.asarray(value, dtype=object).tolist()))
-        self._check_choices()
-        self._check_search()
-        self._check_lengths()
-
-    def _check_choices(self) -> None:
-        for value in self.values("temperature"):
-            number(value, "temperature", _WHERE)
-            if not value > 0 and not (isinstance(self.temperature, tuple) and value == 0):
-                raise GenerationError(
-                    f"{_WHERE}: temperature must be greater than 0, got {value}; set greedy for "
-                    "the most probable token."
-                )
-            if value != 0:
-                _within(value, "temperature", 1e-3, 1e3)
+        for name, values in _RANGES.items():
+            self._check_range(name, values)
         if isinstance(self.temperature, tuple) and self.codec_temperature is not None:
             raise GenerationError(
                 f"{_WHERE}: temperature already has a value for each stream; leave codec_temperature out."
             )
-        if self.codec_temperature is not None:
-            number(self.codec_temperature, "codec_temperature", _WHERE)
-            if self.codec_temperature < 0:
-                raise GenerationError(
-                    f"{_WHERE}: codec_temperature must be 0 (the most probable code) or more, got "
-                    f"{self.codec_temperature}."
+        self._check_search()
+        self._check_lengths()
+
+    def _check_range(self, name: str, values: Range) -> None:
+        setting = getattr(self, name)
+        if setting is None and getattr(type(self), name) is None:  # the default
+            return
+        is_list = values.per_stream and isinstance(setting, tuple)
+        if is_list and name == "temperature":
+            values = values._replace(or_zero=True)
+        for value in setting if is_list else (setting,):
+            if not values.holds(value):
+                hint = (
+                    "; set greedy for the most probable token" if name == "temperature" and value == 0 else ""
                 )
-            if self.codec_temperature != 0:
-                _within(self.codec_temperature, "codec_temperature", 1e-3, 1e3)
-        for value in self.values("top_k"):
-            integer(value, "top_k", _WHERE, 1)
-        for value in self.values("top_p"):
-            number(value, "top_p", _WHERE)
-            if not 0 < value <= 1:
-                raise GenerationError(f"{_WHERE}: top_p must be greater than 0 and at most 1, got {value}.")
-        for name, least, most in (("min_p", 0, 1), ("repetition_penalty", 1e-3, 1e3), ("guidance", 0, 1e3)):
-            for value in self.values(name):
-                number(value, name, _WHERE)
-                _within(value, name, least, most)
-        for value in self.values("repetition_window"):
-            integer(value, "repetition_window", _WHERE, 1)
+                raise GenerationError(f"{_WHERE}: {name} must be {values}, got {value!r}{hint}.")
 
     def _check_search(self) -> None:
-        for name in ("beam_size", "n_best", "best_of"):
-            integer(getattr(self, name), name, _WHERE, 1, MAX_ROWS)
-        number(self.length_penalty, "length_penalty", _WHERE)
-        _within(self.length_penalty, "length_penalty", -10, 10)
-        integer(self.seed, "seed", _WHERE, 0)
-        if self.seed >= 2**63:
-            raise GenerationError(f"{_WHERE}: seed must be below 2**63, got {self.seed}.")
         if self.beam_size > 1:
-            names = ("greedy", "temperature", "codec_temperature", "top_k", "top_p", "min_p")
-            given = [n for n in names if getattr(self, n) is not None]
-            given += [n for n in ("guidance", "repetition_penalty", "best_of") if getattr(self, n) != 1]
+            sampling = ("greedy", "temperature", "codec_temperature", "top_k", "top_p", "min_p")
+            given = self.changed(*sampling, "guidance", "repetition_penalty", "best_of")
             if given:
                 raise GenerationError(f"{_WHERE}: beam search takes no {', '.join(given)}; leave it out.")
             if self.n_best > self.beam_size:
                 raise GenerationError(
                     f"{_WHERE}: n_best {self.n_best} needs a beam_size of at least as many, got {self.beam_size}."
                 )
-        for name in ("n_best", "best_of"):
-            if getattr(self, name) > 1 and self.greedy:
-                raise GenerationError(f"{_WHERE}: greedy gives one result; leave it out, or set {name} to 1.")
+        for name in self.changed("n_best", "best_of") if self.greedy else ():
+            raise GenerationError(f"{_WHERE}: greedy gives one result; leave it out, or set {name} to 1.")
         if self.n_best > 1 and self.best_of > 1:
             raise GenerationError(f"{_WHERE}: n_best and best_of are both given; give one of them.")
 
     def _check_lengths(self) -> None:
-        integer(self.min_len, "min_len", _WHERE, 0)
-        for name in ("min_len_ratio", "max_len_ratio"):
-            ratio = getattr(self, name)
-            if ratio is not None:
-                number(ratio, name, _WHERE)
-                if not ratio > 0:
-                    raise GenerationError(f"{_WHERE}: {name} must be greater than 0, got {ratio}.")
-        if self.min_len_ratio is not None and self.min_len != 1:
-            raise GenerationError(f"{_WHERE}: min_len and min_len_ratio are both given; give one of them.")
-        if self.max_len is not None:
-            integer(self.max_len, "max_len", _WHERE, 1)
-            if self.max_len_ratio is not None:
+        for name in ("min_len", "max_len"):
+            if self.changed(name) and getattr(self, f"{name}_ratio") is not None:
+                raise GenerationError(f"{_WHERE}: {name} and {name}_ratio are both given; give one of them.")
+        pairs = [("min_len_ratio", "max_len_ratio")]
+        if self.min_len_ratio is None:
+            pairs.append(("min_len", "max_len"))
+        for name_low, name_high in pairs:
+            low, high = getattr(self, name_low), getattr(self, name_high)
+            if low is not None and high is not None and low > high:
                 raise GenerationError(
-                    f"{_WHERE}: max_len and max_len_ratio are both given; give one of them."
+                    f"{_WHERE}: the target can never end: {name_low} {low} is more than {name_high} {high}."
                 )
-            if self.max_len < self.min_len:
-                raise GenerationError(
-                    f"{_WHERE}: the target can never end: min_len {self.min_len} is more than max_len "
-                    f"{self.max_len}."
-                )
-        if self.max_len_ratio is not None and (self.min_len_ratio or 0) > self.max_len_ratio:
-            raise GenerationError(
-                f"{_WHERE}: the target can never end: min_len_ratio {self.min_len_ratio} is more than max_len_ratio "
-                f"{self.max_len_ratio}."
-            )
 
-    def values(self, name: str) -> tuple[Any, ...]:
-        """What a setting says: its one value, those of all streams, or nothing."""
-        value = getattr(self, name)
-        return value if isinstance(value, tuple) else () if value is None else (value,)
+    def changed(self, *names: str) -> list[str]:
+        """Those of the settings ``names`` that differ from their defaults."""
+        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
+
+    @property
+    def num_tries(self) -> int:
+        """Sequences that are decoded for a request; a beam search is one."""
+        return 1 if self.beam_size > 1 else max(self.best_of, self.n_best)
 
     def per_stream(self, name: str, num_streams: int, missing: float) -> list[float]:
         """A setting's value for each stream, at most what the sampler can hold; ``missing`` where it is None."""
@@ -197,7 +220,7 @@ class SamplingSettings:
         return [min(v, MAX_COUNT) for v in values]
 
     def check_streams(self, names: Sequence[str], where: str) -> None:
-        """Compare lists with the streams of a layout. Raises :class:`GenerationError` for another number of values."""
+        """Raise :class:`GenerationError` unless lists have a value for each of the streams ``names``."""
         for name in PER_STREAM:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != len(names):
@@ -207,47 +230,37 @@ class SamplingSettings:
                 )
 
     def lengths(self, num_content: int, where: str) -> tuple[int, int]:
-        """Fewest and most frames of a target, for a prompt of ``num_content`` content frames.
+        """Minimum and maximum frames of a target, for a prompt of ``num_content`` content frames.
 
         Raises:
-            GenerationError: a ratio of nothing, or fewest is more than most.
+            GenerationError: a ratio without content, or a minimum above the maximum.
         """
-        for name in ("min_len_ratio", "max_len_ratio"):
-            if getattr(self, name) is not None and num_content == 0:
-                instead = name.removesuffix("_ratio")
-                raise GenerationError(f"{where}: {name} needs a prompt with content; give {instead} instead.")
-        least = self.min_len
-        if self.min_len_ratio is not None:
-            least = max(math.ceil(min(self.min_len_ratio * num_content, MAX_COUNT)), 1)
-        if self.max_len is not None:
-            most = self.max_len
-        elif self.max_len_ratio is not None:
-            most = max(math.ceil(min(self.max_len_ratio * num_content, MAX_COUNT)), 1)
-        else:
-            most = max(DEFAULT_MAX_LEN, least)
-        if most < least:
-            frames = f"the prompt's {num_content} frames"
-            low = f"min_len {least}" + (
-                ""
-                if self.min_len_ratio is None
-                else f", which is min_len_ratio {self.min_len_ratio} times {frames},"
-            )
-            high = (
-                f"max_len {most}"
-                if self.max_len is not None
-                else f"{most}, which is max_len_ratio {self.max_len_ratio} times {frames}"
-            )
-            raise GenerationError(f"{where}: the target can never end: {low} is more than {high}.")
-        return least, most
+        low, low_text = self._length("min_len", num_content, where)
+        high, high_text = self._length("max_len", num_content, where)
+        if self.max_len is None and self.max_len_ratio is None:
+            high = max(DEFAULT_MAX_LEN, low)
+        if high < low:
+            raise GenerationError(f"{where}: the target can never end: {low_text} is more than {high_text}.")
+        return low, high
+
+    def _length(self, name: str, num_content: int, where: str) -> tuple[int, str]:
+        """``min_len`` or ``max_len`` in frames, and its description."""
+        length, ratio = getattr(self, name), getattr(self, f"{name}_ratio")
+        if ratio is None:
+            return length or 0, f"{name} {length}"
+        if num_content == 0:
+            raise GenerationError(f"{where}: {name}_ratio needs a prompt with content; give {name} instead.")
+        length = max(math.ceil(min(ratio * num_content, MAX_COUNT)), 1)
+        return length, f"{name} {length} ({name}_ratio {ratio} times the prompt's {num_content} frames)"
 
     def resolved(self, modality: str) -> SamplingSettings:
-        """Settings with every choice made, for a target of ``modality``."""
-        if self.beam_size > 1:  # the search makes the choices
+        """Settings with the defaults of a target's ``modality`` filled in."""
+        if self.beam_size > 1:  # nothing is sampled
             return self
         if modality in ("text_bpe", "g2p"):
-            # Asking for a temperature or a cut, or for several samples, is asking to sample.
-            asks = any(c is not None for c in (self.temperature, self.top_k, self.top_p, self.min_p))
-            greedy = self.greedy if self.greedy is not None else not asks and self.n_best == 1
+            # A temperature, a cut or several results mean sampling.
+            samples = bool(self.changed("temperature", "top_k", "top_p", "min_p", "n_best"))
+            greedy = not samples if self.greedy is None else self.greedy
             temperature = 1.0 if self.temperature is None else self.temperature
             return dataclasses.replace(self, greedy=greedy, temperature=temperature)
         top_k = 30 if self.top_k is None and self.top_p is None else self.top_k
@@ -255,25 +268,8 @@ class SamplingSettings:
         return dataclasses.replace(self, greedy=bool(self.greedy), temperature=temperature, top_k=top_k)
 
 
-def integer(value: Any, name: str, where: str, least: int, most: int | None = None) -> None:
-    """Raise :class:`GenerationError` for what is not an integer from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise GenerationError(f"{where}: {name} must be an integer of at least {least}, got {value!r}.")
-    if most is not None and value > most:
-        raise GenerationError(f"{where}: {name} must be at most {most}, got {value!r}.")
-
-
-def number(value: Any, name: str, where: str) -> None:
-    """Raise :class:`GenerationError` for what is not a finite number."""
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    try:
-        is_finite = is_number and math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        is_finite = False
-    if not is_finite:
-        raise GenerationError(f"{where}: {name} must be a finite number, got {value!r}.")
-
-
-def _within(value: float, name: str, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise GenerationError(f"{_WHERE}: {name} must be from {least:g} to {most:g}, got {value}.")
+def check_integer(value: Any, name: str, where: str, low: int) -> None:
+    """Raise :class:`GenerationError` unless ``value`` is an integer of at least ``low``."""
+    values = Range(low, is_integer=True)
+    if not values.holds(value):
+        raise GenerationError(f"{where}: {name} must be {values}, got {value!r}.")

@@ -1,1 +1,1 @@
-"""Search above single samples: beams, and the best of several tries."""
+"""Search beyond single samples: beams, and the best of several tries."""

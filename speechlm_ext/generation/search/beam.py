@@ -1,8 +1,8 @@
 """Beam search for targets of one stream: text, or units.
 
-Of all ways to go on from ``beam_size`` beginnings the ``beam_size`` most probable are kept (Graves, "Sequence
-transduction with recurrent neural networks", 2012). A beginning that says the end leaves the beam; the search stops
-when no beginning that is left can beat the worst of ``beam_size`` ended ones, or at the longest length. Ended ones are
+Each step extends ``beam_size`` hypotheses by every token and keeps the ``beam_size`` most probable (Graves, "Sequence
+transduction with recurrent neural networks", 2012). A hypothesis with the end token leaves the beam; the search stops
+when none in the beam can beat the worst of ``beam_size`` ended ones, or at the maximum length. Ended hypotheses are
 compared by ``log p / n^length_penalty`` with n tokens, the end included (Wu et al. 2016 with the plain power).
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.engine.rows import Decoded, delayed_rows, failed
+from speechlm_ext.generation.engine.rows import Decoded, delayed_rows, failed_result
 from speechlm_ext.generation.engine.sampler_state import Columns
-from speechlm_ext.generation.requests.prompt import Prompt
+from speechlm_ext.generation.requests.prompt import Prompt, pad_frames
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model.lm import SpeechLMModel
 
@@ -35,17 +35,17 @@ class _Hypothesis:
 def beam_search(
     model: SpeechLMModel, prompt: Prompt, beam_size: int, length_penalty: float = 1.0, num_best: int = 1
 ) -> list[Decoded]:
-    """The best ways to say a target that lies in stream 0 alone.
+    """The most probable targets of stream 0.
 
     Args:
         model: in eval mode.
-        prompt: of a task with one target; its lengths hold, its sampling settings do not matter.
-        beam_size: beginnings that are kept, from 1.
-        length_penalty: 0 compares sums of log-probabilities, which favours short targets; 1 their mean.
-        num_best: results, at most ``beam_size``.
+        prompt: of a task with one target; its lengths apply, its sampling settings do not.
+        beam_size: number of hypotheses in the beam, >= 1.
+        length_penalty: 0 compares sums of log-probabilities, which favors short targets; 1 their means.
+        num_best: number of results, at most ``beam_size``.
 
     Returns:
-        The best first. A request whose logits are not finite gives one ``failed`` result.
+        The results, best first; one ``failed`` result if the logits are not finite.
 
     Raises:
         GenerationError: a target of several streams, several targets, or numbers out of range.
@@ -80,7 +80,7 @@ def beam_search(
             message = (
                 f"{where}: the model's logits are not finite in row {len(prefix_RS) + len(beam[0].ids)}."
             )
-            return [failed(prompt, message, layout)]
+            return [failed_result(prompt, message, layout)]
         length = len(beam[0].ids)
         if length < segment.min_new:
             logits_BV = logits_BV.masked_fill(is_end, float("-inf"))
@@ -89,9 +89,9 @@ def beam_search(
         step_BV = logits_BV.double().log_softmax(-1)
         sums_B = torch.tensor([sum(h.logprobs) for h in beam], dtype=torch.float64, device=step_BV.device)
         total = (sums_B[:, None] + step_BV).flatten()
-        # Each beginning can end in one way, so twice as many hold enough that go on.
+        # Each hypothesis can end in one way, so twice as many candidates contain enough that continue.
         best = total.topk(min(2 * beam_size, int(torch.isfinite(total).sum())))
-        going, parents = list[_Hypothesis](), list[int]()
+        live, parents = list[_Hypothesis](), list[int]()
         for place, index in enumerate(best.indices.tolist()):
             parent, column = divmod(index, len(ids_V))
             token, logprob = int(ids_V[column]), float(step_BV[parent, column])
@@ -102,13 +102,13 @@ def beam_search(
             )
             if ends and place < beam_size:
                 done.append(new)
-            elif not ends and len(going) < beam_size:
-                going.append(new)
+            elif not ends and len(live) < beam_size:
+                live.append(new)
                 parents.append(parent)
         done = sorted(done, key=lambda h: -h.score(length_penalty))[:beam_size]
-        if len(done) == beam_size and _cannot_win(going, done[-1], length_penalty, segment.max_new + 1):
+        if len(done) == beam_size and _cannot_win(live, done[-1], length_penalty, segment.max_new + 1):
             break
-        beam = going
+        beam = live
         if beam:
             cache.reorder(parents)
             row_BS = torch.full((len(beam), layout.num_streams), layout.pad_id, device=model.device)
@@ -116,33 +116,28 @@ def beam_search(
     return [_decoded(prompt, prefix_RS, h, layout) for h in done[:num_best]]
 
 
-def _cannot_win(going: list[_Hypothesis], worst: _Hypothesis, penalty: float, longest: int) -> bool:
-    """No beginning can still come before the worst ended one: log-probabilities only fall, so at best nothing is
-    added, at the length that suits the score best."""
-    bounds = [sum(h.logprobs) / (longest if penalty > 0 else len(h.logprobs) + 1) ** penalty for h in going]
+def _cannot_win(live: list[_Hypothesis], worst: _Hypothesis, penalty: float, longest: int) -> bool:
+    """Whether no hypothesis can still beat the worst ended one: log-probabilities only fall, so its bound adds nothing,
+    at the length that favors it most."""
+    bounds = [sum(h.logprobs) / (longest if penalty > 0 else len(h.logprobs) + 1) ** penalty for h in live]
     return max(bounds, default=float("-inf")) <= worst.score(penalty)
 
 
 def _decoded(prompt: Prompt, prefix_RS: np.ndarray, found: _Hypothesis, layout: TokenLayout) -> Decoded:
-    segment, S = prompt.segments[0], layout.num_streams
-    said = [*found.ids, *([layout.sos_eos_id] if found.ended else [])]
-    new_RS = np.full((len(said), S), layout.pad_id, dtype=np.int64)
-    new_RS[:, 0] = said
-    rows_RS = np.concatenate([prefix_RS, new_RS])
-    given = prompt.num_given
-    content_TS = np.full((given + len(found.ids), S), layout.pad_id, dtype=np.int64)
-    content_TS[:given] = prompt.frames_PS[len(prompt.frames_PS) - given :]
-    content_TS[given:, 0] = found.ids
-    logprob_TS = np.full((len(content_TS), S), np.nan, dtype=np.float32)
-    logprob_TS[given:, 0] = found.logprobs[: len(found.ids)]
-    is_cut = len(found.ids) >= segment.max_new
-    scored = found.logprobs[: len(found.ids)] if is_cut else found.logprobs
+    count, num_given = len(found.ids), prompt.num_given
+    new_RS = pad_frames(count + found.ended, layout)
+    new_RS[:, 0] = [*found.ids, *[layout.sos_eos_id] * found.ended]
+    content_TS = np.concatenate([prompt.frames_PS[len(prompt.frames_PS) - num_given :], new_RS[:count]])
+    logprob_TS = np.full(content_TS.shape, np.nan, dtype=np.float32)
+    logprob_TS[num_given:, 0] = found.logprobs[:count]
+    is_cut = count >= prompt.segments[0].max_new
+    scored = found.logprobs[:count] if is_cut else found.logprobs
     return Decoded(
-        content_TS,
-        rows_RS,
-        "max_len" if is_cut else "eos",
-        float(sum(scored)),
-        len(scored),
-        logprob_TS,
-        found.logprobs[-1],
+        content_TS=content_TS,
+        rows_RS=np.concatenate([prefix_RS, new_RS]),
+        finished="max_len" if is_cut else "eos",
+        logprob=float(sum(scored)),
+        num_scored=len(scored),
+        logprob_TS=logprob_TS,
+        end_logprob=found.logprobs[-1],
     )

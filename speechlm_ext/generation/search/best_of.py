@@ -1,8 +1,8 @@
-"""Several tries at a sentence, and the one that the model itself understands best.
+"""Selects among several tries at a sentence the one that the model itself recognizes best.
 
-Speech is sampled, so now and then a word is left out or said twice. A model that was also trained to recognise speech
-can hear that: each try is laid out as a sample of the recognition task, and one forward pass gives
-log p(text | speech), the try's score. It works on tokens, before any waveform is made, and no other model is needed.
+Sampled speech sometimes drops or repeats a word. A model that is also trained to recognize speech detects that: each
+try becomes a sample of the recognition task, and one forward pass gives its score, log p(text | speech). This works on
+tokens, before any waveform is made, and needs no other model.
 """
 
 from __future__ import annotations
@@ -15,46 +15,24 @@ import torch
 
 from speechlm_ext.data.batch import Sample, SequencePacker
 from speechlm_ext.data.sequence import LossWeights, sequence_length
-from speechlm_ext.errors import GenerationError
+from speechlm_ext.generation.requests.prompt import recognition_task
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
 from speechlm_ext.model.lm import SpeechLMModel
-from speechlm_ext.tasks import Entry, TaskTemplate
+from speechlm_ext.tasks import TaskTemplate
 
-_TEXT = Entry("text", "text_bpe")
 _EQUAL = LossWeights(text=1.0, ssl=1.0, codec=1.0, special=1.0)
-
-
-def recognition_of(template: TaskTemplate, tasks: Sequence[TaskTemplate], where: str) -> TaskTemplate:
-    """The trained task that turns the speech which ``template`` produces back into its text.
-
-    Raises:
-        GenerationError: ``template`` does not turn text into speech, or there is no such task.
-    """
-    target = template.targets[-1]
-    if _TEXT not in template.conditions or target.modality not in ("codec", "codec_ssl", "ssl"):
-        raise GenerationError(
-            f"{where}: best_of chooses among tries at speaking a text; task {template.name} does not speak one."
-        )
-    for task in tasks:
-        if task.conditions == (target,) and task.targets == (_TEXT,):
-            return task
-    raise GenerationError(
-        f"{where}: best_of needs a model that was trained to recognise {target.modality} speech (a task with condition "
-        f"{target.field}/{target.modality} and target text/text_bpe); this one knows {[t.name for t in tasks]}."
-    )
 
 
 @torch.no_grad()
 def scores(model: SpeechLMModel, task: TaskTemplate, text: str, tries: Sequence[np.ndarray]) -> list[float]:
-    """How well the model recognises ``text`` in each try.
+    """Scores of how well the model recognizes ``text`` in each try.
 
     Args:
         task: the recognition task.
         tries: raw ids int ``[T, C]`` of the task's condition.
 
     Returns:
-        log p(text, end | try) in nats for each; minus infinity for an empty try and for one that the context cannot
-        hold.
+        log p(text, end | try) of each in nats; minus infinity if a try is empty or longer than the context.
     """
     assert model.tokenizers is not None and model.tokenizers.text is not None
     ids = model.tokenizers.text.encode(text)
@@ -88,15 +66,15 @@ def scores(model: SpeechLMModel, task: TaskTemplate, text: str, tries: Sequence[
 def choose(
     model: SpeechLMModel, request: GenerationRequest, tries: Sequence[GenerationResult]
 ) -> GenerationResult:
-    """The best of the tries, with all scores; the first of equals, a failed one only if all failed.
+    """The best of the tries, with all scores: the first among equals, a failed one only if all failed.
 
-    Tries that ended by themselves go before those that were cut at the longest length.
+    Tries that the model ended rank above those that the maximum length cut.
     """
     usable = [t for t in tries if t.finished != "failed" and t.ids is not None]
     if not usable:
         return tries[0]
     template = next(t for t in model.tasks if t.name == usable[0].task)
-    task = recognition_of(template, model.tasks, f"request {request.id!r}")
+    task = recognition_task(template, model.tasks, f"request {request.id!r}")
     found = scores(model, task, request.text or "", [t.ids for t in usable if t.ids is not None])
     best = max(range(len(usable)), key=lambda i: (usable[i].finished == "eos", found[i], -i))
     return replace(usable[best], tries=tuple(found), seconds=max(t.seconds for t in usable))
