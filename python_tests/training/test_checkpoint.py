@@ -65,7 +65,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def whole(folder: Path) -> None:
-    """A checkpoint that can be gone on from."""
+    """Check that a checkpoint can be resumed from."""
     ckpt.verify_files(folder)
     state = ckpt.read_state(folder)
     assert state.packs_consumed == 7 * state.step and folder.name == f"step-{state.step:08d}"
@@ -214,7 +214,7 @@ def test_the_message_names_a_checkpoint_that_is_finite(tmp_path: Path) -> None:
     save_file(moments, bad / "optimizer.safetensors")
     said = str(ckpt.diverged(run.root, 7, "x"))
     assert (
-        f"is {good}; the same command goes on from there (delete step-00000006, which cannot be used)."
+        f"is {good}; the same command resumes from it (delete step-00000006, which cannot be used)."
         in said
     )
     with pytest.raises(CheckpointError, match=r"'exp_avg.head.weight' .* is not finite.*--resume PATH"):

@@ -1,4 +1,4 @@
-"""``trainer_state.json``: where a run stands, and its strict reader."""
+"""``trainer_state.json``: the progress of a run, and its strict reader."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from speechlm_ext.utils.files.json_text import read_json
 
 @dataclass
 class TrainerState:
-    """All that a run needs besides weights and moments."""
+    """State of a run besides weights and moments."""
 
     step: int = 0
     """Optimizer steps done."""
     packs_consumed: int = 0
-    """Packs that all processes together have learnt from: the loader's whole state."""
+    """Packs that all processes together have consumed: the loader's whole state."""
     optimizer_step: float = 0.0
     """AdamW's own step counter, which its bias correction uses."""
     plan: str = ""
@@ -27,7 +27,7 @@ class TrainerState:
     seconds: float = 0.0
     """Training time so far, in seconds."""
     meter: dict[str, Any] | None = None
-    """The sums of the log interval that the checkpoint is in; see :class:`speechlm_ext.training.meter.Meter`."""
+    """Sums of the log interval under way; see :class:`speechlm_ext.training.meter.Meter`."""
 
 
 def read_state(folder: Path) -> TrainerState:

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.model.backbone.proof import examine
+from speechlm_ext.model.backbone.proof import probe_backbone
 
 DOCS = Path(__file__).parents[3] / "docs" / "training.md"
 BEGIN, END = "<!-- backbones: begin -->", "<!-- backbones: end -->"
@@ -125,7 +125,7 @@ def verdict(kind: str) -> str:
         name = type(error).__name__
         return f"refused: no small configuration of it can be made ({name})"
     try:
-        facts = examine(settings)
+        facts = probe_backbone(settings)
     except ConfigError as error:
         reason = str(error).split(" A SpeechLM on it")[0]
         for start in (f"model type {kind!r}: ", f"model type {kind!r} "):
@@ -134,12 +134,12 @@ def verdict(kind: str) -> str:
         reason = re.sub(r" \(by [^)]* of the largest\)", "", reason.rstrip(". "))
         reason = re.sub(r" \((\w+): .*\)$", r" (\1)", reason, flags=re.S)
         return f"refused: {reason}"
-    ends = facts.ends
+    transforms = facts.transforms
     extras = sorted({part for rule in facts.rules for part in rule.split(", ")})
-    extras += ["scaled embeddings"] if ends.embed_scale != 1 else []
-    extras += ["scaled logits"] if ends.logit_scale != 1 else []
-    extras += ["capped logits"] if ends.softcap is not None else []
-    extras += ["a bias on the logits"] if ends.has_bias else []
+    extras += ["scaled embeddings"] if transforms.embed_scale != 1 else []
+    extras += ["scaled logits"] if transforms.logit_scale != 1 else []
+    extras += ["capped logits"] if transforms.softcap is not None else []
+    extras += ["a bias on the logits"] if transforms.has_bias else []
     return "exact" + (f", with {', '.join(extras)}" if extras else "")
 
 

@@ -20,7 +20,7 @@ from speechlm_ext.model import LossSettings, ModelConfig
 from speechlm_ext.model.attention.kernels import Packing, packed_attention
 from speechlm_ext.model.attention.scores import ScoreRule
 from speechlm_ext.model.backbone.body import BackboneError, backbone_settings, max_positions
-from speechlm_ext.model.backbone.proof import examine
+from speechlm_ext.model.backbone.proof import probe_backbone
 from speechlm_ext.tokenizers.text.text import HuggingFaceText
 
 quiet()
@@ -112,10 +112,12 @@ def test_gradients_are_the_pretrained_models(kind: str, tmp_path: Path) -> None:
     )
     right.backward()
     hidden = model.hidden(*rows_of(*segments))
-    logits = model.ends.finish(F.linear(hidden / model.ends.logit_scale, model.head.weight[TEXT]))
-    ends = torch.tensor([13, 22])
+    logits = model.transforms.to_logits(
+        F.linear(hidden / model.transforms.logit_scale, model.head.weight[TEXT])
+    )
+    last = torch.tensor([13, 22])
     keep = torch.ones(23, dtype=torch.bool)
-    keep[ends] = False
+    keep[last] = False
     F.cross_entropy(logits[keep], torch.cat([s[1:] for s in segments]), reduction="sum").backward()
     ours = dict(model.backbone.named_parameters())
     for name, parameter in theirs.base_model.named_parameters():
@@ -295,8 +297,8 @@ def test_score_rules_match_their_definition(window: int | None, softcap: float |
 
 
 def test_examining_changes_no_random_state() -> None:
-    examine.__globals__["_examine"].cache_clear()
+    probe_backbone.__globals__["_probe"].cache_clear()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    examine(settings_of("llama"))
+    probe_backbone(settings_of("llama"))
     assert torch.equal(torch.get_rng_state(), before)
