@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from python_tests.processes import torchrun
 from python_tests.training.tiny import make_tokens
+from python_tests.utils.processes import torchrun
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -168,13 +168,5 @@ class TrainConfig:
 
 def to_yaml(config: TrainConfig) -> str:
     """A recipe that gives this configuration again."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
-    """Plain YAML types: tuples become lists, paths strings."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    plain = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
+    return yaml.safe_dump(plain, sort_keys=False)

@@ -34,8 +34,8 @@ def import_deepspeed() -> Any:
             f"training needs DeepSpeed, which cannot be imported ({error}): pip install 'speechlm_ext[train]'"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Otherwise DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start (minutes, and files in the home
-    # folder); gloo does the same job.
+    # Otherwise DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start (minutes, and files in the
+    # home folder); gloo does the same job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

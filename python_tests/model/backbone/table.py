@@ -60,6 +60,8 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "embedding_size": 32,
     "use_sliding_window": True,
+    "pronunciation_vocab_size": 8,
+    "shape_vocab_size": 8,
 }
 _LATENT = {"num_key_value_heads": 4, "head_dim": None}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 64, "mamba_n_groups": 1}
@@ -88,6 +90,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
     **{kind: {"max_window_layers": 0} for kind in ("qwen2", "qwen3")},
     "qwen2_moe": {"use_sliding_window": False},
+    **{
+        kind: {"layer_types": ["linear_attention", "full_attention"] * 2}
+        for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+    },
     "trocr": {"decoder_layers": 2, "d_model": 32, "decoder_ffn_dim": 48},
     "xlnet": {"n_head": 4, "d_head": 8, "d_inner": 48},
     "zaya": {"num_experts_per_tok": 1},
