@@ -23,7 +23,6 @@ from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model.attention.kernels import choose_attention
 from speechlm_ext.model.attention.kv_cache import KVCache
 from speechlm_ext.model.backbone.body import (
-    TextTransforms,
     build_body,
     make_config,
     max_positions,
@@ -34,6 +33,7 @@ from speechlm_ext.model.backbone.body import (
 )
 from speechlm_ext.model.backbone.pretrained import load_backbone
 from speechlm_ext.model.backbone.proof import probe_backbone
+from speechlm_ext.model.backbone.transforms import TextTransforms
 from speechlm_ext.model.config import LossSettings, ModelConfig
 from speechlm_ext.model.decode_head import DecodeHead
 from speechlm_ext.model.embedding import MultiStreamEmbedding

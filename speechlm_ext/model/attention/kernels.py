@@ -90,19 +90,18 @@ def _grouped_sdpa(q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing,
 
 
 def packed_attention(
-    q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing, rule: ScoreRule | float
+    q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing, rule: ScoreRule
 ) -> Tensor:
     """Causal attention inside each segment of a packed row.
 
     Args:
         q_NHE, k_NGE, v_NGF: float ``[N, H, E]``, ``[N, G, E]``, ``[N, G, F]``; H a multiple of G.
         packing: the segments.
-        rule: how scores are made; a number is the factor on ``q·k`` of plain attention.
+        rule: the layer's scores.
 
     Returns:
         float ``[N, H, F]``.
     """
-    rule = rule if isinstance(rule, ScoreRule) else ScoreRule(rule)
     kernel, _ = choose_attention(q_NHE.device, q_NHE.dtype)
     if kernel != "sdpa" and (unsupported := _unsupported(kernel, rule, q_NHE.shape[-1], v_NGF.shape[-1])):
         _log_once(

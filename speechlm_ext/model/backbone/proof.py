@@ -26,16 +26,15 @@ from speechlm_ext.model.attention.kernels import recorded_rules
 from speechlm_ext.model.attention.kv_cache import KVCache
 from speechlm_ext.model.backbone.body import (
     BackboneError,
-    TextTransforms,
     build_body,
     make_config,
     max_positions,
-    measure_transforms,
     run_packed,
     run_prefill,
     run_step,
     text_body,
 )
+from speechlm_ext.model.backbone.transforms import TextTransforms, measure_transforms
 
 #: Largest difference, as a share of the largest logit.
 TOLERANCE = 1e-4
