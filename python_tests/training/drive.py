@@ -13,22 +13,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Asking for a GPU must not start CUDA here: the processes that train are forks of this one.
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-
-from python_tests.training import partitioned  # noqa: E402
-from python_tests.training.runs import (  # noqa: E402
+from python_tests.training import partitioned
+from python_tests.training.runs import (
     Run,
     damage_checkpoints,
     damage_killed,
     on_one_process,
     on_two_processes,
 )
-from python_tests.training.tiny import config, make_tokens  # noqa: E402
-from speechlm_ext.errors import CheckpointError, SpeechLMError  # noqa: E402
-from speechlm_ext.training import checkpoint, run_train  # noqa: E402
-from speechlm_ext.training.engine import import_deepspeed  # noqa: E402
-from speechlm_ext.training.log import RunLog  # noqa: E402
+from python_tests.training.tiny import config, make_tokens
+from speechlm_ext.errors import CheckpointError, SpeechLMError
+from speechlm_ext.training import checkpoint, run_train
+from speechlm_ext.training.engine import import_deepspeed
+from speechlm_ext.training.log import RunLog
 
 WRITE = RunLog.write
 deepspeed = import_deepspeed()
