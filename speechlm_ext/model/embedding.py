@@ -1,7 +1,7 @@
 """MultiStreamEmbedding: the table whose rows are summed over the streams, as a module.
 
-Being a module of its own, called inside the model's forward, it is what engines that partition parameters (ZeRO-3)
-gather in time. Functions that fill a table reach partitioned ones through :func:`gathered`.
+It is a module of its own, called inside the model's forward, so that engines that partition parameters (ZeRO-3) gather
+it in time. Functions that fill a table reach partitioned ones through :func:`gathered`.
 
 Axes: N rows, S streams, V vocabulary, D hidden, M features.
 """
@@ -115,7 +115,7 @@ class MultiStreamEmbedding(nn.Module):
 
         Row ``start + i`` becomes ``pretrained[i]``. The others are drawn around the mean of the pretrained rows, with
         the standard deviation of their entries. The pad's row becomes zero. Where ZeRO-3 has partitioned the weight it
-        is gathered, and all ranks take what rank 0 has drawn; all must call.
+        is gathered, and all ranks take the rows that rank 0 draws; all must call.
 
         Args:
             pretrained: float ``[V', D]``, V' at least ``end - start``; further rows count for the scale alone.

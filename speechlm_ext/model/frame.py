@@ -37,7 +37,7 @@ class Frames(NamedTuple):
     rows_R: Tensor
     """int64 ``[R]``, ascending: the packed positions; at least one, so that all ranks call the same modules."""
     hidden_RED: Tensor
-    """float ``[R, E, D]``: what the head takes for stream 1, 2, …"""
+    """float ``[R, E, D]``: input of the head for stream 1, 2, …"""
 
 
 class FrameTransformer(nn.Module):

@@ -74,15 +74,15 @@ class MultiStreamHead(nn.Module):
         """
         if self.contents is None:
             return None
-        target_N, learnt_N = targets_NS[:, 0], loss_weight_NS[:, 0] > 0
+        target_N, has_loss_N = targets_NS[:, 0], loss_weight_NS[:, 0] > 0
         kind_N = torch.full_like(target_N, len(self.contents), dtype=torch.int64)
         for number, (start, end) in enumerate(self.contents):
-            kind_N = torch.where(learnt_N & (target_N >= start) & (target_N < end), number, kind_N)
+            kind_N = torch.where(has_loss_N & (target_N >= start) & (target_N < end), number, kind_N)
         unknown_N = kind_N == len(self.contents)
         before_N = torch.cat((kind_N.new_full((1,), len(self.contents)), kind_N))[: len(kind_N)]
-        kind_N = torch.where(unknown_N & learnt_N, before_N, kind_N)
+        kind_N = torch.where(unknown_N & has_loss_N, before_N, kind_N)
         place_N = torch.arange(len(kind_N), device=kind_N.device)
-        last_N = torch.where(learnt_N, place_N, 0).cummax(0).values if len(kind_N) else place_N
+        last_N = torch.where(has_loss_N, place_N, 0).cummax(0).values if len(kind_N) else place_N
         return kind_N[last_N]
 
     def forward(

@@ -158,7 +158,7 @@ class SpeechLMModel(nn.Module):
 
         Args:
             ids, labels: int ``[N, S]``.
-            loss_weight: float32 ``[N, S]``, 0 where nothing is learnt.
+            loss_weight: float32 ``[N, S]``, 0 where there is no loss.
             position: int ``[N]``.
             cu_seqlens: int32 ``[n+1]``.
             reduction: ``sum``, or ``none`` to get each token's loss as well.

@@ -134,13 +134,13 @@ def _write(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def diverged(root: Path, step: int, what: str) -> TrainingError:
+def diverged(root: Path, step: int, reason: str) -> TrainingError:
     """The error of a run whose numbers are not finite any more; it names the checkpoints to resume from.
 
     Args:
         root: the run's folder of checkpoints, whose values are read.
         step: step of the numbers.
-        what: which numbers, in words.
+        reason: the numbers, in words.
     """
     found = list_checkpoints(root)
     good = next((folder for folder in reversed(found) if _is_finite_on_disk(folder)), None)
@@ -155,7 +155,7 @@ def diverged(root: Path, step: int, what: str) -> TrainingError:
     if bad:
         left += f" (delete {', '.join(bad)}, which cannot be used)"
     return TrainingError(
-        f"training stopped at step {step}: {what}; nothing of it was saved. {left}. Lower optimizer.lr, lengthen "
+        f"training stopped at step {step}: {reason}; nothing of it was saved. {left}. Lower optimizer.lr, lengthen "
         "optimizer.warmup_steps, or use precision fp32."
     )
 

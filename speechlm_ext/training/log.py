@@ -83,7 +83,7 @@ class RunLog:
         kept = [row for row in read_log(run_dir) if row["step"] <= step]
         atomic_write_text(self.path, "".join(map(json_line, kept)))
         try:
-            # Without a buffer, what cannot be written fails in write() and not again in close().
+            # Without a buffer, a failed write fails in write() and not again in close().
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         except OSError as error:
             raise storage_error(error, self.path) from error
@@ -152,7 +152,7 @@ class RunLog:
         """Close the files and the bar.
 
         Raises:
-            StorageError: what was written does not reach the disk.
+            StorageError: the last lines do not reach the disk.
         """
         if self.bar is not None:
             self.bar.close()
@@ -201,7 +201,7 @@ class Board:
         self._event, self._summary = Event, Summary
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
-        # Without a buffer, what cannot be written fails here and not again when the file is closed.
+        # Without a buffer, a failed write fails here and not again in close().
         self._file = open(folder / name, "xb", buffering=0)  # noqa: SIM115 - closed in close()
         self._records = RecordWriter(self)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))

@@ -129,7 +129,7 @@ def packed_attention(
     repeat = q_NHE.shape[1] // k_NGE.shape[1]
     if repeat > 1:
         k_NGE, v_NGF = k_NGE.repeat_interleave(repeat, 1), v_NGF.repeat_interleave(repeat, 1)
-    # The first releases of varlen_attn had is_causal; later ones say the same with window_size.
+    # The first releases of varlen_attn had is_causal; later ones have window_size instead.
     causal: dict[str, object] = {"window_size": (-1 if rule.window is None else rule.window - 1, 0)}
     if not _varlen_has_window():
         q_NHE, causal = q_NHE * (rule.scale * q_NHE.shape[-1] ** 0.5), {"is_causal": True}

@@ -2,7 +2,7 @@
 
 * window w: a row sees itself and the w - 1 rows before it (Mistral, Qwen2, Gemma 2 and 3, gpt-oss).
 * softcap c: a score becomes ``c · tanh(score / c)`` before the mask (Gemma 2; Gemma Team 2024, section 2).
-* sinks: each head has a learnt score that takes part in the softmax and has no value (gpt-oss; Xiao et al. 2023).
+* sinks: each head has a learned score that takes part in the softmax and has no value (gpt-oss; Xiao et al. 2023).
 
 SDPA computes the first through a mask. The other two are computed here from their definition, in float32 or float64,
 with the scores of the whole block in memory.

@@ -123,7 +123,9 @@ def max_positions(config: PretrainedConfig) -> int:
     """
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if not isinstance(length, int):
-        raise BackboneError(f"model type {config.model_type!r} does not say how long its sequences may be.")
+        raise BackboneError(
+            f"model type {config.model_type!r} names no longest sequence (max_position_embeddings)."
+        )
     return min(length, stable_rope_length(config) or length)
 
 

@@ -143,7 +143,7 @@ def probe_backbone(settings: dict[str, Any], *, verify: bool = True) -> Backbone
         verify: False only measures the text transforms.
 
     Raises:
-        BackboneError: the class cannot be carried exactly; the message names the model type and what differs.
+        BackboneError: the class cannot be carried exactly; the message names the model type and the difference.
         ConfigError: the settings are not those of a model that transformers knows.
     """
     found = _probe(json.dumps(settings, sort_keys=True, default=str), verify)

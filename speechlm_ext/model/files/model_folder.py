@@ -116,6 +116,6 @@ def check_revision(model: SpeechLMModel, folder: str | Path) -> None:
         return
     found = ", ".join([*model.attention_rules, *([] if transforms.is_plain else [str(transforms)])])
     raise CheckpointError(
-        f"{folder} was trained by a release that left out what backbone {config.backbone['model_type']!r} has "
+        f"{folder} was trained by a release that left out parts of backbone {config.backbone['model_type']!r} "
         f"({found}), so its weights belong to another model. Start again from the pretrained backbone."
     )
