@@ -15,9 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-import torch
 
-from python_tests import cuda_on_cpu
+# Tensors of tests are small: with several threads in each of several test processes some tests take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+from python_tests import cuda_on_cpu  # noqa: E402
 
 # Another build of the kernels in place of the installed one: `make sanitize` gives one with a sanitizer in it.
 if path := os.environ.get("SPEECHLM_TEST_NATIVE"):

@@ -69,6 +69,7 @@ from speechlm_ext.tokenizers import (
 )
 from speechlm_ext.tokenizers.encoders.build import build_encoder
 from speechlm_ext.training import checkpoint as ckpt
+from speechlm_ext.training.optimizer_state import load_optimizer
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def read_checkpoint(root: Path) -> Any:
     weights = ckpt.load_weights(model, folder)
     optimizer = torch.optim.AdamW(model.parameters())
     moments = ckpt.read_moments(model, folder)
-    ckpt.load_optimizer(SimpleNamespace(optimizer=optimizer), model, moments, weights, state)
+    load_optimizer(SimpleNamespace(optimizer=optimizer), model, moments, weights, state.optimizer_step)
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
     return state, {name: plain(value) for name, value in model.state_dict().items()}

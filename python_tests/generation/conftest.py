@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from python_tests.model.tables import init_tables
 from speechlm_ext import SpeechLM
 from speechlm_ext.model import FrameTransformerConfig, ModelConfig
 from speechlm_ext.tasks import builtin_tasks
@@ -61,7 +62,7 @@ def make_model(
     torch.manual_seed(seed)
     config = ModelConfig(backbone, tuple(builtin_tasks()[t] for t in tasks), frame_transformer=frame)
     model = SpeechLM(config, layout, tokenizers)
-    model.init_tables(0.6)
+    init_tables(model, 0.6)
     if frame is not None:
         torch.nn.init.normal_(model.frame.to_hidden.weight, std=0.5)
     return model.eval()

@@ -135,7 +135,7 @@ class ScriptedModel(torch.nn.Module):
 
 
 class ScriptedHead:
-    """The logits of a :class:`ScriptedModel` in the form of :class:`speechlm_ext.model.decode_head.ScopeHead`."""
+    """The logits of a :class:`ScriptedModel` in the form of :class:`speechlm_ext.model.decode_head.DecodeHead`."""
 
     def __init__(self, model: ScriptedModel, ranges) -> None:
         self.model = model

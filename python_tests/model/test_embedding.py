@@ -104,7 +104,7 @@ def test_refuses_rows_that_do_not_fit(pretrained, start, end, message) -> None: 
 
 
 def test_refuses_settings_that_make_no_table() -> None:
-    with pytest.raises(ConfigError, match="0 rows of 4 values"):
+    with pytest.raises(ConfigError, match="num_embeddings and embedding_dim must be >= 1, got 0 and 4"):
         sx.MultiStreamEmbedding(0, 4)
     with pytest.raises(ConfigError, match="offsets has 2 values and scale has 1"):
         sx.MultiStreamEmbedding(9, 4, offsets=[0, 4], scale=[1.0])
@@ -131,6 +131,6 @@ def test_one_pretrained_row_tells_no_scale() -> None:
     embedding = sx.MultiStreamEmbedding(9, 8)
     before = embedding.weight.detach().clone()
     for rows in (0, 1):
-        with pytest.raises(CheckpointError, match=f"which {rows} rows do not tell"):
+        with pytest.raises(CheckpointError, match=f"which {rows} rows do not define"):
             embedding.load_text_rows(torch.randn(rows, 8), 3, 3 + rows)
     assert torch.equal(embedding.weight, before)

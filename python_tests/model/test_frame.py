@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from python_tests.model.tables import init_tables
 from speechlm_ext import SpeechLM
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
@@ -24,7 +25,7 @@ SCOPES = ["full", "codec", "own", "modality"]
 def make(layout: TokenLayout = LAYOUT, **changes) -> SpeechLM:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     model = SpeechLM(ModelConfig(TINY.llama(), frame_transformer=FRAME, **changes), layout).eval()
-    model.init_tables(0.5)
+    init_tables(model, 0.5)
     torch.nn.init.normal_(model.frame.to_hidden.weight)  # so that its part is as large as the backbone's
     return model
 

@@ -35,7 +35,7 @@ def test_rows_are_of_the_modality_of_their_label() -> None:
         (END, True, 2),  # a special token before any content
         (t, True, 1),
         (END, True, 1),  # the end of a text
-        (p, False, 1),  # the kind goes on where nothing is learnt
+        (p, False, 1),  # without a loss a row keeps the kind before it
         (END, True, 2),  # not right after content
         (s, True, 0),
         (s, True, 0),

@@ -14,7 +14,6 @@ from speechlm_ext import SpeechLM
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model import LossSettings, ModelConfig
-from speechlm_ext.model.attention.kernels import Packing, choose_attention, packed_attention
 from speechlm_ext.model.backbone.body import BackboneError
 from speechlm_ext.training import ModelSettings
 
@@ -49,26 +48,6 @@ def test_packed_equals_lone_segments(lengths: list[int]) -> None:
         if a < b:
             alone = model.hidden(ids[a:b], position[a:b], torch.tensor([0, b - a], dtype=torch.int32))
             torch.testing.assert_close(packed[a:b], alone, rtol=1e-4, atol=1e-6)
-
-
-def test_packed_attention_and_gradients_match_float64() -> None:
-    """Grouped SDPA against a masked softmax in float64, forward and backward, with grouped heads."""
-    lengths, H, G, E = [9, 1, 5, 8, 2], 4, 2, 8
-    N = sum(lengths)
-    q, k, v = (torch.randn(N, heads, E, dtype=torch.float64, requires_grad=True) for heads in (H, G, G))
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    out = packed_attention(q, k, v, Packing.build(bounds, "sdpa"), E**-0.5)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    allowed = (segment[:, None] == segment[None]) & torch.ones(N, N).tril().bool()
-    scores = torch.einsum("nhe,mhe->hnm", q, k.repeat_interleave(H // G, 1)) * E**-0.5
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
-    naive = torch.einsum("hnm,mhe->nhe", weights, v.repeat_interleave(H // G, 1))
-    torch.testing.assert_close(out, naive, rtol=1e-10, atol=1e-10)
-    coefficient = torch.randn_like(naive)
-    ours = torch.autograd.grad((out * coefficient).sum(), (q, k, v))
-    theirs = torch.autograd.grad((naive * coefficient).sum(), (q, k, v))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scope", ["full", "codec", "own"])
@@ -241,8 +220,3 @@ def test_pretrained_backbone_keeps_text_rows(tmp_path: Path) -> None:
     assert torch.equal(tied.head.weight[start:end], theirs.get_input_embeddings().weight)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         model.load_backbone(tmp_path / "nowhere")
-
-
-def test_attention_choice_says_why() -> None:
-    name, reason = choose_attention("cpu", torch.float32)
-    assert name == "sdpa" and "no CUDA device" in reason

@@ -1,31 +1,37 @@
-"""Do a list of training runs in a process of its own; the tests start it, also under torchrun.
+"""Does the runs of ``runs.py`` and the comparisons of ``partitioned.py``; torchrun starts it on two processes.
 
-``drive.py TOKENS JSON RESULTS``: the JSON is a list of settings that differ from the tiny ones, each with ``run_dir``.
-What became of each run is written to the file RESULTS as a JSON list: null, or the error's class and text.
+``python -m python_tests.training.drive ROOT``: runs and token folders are below ROOT, and ``errors-1.json`` and
+``errors-2.json`` hold the errors of those runs that had to fail.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import config  # noqa: E402
+from python_tests.training import partitioned
+from python_tests.training.runs import (
+    Run,
+    damage_checkpoints,
+    damage_killed,
+    on_one_process,
+    on_two_processes,
+)
+from python_tests.training.tiny import config, make_tokens
+from speechlm_ext.errors import CheckpointError, SpeechLMError
+from speechlm_ext.training import checkpoint, run_train
+from speechlm_ext.training.engine import import_deepspeed
+from speechlm_ext.training.log import RunLog
 
-from speechlm_ext.errors import CheckpointError, SpeechLMError  # noqa: E402
-from speechlm_ext.model import FrameTransformerConfig  # noqa: E402
-from speechlm_ext.training import OptimizerSettings, checkpoint, run_train, train  # noqa: E402
-from speechlm_ext.training.engine import import_deepspeed  # noqa: E402
-
-WRITE_LINE = train._write_line
+WRITE = RunLog.write
 deepspeed = import_deepspeed()
 INITIALIZE = deepspeed.initialize
 READ_STATE = checkpoint.read_state
-RANK = int(os.environ.get("RANK", "0"))
+RANK = int(os.environ["RANK"])
 
 
 class _Stop(Exception):
@@ -50,8 +56,8 @@ def breaking(number: int):  # type: ignore[no-untyped-def]
         def overflow(gradient):  # type: ignore[no-untyped-def]
             nonlocal calls
             calls += 1
-            last = RANK == int(os.environ["WORLD_SIZE"]) - 1
-            return gradient * float("inf") if calls == number and last else gradient
+            is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+            return gradient * float("inf") if calls == number and is_last else gradient
 
         model.head.weight.register_hook(overflow)
         return INITIALIZE(model=model, **more)
@@ -63,40 +69,23 @@ def unseen(folder: Path) -> checkpoint.TrainerState:
     raise CheckpointError(f"checkpoint {folder} does not exist.")
 
 
-def do(tokens: Path, changes: dict) -> str | None:
-    deepspeed.initialize = partition_everything if changes.pop("partition", False) else INITIALIZE
-    if "breaks_at" in changes:
-        deepspeed.initialize = breaking(changes.pop("breaks_at"))
-    checkpoint.read_state = unseen if changes.pop("unseen", False) and RANK > 0 else READ_STATE
-    tie_head = changes.pop("tie_head", False)
-    stop_at, slow = changes.pop("stop_at", None), changes.pop("slow", 0)
-    budget, hidden = changes.pop("budget", None), changes.pop("hidden_size", None)
-    delays, frame = changes.pop("delays", None), changes.pop("frame_transformer", None)
-    optimizer = OptimizerSettings(**changes.pop("optimizer")) if "optimizer" in changes else None
-    settings = config(Path(changes.pop("run_dir")), tokens, **changes)
-    if budget:
-        settings = replace(settings, data=replace(settings.data, budget=budget))
-    settings = replace(settings, model=replace(settings.model, tie_head=tie_head))
-    if optimizer:
-        settings = replace(settings, optimizer=optimizer)
-    if delays:
-        settings = replace(settings, data=replace(settings.data, delays=delays))
-    if frame:
-        settings = replace(
-            settings, model=replace(settings.model, frame_transformer=FrameTransformerConfig(**frame))
-        )
-    if hidden:
-        settings = replace(settings, model=replace(settings.model, hidden_size=hidden))
+def do(root: Path, run: Run) -> str | None:
+    """Do one run; returns its error's class and text."""
+    deepspeed.initialize = partition_everything if run.partition else INITIALIZE
+    if run.breaks_at:
+        deepspeed.initialize = breaking(run.breaks_at)
+    checkpoint.read_state = unseen if run.unseen and RANK > 0 else READ_STATE
 
-    def write_line(log, meter, norm, names, state, lr):  # type: ignore[no-untyped-def]
-        if stop_at is not None and state.step > stop_at:
+    def write(log, row):  # type: ignore[no-untyped-def]
+        if run.stop_at is not None and row["step"] > run.stop_at:
             raise _Stop
-        WRITE_LINE(log, meter, norm, names, state, lr)
-        time.sleep(slow)
+        WRITE(log, row)
+        if row["step"] == run.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    train._write_line = write_line
+    RunLog.write = write
     try:
-        run_train(settings)
+        run_train(config(root / run.folder, root / run.tokens, run.changes))
     except _Stop:
         return None
     except SpeechLMError as error:
@@ -104,7 +93,57 @@ def do(tokens: Path, changes: dict) -> str | None:
     return None
 
 
+def do_all(root: Path, world: int, runs: list[Run]) -> None:
+    """Do runs one after the other, each as expected, and keep the errors of those that had to fail."""
+    failed = {}
+    for run in runs:
+        if run.kill_at:
+            assert in_fork(lambda run=run: do(root, run)) == signal.SIGKILL
+            damage_killed(root / run.folder)
+            continue
+        error = do(root, run)
+        assert (error is None) == (run.error is None), f"{run}: {error}"
+        if run.error is not None:
+            failed[run.error] = error
+    if RANK == 0:
+        (root / f"errors-{world}.json").write_text(json.dumps(failed))
+
+
+def in_fork(work: Callable[[], object]) -> int:
+    """Do ``work`` in a fork of this process, with a process group of its own; returns the signal that ended it."""
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    status = os.waitpid(pid, 0)[1]
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a fork failed; its error is above"
+    return os.WTERMSIG(status)
+
+
+def main(root: Path) -> None:
+    def two() -> None:
+        do_all(root, 2, on_two_processes())
+        deepspeed.initialize = INITIALIZE
+        partitioned.main(root)
+
+    def one() -> None:
+        for name in [n for n in os.environ if n.startswith(("TORCHELASTIC", "RANK", "WORLD_SIZE", "LOCAL_"))]:
+            del os.environ[name]  # as without torchrun
+        do_all(root, 1, on_one_process(root))
+
+    if RANK == 0:
+        make_tokens(root / "three-utterances", num=3, seed=3)
+    assert in_fork(two) == 0
+    if RANK == 0:
+        damage_checkpoints(root)
+        assert in_fork(one) == 0
+
+
 if __name__ == "__main__":
-    results = [do(Path(sys.argv[1]), changes) for changes in json.loads(sys.argv[2])]
-    if RANK == 0:  # ranks that share a pipe would write into each other's lines
-        Path(sys.argv[3]).write_text(json.dumps(results))
+    main(Path(sys.argv[1]))

@@ -65,7 +65,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def whole(folder: Path) -> None:
-    """A checkpoint that can be gone on from."""
+    """Check that a checkpoint can be resumed from."""
     ckpt.verify_files(folder)
     state = ckpt.read_state(folder)
     assert state.packs_consumed == 7 * state.step and folder.name == f"step-{state.step:08d}"
@@ -214,8 +214,7 @@ def test_the_message_names_a_checkpoint_that_is_finite(tmp_path: Path) -> None:
     save_file(moments, bad / "optimizer.safetensors")
     said = str(ckpt.diverged(run.root, 7, "x"))
     assert (
-        f"is {good}; the same command goes on from there (delete step-00000006, which cannot be used)."
-        in said
+        f"is {good}; the same command resumes from it (delete step-00000006, which cannot be used)." in said
     )
     with pytest.raises(CheckpointError, match=r"'exp_avg.head.weight' .* is not finite.*--resume PATH"):
         ckpt.read_moments(run.model, bad)
@@ -360,7 +359,7 @@ STATE = {"step": 3, "packs_consumed": 21, "optimizer_step": 1.0, "plan": "p", "s
     ("text", "told"),
     [
         ("", "damaged"),
-        ("[]", "got list"),
+        ("[]", r"should be an object, got \[\]"),
         ("\xff", "not UTF-8"),
         ('{"step": 3, "step": 4}', "'step' occurs twice"),
         (json.dumps({**STATE, "seconds": float("nan")}), "NaN is not a JSON number"),
@@ -368,16 +367,16 @@ STATE = {"step": 3, "packs_consumed": 21, "optimizer_step": 1.0, "plan": "p", "s
             json.dumps({**STATE, "seconds": 1}).replace(": 1,", ": 1e999,"),
             "1e999 is larger than any finite number",
         ),
-        (json.dumps({**STATE, "step": "3"}), "step is '3'"),
-        (json.dumps({**STATE, "step": -1}), "step is '-1'"),
-        (json.dumps({**STATE, "step": True}), "step is 'True'"),
+        (json.dumps({**STATE, "step": "3"}), "step should be a whole number, got '3'"),
+        (json.dumps({**STATE, "step": -1}), "step should be a whole number from 0 .*got -1"),
+        (json.dumps({**STATE, "step": True}), "step should be a whole number, got True"),
         (json.dumps({**STATE, "packs_consumed": 1.5}), "packs_consumed"),
         (json.dumps({**STATE, "optimizer_step": 10**400}), "optimizer_step"),
         (json.dumps({**STATE, "plan": None}), "plan"),
         (json.dumps({**STATE, "meter": {"steps": 1}}), "meter"),
         (json.dumps({**STATE, "meter": {"steps": 1, "seconds": 1.0, "ranks": [[1.0], []]}}), "meter"),
-        (json.dumps({**STATE, "more": 1}), "got .'more'"),
-        (json.dumps({k: v for k, v in STATE.items() if k != "plan"}), "plan is missing"),
+        (json.dumps({**STATE, "more": 1}), "unknown key 'more'"),
+        (json.dumps({k: v for k, v in STATE.items() if k != "plan"}), "key 'plan' is missing"),
     ],
 )
 def test_a_damaged_state_is_one_clear_error(tmp_path: Path, text: str, told: str) -> None:

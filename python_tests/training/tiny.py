@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,19 +44,28 @@ def make_tokens(folder: Path, num: int = 24, seed: int = 0) -> Path:
     return folder
 
 
-def config(run_dir: Path, tokens: Path, **changes) -> TrainConfig:  # type: ignore[no-untyped-def]
-    """Six steps of a two-layer model on packs of 128 rows."""
-    settings = {
-        "run_dir": str(run_dir),
-        "data": PlanConfig(
+def config(run_dir: Path, tokens: Path, changes: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Six steps of a two-layer model on packs of 128 rows; ``changes`` are nested as in a recipe."""
+    settings = TrainConfig(
+        run_dir=str(run_dir),
+        data=PlanConfig(
             tokens=[str(tokens)], tasks=[TaskUse("codec_ssl_asr"), TaskUse("codec_ssl_plain_tts")], budget=128
         ),
-        "model": ModelSettings(hidden_size=16, num_layers=2, num_heads=2, ffn_size=32, max_positions=256),
-        "optimizer": OptimizerSettings(lr=3e-3, warmup_steps=2, clip=0.3),
-        "steps": 6,
-        "save_every": 3,
-        "log_every": 1,
-        "threads": 1,
-        "tensorboard": False,
-    }
-    return TrainConfig(**{**settings, **changes})
+        model=ModelSettings(hidden_size=16, num_layers=2, num_heads=2, ffn_size=32, max_positions=256),
+        optimizer=OptimizerSettings(lr=3e-3, warmup_steps=2, clip=0.3),
+        steps=6,
+        save_every=3,
+        log_every=1,
+        threads=1,
+        tensorboard=False,
+    )
+    return changed(settings, changes or {})
+
+
+def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
+    """``settings``, with other values in it and in the dataclasses in it."""
+    values = {}
+    for name, value in changes.items():
+        old = getattr(settings, name)
+        values[name] = changed(old, value) if is_dataclass(old) and isinstance(value, Mapping) else value
+    return replace(settings, **values)

@@ -1,4 +1,4 @@
-"""What a model is made of, as it stands in a model folder's ``config.json``."""
+"""Configuration of a model, as written to a model folder's ``config.json``."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class FrameTransformerConfig:
     """Width inside its feed-forward part."""
 
     def check(self) -> None:
-        """Raise :class:`ConfigError` for sizes that cannot be.
+        """Raise :class:`ConfigError` for invalid sizes.
 
-        The settings that hold it call this: what an optional part's own ``__post_init__`` says, the command line's
-        parser buries.
+        The settings that contain it call this: jsonargparse hides errors raised in an optional field's
+        ``__post_init__``.
         """
         for name in ("hidden_size", "num_layers", "num_heads", "ffn_size"):
             value = getattr(self, name)
@@ -95,10 +95,9 @@ class ModelConfig:
     """None: a frame's streams are predicted side by side (layouts ``delay`` and ``parallel``). Settings: one after the
     other, by a small transformer (layout ``multi-scale``), which needs delays of 0."""
     verify_backbone: bool = True
-    """Whether the backbone must compute what the pretrained model's own code does. False was asked for explicitly: its
-    numbers may be other ones."""
+    """Whether the backbone must equal the pretrained model's own code; False: its numbers may differ."""
     revision: int = REVISION
-    """What the weights were made for; see :data:`REVISION`."""
+    """Revision of the computation that the weights were trained on; see :data:`REVISION`."""
 
     def __post_init__(self) -> None:
         if self.heads not in ("shared", "separate"):
@@ -120,7 +119,7 @@ class ModelConfig:
         """Read ``config.json`` of a model folder.
 
         Raises:
-            CheckpointError: the folder or the file is missing, or is not that of a SpeechLM.
+            CheckpointError: the folder or the file is missing, or does not describe a SpeechLM.
         """
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():

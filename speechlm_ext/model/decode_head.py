@@ -1,8 +1,7 @@
-"""The head as decoding needs it: logits of the ids that may be sampled, for all streams at once.
+"""The head for decoding: logits of the ids that may be sampled, for all streams at once.
 
-``logits_s = h Wᵀ + (e_s Wᵀ + b)``: the second part is the same for every row and is computed once, the first is one
-product for all streams, because ids that follow one another in the vocabulary are rows that follow one another in the
-weight. No weight is copied.
+``logits_s = h Wᵀ + (e_s Wᵀ + b)``: the second part is the same for every row and is computed once; the first is one
+product for all streams, because adjacent ids are adjacent rows of the weight. No weight is copied.
 
 Axes: B rows, D hidden, S streams, C columns of all streams side by side.
 """
@@ -17,7 +16,7 @@ from torch import Tensor
 from speechlm_ext.model.head import MultiStreamHead
 
 
-class ScopeHead:
+class DecodeHead:
     """Logits over chosen id ranges.
 
     Args:
@@ -63,13 +62,12 @@ class ScopeHead:
         self._logits: Tensor | None = None
 
     def reserve(self, num_rows: int) -> None:
-        """Make the memory for logits of ``num_rows`` rows, so that no call up to that size moves it: a captured graph
-        goes on writing where it was."""
-        # Zeros: what nobody computes must still be memory without traps for what reads it by mistake.
+        """Allocate logits of ``num_rows`` rows; calls up to that size keep the address, as captured graphs need."""
+        # Zeros: columns that are not computed may be read and must be finite.
         self._logits = self.head.weight.new_zeros(num_rows, self.num_columns)
 
     def used_by(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> list[bool]:
-        """Which of ``runs`` hold columns of these id ranges (per stream, each inside one that was given)."""
+        """Which of ``runs`` contain columns of these id ranges (per stream, each inside one of the head's)."""
         columns = []
         column = 0
         for s, stream in enumerate(self._spans):
@@ -91,9 +89,9 @@ class ScopeHead:
 
     @torch.no_grad()
     def __call__(self, hidden_BD: Tensor, used: Sequence[bool] | None = None) -> Tensor:
-        """Logits ``[B, C]`` in the weight's dtype, in memory that the next call writes again.
+        """Logits ``[B, C]`` in the weight's dtype, in memory that the next call overwrites.
 
-        ``used``: which of ``runs`` somebody reads; the columns of the others hold anything.
+        ``used``: which of ``runs`` to compute; columns of the others are undefined.
         """
         B, weight = hidden_BD.shape[0], self.head.weight
         if self._logits is None or self._logits.shape[0] < B or self._logits.dtype != weight.dtype:

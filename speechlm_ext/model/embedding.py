@@ -1,7 +1,7 @@
 """MultiStreamEmbedding: the table whose rows are summed over the streams, as a module.
 
-Being a module of its own, called inside the model's forward, it is what engines that partition parameters (ZeRO-3)
-gather in time. What fills a table reaches partitioned ones too, through :func:`whole`.
+It is a module of its own, called inside the model's forward, so that engines that partition parameters (ZeRO-3) gather
+it in time. Functions that fill a table reach partitioned ones through :func:`gathered`.
 
 Axes: N rows, S streams, V vocabulary, D hidden, M features.
 """
@@ -59,8 +59,8 @@ class MultiStreamEmbedding(nn.Module):
         super().__init__()
         if num_embeddings < 1 or embedding_dim < 1:
             raise ConfigError(
-                f"MultiStreamEmbedding: a table of {num_embeddings} rows of {embedding_dim} values cannot be; both "
-                "must be 1 or more."
+                f"MultiStreamEmbedding: num_embeddings and embedding_dim must be >= 1, got {num_embeddings} and "
+                f"{embedding_dim}."
             )
         if offsets is not None and scale is not None and len(offsets) != len(scale):
             raise ConfigError(
@@ -104,7 +104,7 @@ class MultiStreamEmbedding(nn.Module):
 
     def reset_parameters(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
         """Draw all rows from N(0, std²), with the generator of the weight's device; the pad's row becomes zero."""
-        with whole(self.weight), torch.no_grad():
+        with gathered(self.weight), torch.no_grad():
             self.weight.normal_(std=std, generator=generator)
             self._zero_pad()
 
@@ -115,7 +115,7 @@ class MultiStreamEmbedding(nn.Module):
 
         Row ``start + i`` becomes ``pretrained[i]``. The others are drawn around the mean of the pretrained rows, with
         the standard deviation of their entries. The pad's row becomes zero. Where ZeRO-3 has partitioned the weight it
-        is gathered, and all ranks take what rank 0 has drawn; all must call.
+        is gathered, and all ranks take the rows that rank 0 draws; all must call.
 
         Args:
             pretrained: float ``[V', D]``, V' at least ``end - start``; further rows count for the scale alone.
@@ -125,7 +125,7 @@ class MultiStreamEmbedding(nn.Module):
         Raises:
             CheckpointError: the widths differ, or the rows do not fit.
         """
-        with whole(self.weight):
+        with gathered(self.weight):
             load_rows(self.weight, pretrained, start, end, generator=generator)
             with torch.no_grad():
                 self._zero_pad()
@@ -159,7 +159,7 @@ def load_rows(
     if pretrained.shape[0] < 2 and end - start < V:
         raise CheckpointError(
             f"the rows that are not text are drawn at the pretrained table's own scale, which {pretrained.shape[0]} "
-            "rows do not tell; give the whole pretrained table."
+            "rows do not define; give the whole pretrained table."
         )
     # A copy, because the pretrained rows may be rows of this very table.
     text = pretrained[: end - start].to(weight.device, weight.dtype, copy=True)
@@ -175,8 +175,8 @@ def load_rows(
 
 
 @contextlib.contextmanager
-def whole(*parameters: nn.Parameter) -> Iterator[None]:
-    """Inside, parameters that DeepSpeed's ZeRO-3 has partitioned are whole; what rank 0 writes reaches all ranks."""
+def gathered(*parameters: nn.Parameter) -> Iterator[None]:
+    """Context in which parameters partitioned by ZeRO-3 are whole; rank 0's changes reach all ranks."""
     partitioned: list[Any] = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield

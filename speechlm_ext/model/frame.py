@@ -1,8 +1,8 @@
-"""The frame transformer: a frame's streams one after the other, which is what makes a stream layout multi-scale.
+"""The frame transformer of a multi-scale model: predicts a frame's streams one after the other.
 
-The backbone walks over frames, as ever; its state ``h`` predicts stream 0 through the head, so text and everything else
-of one stream stays what it is without this file, a pretrained backbone's text included. Streams 1 to S - 1 of the frame
-are predicted by a small causal transformer (RQ-Transformer, Lee et al. 2022; UniAudio, Yang et al. 2023; Moshi's depth
+The backbone takes one row per frame; its state ``h`` predicts stream 0 through the head, so text and all other content
+of one stream is unchanged, a pretrained backbone's text included. A small causal transformer predicts streams 1 to
+S - 1 of the frame (RQ-Transformer, Lee et al. 2022; UniAudio, Yang et al. 2023; Moshi's depth
 transformer, Défossez et al. 2024). Its position s takes ``h`` and the frame's token in stream s - 1, and
 
     hidden_s = h + to_hidden(body(from_hidden(h) + from_token(norm(embedding(token_{s-1}))) + e_s))
@@ -37,11 +37,11 @@ class Frames(NamedTuple):
     rows_R: Tensor
     """int64 ``[R]``, ascending: the packed positions; at least one, so that all ranks call the same modules."""
     hidden_RED: Tensor
-    """float ``[R, E, D]``: what the head takes for stream 1, 2, …"""
+    """float ``[R, E, D]``: input of the head for stream 1, 2, …"""
 
 
 class FrameTransformer(nn.Module):
-    """See the module.
+    """The transformer of a frame; the module has its formula.
 
     Args:
         config: sizes.
@@ -78,7 +78,7 @@ class FrameTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw what is not the body: the three parts of an input come with equal variance.
+        """Draw all weights outside the body, so that the three parts of an input have equal variance.
 
         The table's own entries are some fifty times smaller than a normed hidden state: without ``token_norm`` a new
         model would not see the tokens beside ``h``.
@@ -118,7 +118,7 @@ class FrameTransformer(nn.Module):
     def step(self, hidden_BD: Tensor, embedded_BD: Tensor, stream: int, cache: FrameCache) -> Tensor:
         """Hidden states ``[B, D]`` of one stream, after those of the streams before it.
 
-        Nothing in it depends on what the device holds, so a CUDA graph can replay it.
+        No choice depends on values in device memory, so a CUDA graph can replay it.
 
         Args:
             hidden_BD: the backbone's.
@@ -139,9 +139,9 @@ class FrameTransformer(nn.Module):
 
 
 class FrameCache:
-    """Keys and values of the inner positions of the frame that is being said, written anew for each frame.
+    """Keys and values of the inner positions of the current frame, overwritten by each frame.
 
-    Position s of every row is taken in the same call, so no mask and no lengths are needed.
+    All rows take position s in the same call, so no mask and no lengths are needed.
     """
 
     def __init__(

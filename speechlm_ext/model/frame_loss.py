@@ -1,8 +1,8 @@
 """Loss and scores of a multi-scale model: each stream of a frame has a hidden state of its own.
 
-The op takes one hidden state a row and its streams as columns. So every (position, stream) becomes a row: its target
-stands in the column of its stream, where the op's statistics are kept, and the row is of a kind whose scope is the
-stream's own, so that no logit is computed that is not read. Nothing of size ``[N, S, V]`` comes into being.
+The op takes one hidden state per row, with the streams as columns. So every (position, stream) becomes a row: its
+target is in the column of its stream, for the op's statistics, and its kind has the stream's own scope, so that every
+logit computed is read. No tensor has size ``[N, S, V]``.
 
 Axes: N packed positions, R of them with a frame, E = S - 1, S streams, D hidden, M = N + R·E rows, K kinds.
 """
@@ -20,7 +20,7 @@ from speechlm_ext.model.frame import Frames
 
 @dataclass(frozen=True, eq=False)
 class FrameRows:
-    """What the op is given: :func:`frame_rows` makes it."""
+    """Arguments of the op, from :func:`frame_rows`."""
 
     hidden_MD: Tensor
     """The positions' own hidden states, then those of the frames' further streams with the streams' vectors in them."""
@@ -34,7 +34,7 @@ class FrameRows:
     rows_R: Tensor
 
     def unroll(self, value_MS: Tensor) -> Tensor:
-        """``[M, S]`` that the op gave, as ``[N, S]``; differentiable."""
+        """A result ``[M, S]`` of the op as ``[N, S]``; differentiable."""
         R, S = len(self.rows_R), value_MS.shape[1]
         N = len(value_MS) - R * (S - 1)
         further_RE = value_MS[N:].view(R, S - 1, S).diagonal(offset=1, dim1=1, dim2=2)
@@ -50,7 +50,7 @@ def frame_rows(
     kind_N: Tensor | None,
     scopes: list[Any],
 ) -> FrameRows:
-    """Lay a batch out for the op.
+    """The rows of a batch for the op.
 
     Args:
         hidden_ND: of stream 0.

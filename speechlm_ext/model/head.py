@@ -1,4 +1,4 @@
-"""The shared output head: one weight for all streams, and a small vector that tells the streams apart."""
+"""The shared output head: one weight for all streams, and a vector per stream."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MultiStreamHead(nn.Module):
         weight: share this ``[V, D]`` parameter (a tied embedding) instead of making one.
         heads: ``shared``, or ``separate`` for rows of every stream's own: ``[rows, D]`` in the order that
             :func:`speechlm_ext.ops.multistream_loss` defines, and no stream vectors.
-        contents: id ranges ``(start, end)`` of stream 0 that tell which kind a row is of; see :meth:`row_scope`.
+        contents: id ranges ``(start, end)`` of stream 0 that define a row's kind; see :meth:`row_scope`.
         has_bias: add a bias to the logits, one value for each row of the weight; zero at first.
     """
 
@@ -66,23 +66,23 @@ class MultiStreamHead(nn.Module):
         return torch.cat((self.stream_embed.new_zeros(1, self.stream_embed.shape[1]), self.stream_embed))
 
     def row_scope(self, targets_NS: Tensor, loss_weight_NS: Tensor) -> Tensor | None:
-        """Which of the scopes each row uses, int64 ``[N]``; None when all use the same.
+        """Index of each row's scope, int64 ``[N]``; None when all rows use the same.
 
-        ``loss_weight_NS`` may be a mask. A row whose target in stream 0 lies in a range of ``contents`` is of its kind.
-        A special token (an end) belongs to the content right before it, if there is any. Where stream 0 learns nothing,
-        the kind before goes on.
+        ``loss_weight_NS`` may be a mask. A row whose target in stream 0 is in a range of ``contents`` has its kind. A
+        special token (an end) has the kind of the content right before it, if there is any. Rows without a loss in
+        stream 0 keep the kind of the row before.
         """
         if self.contents is None:
             return None
-        target_N, learnt_N = targets_NS[:, 0], loss_weight_NS[:, 0] > 0
+        target_N, has_loss_N = targets_NS[:, 0], loss_weight_NS[:, 0] > 0
         kind_N = torch.full_like(target_N, len(self.contents), dtype=torch.int64)
         for number, (start, end) in enumerate(self.contents):
-            kind_N = torch.where(learnt_N & (target_N >= start) & (target_N < end), number, kind_N)
+            kind_N = torch.where(has_loss_N & (target_N >= start) & (target_N < end), number, kind_N)
         unknown_N = kind_N == len(self.contents)
         before_N = torch.cat((kind_N.new_full((1,), len(self.contents)), kind_N))[: len(kind_N)]
-        kind_N = torch.where(unknown_N & learnt_N, before_N, kind_N)
+        kind_N = torch.where(unknown_N & has_loss_N, before_N, kind_N)
         place_N = torch.arange(len(kind_N), device=kind_N.device)
-        last_N = torch.where(learnt_N, place_N, 0).cummax(0).values if len(kind_N) else place_N
+        last_N = torch.where(has_loss_N, place_N, 0).cummax(0).values if len(kind_N) else place_N
         return kind_N[last_N]
 
     def forward(
@@ -169,7 +169,7 @@ class MultiStreamHead(nn.Module):
         if self.stream_embed is not None:
             frames = Frames(frames.rows_R, frames.hidden_RED + self.stream_embed)
         kind_N = self.row_scope(targets_NS, weight_NS)
-        # The scope of one stream of one content, in every column, so that one product of that width serves the kind.
+        # The scope of one stream of one content, in every column: one product of that width computes the kind.
         scopes = []
         for content in self.scopes if self.contents is not None else [self.scopes]:
             for s, scope in enumerate(content):
@@ -178,8 +178,8 @@ class MultiStreamHead(nn.Module):
         return frame_rows(hidden_ND, self.places(targets_NS), weight_NS, frames, kind_N, scopes)
 
     def places(self, targets_NS: Tensor) -> Tensor:
-        """The weight's rows of ids, int64 ``[N, S]``: the ids themselves for a shared head. An id that its stream has
-        no row for becomes -1."""
+        """Rows of the weight for ids, int64 ``[N, S]``: the ids themselves for a shared head; -1 where a stream has no
+        row for its id."""
         targets_NS = targets_NS.to(torch.int64)
         if self.heads == "shared":
             return targets_NS

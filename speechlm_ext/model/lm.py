@@ -20,13 +20,22 @@ from torch import Tensor, nn
 
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.model.attention.kernels import choose_attention
 from speechlm_ext.model.attention.kv_cache import KVCache
-from speechlm_ext.model.backbone import body as bb
-from speechlm_ext.model.backbone.body import TextEnds
+from speechlm_ext.model.backbone.body import (
+    build_body,
+    make_config,
+    max_positions,
+    run_packed,
+    run_prefill,
+    run_step,
+    stochastic_settings,
+)
 from speechlm_ext.model.backbone.pretrained import load_backbone
-from speechlm_ext.model.backbone.proof import examine
+from speechlm_ext.model.backbone.proof import probe_backbone
+from speechlm_ext.model.backbone.transforms import TextTransforms
 from speechlm_ext.model.config import LossSettings, ModelConfig
-from speechlm_ext.model.decode_head import ScopeHead
+from speechlm_ext.model.decode_head import DecodeHead
 from speechlm_ext.model.embedding import MultiStreamEmbedding
 from speechlm_ext.model.frame import FrameCache, Frames, FrameTransformer
 from speechlm_ext.model.head import MultiStreamHead
@@ -42,13 +51,13 @@ class SpeechLMModel(nn.Module):
 
     Args:
         config: backbone, tasks and loss settings.
-        layout: what the ids mean; its vocabulary sizes the embedding table and the head.
+        layout: meaning of the ids; its vocabulary sizes the embedding table and the head.
         tokenizers: turn text and audio into raw ids and back; only generation needs them.
 
     Raises:
         ConfigError: the backbone's configuration is not a causal LM's; a frame transformer with delayed streams, or
             with one stream; another softcap than the backbone's.
-        BackboneError: (a ConfigError) a SpeechLM would not compute what this kind of backbone does.
+        BackboneError: (a ConfigError) a SpeechLM cannot compute this kind of backbone exactly.
     """
 
     def __init__(
@@ -58,14 +67,14 @@ class SpeechLMModel(nn.Module):
         if config.frame_transformer is not None:
             _check_layout(layout)
         self.config, self.layout, self.tokenizers = config, layout, tokenizers
-        backbone_config = bb.make_config(config.backbone)
-        facts = examine(config.backbone, verify=config.verify_backbone)
-        self.ends: TextEnds = facts.ends
-        """What the backbone's own model does to embeddings and logits besides its tables."""
+        backbone_config = make_config(config.backbone)
+        facts = probe_backbone(config.backbone, verify=config.verify_backbone)
+        self.transforms: TextTransforms = facts.transforms
+        """Scales, cap and bias that the backbone's own model puts on embeddings and logits."""
         self.attention_rules = facts.rules
-        """What the backbone asks of attention beyond plain causal softmax, in words."""
-        self.backbone = bb.build_body(backbone_config, layout.vocab_size)
-        settings = _loss_settings(config, self.ends)
+        """Parts of the backbone's attention beyond plain causal softmax, in words."""
+        self.backbone = build_body(backbone_config, layout.vocab_size)
+        settings = _loss_settings(config, self.transforms)
         D = backbone_config.hidden_size
         std = float(getattr(backbone_config, "initializer_range", 0.02))
         self.embedding = MultiStreamEmbedding(layout.vocab_size, D, pad_id=layout.pad_id, std=std)
@@ -78,11 +87,14 @@ class SpeechLMModel(nn.Module):
             weight=self.embedding.weight if config.tie_head else None,
             heads=config.heads,
             contents=layout.stream0_contents() if config.loss.scope == "modality" else None,
-            has_bias=self.ends.has_bias,
+            has_bias=self.transforms.has_bias,
         )
         # Kept in float32 and cast to the table's dtype, as transformers does it.
-        self.register_buffer("_embed_scale", torch.tensor(self.ends.embed_scale), persistent=False)
-        self._init_head(std)
+        self.register_buffer("_embed_scale", torch.tensor(self.transforms.embed_scale), persistent=False)
+        if not config.tie_head:
+            nn.init.normal_(self.head.weight, std=std)
+        if self.head.stream_embed is not None:
+            nn.init.normal_(self.head.stream_embed, std=std)
         self.frame: FrameTransformer | None = None
         """The transformer inside a frame of a multi-scale model."""
         if config.frame_transformer is not None:
@@ -102,22 +114,11 @@ class SpeechLMModel(nn.Module):
     @property
     def max_positions(self) -> int:
         """Longest sequence, in frames, that the backbone was configured for."""
-        return bb.max_positions(self.backbone.config)
+        return max_positions(self.backbone.config)
 
     def num_parameters(self) -> int:
         """Number of trainable values, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
-
-    def init_tables(self, std: float) -> None:
-        """Draw embedding, head and stream vectors from N(0, std²); the pad's row is zero."""
-        self.embedding.reset_parameters(std)
-        self._init_head(std)
-
-    def _init_head(self, std: float) -> None:
-        if not self.config.tie_head:
-            nn.init.normal_(self.head.weight, std=std)
-        if self.head.stream_embed is not None:
-            nn.init.normal_(self.head.stream_embed, std=std)
 
     # ---- forward ------------------------------------------------------------------------------------------------
     def hidden(self, ids_NS: Tensor, position_N: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -131,18 +132,18 @@ class SpeechLMModel(nn.Module):
         Returns:
             float ``[N, D]``.
         """
-        return self.for_head(bb.run_packed(self.backbone, self.embed(ids_NS), position_N, cu_seqlens))
+        return self.head_input(run_packed(self.backbone, self.embed(ids_NS), position_N, cu_seqlens))
 
     def embed(self, ids_NS: Tensor) -> Tensor:
         """The backbone's input ``[N, D]``."""
         embedded_ND = self.embedding(ids_NS)
-        if self.ends.embed_scale == 1:
+        if self.transforms.embed_scale == 1:
             return embedded_ND
         return embedded_ND * self._embed_scale.to(embedded_ND.dtype)
 
-    def for_head(self, hidden: Tensor) -> Tensor:
-        """Hidden states as the head takes them: a factor on the logits is one on them."""
-        return hidden if self.ends.logit_scale == 1 else hidden * self.ends.logit_scale
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the head takes them, with the factor on the logits applied."""
+        return hidden if self.transforms.logit_scale == 1 else hidden * self.transforms.logit_scale
 
     def forward(
         self,
@@ -157,7 +158,7 @@ class SpeechLMModel(nn.Module):
 
         Args:
             ids, labels: int ``[N, S]``.
-            loss_weight: float32 ``[N, S]``, 0 where nothing is learnt.
+            loss_weight: float32 ``[N, S]``, 0 where there is no loss.
             position: int ``[N]``.
             cu_seqlens: int32 ``[n+1]``.
             reduction: ``sum``, or ``none`` to get each token's loss as well.
@@ -167,13 +168,12 @@ class SpeechLMModel(nn.Module):
         return self.head(hidden_ND, labels, loss_weight, reduction, frames)
 
     def _frames(self, hidden_ND: Tensor, labels_NS: Tensor, weight_NS: Tensor) -> Frames | None:
-        """Hidden states of the streams behind the first, where a label of them is asked for; None without a frame
-        transformer."""
+        """Hidden states of streams 1 to S - 1 where their labels have weights; None without a frame transformer."""
         if self.frame is None:
             return None
         rows_R = (weight_NS[:, 1:] > 0).any(dim=1).nonzero().squeeze(1)
         if len(rows_R) == 0:
-            # A frame that nobody weighs, so that every rank calls every module and every parameter has a gradient.
+            # One frame of weight zero, so that every rank runs every module and every parameter has a gradient.
             rows_R = rows_R.new_zeros(1)
         tokens_RE = labels_NS[rows_R, :-1]
         return Frames(rows_R, self.frame(hidden_ND[rows_R], self.embedding(tokens_RE[..., None])))
@@ -185,13 +185,13 @@ class SpeechLMModel(nn.Module):
 
         Args:
             ids, labels: int ``[N, S]``.
-            mask: bool ``[N, S]``, which labels are asked for.
+            mask: bool ``[N, S]``, True for labels to score.
             position: int ``[N]``.
             cu_seqlens: int32 ``[n+1]``.
 
         Returns:
-            ``(logprobs, entropy)``, float32 ``[N, S]`` in nats, 0 where not asked for; the entropy is that of the
-            softmax that gave the label its probability.
+            ``(logprobs, entropy)``, float32 ``[N, S]`` in nats, 0 where the mask is False; the entropy is that of the
+            softmax over the label's scope.
         """
         with torch.no_grad():
             hidden_ND = self.hidden(ids, position, cu_seqlens)
@@ -203,7 +203,7 @@ class SpeechLMModel(nn.Module):
         return KVCache(num_slots, num_rows, self.embedding.weight.dtype, self.device)
 
     def prefill(self, ids_NS: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Put the rows of several requests behind what their slots hold, all in one packed forward.
+        """Append the rows of several requests to their slots, in one packed forward.
 
         Args:
             ids_NS: int ``[N, S]`` delayed ids, one request after the other.
@@ -213,7 +213,7 @@ class SpeechLMModel(nn.Module):
         Returns:
             float ``[N, D]`` hidden states.
         """
-        return self.for_head(bb.run_prefill(self.backbone, self.embed(ids_NS), cache, slots, lengths))
+        return self.head_input(run_prefill(self.backbone, self.embed(ids_NS), cache, slots, lengths))
 
     def step_hidden(self, ids_BS: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
         """Hidden states ``[B, D]`` of one more row for each of the first B slots.
@@ -221,9 +221,9 @@ class SpeechLMModel(nn.Module):
         Args:
             ids_BS: int ``[B, S]`` delayed ids.
             cache: updated in place.
-            num_keys: keys that attention looks at; default as many as the longest slot has then.
+            num_keys: number of keys that attention reads; default those of the longest slot, the new row included.
         """
-        return self.for_head(bb.run_step(self.backbone, self.embed(ids_BS), cache, num_keys))
+        return self.head_input(run_step(self.backbone, self.embed(ids_BS), cache, num_keys))
 
     def new_frame_cache(self, num_slots: int) -> FrameCache:
         """Memory for :meth:`stream_hidden`, of a model with a frame transformer."""
@@ -236,29 +236,29 @@ class SpeechLMModel(nn.Module):
 
         Args:
             hidden_BD: of :meth:`step_hidden`.
-            token_B: int ``[B]``, what the stream before says in this frame.
+            token_B: int ``[B]``, the previous stream's ids in this frame.
             cache: updated in place.
         """
         assert self.frame is not None
         return self.frame.step(hidden_BD, self.embedding(token_B[:, None]), stream, cache)
 
-    def scope_head(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> ScopeHead:
-        """Logits over chosen id ranges of each stream, all at once; see :class:`ScopeHead`. With a frame transformer
-        every product serves one stream."""
-        return ScopeHead(self.head, ranges, join=self.frame is None)
+    def scope_head(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> DecodeHead:
+        """Logits over chosen id ranges of each stream; see :class:`DecodeHead`. With a frame transformer every product
+        serves one stream."""
+        return DecodeHead(self.head, ranges, join=self.frame is None)
 
     # ---- the backbone ---------------------------------------------------------------------------------------------
     def describe_backbone(self) -> str:
-        """One line on the backbone for a log: whether it was compared, what it asks of attention, and what is off."""
+        """One line for a log: whether the backbone was compared, its attention rules, and the settings switched off."""
         compared = self.config.verify_backbone
         parts = [
             str(self.config.backbone["model_type"]),
             "text logits equal to its own code's" if compared else "NOT compared with its own code",
         ]
         if self.attention_rules:
-            kernel, _ = bb.choose_attention(self.device, self.embedding.weight.dtype)
+            kernel, _ = choose_attention(self.device, self.embedding.weight.dtype)
             parts.append(f"attention with {'; '.join(self.attention_rules)} on {kernel}")
-        noise = bb.noise_in(self.config.backbone)
+        noise = stochastic_settings(self.config.backbone)
         if noise:
             parts.append("switched off: " + ", ".join(f"{name} {value:g}" for name, value in noise.items()))
         return ", ".join(parts)
@@ -269,20 +269,21 @@ class SpeechLMModel(nn.Module):
         load_backbone(self, folder)
 
 
-def _loss_settings(config: ModelConfig, ends: TextEnds) -> LossSettings:
+def _loss_settings(config: ModelConfig, transforms: TextTransforms) -> LossSettings:
     """The loss with the backbone's own soft cap on the logits."""
     asked = config.loss.softcap
-    if ends.softcap is None or asked == ends.softcap:
+    if transforms.softcap is None or asked == transforms.softcap:
         return config.loss
     if asked is not None:
         raise ConfigError(
-            f"loss.softcap is {asked}, but the backbone caps its logits at {ends.softcap}; leave loss.softcap out."
+            f"loss.softcap is {asked}, but the backbone caps its logits at {transforms.softcap}; leave loss.softcap "
+            "out."
         )
-    return replace(config.loss, softcap=ends.softcap)
+    return replace(config.loss, softcap=transforms.softcap)
 
 
 def _check_layout(layout: TokenLayout) -> None:
-    """Refuse a frame transformer where a frame's streams do not stand in one row."""
+    """Raise :class:`ConfigError` for a frame transformer with one stream or delayed streams."""
     if layout.num_streams < 2:
         raise ConfigError(
             f"model.frame_transformer predicts a frame's streams one after the other, but layout {layout} has one "

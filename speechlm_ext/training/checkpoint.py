@@ -1,9 +1,9 @@
-"""Checkpoints: one folder that trains on, generates, serves and goes to the Hub.
+"""Checkpoints: a folder that resumes training, generates, and is uploaded as it is.
 
 A checkpoint is a model folder (fp32 weights) plus ``optimizer.safetensors`` and ``trainer_state.json``. The
-optimizer's moments are stored per parameter, gathered from DeepSpeed's partitions, so a run goes on with
-another number of processes or another ZeRO stage, and nothing is ever unpickled. A folder appears under its
-final name only when all of it is on the disk and every value in it is finite.
+optimizer's moments are stored per parameter, gathered from DeepSpeed's partitions, so a run resumes on any number of
+processes with any ZeRO stage, and nothing is unpickled. A folder gets its final name when all of it is on the disk and
+every value in it is finite.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from speechlm_ext.model.config import CONFIG_NAME
 from speechlm_ext.model.files.digests import verify_digests, write_digests
 from speechlm_ext.model.files.model_folder import METADATA
 from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.training.optimizer_state import MOMENTS, gather_state
 from speechlm_ext.training.ranks import from_rank_0
 from speechlm_ext.training.state import TrainerState, read_state
 from speechlm_ext.utils.files.checkpoint_folders import (
@@ -53,53 +54,8 @@ __all__ = [
 ]
 
 OPTIMIZER_NAME = "optimizer.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 #: Every file of a checkpoint, besides the tokenizers' and the digests.
 FILES = (*MODEL_FILES, OPTIMIZER_NAME, STATE_NAME)
-
-
-def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The innermost torch optimizer, below DeepSpeed's wrappers."""
-    optimizer = engine.optimizer
-    while not isinstance(optimizer, torch.optim.AdamW):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _is_partitioned(engine: Any) -> bool:
-    return not isinstance(engine.optimizer, torch.optim.Optimizer)
-
-
-def _full_parameter(engine: Any, parameter: Tensor) -> Tensor:
-    if not _is_partitioned(engine):
-        return parameter.detach()
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return safe_get_full_fp32_param(parameter)
-
-
-def _full_moment(engine: Any, parameter: Tensor, key: str) -> Tensor:
-    if not _is_partitioned(engine):
-        return _torch_optimizer(engine).state[parameter][key]
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    return safe_get_full_optimizer_state(parameter, key)
-
-
-def _link_moments(engine: Any) -> None:
-    """Let every parameter find its moments.
-
-    DeepSpeed's ZeRO 1 and 2 link them once, after the first group's first step, when later groups have none yet.
-    """
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:
-        engine.optimizer._hp_optimizer_states_linked = False
-        link()
-
-
-def _step_counters(engine: Any) -> list[Tensor]:
-    states = _torch_optimizer(engine).state.values()
-    return [state["step"] for state in states if "step" in state]
 
 
 def save_checkpoint(engine: Any, model: SpeechLMModel, state: TrainerState, root: Path, keep: int) -> Path:
@@ -108,9 +64,9 @@ def save_checkpoint(engine: Any, model: SpeechLMModel, state: TrainerState, root
     Args:
         engine: the DeepSpeed engine.
         model: its module.
-        state: where the run stands.
+        state: progress of the run; gets AdamW's step counter.
         root: folder of checkpoints.
-        keep: how many of the newest are kept.
+        keep: number of newest checkpoints to keep.
 
     Returns:
         The checkpoint's folder.
@@ -119,23 +75,11 @@ def save_checkpoint(engine: Any, model: SpeechLMModel, state: TrainerState, root
         TrainingError: a weight or moment is not finite, on every rank; older checkpoints are untouched.
         StorageError: the disk is full or not writable; older checkpoints are untouched.
     """
-    rank = torch.distributed.get_rank()
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    _link_moments(engine)
-    for name, parameter in model.named_parameters():
-        # Gathering is collective: every rank takes part, rank 0 keeps the result.
-        full = _full_parameter(engine, parameter)
-        parts = {key: _full_moment(engine, parameter, key) for key in MOMENTS}
-        if rank == 0:
-            weights[name] = full.detach().float().cpu().clone().contiguous()
-            for key, value in parts.items():
-                moments[f"{key}.{name}"] = value.detach().float().cpu().clone().contiguous()
+    weights, moments, optimizer_step = gather_state(engine, model)
     folder = root / checkpoint_name(state.step)
     problem: Exception | None = None
-    if rank == 0:
-        counters = _step_counters(engine)
-        state.optimizer_step = float(counters[0]) if counters else 0.0
+    if torch.distributed.get_rank() == 0:
+        state.optimizer_step = optimizer_step
         try:
             found = first_not_finite(weights) or first_not_finite(moments)
             if found is not None:
@@ -151,8 +95,7 @@ def save_checkpoint(engine: Any, model: SpeechLMModel, state: TrainerState, root
 
 
 def prune(root: Path, step: int, keep: int) -> None:
-    """Remove what is older than the newest ``keep`` checkpoints up to ``step``; newer ones, of a run that went back,
-    stay."""
+    """Remove all but the newest ``keep`` checkpoints up to ``step``; later ones, of a run that went back, stay."""
     found = [p for p in list_checkpoints(root) if (step_of(p) or 0) <= step]
     for old in found[: max(0, len(found) - keep)]:
         remove(old)
@@ -191,13 +134,13 @@ def _write(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def diverged(root: Path, step: int, what: str) -> TrainingError:
-    """The error of a run whose numbers are not finite any more, with what is left of it.
+def diverged(root: Path, step: int, reason: str) -> TrainingError:
+    """The error of a run whose numbers are not finite any more; it names the checkpoints to resume from.
 
     Args:
-        root: the run's folder of checkpoints, which are read to see that their values are finite.
-        step: whose numbers they are.
-        what: which numbers.
+        root: the run's folder of checkpoints, whose values are read.
+        step: step of the numbers.
+        reason: the numbers, in words.
     """
     found = list_checkpoints(root)
     good = next((folder for folder in reversed(found) if _is_finite_on_disk(folder)), None)
@@ -205,14 +148,14 @@ def diverged(root: Path, step: int, what: str) -> TrainingError:
     if good is None:
         left = f"There is no checkpoint with finite values in {root}"
     else:
-        left = f"The newest checkpoint with finite values is {good}; the same command goes on from there"
+        left = f"The newest checkpoint with finite values is {good}; the same command resumes from it"
         older = [folder for folder in found[: found.index(good)] if _is_finite_on_disk(folder)]
         if older:
-            left += f"; if it stops there again, go on from the one before it with --resume {older[-1]}"
+            left += f"; if it stops there again, resume from the one before it with --resume {older[-1]}"
     if bad:
         left += f" (delete {', '.join(bad)}, which cannot be used)"
     return TrainingError(
-        f"training stopped at step {step}: {what}; nothing of it was saved. {left}. Lower optimizer.lr, lengthen "
+        f"training stopped at step {step}: {reason}; nothing of it was saved. {left}. Lower optimizer.lr, lengthen "
         "optimizer.warmup_steps, or use precision fp32."
     )
 
@@ -250,14 +193,14 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
     hint = (
-        "The run had diverged when it was saved: go on from an older checkpoint (--resume PATH), or delete this one, "
+        "The run had diverged when it was saved: resume from an older checkpoint (--resume PATH), or delete this one, "
         "so that the same command takes the one before it."
     )
-    require_finite(tensors, CheckpointError, f"{path} cannot be gone on from", hint)
+    require_finite(tensors, CheckpointError, f"{path} cannot be resumed from", hint)
 
 
 def load_weights(model: SpeechLMModel, folder: Path) -> dict[str, Tensor]:
-    """Put a checkpoint's weights into ``model`` (before the engine is built); returns them for the fp32 masters.
+    """Copy a checkpoint's weights to ``model``, before the engine is built; returns them for the fp32 masters.
 
     Raises:
         CheckpointError: missing, damaged, not finite, or of other shapes.
@@ -279,19 +222,6 @@ def load_weights(model: SpeechLMModel, folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _make_moments(engine: Any) -> None:
-    """Let ZeRO have its moments before the first step, which is when it would make them."""
-    inner = _torch_optimizer(engine)
-    # The flat fp32 partitions of ZeRO 1 and 2, and those of ZeRO 3.
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        for flat in getattr(engine.optimizer, name, ()):
-            inner.state[flat] = {
-                "step": torch.tensor(0.0),
-                **{key: torch.zeros_like(flat) for key in MOMENTS},
-            }
-    _link_moments(engine)
-
-
 def read_moments(model: SpeechLMModel, folder: Path) -> dict[str, Tensor]:
     """Read a checkpoint's moments, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of every parameter, before the engine is
     built.
@@ -310,30 +240,3 @@ def read_moments(model: SpeechLMModel, folder: Path) -> dict[str, Tensor]:
             )
     _require_finite(moments, path)
     return moments
-
-
-def load_optimizer(
-    engine: Any,
-    model: SpeechLMModel,
-    moments: dict[str, Tensor],
-    weights: dict[str, Tensor],
-    state: TrainerState,
-) -> None:
-    """Put a checkpoint's moments, step counter and fp32 masters into a fresh engine; all ranks call it."""
-    inner = _torch_optimizer(engine)
-    _make_moments(engine)
-    for name, parameter in model.named_parameters():
-        parts = {key: moments[f"{key}.{name}"] for key in MOMENTS}
-        if not _is_partitioned(engine):
-            inner.state[parameter] = {
-                "step": torch.tensor(state.optimizer_step),
-                **{key: value.to(parameter.device).clone() for key, value in parts.items()},
-            }
-            continue
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        safe_set_full_fp32_param(parameter, weights[name])
-        for key, value in parts.items():
-            safe_set_full_optimizer_state(parameter, value, key)
-    for counter in _step_counters(engine):
-        counter.fill_(state.optimizer_step)

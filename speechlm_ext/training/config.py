@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
+
+import yaml
 
 from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.errors import ConfigError
@@ -20,7 +23,7 @@ class ModelSettings:
     are then taken from it. The text tokenizer of the token folder must be that of the backbone."""
     verify_backbone: bool = True
     """Compare the backbone's text logits with those of the pretrained model's own code, and the text tokenizer with the
-    backbone's. False goes on without, and stands in the checkpoint's config.json."""
+    backbone's. False skips both, and the checkpoint's config.json records it."""
     hidden_size: int = 256
     """Width D."""
     num_layers: int = 6
@@ -28,7 +31,7 @@ class ModelSettings:
     num_heads: int = 4
     """Number of attention heads."""
     num_kv_heads: int | None = None
-    """Number of key/value heads; default as many as heads."""
+    """Number of key/value heads; default num_heads."""
     ffn_size: int = 704
     """Width inside the feed-forward part."""
     max_positions: int = 4096
@@ -76,7 +79,7 @@ class OptimizerSettings:
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Final learning rate, as a share of the peak."""
     warmup_steps: int = 100
     """Steps from 0 to the peak."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -86,7 +89,7 @@ class OptimizerSettings:
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; tables, norms and vectors are not decayed."""
     clip: float = 1.0
-    """Largest norm of the gradient; longer ones are scaled down."""
+    """Maximum norm of the gradient; larger ones are scaled down."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "min_lr_ratio", "eps", "weight_decay", "clip"):
@@ -123,11 +126,11 @@ class TrainConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     """The optimizer."""
     steps: int = 1000
-    """Optimizer steps in all."""
+    """Number of optimizer steps of the run."""
     accumulation: int = 1
     """Packs per process and optimizer step."""
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage 0 to 3: what is partitioned over processes."""
+    """DeepSpeed ZeRO stage: 1 partitions the optimizer over processes, 2 gradients too, 3 weights too; 0 nothing."""
     precision: str = "fp32"
     """``fp32`` or ``bf16``; bf16 keeps fp32 master weights."""
     activation_checkpointing: bool = False
@@ -135,14 +138,14 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     log_every: int = 10
     """Steps between log lines."""
     resume: str = "auto"
-    """``auto``: go on from the run folder's newest checkpoint if there is one; ``none``: the run folder must be new;
-    or the path of a checkpoint, which must be loadable; of another run's folder its newest one is taken."""
+    """``auto``: resume from the run folder's newest checkpoint if there is one; ``none``: the run folder must be new;
+    or the path of a checkpoint, or of another run's folder, for its newest one."""
     verify: bool = True
-    """Compare the checkpoint's files with their digests before going on from it."""
+    """Compare the checkpoint's files with their digests before resuming from it."""
     seed: int = 0
     """Seed of the initial weights."""
     processes: int = 1
@@ -161,3 +164,9 @@ class TrainConfig:
             raise ConfigError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}.")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}.")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """A recipe that gives this configuration again."""
+    plain = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
+    return yaml.safe_dump(plain, sort_keys=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from typing import Any
 
 import torch
@@ -16,12 +15,6 @@ from torch import nn
 
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.training.config import TrainConfig
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def import_deepspeed() -> Any:
@@ -41,41 +34,10 @@ def import_deepspeed() -> Any:
             f"training needs DeepSpeed, which cannot be imported ({error}): pip install 'speechlm_ext[train]'"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Without this DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start (minutes, and files
-    # in the home folder); gloo does the same job.
+    # Otherwise DeepSpeed compiles a shared-memory all-reduce for CPUs at its first start (minutes, and files in the
+    # home folder); gloo does the same job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def init_distributed() -> tuple[int, int, torch.device]:
-    """Join the process group that torchrun describes, or make one of a single process.
-
-    Returns:
-        ``(rank, world, device)``.
-    """
-    deepspeed = import_deepspeed()
-    if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
-        )
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    use_cuda = torch.cuda.is_available()
-    if use_cuda:
-        torch.cuda.set_device(local)
-    if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False
-        )
-    device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
-
-
-def set_threads(config: TrainConfig) -> int:
-    """Give each process of this machine its share of the cores; returns the number of threads."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_world)
-    torch.set_num_threads(threads)
-    return threads
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -123,10 +85,10 @@ def build_engine(model: nn.Module, config: TrainConfig) -> Any:
 
 
 def gradient_norm(engine: Any) -> float | None:
-    """The norm of the whole gradient before clipping, to be called before the ``engine.step()`` that takes a step.
+    """Norm of the whole gradient before clipping, called right before ``engine.step()``; None with ZeRO.
 
-    Without ZeRO the gradients are whole by then and summed over the processes: one pass over them. None with ZeRO,
-    which computes it in its step, to clip by it: ``engine.get_global_grad_norm()`` has it then.
+    Without ZeRO the gradients are whole and summed over the processes by then. ZeRO computes the norm in its step:
+    ``engine.get_global_grad_norm()`` has it afterwards.
     """
     if engine.zero_optimization():
         return None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,6 @@ from typing import Any
 from tqdm import tqdm
 
 from speechlm_ext.errors import CheckpointError, TrainingError
-from speechlm_ext.training.board import Board
 from speechlm_ext.utils.files.io import atomic_write_text, storage_error
 from speechlm_ext.utils.files.json_lines import JsonLine, json_lines
 from speechlm_ext.utils.files.json_text import json_line
@@ -56,19 +58,18 @@ def _parse(line: JsonLine) -> dict[str, Any]:
 
 
 class RunLog:
-    """Writes the log of one run (rank 0 only; on other ranks it does nothing).
+    """Writes the log of a run on rank 0; does nothing on other ranks.
 
     Args:
         run_dir: the run's folder.
-        step: where the run goes on; later lines, written before a crash, are removed so that each step
-            stands once.
-        total: steps in all, for the bar.
+        step: steps done; lines of later steps, written before a crash, are removed.
+        total: number of steps of the run, for the bar.
         active: whether this process writes.
-        tensorboard: also write TensorBoard files, if it is installed. Where they cannot be written, training goes on
-            without them, and a warning says so.
+        tensorboard: also write TensorBoard files, if it is installed. Where they cannot be written, a warning is logged
+            and training continues without them.
 
     Raises:
-        CheckpointError: the log of before is damaged.
+        CheckpointError: the existing log is damaged.
         StorageError: the log cannot be written.
     """
 
@@ -81,7 +82,7 @@ class RunLog:
         kept = [row for row in read_log(run_dir) if row["step"] <= step]
         atomic_write_text(self.path, "".join(map(json_line, kept)))
         try:
-            # Without a buffer, what cannot be written fails in write() and not again in close().
+            # Without a buffer, a failed write fails in write() and not again in close().
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         except OSError as error:
             raise storage_error(error, self.path) from error
@@ -101,7 +102,7 @@ class RunLog:
     def _leave_board(self, error: OSError) -> None:
         self.board = None
         logger.warning(
-            "TensorBoard's files cannot be written (%s): training goes on without them, %s has all numbers",
+            "TensorBoard's files cannot be written (%s): training continues without them, %s has all numbers",
             error.strerror or error,
             self.path,
         )
@@ -111,8 +112,8 @@ class RunLog:
         if self.bar is not None:
             self.bar.update()
 
-    def write(self, row: Mapping[str, Any], postfix: str) -> None:
-        """Write one line; ``row`` has ``step`` and finite numbers or flat dicts of finite numbers.
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write one line; ``row`` has ``step``, and finite numbers or flat dicts of finite numbers.
 
         Raises:
             TrainingError: a number is not finite; nothing is written.
@@ -137,9 +138,9 @@ class RunLog:
         except OSError as error:
             raise storage_error(error, self.path) from error
         if self.bar is not None and not self.bar.disable:
-            self.bar.set_postfix_str(postfix)
+            self.bar.set_postfix_str(_summary(row))
         else:
-            logger.info("step %d  %s", row["step"], postfix)
+            logger.info("step %d  %s", row["step"], _summary(row))
         if self.board is not None:
             try:
                 self.board.add(row["step"], values)
@@ -150,7 +151,7 @@ class RunLog:
         """Close the files and the bar.
 
         Raises:
-            StorageError: what was written does not reach the disk.
+            StorageError: the last lines do not reach the disk.
         """
         if self.bar is not None:
             self.bar.close()
@@ -164,3 +165,62 @@ class RunLog:
                 self.file.close()
             except OSError as error:
                 raise storage_error(error, self.path) from error
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    """The numbers of a line that a person watches: the loss, that of the first and the last streams, and the speed."""
+    streams = list(row.get("stream_loss", {}).items())
+    shown = [f"{name} {value:.2f}" for name, value in streams[:3]]
+    shown += [f"… {streams[-1][1]:.2f}"] if len(streams) > 3 else []
+    shown += [f"lr {row['lr']:.1e}"] if "lr" in row else []
+    speed = row.get("positions_per_second")
+    shown += [] if speed is None else [f"{speed:,.0f} positions/s"]
+    return "  ".join([f"loss {row['loss']:.3f}", *shown])
+
+
+class Board:
+    """One event file of TensorBoard, each record written and flushed at once.
+
+    ``SummaryWriter`` writes from a thread of its own: there a full disk ends in a traceback, and the training loop
+    notices it some lines later or at its end.
+
+    Args:
+        folder: made if it is missing.
+        step: steps done; later values of an earlier file are not shown.
+
+    Raises:
+        ImportError: tensorboard is not installed. OSError: the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        # Without a buffer, a failed write fails here and not again in close().
+        self._file = open(folder / name, "xb", buffering=0)  # noqa: SIM115 - closed in close()
+        self._records = RecordWriter(self)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of one step, by tag. Raises ``OSError``."""
+        scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+
+    def write(self, data: bytes) -> None:
+        """Write a whole record; an unbuffered file takes a part where the disk has room for no more."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        """Close the file. Raises ``OSError``."""
+        self._file.close()

@@ -1,12 +1,13 @@
-"""The numbers of a log line: sums over the log interval, kept on the device and put together once per line.
+"""The numbers of a log line: sums over the log interval, kept on the device and gathered once per line.
 
-A checkpoint in the middle of an interval holds the sums so far, so that the line of a resumed run is that of a run that
-was never stopped.
+A checkpoint in the middle of an interval holds the sums so far, so a resumed run logs the line of a run that was never
+stopped.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,16 +15,16 @@ from torch import Tensor, distributed
 
 from speechlm_ext.errors import CheckpointError
 
-#: Rows of the sums of each stream: of losses, of their weights, and the numbers of tokens and of right guesses.
+#: Rows of the sums of each stream: losses, their weights, number of tokens, number of correct predictions.
 LOSS, WEIGHT, COUNT, CORRECT = range(4)
 
 
 class Meter:
-    """Sums of one process.
+    """Sums of one process over a log interval.
 
     Args:
         num_streams: S.
-        device: where they are kept.
+        device: of the sums, and of the model.
     """
 
     def __init__(self, num_streams: int, device: torch.device) -> None:
@@ -31,7 +32,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Begin an interval."""
+        """Start an interval."""
         # The loss, the positions, and the streams' sums.
         self.sums = torch.zeros(2 + 4 * self.num_streams, dtype=torch.float64, device=self.device)
         self.step_loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -39,13 +40,13 @@ class Meter:
         self.started = time.perf_counter()
 
     def start_step(self) -> None:
-        """Begin a step."""
+        """Start a step."""
         self.num_steps += 1
         self.step_loss = torch.zeros_like(self.step_loss)
         self.before = self.sums.clone()
 
     def undo_step(self) -> None:
-        """Take the newest step out again."""
+        """Remove the newest step from the sums."""
         self.num_steps -= 1
         self.sums = self.before
 
@@ -57,7 +58,7 @@ class Meter:
         return float(loss)
 
     def add(self, out: Any, step_weight: float, positions: int) -> None:
-        """Add one micro-batch: what the model gave, the weight of the whole step, and the positions."""
+        """Add one micro-batch: the model's output, the weight of the whole step, and the number of positions."""
         loss = out.loss_sum.detach().double() / step_weight
         self.step_loss += loss
         self.sums[0] += loss
@@ -74,16 +75,34 @@ class Meter:
             parts = [self.sums]
         return torch.stack(parts).cpu()
 
+    def means(self, names: Sequence[str]) -> dict[str, Any]:
+        """Means of the interval over all processes, as a log line has them; ``names`` are the streams'."""
+        seconds = time.perf_counter() - self.started
+        sums = self.gather().sum(0)
+        streams = sums[2:].view(4, len(names))
+        # A stream without a target in the interval has no mean.
+        live = [
+            (n, *column.tolist()) for n, column in zip(names, streams.T, strict=True) if column[COUNT] > 0
+        ]
+        total = float(streams[LOSS].sum())
+        return {
+            "loss": float(sums[0]) / self.num_steps,
+            "stream_loss": {n: part[LOSS] / part[WEIGHT] for n, *part in live},
+            "stream_accuracy": {n: part[CORRECT] / part[COUNT] for n, *part in live},
+            "stream_share": {n: part[LOSS] / total if total else 0.0 for n, *part in live},
+            "positions_per_second": float(sums[1]) / seconds,
+        }
+
     def to_state(self, gathered: Tensor) -> dict[str, Any]:
-        """What a checkpoint holds, as JSON values."""
+        """The sums so far as JSON values, for a checkpoint."""
         seconds = time.perf_counter() - self.started
         return {"steps": self.num_steps, "seconds": seconds, "ranks": gathered.tolist()}
 
     def restore(self, state: dict[str, Any] | None, where: str) -> None:
-        """Go on with the interval of a checkpoint; None: begin one.
+        """Continue the interval of a checkpoint; None: start one.
 
         Raises:
-            CheckpointError: it is of another number of streams.
+            CheckpointError: it has another number of streams.
         """
         self.reset()
         if state is None:

@@ -20,7 +20,7 @@ from speechlm_ext.errors import PlanError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model import ModelConfig, SpeechLMModel
 from speechlm_ext.model.backbone.body import backbone_settings
-from speechlm_ext.model.backbone.proof import examine
+from speechlm_ext.model.backbone.proof import probe_backbone
 from speechlm_ext.training.config import ModelSettings, TrainConfig
 
 #: Minimum number of rows of logits that the loss holds at a time.
@@ -124,7 +124,9 @@ def empty_model(settings: ModelSettings, layout: TokenLayout) -> SpeechLMModel:
         frame_transformer=settings.frame_transformer,
         verify_backbone=settings.verify_backbone,
     )
-    examine(backbone, verify=settings.verify_backbone)  # computes, so not on device meta; kept for the model
+    probe_backbone(
+        backbone, verify=settings.verify_backbone
+    )  # computes, so not on device meta; kept for the model
     with torch.device("meta"):
         return SpeechLMModel(config, layout)
 

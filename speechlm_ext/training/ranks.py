@@ -1,4 +1,4 @@
-"""What the processes of a run decide together, so that none waits for one that has given up."""
+"""Decisions that the processes of a run share, so that none waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def from_rank_0(value: Any) -> Any:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """End this block on every rank, or raise on every rank what one of them raises in it: its own error where it
-    happened, the lowest rank's elsewhere. In the block ranks must not wait for each other."""
+    """Block that ends on every rank or raises on every rank: a rank's own error, or the lowest rank's elsewhere.
+
+    Ranks must not wait for each other inside it.
+    """
     error: Exception | None = None
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run goes on from: rank 0 decides, and every rank must see the same."""
+"""The checkpoint that a run resumes from: rank 0 chooses, and every rank must see the same."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger("speechlm_ext")
 
 
 def find_resume(config: TrainConfig, root: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
+    """The checkpoint to resume from, or None for a new run.
 
     Raises:
-        CheckpointError: a named checkpoint is not there, or a new run would overwrite an old one.
+        CheckpointError: a named checkpoint does not exist, or a new run would overwrite an old one.
     """
     newest = latest_checkpoint(root)
     if config.resume == "auto":
@@ -31,14 +31,14 @@ def find_resume(config: TrainConfig, root: Path) -> Path | None:
         if newest is not None:
             raise CheckpointError(
                 f"run folder {config.run_dir} already holds {newest.name}, but resume is 'none'. Choose another "
-                f"run_dir, delete it, or go on with --resume auto."
+                f"run_dir, delete it, or resume with --resume auto."
             )
         return None
     chosen = find_model_folder(config.resume)
     step = step_of(chosen.resolve())
     if newest is not None and step is not None and step < (step_of(newest) or 0):
         logger.warning(
-            "going back to %s: %s in %s is newer and stays, and without --resume this run would go on from it; delete "
+            "going back to %s: %s in %s is newer and stays, and without --resume this run would resume from it; delete "
             "it if it is not wanted",
             chosen,
             newest.name,
@@ -48,10 +48,10 @@ def find_resume(config: TrainConfig, root: Path) -> Path | None:
 
 
 def agree_on_resume(config: TrainConfig, root: Path) -> tuple[Path | None, ckpt.TrainerState]:
-    """Rank 0 decides what the run goes on from; the others must see the same.
+    """Checkpoint and state that the run resumes from, chosen by rank 0 and seen by all.
 
     Raises:
-        CheckpointError: on every rank: there is nothing that can be gone on from, or a rank sees something else.
+        CheckpointError: on every rank: the checkpoint cannot be resumed from, or a rank sees another one.
     """
     rank = torch.distributed.get_rank()
     resume, state = None, ckpt.TrainerState()
@@ -83,5 +83,5 @@ def _require_seen(resume: Path, state: ckpt.TrainerState, rank: int) -> None:
         reason = f"it sees one of step {seen.step}."
     raise CheckpointError(
         f"rank {rank} (on {socket.gethostname()}) does not see the checkpoint {resume} of step {state.step} that rank "
-        f"0 goes on from: {reason} Put run_dir where all processes see the same files."
+        f"0 resumes from: {reason} Put run_dir where all processes see the same files."
     )

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.model.backbone.proof import examine
+from speechlm_ext.model.backbone.proof import probe_backbone
 
 DOCS = Path(__file__).parents[3] / "docs" / "training.md"
 BEGIN, END = "<!-- backbones: begin -->", "<!-- backbones: end -->"
@@ -60,6 +60,8 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "embedding_size": 32,
     "use_sliding_window": True,
+    "pronunciation_vocab_size": 8,
+    "shape_vocab_size": 8,
 }
 _LATENT = {"num_key_value_heads": 4, "head_dim": None}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 64, "mamba_n_groups": 1}
@@ -88,6 +90,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
     **{kind: {"max_window_layers": 0} for kind in ("qwen2", "qwen3")},
     "qwen2_moe": {"use_sliding_window": False},
+    **{
+        kind: {"layer_types": ["linear_attention", "full_attention"] * 2}
+        for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+    },
     "trocr": {"decoder_layers": 2, "d_model": 32, "decoder_ffn_dim": 48},
     "xlnet": {"n_head": 4, "d_head": 8, "d_inner": 48},
     "zaya": {"num_experts_per_tok": 1},
@@ -125,7 +131,7 @@ def verdict(kind: str) -> str:
         name = type(error).__name__
         return f"refused: no small configuration of it can be made ({name})"
     try:
-        facts = examine(settings)
+        facts = probe_backbone(settings)
     except ConfigError as error:
         reason = str(error).split(" A SpeechLM on it")[0]
         for start in (f"model type {kind!r}: ", f"model type {kind!r} "):
@@ -134,12 +140,12 @@ def verdict(kind: str) -> str:
         reason = re.sub(r" \(by [^)]* of the largest\)", "", reason.rstrip(". "))
         reason = re.sub(r" \((\w+): .*\)$", r" (\1)", reason, flags=re.S)
         return f"refused: {reason}"
-    ends = facts.ends
+    transforms = facts.transforms
     extras = sorted({part for rule in facts.rules for part in rule.split(", ")})
-    extras += ["scaled embeddings"] if ends.embed_scale != 1 else []
-    extras += ["scaled logits"] if ends.logit_scale != 1 else []
-    extras += ["capped logits"] if ends.softcap is not None else []
-    extras += ["a bias on the logits"] if ends.has_bias else []
+    extras += ["scaled embeddings"] if transforms.embed_scale != 1 else []
+    extras += ["scaled logits"] if transforms.logit_scale != 1 else []
+    extras += ["capped logits"] if transforms.softcap is not None else []
+    extras += ["a bias on the logits"] if transforms.has_bias else []
     return "exact" + (f", with {', '.join(extras)}" if extras else "")
 
 

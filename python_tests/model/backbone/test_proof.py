@@ -17,10 +17,8 @@ from speechlm_ext import SpeechLM
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model import LossSettings, ModelConfig
-from speechlm_ext.model.attention.kernels import Packing, packed_attention
-from speechlm_ext.model.attention.scores import ScoreRule
 from speechlm_ext.model.backbone.body import BackboneError, backbone_settings, max_positions
-from speechlm_ext.model.backbone.proof import examine
+from speechlm_ext.model.backbone.proof import probe_backbone
 from speechlm_ext.tokenizers.text.huggingface import HuggingFaceText
 
 quiet()
@@ -112,10 +110,12 @@ def test_gradients_are_the_pretrained_models(kind: str, tmp_path: Path) -> None:
     )
     right.backward()
     hidden = model.hidden(*rows_of(*segments))
-    logits = model.ends.finish(F.linear(hidden / model.ends.logit_scale, model.head.weight[TEXT]))
-    ends = torch.tensor([13, 22])
+    logits = model.transforms.to_logits(
+        F.linear(hidden / model.transforms.logit_scale, model.head.weight[TEXT])
+    )
+    last = torch.tensor([13, 22])
     keep = torch.ones(23, dtype=torch.bool)
-    keep[ends] = False
+    keep[last] = False
     F.cross_entropy(logits[keep], torch.cat([s[1:] for s in segments]), reduction="sum").backward()
     ours = dict(model.backbone.named_parameters())
     for name, parameter in theirs.base_model.named_parameters():
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_a_release_that_left_parts_out_is_refused(tmp_path: Path
         del data["revision"], data["verify_backbone"]
         config.write_text(json.dumps(data))
         (config.parent / "digests.json").unlink()  # as of that release
-        with pytest.raises(CheckpointError, match=f"left out what backbone '{kind}' has.*{message}"):
+        with pytest.raises(CheckpointError, match=f"left out parts of backbone '{kind}' .*{message}"):
             SpeechLM.from_pretrained(tmp_path / f"{kind}-ours")
 
 
@@ -248,55 +248,9 @@ def test_the_text_tokenizer_must_be_the_backbones(tmp_path: Path) -> None:
         make(own).load_backbone(tmp_path)
 
 
-def naive(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], rule: ScoreRule
-) -> torch.Tensor:
-    """Row by row and head by head, from the definition."""
-    H, G = q.shape[1], k.shape[1]
-    out = torch.zeros(len(q), H, v.shape[-1], dtype=q.dtype)
-    first = 0
-    for length in lengths:
-        for n in range(length):
-            low = 0 if rule.window is None else max(0, n - rule.window + 1)
-            seen = slice(first + low, first + n + 1)
-            for h in range(H):
-                scores = k[seen, h // (H // G)] @ q[first + n, h] * rule.scale
-                if rule.softcap is not None:
-                    scores = rule.softcap * torch.tanh(scores / rule.softcap)
-                if rule.sinks_H is not None:
-                    scores = torch.cat((scores, rule.sinks_H[h : h + 1]))
-                weights = scores.softmax(0)[: seen.stop - seen.start]
-                out[first + n, h] = weights @ v[seen, h // (H // G)]
-        first += length
-    return out
-
-
-@pytest.mark.parametrize(
-    "window, softcap, sinks",
-    [(3, None, False), (None, 0.7, False), (4, 1.5, True), (1, None, True), (50, None, False)],
-)
-def test_score_rules_match_their_definition(window: int | None, softcap: float | None, sinks: bool) -> None:
-    """Values and gradients against loops in float64; values of another width than keys; sinks have gradients too."""
-    lengths, H, G, E, V = [9, 1, 5, 8, 2], 4, 2, 8, 6
-    N = sum(lengths)
-    shapes = ((N, H, E), (N, G, E), (N, G, V))
-    q, k, v = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
-    sink = torch.randn(H, dtype=torch.float64, requires_grad=True)
-    rule = ScoreRule(E**-0.5, window, softcap, sink if sinks else None)
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    out = packed_attention(q, k, v, Packing.build(bounds, "sdpa"), rule)
-    right = naive(q, k, v, lengths, rule)
-    torch.testing.assert_close(out, right, rtol=1e-10, atol=1e-10)
-    coefficient, inputs = torch.randn_like(right), (q, k, v, *((sink,) if sinks else ()))
-    ours = torch.autograd.grad((out * coefficient).sum(), inputs)
-    theirs = torch.autograd.grad((right * coefficient).sum(), inputs)
-    for found, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_examining_changes_no_random_state() -> None:
-    examine.__globals__["_examine"].cache_clear()
+def test_probing_changes_no_random_state() -> None:
+    probe_backbone.__globals__["_probe"].cache_clear()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    examine(settings_of("llama"))
+    probe_backbone(settings_of("llama"))
     assert torch.equal(torch.get_rng_state(), before)

@@ -3,8 +3,7 @@
 Order of choice: flash-attn varlen, torch's ``varlen_attn``, SDPA. The first two read the packed row as
 it is; SDPA gathers the segments into padded groups of similar length, so that its cost follows the
 segments and not the square of the pack. All three are registered with transformers as one attention
-implementation, ``speechlm``. What a layer asks for beyond plain causal attention (``attention_scores.py``) and a kernel
-cannot do goes to SDPA, with a word in the log.
+implementation, ``speechlm``. Layers whose rule (``scores.py``) a kernel cannot compute run on SDPA; the log says so.
 
 Axes: N packed positions, H heads, G key/value heads, E head size, B segments of a group, T its longest.
 """
@@ -42,7 +41,7 @@ class AttentionCache(Protocol):
 
 
 def choose_attention(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
-    """Say which attention will run for packed rows, and why.
+    """The attention kernel for packed rows, and the reason for it.
 
     Args:
         device: where the model runs.
@@ -66,7 +65,7 @@ def _choose(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
         return "varlen_attn", "flash_attn is not installed; torch has varlen_attn"
     return (
         "sdpa",
-        "neither flash_attn nor torch's varlen_attn is there; pip install 'speechlm_ext[flash]' for speed",
+        "neither flash_attn nor torch's varlen_attn is installed; pip install 'speechlm_ext[flash]' for speed",
     )
 
 
@@ -91,26 +90,27 @@ def _grouped_sdpa(q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing,
 
 
 def packed_attention(
-    q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing, rule: ScoreRule | float
+    q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing, rule: ScoreRule
 ) -> Tensor:
     """Causal attention inside each segment of a packed row.
 
     Args:
         q_NHE, k_NGE, v_NGF: float ``[N, H, E]``, ``[N, G, E]``, ``[N, G, F]``; H a multiple of G.
         packing: the segments.
-        rule: how scores are made; a number is the factor on ``q·k`` of plain attention.
+        rule: the layer's scores.
 
     Returns:
         float ``[N, H, F]``.
     """
-    rule = rule if isinstance(rule, ScoreRule) else ScoreRule(rule)
     kernel, _ = choose_attention(q_NHE.device, q_NHE.dtype)
-    if kernel != "sdpa" and (lacking := _lacking(kernel, rule, q_NHE.shape[-1], v_NGF.shape[-1])):
-        _say_once(f"attention: {kernel} cannot do {lacking}; these layers run on SDPA over padded segments")
+    if kernel != "sdpa" and (unsupported := _unsupported(kernel, rule, q_NHE.shape[-1], v_NGF.shape[-1])):
+        _log_once(
+            f"attention: {kernel} cannot do {unsupported}; these layers run on SDPA over padded segments"
+        )
         kernel = "sdpa"
     if kernel == "sdpa":
         if not rule.is_plain:
-            _say_once(
+            _log_once(
                 f"attention: SDPA cannot do {replace(rule, window=None).describe()}; these layers compute their scores "
                 "by definition, with those of a group of segments in memory"
             )
@@ -129,7 +129,7 @@ def packed_attention(
     repeat = q_NHE.shape[1] // k_NGE.shape[1]
     if repeat > 1:
         k_NGE, v_NGF = k_NGE.repeat_interleave(repeat, 1), v_NGF.repeat_interleave(repeat, 1)
-    # The first releases of varlen_attn had is_causal; later ones say the same with window_size.
+    # The first releases of varlen_attn had is_causal; later ones have window_size instead.
     causal: dict[str, object] = {"window_size": (-1 if rule.window is None else rule.window - 1, 0)}
     if not _varlen_has_window():
         q_NHE, causal = q_NHE * (rule.scale * q_NHE.shape[-1] ** 0.5), {"is_causal": True}
@@ -145,33 +145,33 @@ def _varlen_has_window() -> bool:
     return "window_size" in inspect.signature(varlen_attn).parameters
 
 
-def _lacking(kernel: str, rule: ScoreRule, key_size: int, value_size: int) -> str:
-    """What a variable-length kernel cannot do of ``rule``; empty if it can do all."""
-    lacking = []
+def _unsupported(kernel: str, rule: ScoreRule, key_size: int, value_size: int) -> str:
+    """Parts of ``rule`` that a variable-length kernel cannot compute; empty if it can compute all."""
+    unsupported = []
     if key_size != value_size:
-        lacking.append(f"heads of {key_size} for keys and {value_size} for values")
+        unsupported.append(f"heads of {key_size} for keys and {value_size} for values")
     if rule.sinks_H is not None:
-        lacking.append("attention sinks")
+        unsupported.append("attention sinks")
     if kernel == "varlen_attn":
         if rule.softcap is not None:
-            lacking.append("capped scores")
+            unsupported.append("capped scores")
         if rule.window is not None and not _varlen_has_window():
-            lacking.append("a sliding window")
-    return " and ".join(lacking)
+            unsupported.append("a sliding window")
+    return " and ".join(unsupported)
 
 
-def _say_once(message: str) -> None:
-    if _current.rules is None and message not in _said:  # not for a small model that is only tried
-        _said.add(message)
+def _log_once(message: str) -> None:
+    if _current.rules is None and message not in _logged:  # not for the small model of a probe
+        _logged.add(message)
         logger.info("%s", message)
 
 
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 # ---- the backbone's attention ---------------------------------------------------------------------------------------
 class _Current(threading.local):
-    """What the attention of this thread works on."""
+    """Pack or cache that the attention of this thread reads."""
 
     packing: Packing | None = None
     kv: AttentionCache | None = None
@@ -182,11 +182,11 @@ _current = _Current()
 
 
 @contextlib.contextmanager
-def attending(packing: Packing | None = None, kv: AttentionCache | None = None) -> Iterator[None]:
-    """Inside, a backbone's attention works on this pack or cache, also in classes that do not pass keywords on.
+def attention_context(packing: Packing | None = None, kv: AttentionCache | None = None) -> Iterator[None]:
+    """Context in which a backbone's attention reads this pack or cache, also in classes that do not pass keywords on.
 
-    The keywords of the forward call say the same once more for classes that do: they reach a layer that activation
-    checkpointing computes again in the backward pass, after this block has ended.
+    The forward call has the same values as keywords, for classes that do: they also reach a layer that activation
+    checkpointing recomputes in the backward pass, after this block has ended.
     """
     before = _current.packing, _current.kv
     _current.packing, _current.kv = packing, kv
@@ -197,8 +197,8 @@ def attending(packing: Packing | None = None, kv: AttentionCache | None = None) 
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[set[str]]:
-    """Collects what layers ask for beyond plain causal attention while the block runs."""
+def recorded_rules() -> Iterator[set[str]]:
+    """Set of the attention rules beyond plain causal attention that layers use while the block runs."""
     found: set[str] = set()
     _current.rules = found
     try:
@@ -227,14 +227,14 @@ def speechlm_attention(
     Args:
         query, key, value: ``[B, H, T, E]``, ``[B, G, T, E]``, ``[B, G, T, F]``; B is 1 for a packed row, and T is 1
             in a step of the cache.
-        attention_mask: None; where rows may look is known from the pack or cache.
+        attention_mask: None; the pack or cache defines the visible keys.
         scaling, sliding_window, softcap, s_aux: as in :class:`ScoreRule`, under the names of transformers.
 
     Returns:
         ``([B, T, H, F], None)``.
 
     Raises:
-        ConfigError: neither a pack nor a cache is known: activation checkpointing of a class that does not pass the
+        ConfigError: there is neither a pack nor a cache: activation checkpointing of a class that does not pass the
             forward's keywords to its attention.
     """
     if packing is None and kv is None:
@@ -246,7 +246,7 @@ def speechlm_attention(
         return kv.attend(module.layer_idx, query, key, value, rule), None  # type: ignore[arg-type]
     if packing is None:
         raise ConfigError(
-            f"{type(module).__name__} was called outside a SpeechLM's forward: its class does not hand the pack on. "
+            f"{type(module).__name__} was called outside a SpeechLM's forward: its class does not pass the pack on. "
             "With such a backbone leave activation_checkpointing out."
         )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))

@@ -1,9 +1,8 @@
-"""Keys and values of the requests that are being decoded, in memory that is given once.
+"""Keys and values of the requests being decoded, in memory allocated once.
 
-Each request has a slot; its rows lie at the front of it. Requests come and go at any time: a slot is filled by a packed
-prefill, grows by one row a step, and is moved to keep the slots in use side by side, so that a step always works on
-slots ``0`` to ``n - 1``. Attention gets the cache through transformers' attention interface (``attention.py``), so it
-serves every backbone that it accepts.
+Each request has a slot and fills it from the front. Requests come and go at any time: a packed prefill fills a slot,
+each step adds a row, and slots are moved to keep those in use adjacent, so that a step always works on slots ``0`` to
+``n - 1``. The cache reaches a backbone's layers through transformers' attention interface (``kernels.py``).
 
 Axes: B slots, K rows of a slot, N packed rows, G key/value heads, H heads, E head size of keys, F of values.
 """
@@ -25,7 +24,7 @@ from speechlm_ext.ops.common.memory import lazy_zeros
 
 @dataclass
 class Prefill:
-    """Packed rows on their way into the cache."""
+    """A prefill under way: places of its packed rows."""
 
     slot_N: Tensor
     position_N: Tensor
@@ -39,16 +38,16 @@ class Prefill:
 
 @dataclass
 class Step:
-    """One more row for each of the first slots, on its way into the cache."""
+    """A step under way: one more row for each of the first slots."""
 
     num_active: int
     num_keys: int
     position: Tensor
-    """int64 ``[n]``: where each slot's row belongs."""
+    """int64 ``[n]``: row of each slot that is written."""
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """``[n, 1, 1, K]``, added to the scores, as SDPA wants it: made once for all layers of a window."""
+        """Mask ``[n, 1, 1, K]`` that SDPA adds to the scores, made once for all layers of a window."""
         if window not in self.masks:
             seen = causal_mask(self.position[:, None], self.num_keys, window)
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
@@ -59,7 +58,7 @@ class Step:
 class KVCache:
     """Keys and values of ``num_slots`` requests, ``num_rows`` rows each; grows where more are needed.
 
-    A layer's memory is made when its first rows come: they say how many heads of which sizes it has.
+    A layer's memory is allocated with its first rows, whose shape gives the number and size of its heads.
 
     Args:
         num_slots, num_rows: B, K.
@@ -73,15 +72,15 @@ class KVCache:
         self.values: dict[int, Tensor] = {}
         """``[B, K, G, F]`` of each layer."""
         self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        """int64 ``[B]`` on the device: rows that each slot holds."""
+        """int64 ``[B]`` on the device: number of rows in each slot."""
         self.held = [0] * num_slots
         """The same on the host."""
         self._prefill: Prefill | None = None
         self._step: Step | None = None
 
     def _zeros(self, heads: int, size: int, num_rows: int) -> Tensor:
-        # Zeros, because a row that is masked out still meets a weight of 0, and 0 times NaN is NaN. On the CPU pages
-        # that are never written take no memory.
+        # Zeros: a masked row still has a weight of 0, and 0 times NaN is NaN. On the CPU, pages never written take no
+        # memory.
         if self.device.type == "cpu":
             flat = lazy_zeros(self.num_slots * num_rows, heads * size, self.dtype)
             return flat.view(self.num_slots, num_rows, heads, size)
@@ -99,21 +98,21 @@ class KVCache:
 
     # ---- slots --------------------------------------------------------------------------------------------------
     def reserve(self, num_rows: int) -> None:
-        """Make room for ``num_rows`` rows in every slot, and for more than that; what is there is kept."""
+        """Grow every slot to at least ``num_rows`` rows, at least doubling; existing rows are kept."""
         if num_rows <= self.num_rows:
             return
-        num_rows = max(num_rows, 2 * self.num_rows)  # seldom, so that a row costs its share of few copies
-        # A slot that only fills a step up counts rows as well, also past its end.
-        most = min(max(self.held), self.num_rows)
+        num_rows = max(num_rows, 2 * self.num_rows)  # doubling bounds the copies per row
+        # A slot without a request counts rows too, also past its end.
+        num_used = min(max(self.held), self.num_rows)
         for store in (self.keys, self.values):
             for layer, old in store.items():
                 new = self._zeros(old.shape[2], old.shape[3], num_rows)
-                new[:, :most] = old[:, :most]
+                new[:, :num_used] = old[:, :num_used]
                 store[layer] = new
         self.num_rows = num_rows
 
     def copy(self, source: int, slots: Sequence[int], length: int | None = None) -> None:
-        """Give other slots the rows of ``source``, all or the first ``length``."""
+        """Copy the rows of ``source``, all or the first ``length``, to other slots."""
         held = self.held[source] if length is None else length
         for slot in slots:
             for store in self.stores():
@@ -121,16 +120,16 @@ class KVCache:
             self._set(slot, held)
 
     def reorder(self, parents: Sequence[int]) -> None:
-        """Give slot i the rows of slot ``parents[i]``, for all at once."""
+        """Copy the rows of slot ``parents[i]`` to slot i, for all slots at once."""
         index = torch.tensor(list(parents), device=self.device)
-        most = max(self.held[p] for p in parents)
+        num_used = max(self.held[p] for p in parents)
         for store in self.stores():
-            store[: len(index), :most] = store[index, :most]
+            store[: len(index), :num_used] = store[index, :num_used]
         for slot, held in enumerate([self.held[p] for p in parents]):
             self._set(slot, held)
 
     def clear(self, slot: int) -> None:
-        """Forget a slot's rows; values that are not finite would reach others through a weight of 0."""
+        """Zero a slot's rows: values that are not finite would reach other rows through a weight of 0."""
         for store in self.stores():
             store[slot, : self.held[slot]] = 0
         self._set(slot, 0)
@@ -140,7 +139,7 @@ class KVCache:
         self._set(slot, min(length, self.held[slot]))
 
     def restore(self, slot: int, length: int) -> None:
-        """Take a slot's first ``length`` rows back after they were let go; nothing may have been written over them."""
+        """Undo :meth:`truncate` to ``length`` rows; nothing may have overwritten them."""
         self._set(slot, length)
 
     def _set(self, slot: int, length: int) -> None:
@@ -149,7 +148,7 @@ class KVCache:
 
     # ---- rows ---------------------------------------------------------------------------------------------------
     def begin_prefill(self, slots: Sequence[int], lengths: Sequence[int], packing: Packing) -> Tensor:
-        """Say where the next forward's packed rows belong; returns their positions int64 ``[N]``."""
+        """Assign the next forward's packed rows to slots; returns their positions int64 ``[N]``."""
         starts = [self.held[slot] for slot in slots]
         slot_N = torch.repeat_interleave(torch.tensor(slots), torch.tensor(lengths))
         position_N = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
@@ -165,7 +164,7 @@ class KVCache:
         return self._prefill.position_N
 
     def end_prefill(self) -> None:
-        """The forward is through: the rows are there."""
+        """Count the rows of the finished forward."""
         assert self._prefill is not None
         for slot, start, length in zip(
             self._prefill.slots, self._prefill.starts, self._prefill.lengths, strict=True
@@ -174,21 +173,22 @@ class KVCache:
         self._prefill = None
 
     def begin_step(self, num_active: int, num_keys: int | None = None, max_rows: int | None = None) -> Tensor:
-        """The next forward adds one row to each of the first slots; returns their positions int64 ``[n]``.
+        """Prepare a forward that adds one row to each of the first slots; returns their positions int64 ``[n]``.
 
-        ``num_keys``: keys that attention looks at, at least the longest slot's; a captured graph fixes it. Slots that
-        no request holds may be among the first; they write somewhere inside their own rows, and below ``max_rows``,
-        where a larger position would change the embeddings of all slots.
+        Args:
+            num_active: n; slots without a request may be among them, and write inside their own rows.
+            num_keys: number of keys that attention reads, at least the longest slot's; a captured graph fixes it.
+            max_rows: bound on positions, where a larger one would change the embeddings of all slots.
         """
         num_keys = self.longest(num_active) + 1 if num_keys is None else num_keys
         self.reserve(num_keys)
-        most = num_keys if max_rows is None else min(num_keys, max_rows)
-        position = self.lengths[:num_active].clamp(max=most - 1)
+        max_rows = num_keys if max_rows is None else min(num_keys, max_rows)
+        position = self.lengths[:num_active].clamp(max=max_rows - 1)
         self._step = Step(num_active, num_keys, position)
         return position
 
     def end_step(self) -> None:
-        """The forward is through: every active slot has one row more."""
+        """Count the new row of every active slot after the forward."""
         assert self._step is not None
         num_active = self._step.num_active
         self.lengths[:num_active] += 1
@@ -196,7 +196,7 @@ class KVCache:
         self.count_step(num_active)
 
     def count_step(self, num_active: int) -> None:
-        """Note on the host what a step did on the device; :meth:`end_step` does it, a replayed graph cannot."""
+        """Count a step's rows on the host; :meth:`end_step` does it, but a replayed graph cannot."""
         for slot in range(num_active):
             self.held[slot] += 1
 
@@ -210,7 +210,7 @@ class KVCache:
 
         Args:
             query, key, value: ``[1, H, N, E]`` in a prefill, ``[n, H, 1, E]`` in a step; G heads for key and value.
-            rule: how the layer makes its scores.
+            rule: the layer's scores.
 
         Returns:
             ``[1, N, H, F]`` or ``[n, 1, H, F]``.
@@ -222,7 +222,7 @@ class KVCache:
             keys[p.slot_N, p.position_N], values[p.slot_N, p.position_N] = k_NGE, v_NGF
             if not any(p.starts):
                 return packed_attention(q_NHE, k_NGE, v_NGF, p.packing, rule).unsqueeze(0)
-            return self._attend_behind(layer, q_NHE, rule)[None]
+            return self._attend_to_prefix(layer, q_NHE, rule)[None]
         assert self._step is not None
         n, K, position = self._step.num_active, self._step.num_keys, self._step.position
         H, G = query.shape[1], key.shape[1]
@@ -232,7 +232,7 @@ class KVCache:
         if not rule.is_plain:
             mask = causal_mask(position[:, None, None], K, rule.window)
             return dense_attention(query, k_BGKE, v_BGKF, rule, mask).transpose(1, 2)
-        # Query heads that share keys stand side by side as rows: no copies of the keys.
+        # Query heads that share keys are rows of one product: no copies of the keys.
         out = F.scaled_dot_product_attention(
             query.reshape(n, G, H // G, -1),
             k_BGKE,
@@ -242,8 +242,8 @@ class KVCache:
         )
         return out.reshape(n, 1, H, -1)
 
-    def _attend_behind(self, layer: int, q_NHE: Tensor, rule: ScoreRule) -> Tensor:
-        """Rows that continue slots: each looks at all that its slot held and at the new ones up to itself."""
+    def _attend_to_prefix(self, layer: int, q_NHE: Tensor, rule: ScoreRule) -> Tensor:
+        """Attention of rows appended to slots: each reads its slot's earlier rows and the new ones up to itself."""
         assert self._prefill is not None
         p, outputs, first = self._prefill, [], 0
         for slot, start, length in zip(p.slots, p.starts, p.lengths, strict=True):

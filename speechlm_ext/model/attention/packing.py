@@ -1,4 +1,4 @@
-"""Where the segments of a packed row are, and their layout as padded groups of similar length for SDPA.
+"""Segments of a packed row, and their layout as padded groups of similar length for SDPA.
 
 Axes: N packed positions, B segments of a group, T its longest.
 """
@@ -16,7 +16,7 @@ GROUP_RATIO = 0.75
 
 @dataclass
 class Packing:
-    """Where the segments of a packed row lie, prepared once per batch and shared by all layers."""
+    """Segments of a packed row, prepared once per batch and shared by all layers."""
 
     cu_seqlens: Tensor
     """int32 ``[n+1]``: segment i is rows ``cu_seqlens[i]`` to ``cu_seqlens[i+1]``."""
@@ -25,7 +25,7 @@ class Packing:
     groups: list[tuple[Tensor, int]] = field(default_factory=list)
     """For SDPA: ``(rows [B*T], T)`` per padded group; a padded slot repeats the segment's last row."""
     unpad: Tensor | None = None
-    """For SDPA: int64 ``[N]``, where each row lies in the concatenation of all groups."""
+    """For SDPA: int64 ``[N]``, place of each row in the concatenation of all groups."""
 
     @classmethod
     def build(cls, cu_seqlens: Tensor, kernel: str) -> Packing:
@@ -71,7 +71,7 @@ class Packing:
 class Gather(torch.autograd.Function):
     """Rows of ``x`` in padded order; each real row appears once among the real slots.
 
-    The backward reads only the real slots. That is exact: attention is causal and padding stands behind
+    The backward reads only the real slots. That is exact: attention is causal and padding follows
     every real row of its segment, so no gradient reaches a padded slot.
     """
 

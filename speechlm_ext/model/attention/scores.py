@@ -1,11 +1,11 @@
-"""What attention does beyond ``softmax(q·k · scale)``: sliding windows, soft caps and sinks, on dense blocks.
+"""Attention beyond ``softmax(q·k · scale)``: sliding windows, soft caps and sinks, on dense blocks.
 
 * window w: a row sees itself and the w - 1 rows before it (Mistral, Qwen2, Gemma 2 and 3, gpt-oss).
 * softcap c: a score becomes ``c · tanh(score / c)`` before the mask (Gemma 2; Gemma Team 2024, section 2).
-* sinks: each head has a learnt score that takes part in the softmax and has no value (gpt-oss; Xiao et al. 2023).
+* sinks: each head has a learned score that takes part in the softmax and has no value (gpt-oss; Xiao et al. 2023).
 
-SDPA knows the first through a mask. The other two are computed here from their definition, in float32 or float64, with
-the scores of the whole block in memory.
+SDPA computes the first through a mask. The other two are computed here from their definition, in float32 or float64,
+with the scores of the whole block in memory.
 
 Axes: B blocks, H heads, G key/value heads, T queries, K keys, E head size of q and k, F head size of v.
 """
@@ -26,7 +26,7 @@ class ScoreRule:
     scale: float
     """Factor on ``q·k``."""
     window: int | None = None
-    """Rows that a row sees, itself included; None for all before it."""
+    """Rows that a row attends to, itself included; None: all before it."""
     softcap: float | None = None
     """Bound on the scores; None for none."""
     sinks_H: Tensor | None = None
@@ -38,7 +38,7 @@ class ScoreRule:
         return self.softcap is None and self.sinks_H is None
 
     def describe(self) -> str:
-        """What is there beyond plain attention, for messages; empty if nothing."""
+        """Parts beyond plain attention, for messages; empty if there are none."""
         parts = [
             (self.window is not None, "a sliding window"),
             (self.softcap is not None, "capped scores"),
@@ -48,7 +48,7 @@ class ScoreRule:
 
 
 def causal_mask(query_T: Tensor, num_keys: int, window: int | None, first_key: int = 0) -> Tensor:
-    """Bool ``[..., T, K]``: which keys queries at positions ``query_T`` (int ``[..., T]``) see.
+    """Bool ``[..., T, K]``: keys visible to queries at positions ``query_T`` (int ``[..., T]``).
 
     Args:
         num_keys: K; the keys' positions are ``first_key`` to ``first_key + K - 1``.
@@ -69,7 +69,7 @@ def dense_attention(
     Args:
         q_BHTE, k_BGKE, v_BGKF: float; H a multiple of G.
         rule: its window must be in ``mask`` already.
-        mask: bool, broadcastable to ``[B, 1, T, K]``, True where a query may look; None: causal, with T = K.
+        mask: bool, broadcastable to ``[B, 1, T, K]``, True for visible keys; None: causal, with T = K.
 
     Returns:
         float ``[B, H, T, F]``.

@@ -1,18 +1,11 @@
 """The backbone: the body of a transformers causal LM, run over packed rows and through the decoder's cache.
 
-What stands between the body and the text logits of a causal LM is not always two plain tables: embeddings may be
-scaled (Gemma), logits scaled (Granite, Cohere), capped (Gemma 2) or biased (Phi). :class:`TextEnds` says which, so that
-the text part of a SpeechLM computes what the pretrained model does. Whether all of it does is proven in
-``backbone_proof.py``.
-
 Axes: N packed positions, B slots, D hidden.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from speechlm_ext.errors import CheckpointError, ConfigError, foreign_errors
 from speechlm_ext.model.attention.kernels import NAME as ATTENTION
-from speechlm_ext.model.attention.kernels import Packing, attending, choose_attention
+from speechlm_ext.model.attention.kernels import Packing, attention_context, choose_attention
 from speechlm_ext.model.attention.kv_cache import KVCache
 
 #: Parts of the names of settings that make training random.
@@ -30,31 +23,7 @@ _NOISE = ("dropout", "pdrop", "layerdrop", "jitter")
 
 
 class BackboneError(ConfigError):
-    """A backbone that would compute other numbers than the pretrained model's own code does."""
-
-
-@dataclass(frozen=True)
-class TextEnds:
-    """What a causal LM does between ids and body, and between body and logits, besides two tables."""
-
-    embed_scale: float = 1.0
-    """Factor on the rows of the input table."""
-    logit_scale: float = 1.0
-    """Factor on the logits."""
-    softcap: float | None = None
-    """Soft bound on the logits, ``softcap · tanh(logits / softcap)``."""
-    has_bias: bool = False
-    """Whether the output layer has a bias."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Two tables and nothing else."""
-        return self == TextEnds()
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """Logits of what the output layer, its bias included, gives."""
-        logits = logits * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+    """A backbone whose numbers would differ from those of the pretrained model's own code."""
 
 
 def backbone_settings(folder: str | Path) -> dict[str, Any]:
@@ -74,9 +43,9 @@ def backbone_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def make_config(settings: dict[str, Any]) -> PretrainedConfig:
-    """The transformers configuration that ``settings`` describe, without anything random in training.
+    """The transformers configuration of ``settings``, without dropout and router noise.
 
-    Dropout and router noise are off: a run resumes exactly from weights, moments and a count of packs.
+    Nothing is random in training, so a run resumes exactly from weights, moments and a count of packs.
 
     Raises:
         ConfigError: the settings are not those of a model that transformers knows.
@@ -85,7 +54,7 @@ def make_config(settings: dict[str, Any]) -> PretrainedConfig:
         kind = settings["model_type"]
         config = AutoConfig.for_model(kind, **{k: v for k, v in settings.items() if k != "model_type"})
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            _forget(config, name)
+            _unset(config, name)
     except Exception as error:  # each class of transformers checks in its own way
         raise ConfigError(
             f"the backbone's configuration does not make a transformers causal LM "
@@ -93,13 +62,13 @@ def make_config(settings: dict[str, Any]) -> PretrainedConfig:
             "model_type: llama."
         ) from None
     config.use_cache = False
-    for name in noise_in(vars(config)):
+    for name in stochastic_settings(vars(config)):
         setattr(config, name, 0.0)
     return config
 
 
-def noise_in(settings: Mapping[str, Any]) -> dict[str, float]:
-    """The settings of a configuration that make training random, which :func:`make_config` switches off."""
+def stochastic_settings(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Dropout and router noise of a configuration, which :func:`make_config` switches off."""
     return {
         name: value
         for name, value in settings.items()
@@ -107,8 +76,8 @@ def noise_in(settings: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _forget(config: PretrainedConfig, name: str) -> None:
-    """Take a special id out of a configuration: the vocabulary will be another one."""
+def _unset(config: PretrainedConfig, name: str) -> None:
+    """Remove a special id from a configuration: the vocabulary will be another one."""
     try:
         setattr(config, name, None)
     except Exception:  # a class that insists on a number checks it with an error of its own
@@ -116,12 +85,12 @@ def _forget(config: PretrainedConfig, name: str) -> None:
 
 
 def text_body(model: Any) -> Any:
-    """The body of a causal LM: what is below its output layer."""
+    """The body of a causal LM: all below its output layer."""
     return model.get_decoder() if model.base_model is model else model.base_model
 
 
 def build_body(config: PretrainedConfig, vocab_size: int) -> nn.Module:
-    """A new body with the ``speechlm`` attention, that takes embeddings ``[B, T, D]``.
+    """A new body with the ``speechlm`` attention, whose input is embeddings ``[B, T, D]``.
 
     Args:
         config: changed in place: it gets the vocabulary and the attention.
@@ -150,15 +119,17 @@ def max_positions(config: PretrainedConfig) -> int:
     the length that the model was first trained for.
 
     Raises:
-        BackboneError: the configuration does not say.
+        BackboneError: the configuration names no length.
     """
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if not isinstance(length, int):
-        raise BackboneError(f"model type {config.model_type!r} does not say how long its sequences may be.")
-    return min(length, changing_length(config) or length)
+        raise BackboneError(
+            f"model type {config.model_type!r} names no longest sequence (max_position_embeddings)."
+        )
+    return min(length, stable_rope_length(config) or length)
 
 
-def changing_length(config: PretrainedConfig) -> int | None:
+def stable_rope_length(config: PretrainedConfig) -> int | None:
     """Rows up to which rotary embeddings do not depend on the longest sequence of a batch; None where they never do."""
     limits = []
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -172,12 +143,12 @@ def changing_length(config: PretrainedConfig) -> int | None:
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 def _check_length(config: PretrainedConfig, longest: int) -> int | None:
-    """:func:`changing_length`, after a look at the longest sequence of a call.
+    """:func:`stable_rope_length`, compared with the longest sequence of a call.
 
     Raises:
-        ConfigError: it is longer: all sequences of the call would get other rotary embeddings.
+        ConfigError: the sequence is longer: all sequences of the call would get other rotary embeddings.
     """
-    limit = changing_length(config)
+    limit = stable_rope_length(config)
     if limit is not None and longest > limit:
         raise ConfigError(
             f"a sequence has {longest} rows, but the rotary embeddings of backbone {config.model_type!r} change beyond "
@@ -187,7 +158,7 @@ def _check_length(config: PretrainedConfig, longest: int) -> int | None:
 
 
 def _run(body: nn.Module, embedded: Tensor, position: Tensor, **where: Any) -> Tensor:
-    with attending(**where):
+    with attention_context(**where):
         out = body(inputs_embeds=embedded, position_ids=position, use_cache=False, **where)
     return out.last_hidden_state
 
@@ -201,7 +172,7 @@ def run_packed(body: nn.Module, embedded_ND: Tensor, position_N: Tensor, cu_seql
         cu_seqlens: int32 ``[n+1]`` segment bounds.
 
     Raises:
-        ConfigError: a segment is longer than :func:`changing_length`; so in :func:`run_prefill` and :func:`run_step`.
+        ConfigError: a segment exceeds :func:`stable_rope_length`; as in :func:`run_prefill` and :func:`run_step`.
     """
     kernel, _ = choose_attention(embedded_ND.device, embedded_ND.dtype)
     packing = Packing.build(cu_seqlens, kernel)
@@ -212,15 +183,15 @@ def run_packed(body: nn.Module, embedded_ND: Tensor, position_N: Tensor, cu_seql
 def run_prefill(
     body: nn.Module, embedded_ND: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]
 ) -> Tensor:
-    """Hidden states ``[N, D]`` of rows that are put behind what ``slots`` hold, in one packed forward.
+    """Hidden states ``[N, D]`` of rows appended to ``slots``, in one packed forward.
 
     Args:
         embedded_ND: float ``[N, D]``, one request after the other.
         cache: updated in place.
         slots, lengths: of each request; the lengths sum to N.
     """
-    ends = (cache.held[slot] + length for slot, length in zip(slots, lengths, strict=True))
-    _check_length(body.config, max(ends, default=0))
+    num_rows = (cache.held[slot] + length for slot, length in zip(slots, lengths, strict=True))
+    _check_length(body.config, max(num_rows, default=0))
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     kernel, _ = choose_attention(embedded_ND.device, embedded_ND.dtype)
     packing = Packing.build(bounds.to(embedded_ND.device), kernel)
@@ -236,102 +207,12 @@ def run_step(body: nn.Module, embedded_BD: Tensor, cache: KVCache, num_keys: int
     Args:
         embedded_BD: float ``[B, D]``.
         cache: updated in place.
-        num_keys: keys that attention looks at; None: as many as the longest slot has then.
+        num_keys: number of keys that attention reads; None: those of the longest slot, the new row included.
     """
-    # With num_keys some of the slots may only fill the step up: they count rows that no request has.
+    # With num_keys some slots may be padding of the step: they count rows that no request has.
     longest = 0 if num_keys is not None else cache.longest(len(embedded_BD)) + 1
     limit = _check_length(body.config, longest)
     position_B = cache.begin_step(len(embedded_BD), num_keys, limit)
     out_BD = _run(body, embedded_BD[:, None], position_B[:, None], kv=cache)[:, 0]
     cache.end_step()
     return out_BD
-
-
-# ---- the ends -------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def measure_ends(model: Any, ids_T: Tensor) -> TextEnds:
-    """Find out what a causal LM does besides looking up two tables.
-
-    Args:
-        model: a transformers causal LM in float32, in evaluation mode.
-        ids_T: int64 ``[T]``, a few ids.
-
-    Raises:
-        BackboneError: it does something that :class:`TextEnds` cannot say.
-    """
-    body, kind = text_body(model), model.config.model_type
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(getattr(table, "weight", None), Tensor):
-        raise BackboneError(f"model type {kind!r} has no input table of text ids.")
-    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-        raise BackboneError(f"model type {kind!r} has no output table of text ids.")
-    right_TD = body(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
-    rows = table.weight[ids_T][None]
-
-    def explains(scale: float) -> bool:
-        return _close(body(inputs_embeds=rows * scale, use_cache=False).last_hidden_state[0], right_TD)
-
-    embed_scale = next(filter(explains, _scales(model, ids_T)), None)
-    if embed_scale is None:
-        raise BackboneError(
-            f"model type {kind!r} does more to ids than scale the rows of a table before its first layer."
-        )
-    logits = model(input_ids=ids_T[None], use_cache=False).logits[0]
-    bias = getattr(head, "bias", None)
-    if right_TD.shape[-1] != head.weight.shape[1]:
-        raise BackboneError(
-            f"model type {kind!r} has an output table of width {head.weight.shape[1]} behind states of width "
-            f"{right_TD.shape[-1]}."
-        )
-    plain = right_TD @ head.weight.T + (0 if bias is None else bias)
-    measured = float((logits * plain).sum() / (plain * plain).sum())
-    scales = [1.0, _snap(measured, model.config)]
-    scales += [f for n in _numbers(model.config, ("scal", "multiplier")) if n > 0 for f in (n, 1 / n)]
-    best = (math.inf, TextEnds())
-    for softcap in [None, *(c for c in _numbers(model.config, ("cap",)) if c > 0)]:
-        for scale in scales:
-            ends = TextEnds(embed_scale, scale, softcap, bias is not None)
-            off = float((ends.finish(plain) - logits).abs().max())
-            best = min(best, (off, ends), key=lambda pair: pair[0])
-    if best[0] <= 1e-4 * float(logits.abs().max()):
-        return best[1]
-    raise BackboneError(
-        f"model type {kind!r} does more to its last states than a product with a table, a bias, a scale and a soft cap."
-    )
-
-
-def _scales(model: Any, ids_T: Tensor) -> Iterator[float]:
-    """Factors that the rows of the input table may have."""
-    table = model.get_input_embeddings()
-    rows = table.weight[ids_T]
-    yield 1.0
-    found = table(ids_T)
-    if found.shape == rows.shape:
-        yield _snap(float((found * rows).sum() / (rows * rows).sum()), model.config)
-    yield from _numbers(model.config, ("embed", "scale", "multiplier"))
-    yield math.sqrt(rows.shape[1])
-
-
-def _numbers(config: PretrainedConfig, words: Sequence[str]) -> list[float]:
-    """Numbers of a configuration whose names hold one of ``words``."""
-    return [
-        float(value)
-        for name, value in vars(config).items()
-        if any(word in name for word in words)
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-    ]
-
-
-def _snap(measured: float, config: PretrainedConfig) -> float:
-    """The number of the configuration that was measured, or its inverse or root; the measured one if there is none."""
-    candidates = [1.0]
-    for value in _numbers(config, ("",)):
-        if value > 0:
-            candidates += [value, 1 / value, math.sqrt(value)]
-    best = min(candidates, key=lambda c: abs(c - measured))
-    return best if abs(best - measured) <= 1e-4 * abs(measured) else measured
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-4 * b.abs().max())

@@ -1,4 +1,4 @@
-"""Starting from a pretrained causal LM: its body, its text rows, and the proof that it is still the same model."""
+"""Loads a pretrained causal LM into a model: its body and text rows, compared with its own code afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from speechlm_ext.errors import CheckpointError, TokenizerError, foreign_errors
 from speechlm_ext.model.backbone.body import BackboneError, text_body
 from speechlm_ext.model.backbone.proof import first_difference
-from speechlm_ext.model.embedding import load_rows, whole
+from speechlm_ext.model.embedding import gathered, load_rows
 
 logger = logging.getLogger("speechlm_ext")
 
@@ -24,8 +24,8 @@ def load_backbone(model: Any, folder: str | Path) -> None:
 
     New rows (special, ssl, codec ids) are drawn at the pretrained tables' own scale; see
     :meth:`MultiStreamEmbedding.load_text_rows`. A tied head takes its rows from the input table. The text logits are
-    then compared with the pretrained model's own (``backbone_proof.py``), and the text tokenizer with the one in its
-    folder; ``model.config.verify_backbone`` False leaves both out.
+    then compared with the pretrained model's own (``proof.py``), and the text tokenizer with the one in its folder;
+    ``model.config.verify_backbone`` False skips both.
 
     Args:
         model: the SpeechLM, changed in place.
@@ -64,18 +64,18 @@ def _copy(model: Any, pretrained: Any, folder: str | Path) -> None:
         raise CheckpointError(f"backbone {folder} does not fit the model's configuration: {error}") from None
     model.embedding.load_text_rows(table, start, end)
     head = model.head
-    with whole(*head.parameters(recurse=False)):
+    with gathered(*head.parameters(recurse=False)):
         rows = head.rows_of(0, start, end)
         if not model.config.tie_head:
             load_rows(head.weight, table if out is None else out.weight, rows.start, rows.stop)
         if head.bias is not None:
             # Every logit is scaled through its hidden state, which does not reach the bias.
             head.bias.zero_()
-            head.bias[rows] = out.bias[: end - start].to(head.bias) * model.ends.logit_scale
+            head.bias[rows] = out.bias[: end - start].to(head.bias) * model.transforms.logit_scale
 
 
 def _check_tokenizer(model: Any, folder: str | Path) -> None:
-    """Refuse a text tokenizer that is not the backbone's."""
+    """Raise :class:`BackboneError` unless the text tokenizer is the backbone's."""
     from speechlm_ext.tokenizers.text.huggingface import HuggingFaceText
 
     found = dict(model.layout.tokenizers).get("text_bpe")
@@ -105,7 +105,7 @@ def _check_tokenizer(model: Any, folder: str | Path) -> None:
 
 
 def _compare(model: Any, pretrained: Any, folder: str | Path) -> None:
-    """Refuse a backbone whose text logits are not its own code's."""
+    """Raise :class:`BackboneError` unless the text logits equal those of the backbone's own code."""
     start, end = model.layout.interval("text_bpe")
 
     def embed(ids_N: Tensor) -> Tensor:
@@ -114,11 +114,11 @@ def _compare(model: Any, pretrained: Any, folder: str | Path) -> None:
         return model.embed(ids_NS)
 
     def logits(hidden_ND: Tensor) -> Tensor:
-        return head(model.for_head(hidden_ND)).clone()
+        return head(model.head_input(hidden_ND)).clone()
 
     training = model.training
     model.eval()
-    with whole(*model.parameters()):
+    with gathered(*model.parameters()):
         head = model.scope_head([[(start, end)], *[[] for _ in range(model.layout.num_streams - 1)]])
         different = first_difference(pretrained, model.backbone, embed, logits, end - start)
     model.train(training)
@@ -127,5 +127,5 @@ def _compare(model: Any, pretrained: Any, folder: str | Path) -> None:
     tied = " Its own head is not tied: leave model.tie_head out." if model.config.tie_head else ""
     raise BackboneError(
         f"backbone {folder}, model type {model.config.backbone['model_type']!r}: {different}.{tied} "
-        "model.verify_backbone: false goes on without the check."
+        "model.verify_backbone: false skips the check."
     )

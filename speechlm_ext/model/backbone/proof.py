@@ -1,9 +1,9 @@
-"""Proof that a backbone computes what the pretrained model's own code does, or a sentence that says where it does not.
+"""Compares a backbone with the pretrained model's own code, and names the first difference.
 
-The reference is the causal LM of transformers with its plain (``eager``) attention, in float32. Compared are the text
-logits of two short segments, each alone, both in one pack, with another last token, and decoded step by step through
-the cache. A backbone is also tried as a small model of its own configuration with random weights, before any weights
-are there: few layers, and windows of a few rows, so that every window is met within the segments.
+The reference is the causal LM of transformers with its plain (``eager``) attention, in float32. The comparison covers
+the text logits of two short segments: each alone, both in one pack, with another last token, and decoded step by step
+through the cache. Before its weights are loaded, a backbone is probed as a small random model of its own configuration:
+few layers, and windows shorter than the segments.
 
 Axes: T rows of a segment, N packed rows, D hidden, V text ids.
 """
@@ -22,37 +22,36 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-from speechlm_ext.model.attention.kernels import watching
+from speechlm_ext.model.attention.kernels import recorded_rules
 from speechlm_ext.model.attention.kv_cache import KVCache
 from speechlm_ext.model.backbone.body import (
     BackboneError,
-    TextEnds,
     build_body,
     make_config,
     max_positions,
-    measure_ends,
     run_packed,
     run_prefill,
     run_step,
     text_body,
 )
+from speechlm_ext.model.backbone.transforms import TextTransforms, measure_transforms
 
 #: Largest difference, as a share of the largest logit.
 TOLERANCE = 1e-4
 #: Rows of the two segments. The first is longer than the windows of a small model.
 LENGTHS = (12, 9)
-_LOUD = 8.0
-_MOST_VALUES = 2_000_000_000
+_HEAD_GAIN = 8.0
+_MAX_VALUES = 2_000_000_000
 _SMALL_WINDOW, _SMALL_WIDTH, _SMALL_EXPERTS, _SMALL_VOCAB, _SMALL_CAP = 5, 64, 8, 64, 1.0
 
 
 @dataclass(frozen=True)
 class BackboneFacts:
-    """What is known of a configuration before any weights are there."""
+    """Properties of a configuration, known before its weights are loaded."""
 
-    ends: TextEnds
+    transforms: TextTransforms
     rules: tuple[str, ...] = ()
-    """What its layers ask of attention beyond plain causal softmax, in words."""
+    """Parts of its attention beyond plain causal softmax, in words."""
 
 
 @torch.no_grad()
@@ -73,7 +72,7 @@ def first_difference(
         num_text: V; the pretrained model may have more ids.
 
     Returns:
-        What differs, or None.
+        The first difference in words, or None.
     """
     device = next(body.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -91,24 +90,24 @@ def first_difference(
     right_a, right_b, right_other = right(a), right(b), right(other)
     if not torch.isfinite(right_a).all():
         return "its own logits are not finite"
-    if apart := _apart(right_other[:-1], right_a[:-1]):
-        return f"in its own code a token changes the logits before it ({apart})"
+    if mismatch := _mismatch(right_other[:-1], right_a[:-1]):
+        return f"in its own code a token changes the logits before it ({mismatch})"
     found_a = ours(a)
-    if apart := _apart(found_a, right_a) or _apart(ours(b), right_b):
-        return f"the logits of one segment differ from its own code's ({apart})"
-    if apart := _apart(ours(other)[:-1], found_a[:-1]):
-        return f"a token changes the logits before it ({apart})"
-    if apart := _apart(ours(b, a), torch.cat((right_b, right_a))):
-        return f"in a pack the logits of a segment depend on its neighbour ({apart})"
-    if apart := _apart(_decoded(body, embed, logits, a, b), torch.cat((right_a, right_b))):
-        return f"the logits of rows decoded step by step differ from those of the whole ({apart})"
+    if mismatch := _mismatch(found_a, right_a) or _mismatch(ours(b), right_b):
+        return f"the logits of one segment differ from its own code's ({mismatch})"
+    if mismatch := _mismatch(ours(other)[:-1], found_a[:-1]):
+        return f"a token changes the logits before it ({mismatch})"
+    if mismatch := _mismatch(ours(b, a), torch.cat((right_b, right_a))):
+        return f"in a pack the logits of a segment depend on its neighbour ({mismatch})"
+    if mismatch := _mismatch(_decoded(body, embed, logits, a, b), torch.cat((right_a, right_b))):
+        return f"the logits of rows decoded step by step differ from those of the whole ({mismatch})"
     return None
 
 
 def _decoded(
     body: nn.Module, embed: Callable[..., Tensor], logits: Callable[..., Tensor], a: Tensor, b: Tensor
 ) -> Tensor:
-    """Logits of both segments: a beginning as prompt, two rows behind it in a second prompt, the rest step by step."""
+    """Logits of both segments: the first rows as prompt, two more as a second prompt, the rest step by step."""
     weight = next(body.parameters())
     cache = KVCache(2, 4, weight.dtype, weight.device)
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -129,35 +128,35 @@ def _decoded(
     return logits(torch.cat([*parts[0], *parts[1]])).float()
 
 
-def _apart(found: Tensor, right: Tensor) -> str:
-    """By how much two logits differ, in words; empty if they agree."""
+def _mismatch(found: Tensor, right: Tensor) -> str:
+    """Largest difference between two logits, in words; empty within the tolerance."""
     difference = float((found - right).abs().max()) / max(float(right.abs().max()), 1e-30)
     return "" if difference <= TOLERANCE else f"by {difference:.1g} of the largest"
 
 
 # ---- a small model of the same configuration ------------------------------------------------------------------------
-def examine(settings: dict[str, Any], *, verify: bool = True) -> BackboneFacts:
-    """Try a small random model of a backbone's configuration.
+def probe_backbone(settings: dict[str, Any], *, verify: bool = True) -> BackboneFacts:
+    """Compare a small random model of a backbone's configuration with the class's own code.
 
     Args:
         settings: the transformers configuration as plain data.
-        verify: compare with the class's own code; False only measures the ends.
+        verify: False only measures the text transforms.
 
     Raises:
-        BackboneError: the class cannot be carried exactly; the message names the model type and what differs.
+        BackboneError: the class cannot be carried exactly; the message names the model type and the difference.
         ConfigError: the settings are not those of a model that transformers knows.
     """
-    found = _examine(json.dumps(settings, sort_keys=True, default=str), verify)
+    found = _probe(json.dumps(settings, sort_keys=True, default=str), verify)
     if isinstance(found, BackboneFacts):
         return found
     raise BackboneError(
         f"{found} A SpeechLM on it would not be the model that it is named after. docs/training.md lists the model "
-        "types that are carried exactly; model.verify_backbone: false goes on without the check."
+        "types that are carried exactly; model.verify_backbone: false skips the check."
     )
 
 
 @functools.lru_cache(maxsize=256)
-def _examine(text: str, verify: bool) -> BackboneFacts | str:
+def _probe(text: str, verify: bool) -> BackboneFacts | str:
     settings = json.loads(text)
     kind = settings.get("model_type")
     config = make_config(settings)
@@ -166,20 +165,22 @@ def _examine(text: str, verify: bool) -> BackboneFacts | str:
         try:
             small, pretrained = _small_model(config)
             num_text = pretrained.config.vocab_size
-            ends = measure_ends(pretrained, torch.arange(3, 3 + LENGTHS[1]))
+            transforms = measure_transforms(pretrained, torch.arange(3, 3 + LENGTHS[1]))
         except BackboneError as error:
-            return str(error) if verify else BackboneFacts(TextEnds())
+            return str(error) if verify else BackboneFacts(TextTransforms())
         except Exception as error:  # classes of all kinds, each with its own ways to fail
             if not verify:
-                return BackboneFacts(TextEnds())
+                return BackboneFacts(TextTransforms())
             return f"model type {kind!r} cannot be tried as a backbone ({_reason(error)})."
         if not verify:
-            return BackboneFacts(ends)
+            return BackboneFacts(transforms)
         try:
-            with watching() as rules:
+            with recorded_rules() as rules:
                 body = build_body(small, num_text).eval()
                 _copy_weights(pretrained, body)
-                different = first_difference(pretrained, body, *small_ends(pretrained, ends), num_text)
+                different = first_difference(
+                    pretrained, body, *_text_functions(pretrained, transforms), num_text
+                )
             if different is None:
                 max_positions(config)
         except BackboneError as error:
@@ -188,7 +189,7 @@ def _examine(text: str, verify: bool) -> BackboneFacts | str:
             return f"model type {kind!r} does not run over packed rows ({_reason(error)})."
     if different is not None:
         return f"model type {kind!r}: {different}."
-    return BackboneFacts(ends, tuple(sorted(rules - {""})))
+    return BackboneFacts(transforms, tuple(sorted(rules - {""})))
 
 
 def _reason(error: Exception) -> str:
@@ -196,17 +197,17 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-def small_ends(
-    pretrained: Any, ends: TextEnds
+def _text_functions(
+    pretrained: Any, transforms: TextTransforms
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """``embed`` and ``logits`` of :func:`first_difference`, from a causal LM's own tables."""
     table, head = pretrained.get_input_embeddings().weight, pretrained.get_output_embeddings()
 
     def embed(ids_N: Tensor) -> Tensor:
-        return table[ids_N] * ends.embed_scale
+        return table[ids_N] * transforms.embed_scale
 
     def logits(hidden_ND: Tensor) -> Tensor:
-        return ends.finish(nn.functional.linear(hidden_ND, head.weight, getattr(head, "bias", None)))
+        return transforms.to_logits(nn.functional.linear(hidden_ND, head.weight, getattr(head, "bias", None)))
 
     return embed, logits
 
@@ -223,7 +224,7 @@ def _copy_weights(pretrained: Any, body: nn.Module) -> None:
 
 
 def _small_model(config: PretrainedConfig) -> tuple[PretrainedConfig, Any]:
-    """A causal LM of the same kind, with few layers and weights that make every part of it matter."""
+    """A causal LM of the same kind, with few layers and random weights large enough that every part shows."""
     others = [
         name for name in getattr(config, "sub_configs", {}) if re.search(r"vision|audio|image|encoder", name)
     ]
@@ -243,7 +244,7 @@ def _small_model(config: PretrainedConfig) -> tuple[PretrainedConfig, Any]:
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(copy.deepcopy(small), attn_implementation="eager")
             size = sum(p.numel() for p in empty.parameters())
-            if size > _MOST_VALUES:
+            if size > _MAX_VALUES:
                 raise MemoryError(f"two layers of it have {size / 1e9:.1f} billion values")
             # A copy: the attention that a class is to use is written into its configuration.
             own = copy.deepcopy(small)
@@ -256,7 +257,7 @@ def _small_model(config: PretrainedConfig) -> tuple[PretrainedConfig, Any]:
                 spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.15
                 parameter.add_(torch.randn_like(parameter) * spread)
             if (head := model.get_output_embeddings()) is not None:
-                head.weight.mul_(_LOUD)  # so that a soft cap on the logits shows
+                head.weight.mul_(_HEAD_GAIN)  # so that a soft cap on the logits shows
         return small, model
     assert problem is not None
     raise problem

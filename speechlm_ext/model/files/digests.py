@@ -1,8 +1,7 @@
 """Digests of a model folder's files: ``digests.json`` holds the sha256 of each, so that a damaged one is noticed.
 
-They are of the files that a model or a run reads: what else is put into the folder (a README, a licence) is nobody's
-business. Names are relative, so a folder may be copied or moved. Hashing runs at about 1.4 GB/s and thread, and a
-folder's files are hashed side by side.
+They cover the files that a model or a run reads; others in the folder (a README, a license) are ignored. Names are
+relative, so a folder may be copied or moved. Hashing runs at about 1.4 GB/s per thread, several files at a time.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from speechlm_ext.utils.files.json_text import read_json
 DIGESTS_NAME = "digests.json"
 VERSION = 1
 _WAY_OUT = (
-    "copy the folder again or use an older one. Who changed it on purpose loads it with verify=False (--verify false) "
-    "and saves it anew"
+    "copy the folder again or use an older one. After a change on purpose, load it with verify=False (--verify false) "
+    "and save it again"
 )
 logger = logging.getLogger("speechlm_ext")
 
@@ -74,11 +73,11 @@ def verify_digests(folder: Path, names: Collection[str], folders: Collection[str
 
     Args:
         folder: a model folder or a checkpoint.
-        names: the files that will be read; others may be missing or new.
-        folders: folders in it of which every file will be read.
+        names: files that will be read; others may be missing or new.
+        folders: folders in it whose files will all be read.
 
     Raises:
-        CheckpointError: a file is damaged, missing, or was put there later; or the digests themselves are damaged.
+        CheckpointError: a file is damaged, missing or without a digest, or the digests themselves are damaged.
     """
     try:
         digests = _read(folder)
@@ -109,7 +108,7 @@ def verify_digests(folder: Path, names: Collection[str], folders: Collection[str
             )
 
 
-#: What ``digests.json`` holds.
+#: Shape of ``digests.json``.
 _SHAPE = {"version": int, "algorithm": Literal["sha256"], "files": dict[str, SHA256]}
 
 

@@ -1,4 +1,4 @@
-"""Save a model to a folder and load it again, strictly: every weight must be there, and nothing else."""
+"""Saves a model to a folder and loads it strictly: exactly the model's weights, all finite."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save_model(model: SpeechLMModel, folder: str | Path) -> None:
     ``digests.json``.
 
     Raises:
-        CheckpointError: a weight is not finite; what the folder holds is untouched.
+        CheckpointError: a weight is not finite; the folder is unchanged.
         StorageError: the disk is full or the folder cannot be written.
     """
     folder = Path(folder)
@@ -109,16 +109,13 @@ def load_model(
 
 
 def check_revision(model: SpeechLMModel, folder: str | Path) -> None:
-    """Refuse weights that were trained on another computation than this release's.
-
-    Raises:
-        CheckpointError: the folder is of before revision 2, and the backbone has what was left out then.
-    """
-    config, ends = model.config, model.ends
-    if config.revision >= 2 or (ends.is_plain and not model.attention_rules):
+    """Raise :class:`CheckpointError` for weights of a release before revision 2 whose backbone has a part that was
+    left out then: they were trained on another computation."""
+    config, transforms = model.config, model.transforms
+    if config.revision >= 2 or (transforms.is_plain and not model.attention_rules):
         return
-    found = ", ".join([*model.attention_rules, *([] if ends.is_plain else [str(ends)])])
+    found = ", ".join([*model.attention_rules, *([] if transforms.is_plain else [str(transforms)])])
     raise CheckpointError(
-        f"{folder} was trained by a release that left out what backbone {config.backbone['model_type']!r} has "
+        f"{folder} was trained by a release that left out parts of backbone {config.backbone['model_type']!r} "
         f"({found}), so its weights belong to another model. Start again from the pretrained backbone."
     )

@@ -1,4 +1,4 @@
-"""What the header of a weights file says of a model's sizes, before memory is taken for it."""
+"""Checks a model's sizes against the header of its weights file, before memory is allocated."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ _SIZES = (
 
 
 def check_sizes(path: Path, backbone: Mapping[str, Any]) -> None:
-    """Refuse a configuration whose sizes cannot be those of the weights beside it.
+    """Raise :class:`CheckpointError` for a configuration whose sizes exceed those of its weights.
 
-    A damaged number would else be believed, and take all memory or time. Sizes that pass are compared one by one when
-    the weights are loaded.
+    A damaged number could otherwise take all memory or time. Loading the weights compares every size exactly.
 
     Args:
         path: the safetensors file.
