@@ -125,19 +125,7 @@ def run_fit(cfg: FitConfig) -> int:
     Raises:
         SpeechLMError: an unusable setting, recording or shard; the message names it.
     """
-    if (cfg.audio is None) == (cfg.features is None):
-        raise ConfigError("give either --audio (recordings) or --features (shards), and not both.")
-    if cfg.audio is not None and cfg.encoder is None:
-        raise ConfigError(
-            "--audio needs --encoder: mfcc, log-mel, or hf:FOLDER_OR_HUB_NAME:LAYER such as "
-            "hf:facebook/hubert-base-ls960:9."
-        )
-    if cfg.audio is not None:
-        refuse_options(cfg, ["column"], "for feature shards; leave it out, or give --features")
-    else:
-        of_recordings = ["resample", "skip_bad", *(["frames_per_token"] if cfg.encoder is None else [])]
-        refuse_options(cfg, of_recordings, "for recordings; leave it out, or give --audio")
-    sample_size(1, cfg.share, cfg.max_frames)
+    _check_options(cfg)
     device = resolve_device(cfg.device, ConfigError)
     out = Path(cfg.output_dir)
     spec = None if cfg.encoder is None else EncoderSpec.parse(cfg.encoder, cfg.frames_per_token)
@@ -159,15 +147,33 @@ def run_fit(cfg: FitConfig) -> int:
                 f"--features has {counted(source.num_features, 'feature')} a row but {spec} gives "
                 f"{encoder.num_features}; name the encoder and layer that made them."
             )
+    features = None if encoder is None else encoder.describe()
     kmeans = KMeans(random_state=cfg.seed, device=device, **{name: getattr(cfg, name) for name in _OF_KMEANS})
     kmeans.fit(source, checkpoint=out / CHECKPOINT)
-    kmeans.save(out, features=None if encoder is None else encoder.describe())
+    kmeans.save(out, features=features)
     shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
     if not cfg.keep_features:
         shutil.rmtree(out / FEATURES, ignore_errors=True)
     print("\n".join(describe_units(kmeans, out)))
     write_plot(kmeans, out / PLOT)
     return 0
+
+
+def _check_options(cfg: FitConfig) -> None:
+    """Raises :class:`ConfigError`: options that exclude each other, are missing, or would have no effect."""
+    if (cfg.audio is None) == (cfg.features is None):
+        raise ConfigError("give either --audio (recordings) or --features (shards), and not both.")
+    if cfg.audio is not None and cfg.encoder is None:
+        raise ConfigError(
+            "--audio needs --encoder: mfcc, log-mel, or hf:FOLDER_OR_HUB_NAME:LAYER such as "
+            "hf:facebook/hubert-base-ls960:9."
+        )
+    if cfg.audio is not None:
+        refuse_options(cfg, ["column"], "for feature shards; leave it out, or give --features")
+    else:
+        of_recordings = ["resample", "skip_bad", *(["frames_per_token"] if cfg.encoder is None else [])]
+        refuse_options(cfg, of_recordings, "for recordings; leave it out, or give --audio")
+    sample_size(1, cfg.share, cfg.max_frames)
 
 
 def _claim(cfg: FitConfig, out: Path, utterances: Sequence[Utterance], shards: FeatureSource | None) -> None:
