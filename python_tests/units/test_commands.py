@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -335,7 +336,22 @@ def test_assign_recordings(units, tmp_path, form):
     assert found == expected and not (tmp_path / "parts").exists()
 
 
-def test_assign_in_processes_gives_the_same(units, tmp_path):
+class PickledHere:
+    """A process pool within this process: all that crosses its border is pickled. Processes: see the tests of data."""
+
+    def __init__(self, num_workers, context, *, initializer, initargs) -> None:
+        initializer(*pickle.loads(pickle.dumps(initargs)))
+
+    def map(self, function, *lists):
+        for items in zip(*lists, strict=True):
+            yield pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(items)))))
+
+    def shutdown(self, **_: object) -> None:
+        pass
+
+
+def test_assign_in_processes_gives_the_same(units, tmp_path, monkeypatch):
+    monkeypatch.setattr("speechlm_ext.data.recordings.ProcessPoolExecutor", PickledHere)
     words = ["assign", "--kmeans", units, "--audio", MANIFEST, "--device", "cpu", "--deduplicate"]
     assert kmeans(*words, "--output_dir", tmp_path / "one", "--num_workers", 1) == 0
     assert kmeans(*words, "--output_dir", tmp_path / "two", "--num_workers", 2) == 0

@@ -157,20 +157,19 @@ class KMeans:
         store = None
         if checkpoint is not None:
             store = Checkpoint(checkpoint, data.ranks, settings.record(), data.identity())
-        result = run_fit(
+        best, labels = run_fit(
             data,
             settings,
             checkpoint=store,
             checkpoint_every=checkpoint_every or _DEFAULT_EVERY[settings.algorithm],
             with_labels=isinstance(x, (torch.Tensor, np.ndarray)),
         )
-        best = result.best
         self.cluster_centers_, self.counts_ = best.centers, best.counts
         self.inertia_, self.inertia_history_ = best.inertia, best.history
         self.n_steps_ = best.iterations
         steps_per_epoch = 1 if settings.algorithm == "lloyd" else data.num_batches(settings.batch_size)
         self.n_iter_ = -(-best.iterations // steps_per_epoch)
-        self.labels_ = None if result.labels is None else _like(result.labels, x)
+        self.labels_ = None if labels is None else _like(labels, x)
         self._state = State(centers=best.centers, seen=best.seen, iteration=best.iterations)
         self._set_data_counts(data)
         _warn_of_duplicates(best.centers)

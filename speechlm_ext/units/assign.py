@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,14 @@ from tqdm import tqdm
 
 from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
-from speechlm_ext.data.recordings import find_audio
+from speechlm_ext.data.recordings import RecordingPool, find_audio
 from speechlm_ext.errors import ConfigError, KMeansError, foreign_errors
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.features.shards import check_npy_size
-from speechlm_ext.kmeans.features.sources import FeatureSource, ShardSource, open_source
-from speechlm_ext.ops import CentroidIndex, kmeans_assign
+from speechlm_ext.kmeans.features.sources import ShardSource, open_source
 from speechlm_ext.tokenizers.units import EncoderKMeans
 from speechlm_ext.units.output_folder import check_owner, recording_keys, shard_keys, write_rejected
-from speechlm_ext.units.recordings import frame_pool
+from speechlm_ext.units.recordings import FrameEncoder, num_processes
 from speechlm_ext.units.unit_files import SUFFIXES, Format, deduplicated, read_part, unit_writer, write_part
 from speechlm_ext.utils.device import resolve_device
 from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, sha256_file
@@ -92,7 +92,7 @@ def run_assign(cfg: AssignConfig) -> int:
     """
     if (cfg.audio is None) == (cfg.features is None):
         raise ConfigError("give either --audio (recordings) or --features (shards), and not both.")
-    device = str(resolve_device(cfg.device, ConfigError))
+    device = resolve_device(cfg.device, ConfigError)
     out = Path(cfg.output_dir)
     if cfg.features is not None:
         return _assign_shards(cfg, out, device)
@@ -100,7 +100,7 @@ def run_assign(cfg: AssignConfig) -> int:
 
 
 # ---- feature shards ----------------------------------------------------------------------------------------
-def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
+def _assign_shards(cfg: AssignConfig, out: Path, device: torch.device) -> int:
     of_recordings = ["format", "deduplicate", "encoder", "resample", "skip_bad"]
     purpose = "for recordings; the labels of feature shards are one .npy each. Leave it out, or give --audio"
     refuse_options(cfg, of_recordings, purpose)
@@ -115,15 +115,15 @@ def _assign_shards(cfg: AssignConfig, out: Path, device: str) -> int:
     targets = _label_files(source.paths, out)
     lines = [t.with_suffix(".km") for path, t in targets.items() if path.with_suffix(".len").is_file()]
     _claim(cfg, out, shard_keys(source.paths), [*targets.values(), *lines])
-    index = CentroidIndex.build(kmeans.cluster_centers_.to(device))
+    kmeans.column, kmeans.device, kmeans.nonfinite = cfg.column, device, "drop"
     num_rows_of = dict(zip(source.paths, source.sizes, strict=True))
     todo = [path for path in source.paths if not targets[path].is_file()]
     with tqdm(total=sum(num_rows_of[path] for path in todo), unit="row", desc="assign", disable=None) as bar:
         for path in todo:
-            shard = open_source(path, column=cfg.column)
-            labels = np.concatenate(list(_labels(shard, index, device, bar)))
+            labels = kmeans.predict(path).cpu().numpy()
             with atomic_path(targets[path]) as temporary:
                 np.save(temporary, labels)
+            bar.update(len(labels))
     num_bad = 0
     for path in source.paths:
         labels = _read_labels(targets[path], num_rows_of[path])
@@ -149,14 +149,6 @@ def _label_files(paths: Sequence[Path], out: Path) -> dict[Path, Path]:
             "Choose another output_dir, or one folder of shards at a time."
         )
     return targets
-
-
-def _labels(source: FeatureSource, index: CentroidIndex, device: str, bar: Any) -> Iterator[np.ndarray]:
-    max_rows = max(1, (1 << 22) // source.num_features)
-    for _, block in source.blocks(0, source.num_rows, max_rows):
-        labels = kmeans_assign(block.to(device, index.centroids.dtype), index)
-        bar.update(len(block))
-        yield torch.as_tensor(labels).cpu().numpy().astype(np.int32)
 
 
 def _read_labels(path: Path, num_rows: int) -> np.ndarray:
@@ -196,7 +188,7 @@ def _write_lines(lengths: Path, labels: np.ndarray, target: Path) -> None:
 
 
 # ---- recordings --------------------------------------------------------------------------------------------
-def _assign_audio(cfg: AssignConfig, out: Path, device: str) -> int:
+def _assign_audio(cfg: AssignConfig, out: Path, device: torch.device) -> int:
     assert cfg.audio is not None
     refuse_options(cfg, ["column"], "for feature shards; leave it out, or give --features")
     units = EncoderKMeans.from_kmeans(cfg.kmeans, encoder=cfg.encoder)
@@ -213,13 +205,10 @@ def _assign_audio(cfg: AssignConfig, out: Path, device: str) -> int:
     parts = [out / PARTS / f"part-{number:05d}.parquet" for number in range(len(groups))]
     todo = [(group, part) for group, part in zip(groups, parts, strict=True) if not part.is_file()]
     total = sum(len(group) for group, _ in todo)
-    pool = frame_pool(
-        units.spec,
-        units.centroids_KF.numpy(),
-        device=device,
-        resample=cfg.resample,
+    pool = RecordingPool(
+        partial(FrameEncoder, units.spec, units.centroids_KF.numpy(), device, cfg.resample),
         skip_bad=cfg.skip_bad,
-        num_workers=cfg.num_workers,
+        num_workers=num_processes(cfg.num_workers, device),
         num_items=total,
     )
     with pool, tqdm(total=total, unit="utt", desc="assign", disable=None) as bar:

@@ -11,15 +11,17 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.data.manifest import Rejected, Utterance
-from speechlm_ext.data.recordings import find_audio
+from speechlm_ext.data.recordings import RecordingPool, find_audio
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.features.sampling import sample_size, sampled_rows, write_sample
@@ -33,7 +35,7 @@ from speechlm_ext.units.output_folder import (
     shard_keys,
     write_rejected,
 )
-from speechlm_ext.units.recordings import estimated_frames, frame_pool
+from speechlm_ext.units.recordings import FrameEncoder, estimated_frames, num_processes
 from speechlm_ext.utils.device import resolve_device
 from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, sha256_file
 from speechlm_ext.utils.files.json_shape import SHA256, read_shaped
@@ -123,20 +125,8 @@ def run_fit(cfg: FitConfig) -> int:
     Raises:
         SpeechLMError: an unusable setting, recording or shard; the message names it.
     """
-    if (cfg.audio is None) == (cfg.features is None):
-        raise ConfigError("give either --audio (recordings) or --features (shards), and not both.")
-    if cfg.audio is not None and cfg.encoder is None:
-        raise ConfigError(
-            "--audio needs --encoder: mfcc, log-mel, or hf:FOLDER_OR_HUB_NAME:LAYER such as "
-            "hf:facebook/hubert-base-ls960:9."
-        )
-    if cfg.audio is not None:
-        refuse_options(cfg, ["column"], "for feature shards; leave it out, or give --features")
-    else:
-        of_recordings = ["resample", "skip_bad", *(["frames_per_token"] if cfg.encoder is None else [])]
-        refuse_options(cfg, of_recordings, "for recordings; leave it out, or give --audio")
-    sample_size(1, cfg.share, cfg.max_frames)
-    device = str(resolve_device(cfg.device, ConfigError))
+    _check_options(cfg)
+    device = resolve_device(cfg.device, ConfigError)
     out = Path(cfg.output_dir)
     spec = None if cfg.encoder is None else EncoderSpec.parse(cfg.encoder, cfg.frames_per_token)
     utterances = find_audio(cfg.audio) if cfg.audio is not None else []
@@ -157,15 +147,33 @@ def run_fit(cfg: FitConfig) -> int:
                 f"--features has {counted(source.num_features, 'feature')} a row but {spec} gives "
                 f"{encoder.num_features}; name the encoder and layer that made them."
             )
+    features = None if encoder is None else encoder.describe()
     kmeans = KMeans(random_state=cfg.seed, device=device, **{name: getattr(cfg, name) for name in _OF_KMEANS})
     kmeans.fit(source, checkpoint=out / CHECKPOINT)
-    kmeans.save(out, features=None if encoder is None else encoder.describe())
+    kmeans.save(out, features=features)
     shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
     if not cfg.keep_features:
         shutil.rmtree(out / FEATURES, ignore_errors=True)
     print("\n".join(describe_units(kmeans, out)))
     write_plot(kmeans, out / PLOT)
     return 0
+
+
+def _check_options(cfg: FitConfig) -> None:
+    """Raises :class:`ConfigError`: options that exclude each other, are missing, or would have no effect."""
+    if (cfg.audio is None) == (cfg.features is None):
+        raise ConfigError("give either --audio (recordings) or --features (shards), and not both.")
+    if cfg.audio is not None and cfg.encoder is None:
+        raise ConfigError(
+            "--audio needs --encoder: mfcc, log-mel, or hf:FOLDER_OR_HUB_NAME:LAYER such as "
+            "hf:facebook/hubert-base-ls960:9."
+        )
+    if cfg.audio is not None:
+        refuse_options(cfg, ["column"], "for feature shards; leave it out, or give --features")
+    else:
+        of_recordings = ["resample", "skip_bad", *(["frames_per_token"] if cfg.encoder is None else [])]
+        refuse_options(cfg, of_recordings, "for recordings; leave it out, or give --audio")
+    sample_size(1, cfg.share, cfg.max_frames)
 
 
 def _claim(cfg: FitConfig, out: Path, utterances: Sequence[Utterance], shards: FeatureSource | None) -> None:
@@ -217,7 +225,7 @@ def _sample_shards(cfg: FitConfig, out: Path, source: FeatureSource) -> FeatureS
 
 
 def _encode_recordings(
-    cfg: FitConfig, out: Path, utterances: Sequence[Utterance], encoder: FeatureEncoder, device: str
+    cfg: FitConfig, out: Path, utterances: Sequence[Utterance], encoder: FeatureEncoder, device: torch.device
 ) -> FeatureSource:
     """Features of all recordings, one file for 200 of them; existing files are kept."""
     folder = out / FEATURES
@@ -228,13 +236,10 @@ def _encode_recordings(
     groups = [utterances[i : i + size] for i in range(0, len(utterances), size)]
     todo = [number for number in range(len(groups)) if not _is_done(folder, number)]
     total = sum(len(groups[number]) for number in todo)
-    pool = frame_pool(
-        encoder.spec,
-        None,
-        device=device,
-        resample=cfg.resample,
+    pool = RecordingPool(
+        partial(FrameEncoder, encoder.spec, None, device, cfg.resample),
         skip_bad=cfg.skip_bad,
-        num_workers=cfg.num_workers,
+        num_workers=num_processes(cfg.num_workers, device),
         num_items=total,
     )
     with pool, tqdm(total=total, unit="utt", desc="encode", disable=None) as bar:

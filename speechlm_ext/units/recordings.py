@@ -1,16 +1,15 @@
-"""Features or units of recordings: the worker of the commands' :class:`~speechlm_ext.data.recordings.RecordingPool`."""
+"""Features or units of recordings: the worker of the commands' ``RecordingPool``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
 
 from speechlm_ext.audio.files import audio_seconds
 from speechlm_ext.data.manifest import Utterance
-from speechlm_ext.data.recordings import RecordingPool, read_wave
+from speechlm_ext.data.recordings import read_wave
 from speechlm_ext.errors import AudioError
 from speechlm_ext.ops import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.encoders.build import build_encoder
@@ -28,7 +27,7 @@ class FrameEncoder:
     """
 
     def __init__(
-        self, encoder: EncoderSpec, centroids_KF: np.ndarray | None, device: str, resample: bool
+        self, encoder: EncoderSpec, centroids_KF: np.ndarray | None, device: torch.device, resample: bool
     ) -> None:
         self._encoder = build_encoder(encoder, device=device)
         self._resample = resample
@@ -44,25 +43,9 @@ class FrameEncoder:
         return torch.as_tensor(labels).numpy()
 
 
-def frame_pool(
-    encoder: EncoderSpec,
-    centroids_KF: np.ndarray | None,
-    *,
-    device: str,
-    resample: bool,
-    skip_bad: bool,
-    num_workers: int | None,
-    num_items: int,
-) -> RecordingPool[np.ndarray]:
-    """A pool of :class:`FrameEncoder`; by default in this process alone for a GPU."""
-    if num_workers is None and device != "cpu":
-        num_workers = 1
-    return RecordingPool(
-        partial(FrameEncoder, encoder, centroids_KF, device, resample),
-        skip_bad=skip_bad,
-        num_workers=num_workers,
-        num_items=num_items,
-    )
+def num_processes(num_workers: int | None, device: torch.device) -> int | None:
+    """Processes of a :class:`~speechlm_ext.data.recordings.RecordingPool`; by default one alone for a GPU."""
+    return 1 if num_workers is None and device.type != "cpu" else num_workers
 
 
 def estimated_frames(utterances: Sequence[Utterance], frame_rate: float) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from speechlm_ext.errors import SpeechLMError
+from speechlm_ext.utils.text import counted
 
 
 def resolve_device(device: Any, error: type[SpeechLMError]) -> torch.device:
@@ -25,11 +26,12 @@ def resolve_device(device: Any, error: type[SpeechLMError]) -> torch.device:
         raise error(f"device must be cpu, cuda, cuda:N or auto, got {device!r}.", argument="device")
     if str(device) == "auto":
         return torch.device("cuda" if num_gpus else "cpu")
+    # A device is returned itself: scikit-learn's clone compares arguments by identity.
     found = device if isinstance(device, torch.device) else torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= num_gpus:
-        counted = f"only {num_gpus} GPUs, counted from 0" if num_gpus else "no GPU"
+        available = f"only {counted(num_gpus, 'GPU')}, counted from 0" if num_gpus else "no GPU"
         raise error(
-            f"device {found} is not available: torch finds {counted}. See `speechlm doctor`, or use cpu.",
+            f"device {found} is not available: torch finds {available}. See `speechlm doctor`, or use cpu.",
             argument="device",
         )
     return found

@@ -72,7 +72,7 @@ def test_blocks_threads_and_files(x, fit, tmp_path):
 
 def test_large_enough_for_torch_to_use_threads():
     """Rows and clusters over which torch's own reductions are split."""
-    x = clustered(6000, 40, 30)
+    x = clustered(3000, 40, 30)
     threads, found = torch.get_num_threads(), []
     try:
         for number in (1, 2, 4):

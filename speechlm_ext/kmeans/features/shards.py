@@ -132,16 +132,17 @@ class ParquetRows:
 
     def _lists(self, start: int, stop: int, max_rows: int) -> Iterator[Any]:
         """Arrow list arrays of rows ``[start, stop)``, at most ``max_rows`` long."""
-        groups = [g for g, at in enumerate(self._starts[:-1]) if at < stop and self._starts[g + 1] > start]
         # Opened for each pass: concurrent passes cannot share a reader.
         with foreign_errors(KMeansError, f"feature shard {self.path} cannot be read", _HINT):
-            first = self._starts[groups[0]] if groups else 0
-            for batch in pq.ParquetFile(self.path).iter_batches(
-                max_rows, row_groups=groups, columns=[self.column]
-            ):
-                part = batch.column(0)[max(0, start - first) : max(0, stop - first)]
-                if len(part):
-                    yield part
-                first += len(batch)
-                if first >= stop:
-                    break
+            file = pq.ParquetFile(self.path)
+            for group, first in enumerate(self._starts[:-1]):
+                if first >= stop or self._starts[group + 1] <= start:
+                    continue
+                # One group at a time: iter_batches over several holds all of them in memory.
+                for batch in file.iter_batches(max_rows, row_groups=[group], columns=[self.column]):
+                    part = batch.column(0)[max(0, start - first) : max(0, stop - first)]
+                    if len(part):
+                        yield part
+                    first += len(batch)
+                    if first >= stop:
+                        break

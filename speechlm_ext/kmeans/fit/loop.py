@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,15 +23,6 @@ _LOG = logging.getLogger(__name__)
 _LOG_SECONDS = 20.0
 
 
-@dataclass
-class FitResult:
-    """The best of the starts."""
-
-    best: Best
-    labels: Tensor | None
-    """int32 labels of this rank's rows, if requested."""
-
-
 def run_fit(
     data: Data,
     settings: Settings,
@@ -39,8 +30,11 @@ def run_fit(
     checkpoint: Checkpoint | None = None,
     checkpoint_every: int = 1,
     with_labels: bool = False,
-) -> FitResult:
+) -> tuple[Best, Tensor | None]:
     """Fit, or resume from the checkpoint.
+
+    Returns:
+        The best of the starts, and with ``with_labels`` its int32 labels of this rank's rows.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another fit.
@@ -77,7 +71,7 @@ def run_fit(
     if labels is not None and best_labels is None:  # loaded from the checkpoint of a finished fit
         assign_pass(data, state.best.centers, labels_out=labels, name="k-means, labels")
         best_labels = labels
-    return FitResult(state.best, best_labels)
+    return state.best, best_labels
 
 
 def partial_step(data: Data, settings: Settings, state: State | None) -> tuple[State, float]:
