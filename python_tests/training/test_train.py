@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from python_tests.generation.tools import make_prompt
 from python_tests.training.runs import (
     MULTISCALE_WAYS,
     REFUSED,
@@ -26,7 +28,12 @@ from python_tests.training.runs import (
     weights,
 )
 from python_tests.training.tiny import config
+from speechlm_ext import SpeechLM
 from speechlm_ext.data.loader import PackLoader
+from speechlm_ext.data.tokens.folder import TokenFolder
+from speechlm_ext.generation import SamplingSettings
+from speechlm_ext.generation.engine.engine import decode
+from speechlm_ext.generation.requests.encode_fields import content_frames
 from speechlm_ext.training.train import build_model
 
 
@@ -186,3 +193,23 @@ def test_refuses_to_start(runs: Path, name: str, expected: str) -> None:
     if name in REFUSED:
         assert error.startswith("CheckpointError: ")
     assert not list((runs / "refused").glob("checkpoints/*"))
+
+
+def test_utterances_learnt_by_heart_are_said(runs: Path) -> None:
+    """A few random utterances, which only the previous stream can tell apart."""
+    run = runs / "multi-scale" / "by-heart"
+    values = losses(run)
+    assert values[-1] < 0.1 * values[0]
+    model = SpeechLM.from_pretrained(run / "checkpoints" / "latest")
+    folder, layout = TokenFolder.open(runs / "three-utterances"), model.layout
+    prompts, contents = [], []
+    for number in range(3):
+        stored = folder.utterance(number)
+        speech = np.concatenate([stored["ssl"], stored["codec"]], axis=1)
+        contents.append(content_frames(speech, "codec_ssl", layout, "test"))
+        text = content_frames(stored["text_bpe"], "text_bpe", layout, "test")
+        settings = SamplingSettings(greedy=True, max_len=40)
+        prompts.append(make_prompt(layout, "codec_ssl_plain_tts", [text], settings=settings))
+    for one, content in zip(decode(model, prompts), contents, strict=True):
+        np.testing.assert_array_equal(one.content_TS, content)
+        assert one.finished == "eos"

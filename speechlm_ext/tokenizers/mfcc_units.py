@@ -20,9 +20,9 @@ from speechlm_ext.tokenizers.encoders.mfcc import NUM_FEATURES
 from speechlm_ext.tokenizers.encoders.signal import SignalEncoder
 from speechlm_ext.tokenizers.encoders.spec import EncoderSpec
 from speechlm_ext.tokenizers.units import KMeansUnits
-from speechlm_ext.utils.checks import check_positive
+from speechlm_ext.utils.device import one_thread
 from speechlm_ext.utils.files.json_shape import build
-from speechlm_ext.utils.threads import one_thread
+from speechlm_ext.utils.options import check_positive
 
 
 @dataclass(frozen=True)

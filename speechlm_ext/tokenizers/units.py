@@ -33,8 +33,8 @@ from speechlm_ext.tokenizers.base import register_tokenizer
 from speechlm_ext.tokenizers.centroids import extract_features
 from speechlm_ext.tokenizers.encoders.build import build_encoder
 from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder
-from speechlm_ext.utils.checks import check_positive
 from speechlm_ext.utils.files.json_shape import Range, check_shape
+from speechlm_ext.utils.options import check_positive
 
 
 class KMeansUnits(ArrayTokenizer):

@@ -23,8 +23,8 @@ from speechlm_ext.model.config import CONFIG_NAME
 from speechlm_ext.model.files.digests import verify_digests, write_digests
 from speechlm_ext.model.files.model_folder import METADATA
 from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.training.engine import from_rank_0
 from speechlm_ext.training.optimizer_state import MOMENTS, gather_state
-from speechlm_ext.training.ranks import from_rank_0
 from speechlm_ext.training.state import TrainerState, read_state
 from speechlm_ext.utils.files.checkpoint_folders import (
     LATEST,

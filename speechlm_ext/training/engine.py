@@ -6,14 +6,16 @@ learning rate is a pure function of the step; parameters are grouped into decaye
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
-from speechlm_ext.errors import ConfigError
+from speechlm_ext.errors import ConfigError, SpeechLMError, TrainingError
 from speechlm_ext.training.config import TrainConfig
 
 
@@ -94,3 +96,34 @@ def gradient_norm(engine: Any) -> float | None:
         return None
     parts = [torch.linalg.vector_norm(p.grad) for p in engine.module.parameters() if p.grad is not None]
     return float(torch.linalg.vector_norm(torch.stack(parts))) if parts else 0.0
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if distributed.get_world_size() > 1:
+        distributed.broadcast_object_list(box)
+    return box[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Block that ends on every rank or raises on every rank: a rank's own error, or the lowest rank's elsewhere.
+
+    Ranks must not wait for each other inside it.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if distributed.get_world_size() > 1:
+        rank = distributed.get_rank()
+        mine = error
+        if error is not None and not isinstance(error, SpeechLMError):
+            mine = TrainingError(f"rank {rank} failed: {type(error).__name__}: {error}")
+        every: list[Exception | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(every, mine)
+        error = error or next((other for other in every if other is not None), None)
+    if error is not None:
+        raise error

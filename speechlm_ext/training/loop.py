@@ -20,10 +20,9 @@ from speechlm_ext.errors import SpeechLMError, TrainingError
 from speechlm_ext.model import SpeechLMModel
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig
-from speechlm_ext.training.engine import gradient_norm
+from speechlm_ext.training.engine import from_rank_0, gradient_norm
 from speechlm_ext.training.log import RunLog
 from speechlm_ext.training.meter import Meter
-from speechlm_ext.training.ranks import from_rank_0
 
 logger = logging.getLogger("speechlm_ext")
 

@@ -11,7 +11,7 @@ import torch
 from speechlm_ext.errors import CheckpointError
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig
-from speechlm_ext.training.ranks import from_rank_0, together
+from speechlm_ext.training.engine import from_rank_0, together
 from speechlm_ext.utils.files.checkpoint_folders import latest_checkpoint, recover, step_of
 from speechlm_ext.utils.files.run_folders import find_model_folder
 

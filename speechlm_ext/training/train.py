@@ -18,13 +18,12 @@ from speechlm_ext.model import ModelConfig, SpeechLMModel
 from speechlm_ext.model.backbone.body import backbone_settings
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig, to_yaml
-from speechlm_ext.training.engine import build_engine
+from speechlm_ext.training.engine import build_engine, together
 from speechlm_ext.training.launch import init_distributed, launch, set_threads
 from speechlm_ext.training.log import RunLog
 from speechlm_ext.training.loop import TrainLoop
 from speechlm_ext.training.meter import Meter
 from speechlm_ext.training.optimizer_state import load_optimizer
-from speechlm_ext.training.ranks import together
 from speechlm_ext.training.resume import agree_on_resume
 from speechlm_ext.utils.files.io import atomic_write_text
 from speechlm_ext.utils.files.run_folders import CHECKPOINTS

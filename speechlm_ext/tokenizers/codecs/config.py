@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.tokenizers.encoders.mel import MelConfig
-from speechlm_ext.utils.checks import check_positive
+from speechlm_ext.utils.options import check_positive
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from speechlm_ext.tokenizers.codecs.rvq_search import SearchTables, beam_search,
 from speechlm_ext.tokenizers.codecs.rvq_stream import RVQStreamDecoder
 from speechlm_ext.tokenizers.encoders.mel import MelSpectrogram
 from speechlm_ext.tokenizers.encoders.spec import stack_frames
+from speechlm_ext.utils.device import one_thread
 from speechlm_ext.utils.files.json_shape import build
-from speechlm_ext.utils.threads import one_thread
 
 
 class RVQKMeansCodec(ArrayTokenizer):

@@ -17,7 +17,7 @@ import torch
 from speechlm_ext.tokenizers.codecs.config import RVQConfig
 from speechlm_ext.tokenizers.codecs.phase import OnlinePhase
 from speechlm_ext.tokenizers.streaming import CodeBuffer
-from speechlm_ext.utils.threads import one_thread
+from speechlm_ext.utils.device import one_thread
 
 #: Min. mel frames of a block: with fewer, a step has little new data and reaches less.
 BLOCK = 4

@@ -37,7 +37,7 @@ from speechlm_ext.tokenizers.encoders.spec import (
     describe_encoder,
 )
 from speechlm_ext.tokenizers.encoders.weights import load_parts, model_folder, weights_sha256
-from speechlm_ext.utils.threads import one_thread
+from speechlm_ext.utils.device import one_thread
 
 WINDOW = 1500
 """Max. frames that go through the layers at once: Whisper's number of positions."""

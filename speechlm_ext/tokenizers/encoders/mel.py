@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.utils.threads import one_thread
+from speechlm_ext.utils.device import one_thread
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from speechlm_ext.tokenizers.encoders.spec import (
     check_encoder_wave,
     describe_encoder,
 )
-from speechlm_ext.utils.threads import one_thread
+from speechlm_ext.utils.device import one_thread
 
 
 class SignalEncoder:

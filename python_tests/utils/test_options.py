@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.utils.checks import check_positive
-from speechlm_ext.utils.threads import one_thread
+from speechlm_ext.utils.device import one_thread
+from speechlm_ext.utils.options import check_positive
 
 
 def test_check_positive():
