@@ -61,7 +61,7 @@ def test_more_columns_than_a_cache_holds(device):
         1, [6500], temperature=0.8, top_k=30, num_rows=4, repetition_window=4, repetition_penalty=1.4
     )
     state.history[:] = torch.tensor([3, 6400, 17, 6499])[None, :, None]
-    state.progress[:, 2] = 4
+    state.row[:] = 4
     assert_step(torch.randn(1, 6500) * 3, move(state, device), copy_of(state))
 
 
@@ -157,9 +157,9 @@ def test_tokens_do_not_depend_on_the_batch(device, few):
     case.num_rows = 5
     order = torch.tensor([4, 0, 2])
     together, part = move(case.state, device), move(case.state.select(order), device)
-    part.request[:, 2] = torch.arange(3)  # rows of the smaller batch's logits
+    part.source[:] = torch.arange(3)  # rows of the smaller batch's logits
     alone = move(case.state.select(torch.tensor([3])), device)
-    alone.request[:, 2] = 0
+    alone.source[:] = 0
     for _ in range(3 if few else 12):
         logits = case.logits().to(device)
         whole = multistream_sample(logits, together)
@@ -199,7 +199,7 @@ def test_values_out_of_range_fail_and_harm_nobody(device, few):
 def test_a_finished_request_stays_as_it_is(device):
     case = random_case(3, "normal", torch.float32, [50, 20])
     state = move(case.state, device)
-    state.progress[:, 4] = 1
+    state.done[:] = 1
     before = move(state, torch.device("cpu"))
     step = multistream_sample(case.logits().to(device), state)
     for name in MUTABLE:

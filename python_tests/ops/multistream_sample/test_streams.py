@@ -176,7 +176,7 @@ def test_values_out_of_range(device, name, value):
     """What lies on a device cannot be checked before a launch."""
     case = dataclasses.replace(wide_case(2, [40, 17, 5], num_rows=4), delays=NO_DELAY)
     if name == "is_over":
-        case.progress[1, 4] = value
+        case.done[1] = value
     else:
         getattr(case, name)[1].fill_(value)
     state, whole = move(case, device), move(case, device)

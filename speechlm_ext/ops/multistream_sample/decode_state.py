@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -20,22 +21,88 @@ from torch import Tensor
 from speechlm_ext.ops.common.native import check, describe
 
 _NO_LIMIT = 2**31 - 1
-#: Columns of the packed tensors, in their order.
-SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty")
-CHOICE = ("first_column", "end_column", "top_k", "repetition_window")
-LIMITS = ("min_frames", "max_frames", "row_limit", "marker")
-REQUEST = ("seed", "num_segments", "source", "guide")
-PROGRESS = ("segment", "step", "row", "finish", "done", "failed", "arrived")
+
+
+class Sampling(IntEnum):
+    """Columns of `DecodeState.sampling`."""
+
+    TEMPERATURE = 0
+    """0: greedy."""
+    TOP_P = 1
+    """1: off."""
+    MIN_P = 2
+    """Relative to the most probable token (Nguyen et al. 2024); 0: off."""
+    REPETITION_PENALTY = 3
+    """Divides positive and multiplies negative logits of recent ids (Keskar et al. 2019); 1: off."""
+
+
+class Choice(IntEnum):
+    """Columns of `DecodeState.choice`."""
+
+    FIRST_COLUMN = 0
+    """First column that the stream may sample."""
+    END_COLUMN = 1
+    """End of its columns, exclusive; equal to the first: the stream is padding."""
+    TOP_K = 2
+    """0: off."""
+    REPETITION_WINDOW = 3
+    """Rows of the stream whose ids the repetition penalty applies to."""
+
+
+class Limits(IntEnum):
+    """Columns of `DecodeState.limits`."""
+
+    MIN_FRAMES = 0
+    """Content frames before the segment may end."""
+    MAX_FRAMES = 1
+    """Content frames after which its end is forced."""
+    ROW_LIMIT = 2
+    """Row of the request at which its end is forced, if that comes first."""
+    MARKER = 3
+    """Id in stream 0 before the segment; unused for the first one, whose marker ends the prompt."""
+
+
+class Request(IntEnum):
+    """Columns of `DecodeState.request`."""
+
+    SEED = 0
+    NUM_SEGMENTS = 1
+    SOURCE = 2
+    """Row of the logits to sample from: the request's own, unless it copies another request's tokens."""
+    GUIDE = 3
+    """Row of the unconditional logits for classifier-free guidance, or -1."""
+
+
+class Progress(IntEnum):
+    """Columns of `DecodeState.progress`."""
+
+    SEGMENT = 0
+    """Index of stream 0's current segment."""
+    STEP = 1
+    """Rows sampled since the segment's frame 0 in a stream without delay."""
+    ROW = 2
+    """Rows sampled since the request's first row."""
+    FINISH = 3
+    """Content frames of the segment once its end is sampled, else -1."""
+    DONE = 4
+    """1 if the request is complete, else 0."""
+    FAILED = 5
+    """1 if it failed (see `SampledStep.failed`), else 0."""
+    ARRIVED = 6
+    """Counter by which a GPU's thread blocks find the last of them; 0 between steps."""
+
+
+def _view(packed: str, column: IntEnum, doc: str) -> property:
+    """A view of one column of a packed tensor; writing into it changes the state."""
+    return property(lambda state: getattr(state, packed)[..., column], doc=doc)
 
 
 @dataclass(eq=False)
 class DecodeState:
-    """B requests on one device. Make one with :meth:`new`.
+    """Sampling settings and progress of B requests on one device. Make one with :meth:`new`.
 
-    The segment that a request is in says what may be sampled: per stream a run of columns (none: the stream is fill),
-    temperature (0: greedy), top-k (0: off), top-p (1: off), min-p (0: off; relative to the most probable token, Nguyen
-    et al. 2024), and a penalty (1: off) that divides positive and multiplies negative logits of ids which the stream
-    had in the last ``repetition_window`` rows (Keskar et al. 2019).
+    Settings are per segment: per stream the columns that may be sampled, how a token is chosen among them, and the
+    segment's length limits. The segment that a request is in decides which apply.
     """
 
     column_ids: Tensor
@@ -53,23 +120,17 @@ class DecodeState:
     tail: int
     """Fill frames between a segment's end and the marker of the next one."""
     sampling: Tensor
-    """float32 ``[B, G, S, 4]``: see ``SAMPLING``."""
+    """float32 ``[B, G, S, 4]``, columns `Sampling`."""
     choice: Tensor
-    """int32 ``[B, G, S, 4]``: see ``CHOICE``."""
+    """int32 ``[B, G, S, 4]``, columns `Choice`."""
     limits: Tensor
-    """int64 ``[B, G, 4]``: the end may not come before ``min_frames`` content frames and is forced after
-    ``max_frames``, or when frame ``row_limit`` of the request is reached, whatever comes first; ``marker`` is the id
-    that stream 0 says before the segment (unused for the first, whose marker ends the prompt)."""
+    """int64 ``[B, G, 4]``, columns `Limits`."""
     request: Tensor
-    """int64 ``[B, 4]``: seed; number of segments; ``source``, the row of logits to sample from (its own, but for a
-    request that follows another one's tokens); ``guide``, the row of unconditional logits for classifier-free guidance,
-    or -1."""
+    """int64 ``[B, 4]``, columns `Request`."""
     guidance: Tensor
     """float32 ``[B]``: logits become ``u + guidance * (c - u)`` where there is a guide u."""
     progress: Tensor
-    """int64 ``[B, 7]``, written by each step: the segment; rows since its frame 0 in a stream without delay; rows since
-    the request began; content frames of the segment if its end is out, else -1; done; failed; and a counter with which
-    the blocks of a GPU tell which of them is the last, 0 between steps."""
+    """int64 ``[B, 7]``, columns `Progress`; written by each step."""
     forced: Tensor
     """int64 ``[B, R, S]``: ids that are given, by row of the request; -1: to be sampled. R may be 0."""
     history: Tensor
@@ -201,12 +262,12 @@ class DecodeState:
             eos_id=int(eos_id),
             eos_column=int(is_eos),
             tail=max(delays) if tail is None else int(tail),
-            sampling=torch.stack([x[k] for k in SAMPLING], dim=-1).contiguous(),
-            choice=torch.stack([x[k].to(i) for k in CHOICE], dim=-1).contiguous(),
-            limits=torch.stack([x[k] for k in LIMITS], dim=-1).contiguous(),
-            request=torch.stack([x[k] for k in REQUEST], dim=-1).contiguous(),
+            sampling=torch.stack([x[c.name.lower()] for c in Sampling], dim=-1).contiguous(),
+            choice=torch.stack([x[c.name.lower()].to(i) for c in Choice], dim=-1).contiguous(),
+            limits=torch.stack([x[c.name.lower()] for c in Limits], dim=-1).contiguous(),
+            request=torch.stack([x[c.name.lower()] for c in Request], dim=-1).contiguous(),
             guidance=x["guidance"].contiguous(),
-            progress=torch.stack([x[k] for k in PROGRESS], dim=-1).contiguous(),
+            progress=torch.stack([x[c.name.lower()] for c in Progress], dim=-1).contiguous(),
             forced=(torch.empty(B, 0, S) if forced is None else forced).to(device, n).contiguous(),
             history=torch.zeros(B, num_rows, S, dtype=n, device=device),
             history_logprob=torch.full((B, num_rows, S), torch.nan, device=device),
@@ -281,31 +342,38 @@ class DecodeState:
             parts["allowed"] = self.allowed[rows]
         return dataclasses.replace(self, **parts)
 
-    # Views, into which settings may also be written between steps.
-    temperature = property(lambda self: self.sampling[..., 0], doc="float32 [B, G, S].")
-    top_p = property(lambda self: self.sampling[..., 1], doc="float32 [B, G, S].")
-    min_p = property(lambda self: self.sampling[..., 2], doc="float32 [B, G, S].")
-    repetition_penalty = property(lambda self: self.sampling[..., 3], doc="float32 [B, G, S].")
-    first_column = property(
-        lambda self: self.choice[..., 0], doc="int32 [B, G, S], first column of the scope."
-    )
-    end_column = property(lambda self: self.choice[..., 1], doc="int32 [B, G, S], column after its last.")
-    top_k = property(lambda self: self.choice[..., 2], doc="int32 [B, G, S].")
-    repetition_window = property(lambda self: self.choice[..., 3], doc="int32 [B, G, S].")
-    min_frames = property(lambda self: self.limits[..., 0], doc="int64 [B, G].")
-    max_frames = property(lambda self: self.limits[..., 1], doc="int64 [B, G].")
-    row_limit = property(lambda self: self.limits[..., 2], doc="int64 [B, G].")
-    marker = property(lambda self: self.limits[..., 3], doc="int64 [B, G].")
-    seed = property(lambda self: self.request[:, 0], doc="int64 [B].")
-    num_segments = property(lambda self: self.request[:, 1], doc="int64 [B].")
-    source = property(lambda self: self.request[:, 2], doc="int64 [B].")
-    guide = property(lambda self: self.request[:, 3], doc="int64 [B].")
-    segment = property(lambda self: self.progress[:, 0], doc="int64 [B], the segment that stream 0 is in.")
-    step = property(lambda self: self.progress[:, 1], doc="int64 [B], rows of the segment that are past.")
-    row = property(lambda self: self.progress[:, 2], doc="int64 [B], rows of the request that are past.")
-    finish = property(lambda self: self.progress[:, 3], doc="int64 [B], frames of an ended segment, else -1.")
-    is_done = property(lambda self: self.progress[:, 4] != 0, doc="bool [B], nothing is left to sample.")
-    failed = property(lambda self: self.progress[:, 5] != 0, doc="bool [B], see `SampledStep.failed`.")
+    # Views of single columns; writing into one changes the state.
+    temperature = _view("sampling", Sampling.TEMPERATURE, "float32 [B, G, S].")
+    top_p = _view("sampling", Sampling.TOP_P, "float32 [B, G, S].")
+    min_p = _view("sampling", Sampling.MIN_P, "float32 [B, G, S].")
+    repetition_penalty = _view("sampling", Sampling.REPETITION_PENALTY, "float32 [B, G, S].")
+    first_column = _view("choice", Choice.FIRST_COLUMN, "int32 [B, G, S], first column of the scope.")
+    end_column = _view("choice", Choice.END_COLUMN, "int32 [B, G, S], end of the scope, exclusive.")
+    top_k = _view("choice", Choice.TOP_K, "int32 [B, G, S].")
+    repetition_window = _view("choice", Choice.REPETITION_WINDOW, "int32 [B, G, S].")
+    min_frames = _view("limits", Limits.MIN_FRAMES, "int64 [B, G].")
+    max_frames = _view("limits", Limits.MAX_FRAMES, "int64 [B, G].")
+    row_limit = _view("limits", Limits.ROW_LIMIT, "int64 [B, G].")
+    marker = _view("limits", Limits.MARKER, "int64 [B, G].")
+    seed = _view("request", Request.SEED, "int64 [B].")
+    num_segments = _view("request", Request.NUM_SEGMENTS, "int64 [B].")
+    source = _view("request", Request.SOURCE, "int64 [B], row of the logits to sample from.")
+    guide = _view("request", Request.GUIDE, "int64 [B], row of the unconditional logits, or -1.")
+    segment = _view("progress", Progress.SEGMENT, "int64 [B], index of stream 0's current segment.")
+    step = _view("progress", Progress.STEP, "int64 [B], rows sampled since the segment's frame 0.")
+    row = _view("progress", Progress.ROW, "int64 [B], rows sampled since the request's first row.")
+    finish = _view("progress", Progress.FINISH, "int64 [B], frames of an ended segment, else -1.")
+    done = _view("progress", Progress.DONE, "int64 [B], 1 if the request is complete, else 0.")
+
+    @property
+    def is_done(self) -> Tensor:
+        """bool ``[B]``: the request is complete."""
+        return self.done != 0
+
+    @property
+    def failed(self) -> Tensor:
+        """bool ``[B]``: see `SampledStep.failed`."""
+        return self.progress[:, Progress.FAILED] != 0
 
 
 def _markers(markers: Sequence[int] | Tensor, num_segments: int) -> Tensor:
