@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import speechlm_ext as sx
 from speechlm_ext.ops.multistream_loss import chunks as internals
 from speechlm_ext.ops.multistream_loss.reference import loss_pass
-from speechlm_ext.ops.multistream_loss.scopes import read_scopes
-from speechlm_ext.ops.multistream_loss.types import LossOptions
+from speechlm_ext.ops.multistream_loss.scopes import flatten, read_scopes
+from speechlm_ext.ops.multistream_loss.types import LossInputs, LossWants
 
 # Ids 0-3 special, 4-9 speech, 10-15 codes, 16-24 text. Kind 0: a frame of speech, 1: text, 2: anything.
 KINDS = [
@@ -21,6 +21,7 @@ KINDS = [
     [[(0, 10), (16, 25)], [(10, 16)], [(10, 16)]],
 ]
 VOCAB, MOST_IDS, D = 25, 70, 6
+ALL = LossWants([True] * 4, token_nll=True, token_entropy=True)
 
 
 def ids_of(scope):
@@ -178,13 +179,13 @@ def cases(draw):
 @settings(max_examples=60, deadline=None)
 def test_any_scopes_weights_and_chunks(case):
     sets, separate, (parts, targets, weights, kinds), chunk, options = case
-    before = internals._MIN_ROWS
+    before = internals.MIN_ROWS
     try:
-        internals._MIN_ROWS = chunk
+        internals.MIN_ROWS = chunk
         want = formula(parts, targets, weights, sets, kinds, separate, **options)[0]
         out = call(parts, targets, weights, sets, kinds, separate, chunk_bytes=1, **options)
     finally:
-        internals._MIN_ROWS = before
+        internals.MIN_ROWS = before
     torch.testing.assert_close(out.loss_sum, want)
     assert torch.equal(out.stream_count, (weights > 0).sum(0))
     torch.testing.assert_close(out.stream_weight, weights.sum(0).float())
@@ -199,12 +200,12 @@ def test_any_scopes_weights_and_chunks(case):
 def test_reference_pass_agrees(separate):
     (hidden, weight, embed, bias), targets, weights, kinds = make_case(KINDS, 40, separate)
     sets, _ = read_scopes(KINDS, None if separate else VOCAB, separate)
-    arguments = (
-        hidden.detach(), weight.detach(), targets, weights > 0, weights, weights * 0.5, kinds, sets, embed.detach(),
-        bias.detach(), LossOptions(0.1, 0.1, 4.0), True, True, True,
+    inputs = LossInputs(
+        hidden.detach(), weight.detach(), targets, weights > 0, weights, flatten(sets), coef_nll=weights * 0.5,
+        row_scope=kinds, stream_embed=embed.detach(), bias=bias.detach(), z_loss=0.1, label_smoothing=0.1, softcap=4.0,
     )  # fmt: skip
-    want = vars(loss_pass(*arguments))
-    for name, got in vars(internals.native_pass(*arguments)).items():
+    want = vars(loss_pass(inputs, ALL))
+    for name, got in vars(internals.loss_pass(inputs, ALL)).items():
         torch.testing.assert_close(got, want[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -265,7 +266,7 @@ def test_entropy_with_forbidden_ids():
         (dict(row_scope=torch.tensor([-1, 0])), r"row_scope\[0\] is -1; it must be 0 to 2"),
         (dict(row_scope=torch.tensor([0.0, 1.0])), r"row_scope must be int32 or int64 \[2\]; got float32 \[2\]"),
         (dict(row_scope=torch.zeros(3, dtype=torch.int64)), r"row_scope must be int32 or int64 \[2\]; got"),
-        (dict(row_scope=None), r"3 kinds of rows have scopes; row_scope \[N\] must say"),
+        (dict(row_scope=None), r"scopes has 3 kinds of rows; row_scope \[N\] must give"),
         (dict(scopes=[KINDS[0], KINDS[1][:2]]), r"scopes\[1\] must hold one scope per stream \(3\); got 2"),
         (dict(scopes=[KINDS[0], [[(0, 4)], [], [(1, 2)]]]), r"scopes\[1\]\[1\] is empty"),
         (dict(scopes=[[], []]), "scopes must hold, for each stream, a list of intervals"),

@@ -22,7 +22,7 @@ from speechlm_ext.kmeans.counter_rng import uniforms
 from speechlm_ext.kmeans.fit.fixed_point import grid_step, to_grid
 
 # Products in tiles of one thread each: the same bits for any number of threads.
-from speechlm_ext.ops.common.matmul import put_logits
+from speechlm_ext.ops.common.matmul import matmul_into
 from speechlm_ext.utils.progress import stage_bar
 
 _ALL_PAIRS = 1 << 14  # most points whose pairs are all kept: 1 GiB of float32
@@ -98,7 +98,7 @@ def _distances(points: Tensor, num_drawn: int, progress: bool | None) -> Callabl
 
     def direct(rows: Tensor, others: Tensor, first: Tensor, second: Tensor) -> Tensor:
         products = torch.empty(rows.shape[0], others.shape[0], dtype=torch.float64, device=rows.device)
-        put_logits(products, rows, others)
+        matmul_into(products, rows, others)
         scale = first[:, None] + second
         squared = products.mul_(-2).add_(scale)
         return squared.masked_fill_(squared <= scale.mul_(unit), 0.0)

@@ -58,7 +58,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
             out[t] += torch.ops.aten.mm.dtype(a[t], b, out.dtype)
 
 
-def put_logits(out: Tensor, h: Tensor, weight: Tensor) -> None:
+def matmul_into(out: Tensor, h: Tensor, weight: Tensor) -> None:
     """``out = h Wᵀ``: ``[n, C]`` from ``[n, D]`` and ``[C, D]``."""
     if out.device.type != "cpu":
         torch.mm(h, weight.T, out=out)
