@@ -74,15 +74,21 @@ def partition_hint(parameter: Tensor) -> str:
 
 
 def int_list(values: Sequence[int] | Tensor, name: str, length: int | None = None) -> list[int]:
-    """``values`` as plain ints, checked for length; ``name`` is the argument's name with its op."""
+    """``values`` as a list of ints.
+
+    Args:
+        name: the argument's name with its op, for messages.
+        length: number of values needed; None for any.
+
+    Raises:
+        OpError: values that are not integers, or another number of them.
+    """
     try:
         out = [operator.index(v) for v in (values.tolist() if isinstance(values, Tensor) else values)]
     except TypeError:
-        raise OpError(f"{name} must be a list of whole numbers; got {values}") from None
-    check(
-        length is None or len(out) == length,
-        f"{name} must have {length} values, one per stream; got {len(out)}",
-    )
+        raise OpError(f"{name} must be a list of integers; got {values}") from None
+    if length is not None and len(out) != length:
+        raise OpError(f"{name} must have {length} values, one per stream; got {len(out)}")
     return out
 
 

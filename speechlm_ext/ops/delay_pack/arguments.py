@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -130,22 +129,20 @@ def _read_segments(segments: Any, num_streams: int) -> _Segments:
     if len(segments) == 0:
         empty = torch.empty(0, num_streams, dtype=torch.int64, device="cpu")
         return _Segments(empty, empty.dtype, torch.zeros(1, dtype=torch.int64, device="cpu"), 0, None)
+    first, borders, widths = segments[0], [0], []
     for i, segment in enumerate(segments):
         check_segment(f"delay_pack: segments[{i}]", segment, num_streams, narrow=True)
-        if segment.dtype != segments[0].dtype or segment.device != segments[0].device:
+        if segment.dtype != first.dtype or segment.device != first.device:
             raise OpError(
-                f"delay_pack: segments[{i}] is {describe(segment)}, but segments[0] is {describe(segments[0])}; "
+                f"delay_pack: segments[{i}] is {describe(segment)}, but segments[0] is {describe(first)}; "
                 "all must have one dtype and device"
             )
-    borders = [0, *itertools.accumulate(segment.shape[0] for segment in segments)]
-    widths = [segment.shape[1] for segment in segments]
-    return _Segments(
-        list(segments),
-        segments[0].dtype,
-        torch.tensor(borders, device="cpu"),
-        borders[-1],
-        widths if any(width != num_streams for width in widths) else None,
-    )
+        num_frames, width = segment.shape
+        borders.append(borders[-1] + num_frames)
+        widths.append(width)
+    is_narrow = any(width != num_streams for width in widths)
+    offsets = torch.tensor(borders, device="cpu")
+    return _Segments(list(segments), first.dtype, offsets, borders[-1], widths if is_narrow else None)
 
 
 def _list_weight(loss_weight: Sequence[Tensor] | Tensor | None, segments: list[Tensor]) -> list[Tensor]:

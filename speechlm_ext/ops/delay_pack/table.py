@@ -6,6 +6,7 @@ The outputs' sizes follow from the counts alone, so a GPU is never synchronized.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -127,7 +128,8 @@ _cached_shift_column = lru_cache(maxsize=16)(_shift_column)
 def segment_shapes(table: Tensor, counts: Counts) -> list[tuple[int, int]]:
     """``(frames, streams)`` of each segment."""
     n, S = counts.segments, counts.streams
-    lengths = table[: n + 1].diff().tolist()
+    offsets = table[: n + 1].tolist()
+    lengths = [end - start for start, end in itertools.pairwise(offsets)]
     if not counts.has_widths:
         return [(length, S) for length in lengths]
     after = counts.groups + 1 + 2 * n if counts.groups >= 0 else 0
