@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import speechlm_ext as sx
 from python_tests.ops.multistream_embed.cases import DTYPES, SETTINGS, assert_no_worse, make_ids, rule_of
-from speechlm_ext.ops.multistream_embed import reference
+from speechlm_ext.ops.scatter_sum import reference
 from speechlm_ext.ops.scatter_sum.scatter_sum import lazy_zeros
 
 
