@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import speechlm_ext as sx
-from python_tests.ops.multistream_loss.test_multistream_loss import OPTIONS, SCOPES, make_case
+from python_tests.ops.multistream_loss.cases import OPTIONS, SCOPES, named_case
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.multistream_loss import chunks as internals
 from speechlm_ext.ops.multistream_loss.reference import loss_pass
@@ -262,7 +262,7 @@ def test_native_layer_checks_for_itself():
 @pytest.mark.parametrize("name", SCOPES)
 def test_reference_pass_agrees(name, options):
     """The plain torch pass, with which the row kernel shares no line, gives what the row kernel gives."""
-    scopes, parts, targets, weights = make_case(name)
+    scopes, parts, targets, weights = named_case(name)
     hidden, weight, embed, bias = (p.detach() for p in parts)
     sets, _ = read_scopes([scopes], weight.shape[0], False)
     inputs = LossInputs(

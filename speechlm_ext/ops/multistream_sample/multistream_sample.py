@@ -2,9 +2,9 @@
 
 It contains the state machine of a delayed segment. Let row 0 be the row in which a stream without delay has the
 segment's frame 0. In row ``j`` stream s has frame ``j - delays[s]``: padding before frame 0 (ramp-in), content, and
-padding again from the frame at which stream 0 sampled end-of-segment (ramp-out). The end counts from its own
-row on. After the last segment's ramp-out the request is done and all its rows are padding; after another segment's
-come ``tail`` rows of padding, the next segment's marker in stream 0, and its content.
+padding again from the frame at which stream 0 sampled end-of-segment (ramp-out). After the last segment's ramp-out the
+request is done and all its rows are padding; after another segment's come ``tail`` rows of padding, the next segment's
+marker in stream 0, and its content.
 
     state = DecodeState.new(batch_size, scope_ids=..., delays=..., pad_ids=..., eos_id=..., top_k=30)
     while True:
