@@ -1,6 +1,6 @@
 """The host table of `delay_pack`: everything but ids and weights that its kernels read, as one int64 tensor.
 
-Its columns are in the order of DelayPackMeta (csrc/delay_pack/delay_pack.h); `Counts` says which of them there are.
+Its columns are in the order of DelayPackMeta (csrc/delay_pack/delay_pack.h); `Counts` has their sizes.
 The outputs' sizes follow from the counts alone, so a GPU is never synchronized.
 """
 
