@@ -176,9 +176,10 @@ def _embed(
         *((None, None) if features is None else (features.contiguous(), _int64(positions))),
         *(out, slots, bad, torch.get_num_threads(), stream_handle(ids)),
     )
-    if bad is not None:  # a kernel's first bad id and position; their initial value if there is none
-        bad_id, bad_position = (-1 if found == ids.numel() else found for found in bad.tolist())
-        has_bad_positions = bad_position >= 0
+    if bad is not None:  # the kernels leave the initial value if there is nothing bad
+        first_bad, positions_flag = bad.tolist()
+        bad_id = -1 if first_bad == ids.numel() else first_bad
+        has_bad_positions = positions_flag != ids.numel()
     if has_bad_positions:
         _raise_bad_positions(positions, ids.shape[0])
     if bad_id >= 0:
