@@ -13,22 +13,22 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from speechlm_ext.ops.common.native import OpError, describe
+from speechlm_ext.ops.multistream_sample.arguments import (
+    find_eos_column,
+    read_markers,
+    scope_columns,
+    spread,
+)
 from speechlm_ext.ops.multistream_sample.columns import Choice, Limits, Progress, Request, Sampling
 
 __all__ = ["Choice", "DecodeState", "Limits", "Progress", "Request", "Sampling"]
 
 _NO_LIMIT = 2**31 - 1
-#: Dtypes of the settings that are not int64.
-_DTYPES = {
-    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "guidance"), torch.float32),
-    **dict.fromkeys(("top_k", "repetition_window"), torch.int32),
-}
 
 
 def _view(packed: str, column: IntEnum, doc: str) -> property:
@@ -148,17 +148,18 @@ class DecodeState:
             )
         device = scope_ids[0].device if device is None else torch.device(device)
         ids = [x.to(device, torch.int64) for x in scope_ids]
-        bounds, eos_column = [0], _eos_column(ids, eos_id)
+        bounds, eos_column = [0], find_eos_column(ids, eos_id)
         for x in ids:
             bounds.append(bounds[-1] + len(x))
-        columns = _columns(ids, bounds, scope, B, S, device)
+        columns = scope_columns(ids, bounds, scope, B, S, device)
         G = columns.shape[1]
         per_stream = {
             "temperature": temperature, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
             "top_k": top_k, "repetition_window": repetition_window,
         }  # fmt: skip
         per_segment = {
-            "min_frames": min_frames, "max_frames": max_frames, "row_limit": row_limit, "marker": _markers(markers, G),
+            "min_frames": min_frames, "max_frames": max_frames, "row_limit": row_limit,
+            "marker": read_markers(markers, G),
         }  # fmt: skip
         per_request = {
             "seed": torch.arange(B) + seed if isinstance(seed, int) else seed, "num_segments": num_segments,
@@ -169,7 +170,7 @@ class DecodeState:
         x = {}
         for settings, shape in ((per_stream, (B, G, S)), (per_segment, (B, G)), (per_request, (B,))):
             for name, value in settings.items():
-                x[name] = _spread(name, value, shape, device)
+                x[name] = spread(name, value, shape, device)
         x["first_column"], x["end_column"] = columns.to(torch.int32).unbind(dim=-1)
 
         def packed(enum: type[IntEnum]) -> Tensor:
@@ -290,66 +291,3 @@ class DecodeState:
     def failed(self) -> Tensor:
         """bool ``[B]``: see `SampledStep.failed`."""
         return self.progress[:, Progress.FAILED] != 0
-
-
-def _spread(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """A setting as a tensor of ``shape``."""
-    dtype = _DTYPES.get(name, torch.int64)
-    try:
-        tensor = torch.as_tensor(value, dtype=dtype, device=device)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise OpError(f"DecodeState: {name} {error}") from None
-    try:
-        return tensor.expand(*shape)
-    except RuntimeError:
-        raise OpError(
-            f"DecodeState: {name} got shape {list(tensor.shape)}, which does not broadcast to {list(shape)}"
-        ) from None
-
-
-def _eos_column(ids: list[Tensor], eos_id: int) -> int:
-    """The column of ``eos_id``, after a check of all streams' ids."""
-    for s, x in enumerate(ids):
-        if x.dim() != 1 or len(x) == 0 or not bool((x[1:] > x[:-1]).all()):
-            raise OpError(
-                f"DecodeState: scope_ids[{s}] must be ids [V_s] in ascending order, at least one; got {list(x.shape)}"
-            )
-    is_eos = (ids[0] == eos_id).nonzero()
-    if len(is_eos) != 1:
-        raise OpError(f"DecodeState: eos_id {eos_id} is not among scope_ids[0]; no request could ever end")
-    return int(is_eos)
-
-
-def _markers(markers: Sequence[int] | Tensor, num_segments: int) -> Tensor:
-    """int64, one marker per segment; 0 for a single segment without one."""
-    out = torch.as_tensor(markers, dtype=torch.int64)
-    if out.numel():
-        return out
-    if num_segments != 1:
-        raise OpError(f"DecodeState: {num_segments} segments need markers, one each")
-    return torch.zeros(1, dtype=torch.int64)
-
-
-def _columns(
-    ids: list[Tensor], bounds: list[int], scope: Any, B: int, S: int, device: torch.device
-) -> Tensor:
-    """int64 ``[B, G, S, 2]``: the scope's intervals of ids as intervals of columns."""
-    if scope is None:
-        return torch.tensor([bounds[:-1], bounds[1:]], device=device).T.expand(B, 1, S, 2)
-    if isinstance(scope, Tensor):
-        wanted = scope.to(device, torch.int64)
-    elif isinstance(scope, Sequence) and len(scope) > 0 and all(len(segment) == S for segment in scope):
-        wanted = torch.tensor([[(-1, -1) if r is None else r for r in seg] for seg in scope], device=device)
-    else:
-        raise OpError(f"DecodeState: scope must have a list of {S} (start, end) or None for each segment")
-    if wanted.dim() == 3:
-        wanted = wanted[None]
-    if wanted.dim() != 4 or wanted.shape[0] not in (1, B) or tuple(wanted.shape[2:]) != (S, 2):
-        raise OpError(f"DecodeState: scope must be [B, G, {S}, 2]; got {list(wanted.shape)}")
-    wanted = wanted.expand(B, *wanted.shape[1:])
-    out = []
-    for s, x in enumerate(ids):
-        start, end = wanted[..., s, 0].contiguous(), wanted[..., s, 1].contiguous()
-        run = bounds[s] + torch.stack([torch.searchsorted(x, start), torch.searchsorted(x, end)], dim=-1)
-        out.append(torch.where((end > start)[..., None], run, torch.zeros_like(run)))
-    return torch.stack(out, dim=2)
