@@ -80,8 +80,8 @@ def own_products(shape, device, dtype, live, scopes):
     sets, _ = read_scopes([scopes], shape.V, False)
     grad_weight, grad_hidden = torch.zeros_like(weight), torch.zeros_like(hidden)
     work = []
-    for group, rows in internals._plan(sets[0], live):
-        chunk = max(internals._MIN_ROWS, internals._CHUNK_BYTES[device] // (group.columns * dtype.itemsize))
+    for group, rows in internals.plan_products(sets[0], live):
+        chunk = max(internals.MIN_ROWS, internals.CHUNK_BYTES[device] // (group.columns * dtype.itemsize))
         logits = torch.zeros(min(chunk, len(rows)), group.columns, device=device, dtype=dtype)
         work.append((group, len(rows), chunk, logits))
 
@@ -90,7 +90,7 @@ def own_products(shape, device, dtype, live, scopes):
             for start in range(0, num_rows, chunk):
                 end = min(num_rows, start + chunk)
                 h, out = hidden[start:end], grad_hidden[start:end]
-                for interval, z in internals._blocks(group, logits[: end - start]):
+                for interval, z in internals.blocks(group, logits[: end - start]):
                     ids = slice(interval.row, interval.row + interval.num_ids)
                     torch.mm(h, weight[ids].T, out=z)
                     out.addmm_(z, weight[ids])

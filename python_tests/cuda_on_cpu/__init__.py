@@ -31,7 +31,7 @@ SEEDS = range(8)
 
 #: Ops whose CUDA entry is another Python function than the CPU's: op name -> (module, function).
 CUDA_ENTRIES = {
-    "delay_pack_segments": ("speechlm_ext.ops.delay_pack.op", "_delay_pack_segments_cuda"),
+    "delay_pack_segments": ("speechlm_ext.ops.delay_pack.op", "_pack_segments_cuda"),
     "kmeans_assign": ("speechlm_ext.ops.kmeans_assign.kmeans_assign", "_assign_cuda"),
     "kmeans_sums": ("speechlm_ext.ops.kmeans_assign.sums", "_sums_cuda"),
     "kmeans_index": ("speechlm_ext.ops.kmeans_assign.index", "_index_cuda"),
@@ -139,7 +139,7 @@ def kernels_on_cpu(shim: ModuleType, seed: int = 0) -> Iterator[None]:
                 module.native = _Native(shim, _native.native)  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(True)
         # Through the dispatcher, as on a GPU.
-        with mock.patch.object(_delay_pack_op, "eager", new=lambda *tensors: False):
+        with mock.patch.object(_delay_pack_op, "can_skip_dispatcher", new=lambda *tensors: False):
             yield
     finally:
         torch.use_deterministic_algorithms(before)

@@ -1,8 +1,9 @@
 """The ops: exact, fast, and usable alone in anybody's training script."""
 
 from speechlm_ext.ops.common.native import OpError
-from speechlm_ext.ops.delay_pack.delay_pack import DelayUnpacker, PackedBatch, delay_pack, delay_unpack
+from speechlm_ext.ops.delay_pack.delay_pack import PackedBatch, delay_pack
 from speechlm_ext.ops.delay_pack.presets import delay_preset
+from speechlm_ext.ops.delay_pack.unpack import DelayUnpacker, delay_unpack
 from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 from speechlm_ext.ops.kmeans_assign.kmeans_assign import AssignStats, kmeans_assign
 from speechlm_ext.ops.multistream_embed.multistream_embed import multistream_embed

@@ -282,7 +282,7 @@ GOOD = dict(delays=[0, 1], pad_ids=[0, 0])
         ),
         (
             lambda: sx.ops.delay_pack([IDS, IDS[:, :1]], **GOOD, loss_weight=torch.ones(8, 2)),
-            "loss_weight must be a list, one tensor per segment, where the segments have different widths",
+            "loss_weight must be a list, one tensor per segment, if the segments have different widths",
         ),
         (lambda: sx.ops.delay_pack([IDS[0]], **GOOD), r"segments\[0\] must be"),
         (lambda: sx.ops.delay_pack([[1, 2]], **GOOD), r"segments\[0\] must be a tensor; got a list"),

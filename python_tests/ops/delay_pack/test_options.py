@@ -331,11 +331,11 @@ def test_offsets_of_specials_may_be_a_list():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(delays=[0, 1.9]), "delays must be a list of whole numbers"),
-        (dict(pad_ids=[0.5, 0]), "pad_ids must be a list of whole numbers"),
-        (dict(id_offsets=[1.5, 2]), "whole numbers are needed"),
-        (dict(groups=[0, 1.9]), "whole numbers are needed"),
-        (dict(prefix=[8.7]), "prefix or suffix must be a list of whole numbers"),
+        (dict(delays=[0, 1.9]), "delays must be a list of integers"),
+        (dict(pad_ids=[0.5, 0]), "pad_ids must be a list of integers"),
+        (dict(id_offsets=[1.5, 2]), "integers are needed"),
+        (dict(groups=[0, 1.9]), "integers are needed"),
+        (dict(prefix=[8.7]), "prefix or suffix must be a list of integers"),
         (dict(prefix=[[1], 2]), "got a mixture"),
         (dict(prefix=[[1, 2, 3]], prefix_weight=[0.1, 0.2]), "one for each of the 3 ids of prefix; got 2"),
     ],

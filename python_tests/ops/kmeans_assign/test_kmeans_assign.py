@@ -332,7 +332,7 @@ def test_compiles_without_a_graph_break(codes, with_index):
     x, centroids = randn(50, 7, seed=1), randn(9, 7, seed=2)
     given = sx.ops.CentroidIndex.build(centroids) if with_index else centroids
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend="aot_eager")
     def run(rows):
         labels, distance = sx.ops.kmeans_assign(rows, given, return_distance=True)
         return labels + 0, distance.sum()

@@ -4,65 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import speechlm_ext as sx
+from python_tests.ops.multistream_loss.cases import OPTIONS, SCOPES, named_case, named_formula
 from speechlm_ext.ops.multistream_loss import chunks as internals
-
-SCOPES = {
-    "full_and_own": (20, [[(0, 20)], [(3, 9)], [(9, 12)]]),
-    "full_and_codec": (20, [[(0, 20)], [(3, 12)], [(3, 12)]]),
-    "disjoint": (23, [[(0, 4), (10, 23)], [(4, 7)], [(7, 10)]]),
-    "partial_overlap": (20, [[(0, 8)], [(5, 12)], [(2, 6), (14, 18)]]),
-    "touching_intervals": (20, [[(5, 10), (0, 5)], [(0, 5), (5, 10)], [(12, 20)]]),
-    "one_stream": (7, [[(0, 7)]]),
-    "one_class": (7, [[(0, 7)], [(4, 5)]]),
-}
-OPTIONS = {"plain": {}, "all": dict(z_loss=0.1, label_smoothing=0.2, softcap=3.0)}
-
-
-def make_case(name, num_rows=11, width=5, dtype=torch.float64, device="cpu"):
-    vocab, scopes = SCOPES[name]
-    ids = [torch.cat([torch.arange(a, b) for a, b in scope]) for scope in scopes]
-    columns = [i[torch.randint(0, len(i), (num_rows,))] for i in ids]
-    weights = torch.rand(num_rows, len(scopes)) * (torch.rand(num_rows, len(scopes)) > 0.4)
-    parts = [
-        torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
-        for shape in ((num_rows, width), (vocab, width), (len(scopes), width), (vocab,))
-    ]
-    return scopes, parts, torch.stack(columns, dim=1).to(device), weights.to(device)
-
-
-def naive(scopes, parts, targets, weights, z_loss=0.0, label_smoothing=0.0, softcap=None):
-    """Token by token; also the plain NLL of each."""
-    hidden, weight, embed, bias = parts
-    total, nll = hidden.sum() * 0, torch.zeros(targets.shape, dtype=hidden.dtype)
-    for n in range(targets.shape[0]):
-        for s, scope in enumerate(scopes):
-            if weights[n, s] <= 0:
-                continue
-            ids = torch.cat([torch.arange(a, b) for a, b in sorted(scope)])
-            logits = weight[ids] @ (hidden[n] + (0 if embed is None else embed[s]))
-            logits = logits if bias is None else logits + bias[ids]
-            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-            target = (ids == targets[n, s]).nonzero()[0]
-            loss = F.cross_entropy(logits[None], target, label_smoothing=label_smoothing)
-            total = total + weights[n, s].double() * (loss + z_loss * logits.logsumexp(0) ** 2)
-            nll[n, s] = -logits.log_softmax(0)[target]
-    return total, nll
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("name", SCOPES)
 def test_matches_float64_loop(name, reduction, options):
-    scopes, parts, targets, weights = make_case(name)
+    scopes, parts, targets, weights = named_case(name)
     hidden, weight, embed, bias = parts
     got = sx.ops.multistream_loss(
         hidden, weight, targets, weights, scopes=scopes, stream_embed=embed, bias=bias, reduction=reduction,
         **OPTIONS[options],
     )  # fmt: skip
-    want, nll = naive(scopes, parts, targets, weights, **OPTIONS[options])
+    want, nll = named_formula(scopes, parts, targets, weights, **OPTIONS[options])
     torch.testing.assert_close(got.loss_sum, want)
     torch.testing.assert_close(got.stream_loss.sum(), got.loss_sum)
     if reduction == "none":
@@ -73,7 +31,7 @@ def test_matches_float64_loop(name, reduction, options):
 
 
 def test_gradients():
-    scopes, parts, targets, weights = make_case("full_and_own", num_rows=4)
+    scopes, parts, targets, weights = named_case("full_and_own", num_rows=4)
 
     def per_token(hidden, weight, embed, bias):
         out = sx.ops.multistream_loss(
@@ -86,10 +44,10 @@ def test_gradients():
 
 
 def test_without_embed_and_bias_and_tied_weight():
-    scopes, parts, targets, weights = make_case("full_and_codec")
+    scopes, parts, targets, weights = named_case("full_and_codec")
     hidden, weight, _, _ = parts
     got = sx.ops.multistream_loss(hidden, weight, targets, weights, scopes=scopes)
-    want, _ = naive(scopes, [hidden, weight, None, None], targets, weights)
+    want, _ = named_formula(scopes, [hidden, weight, None, None], targets, weights)
     torch.testing.assert_close(got.loss_sum, want)
 
 
@@ -109,7 +67,7 @@ def test_statistics_per_stream():
 
 
 def test_chunks_change_nothing(monkeypatch):
-    scopes, parts, targets, weights = make_case("full_and_own", num_rows=64)
+    scopes, parts, targets, weights = named_case("full_and_own", num_rows=64)
     hidden, weight, embed, bias = parts
 
     def run(chunk_bytes=None):
@@ -125,14 +83,14 @@ def test_chunks_change_nothing(monkeypatch):
         )
 
     whole = torch.autograd.grad(run().loss_sum, parts)
-    monkeypatch.setattr(internals, "_MIN_ROWS", 7)
+    monkeypatch.setattr(internals, "MIN_ROWS", 7)
     for got, want in zip(torch.autograd.grad(run(1).loss_sum, parts), whole, strict=True):
         torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_no_live_target_gives_zeros_with_gradients(reduction):
-    scopes, parts, targets, weights = make_case("full_and_own")
+    scopes, parts, targets, weights = named_case("full_and_own")
     hidden, weight, embed, _ = parts
     targets = targets.fill_(10**6)  # dead targets may hold anything
     out = sx.ops.multistream_loss(
@@ -154,7 +112,7 @@ def test_empty_block():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_dtypes_sum_in_float32(dtype):
-    scopes, parts, targets, weights = make_case("full_and_own", num_rows=200, width=32)
+    scopes, parts, targets, weights = named_case("full_and_own", num_rows=200, width=32)
     narrow = [p.detach().to(dtype).requires_grad_() for p in parts]
     wide = [p.detach().double().requires_grad_() for p in narrow]
     hidden, weight, embed, bias = narrow
@@ -174,7 +132,7 @@ def test_narrow_dtypes_sum_in_float32(dtype):
 
 
 def test_under_autocast_and_no_grad():
-    scopes, parts, targets, weights = make_case("full_and_own", dtype=torch.float32)
+    scopes, parts, targets, weights = named_case("full_and_own", dtype=torch.float32)
 
     def call():
         return sx.ops.multistream_loss(parts[0], parts[1], targets, weights, scopes=scopes).loss_sum
@@ -227,7 +185,7 @@ def test_rejects_bad_input(arguments, options, message):
 
 def test_result_is_a_tuple_that_engines_can_walk():
     """ZeRO 3 hooks a module's backward through the tensors of its output; it walks tuples, not other classes."""
-    scopes, parts, targets, weights = make_case("one_stream")
+    scopes, parts, targets, weights = named_case("one_stream")
     out = sx.ops.multistream_loss(parts[0], parts[1], targets, weights, scopes=scopes)
     assert isinstance(out, tuple)
     again = type(out)(*(value if value is None else value + 0 for value in out))

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import speechlm_ext as sx
-from python_tests.ops.multistream_loss.test_multistream_loss import OPTIONS, SCOPES, make_case
+from python_tests.ops.multistream_loss.cases import OPTIONS, SCOPES, named_case
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.multistream_loss import chunks as internals
 from speechlm_ext.ops.multistream_loss.reference import loss_pass
 from speechlm_ext.ops.multistream_loss.scopes import flatten, read_scopes
-from speechlm_ext.ops.multistream_loss.types import LossOptions
+from speechlm_ext.ops.multistream_loss.types import LossInputs, LossWants
 
 
 def large_case(dtype=torch.float32, num_rows=700):
@@ -209,8 +209,8 @@ def test_opcheck_and_compile():
     for wants, want_tokens in (([True] * 4, False), ([False, True, True, False], False), ([False] * 4, True)):
         torch.library.opcheck(
             torch.ops.speechlm_ext.multistream_loss.default,
-            (hidden, weight, targets, weights > 0, weights, None, row_scope, embed, bias, flat, 0.1, 0.1, 3.0, 0,
-             wants, want_tokens, want_tokens, True),
+            (hidden, weight, targets, weights > 0, weights, flat, None, row_scope, embed, bias, 0.1, 0.1, 3.0, wants,
+             want_tokens, want_tokens, 0, True),
         )  # fmt: skip
 
     def step(hidden, weight, embed, bias):
@@ -262,30 +262,17 @@ def test_native_layer_checks_for_itself():
 @pytest.mark.parametrize("name", SCOPES)
 def test_reference_pass_agrees(name, options):
     """The plain torch pass, with which the row kernel shares no line, gives what the row kernel gives."""
-    scopes, parts, targets, weights = make_case(name)
+    scopes, parts, targets, weights = named_case(name)
     hidden, weight, embed, bias = (p.detach() for p in parts)
     sets, _ = read_scopes([scopes], weight.shape[0], False)
-    settings = LossOptions(**OPTIONS[options])
-    arguments = (
-        hidden,
-        weight,
-        targets,
-        weights > 0,
-        weights,
-        weights * 0.5,
-        None,
-        sets,
-        embed,
-        bias,
-        settings,
-        True,
-        True,
-        True,
-    )
-    for got, want in zip(
-        vars(internals.native_pass(*arguments)).values(), vars(loss_pass(*arguments)).values(), strict=True
-    ):
-        torch.testing.assert_close(got, want)
+    inputs = LossInputs(
+        hidden, weight, targets, weights > 0, weights, flatten(sets), coef_nll=weights * 0.5, stream_embed=embed,
+        bias=bias, **OPTIONS[options],
+    )  # fmt: skip
+    wants = LossWants([True] * 4, token_nll=True, token_entropy=True)
+    want = vars(loss_pass(inputs, wants))
+    for name, got in vars(internals.loss_pass(inputs, wants)).items():
+        torch.testing.assert_close(got, want[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.cuda
@@ -298,7 +285,7 @@ def test_narrow_products_on_a_gpu(dtype, adds_in_float32, monkeypatch):
     if adds_in_float32 and not products._ADDS_IN_FLOAT32:
         pytest.skip("this torch cannot add a product of 16-bit matrices to float32")
     monkeypatch.setattr(products, "_ADDS_IN_FLOAT32", adds_in_float32)
-    monkeypatch.setattr(internals, "_MIN_ROWS", 100)
+    monkeypatch.setattr(internals, "MIN_ROWS", 100)
     _, parts, targets, weights = large_case(dtype)
     scopes = [[(0, 480)], [(100, 300)], [(100, 300)], [(300, 401), (440, 500)]]
     targets[:, 0] %= 480

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from python_tests import cuda_on_cpu
-from speechlm_ext.ops.multistream_loss.row_kernel import loss_rows
-from speechlm_ext.ops.multistream_loss.types import LossOptions
+from speechlm_ext.ops.multistream_loss.row_kernel import RowOutputs, loss_rows
+from speechlm_ext.ops.multistream_loss.types import LossInputs
 
 FIRST_ID = 1000  # column 0 holds this id, so that a kernel that takes one for the other is found
 
@@ -27,11 +27,11 @@ SCOPES = {
     "wide": (4311, [[(0, 4311)], [(1, 4310)], [(1, 4310)]]),
 }
 OPTIONS = {
-    "plain": LossOptions(),
-    "z_loss": LossOptions(z_loss=0.1),
-    "smoothing": LossOptions(label_smoothing=0.2),
-    "softcap": LossOptions(softcap=3.0),
-    "all": LossOptions(z_loss=0.05, label_smoothing=0.1, softcap=5.0),
+    "plain": {},
+    "z_loss": dict(z_loss=0.1),
+    "smoothing": dict(label_smoothing=0.2),
+    "softcap": dict(softcap=3.0),
+    "all": dict(z_loss=0.05, label_smoothing=0.1, softcap=5.0),
 }
 SMALL = (torch.bfloat16, torch.float16)
 
@@ -117,25 +117,22 @@ def run(case, options, device=torch.device("cpu"), want_grad=True, entropy=True)
     )
     out = Result(*(tensor.to(device) for tensor in vars(out).values()))
 
-    def there(tensor):
-        return None if tensor is None else tensor.to(device)
-
+    fields = dict(targets=case.targets, live=case.live, coef_loss=case.coef, coef_nll=case.coef_nll)
+    fields = {name: None if x is None else x.to(device) for name, x in fields.items()}
     loss_rows(
         out.grad,
-        there(case.rows),
-        there(case.targets),
-        there(case.live),
-        there(case.coef),
-        there(case.coef_nll),
-        there(case.bias),
-        case.streams,
-        options,
-        want_grad,
-        out.token_nll,
-        out.token_entropy if entropy else None,
-        out.stream_loss,
-        out.stream_correct,
-        out.column_sums if want_grad else None,
+        case.rows.to(device),
+        LossInputs(hidden=out.grad, weight=out.grad, scopes=[], **fields, **options),  # neither is read
+        streams=case.streams,
+        stream_bias=None if case.bias is None else case.bias.to(device),
+        out=RowOutputs(
+            stream_loss=out.stream_loss,
+            stream_correct=out.stream_correct,
+            column_sums=out.column_sums if want_grad else None,
+            token_nll=out.token_nll,
+            token_entropy=out.token_entropy if entropy else None,
+        ),
+        want_grad=want_grad,
     )
     out = Result(*(tensor.cpu() for tensor in vars(out).values()))
     out.stream_loss -= 1
@@ -163,12 +160,14 @@ def formula(case, options, dtype=torch.float64):
         at = case.rows[picked]
         x = z[picked][:, columns].requires_grad_()
         y = x if case.bias is None else x + case.bias[s, columns].to(dtype)
-        y = y if options.softcap is None else options.softcap * torch.tanh(y / options.softcap)
+        cap = options.get("softcap")
+        y = y if cap is None else cap * torch.tanh(y / cap)
         log_p = F.log_softmax(y, dim=1)
         target = torch.searchsorted(columns, case.targets[at, s] - FIRST_ID)
         nll = -log_p.gather(1, target[:, None]).squeeze(1)
-        ls = options.label_smoothing
-        loss = (1 - ls) * nll - ls * log_p.mean(dim=1) + options.z_loss * y.logsumexp(dim=1) ** 2
+        ls = options.get("label_smoothing", 0.0)
+        loss = (1 - ls) * nll - ls * log_p.mean(dim=1)
+        loss = loss + options.get("z_loss", 0.0) * y.logsumexp(dim=1) ** 2
         total = (case.coef[at, s].to(dtype) * loss).sum()
         both = total if case.coef_nll is None else total + (case.coef_nll[at, s].to(dtype) * nll).sum()
         (grad,) = torch.autograd.grad(both, x)
@@ -205,7 +204,7 @@ def refused_by_the_cpu(case, request):
     if case.z.dtype not in SMALL or request.node.callspec.params["device"] != "cpu":
         return False
     with pytest.raises(ValueError, match="logits must be float32 or float64; got"):
-        run(case, LossOptions())
+        run(case, OPTIONS["plain"])
     return True
 
 
@@ -213,7 +212,7 @@ def refused_by_the_cpu(case, request):
 @pytest.mark.parametrize("name", SCOPES)
 def test_every_scope_and_live_pattern(name, live, device):
     case = make_case(name, live=live, num_rows=4 if name in ("wide", "sixty_four") else 21)
-    check_close(run(case, LossOptions(), device), formula(case, LossOptions()))
+    check_close(run(case, OPTIONS["plain"], device), formula(case, OPTIONS["plain"]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *SMALL])
@@ -240,8 +239,8 @@ def test_without_bias_coef_nll_and_entropy(dtype, device, request):
     case = make_case("wide", dtype, num_rows=3, bias=False, coef_nll=False)
     if refused_by_the_cpu(case, request):
         return
-    got = run(case, LossOptions(), device, entropy=False)
-    check_close(got, formula(case, LossOptions()), entropy=False)
+    got = run(case, OPTIONS["plain"], device, entropy=False)
+    check_close(got, formula(case, OPTIONS["plain"]), entropy=False)
     assert (got.token_entropy == 7).all()
 
 
@@ -263,7 +262,7 @@ def test_without_gradient_the_logits_stay(device):
 def test_no_rows(device):
     case = make_case("own", num_rows=1)
     case.z, case.rows = case.z[:0], case.rows[:0]
-    got = run(case, LossOptions(), device)
+    got = run(case, OPTIONS["plain"], device)
     assert not got.stream_loss.any() and not got.stream_correct.any() and not got.column_sums.any()
 
 
@@ -278,10 +277,10 @@ def test_columns_outside_all_scopes_and_rows_without_target_get_zero(device):
         outside[case.columns(s)] = False
     dead = ~case.live[case.rows].any(dim=1)
     assert outside.any() and dead.any()
-    clean = run(case, LossOptions(), device)
+    clean = run(case, OPTIONS["plain"], device)
     case.z[:, outside] = float("nan")
     case.z[dead] = float("inf")
-    got = run(case, LossOptions(), device)
+    got = run(case, OPTIONS["plain"], device)
     assert (got.grad[:, outside] == 0).all() and (got.grad[dead] == 0).all()
     assert got.equals(clean)
 
@@ -291,7 +290,7 @@ def test_a_broken_row_disturbs_no_other(bad, device):
     case = make_case("full_and_codec", live="all")
     clean = run(case, OPTIONS["all"], device)
     case.z[4, 60] = bad
-    for options in (LossOptions(), replace(OPTIONS["all"], softcap=None)):
+    for options in (OPTIONS["plain"], dict(z_loss=0.05, label_smoothing=0.1)):
         clean = run(replace(case, z=torch.where(case.z.isfinite(), case.z, 0)), options, device)
         got = run(case, options, device)
         others = torch.arange(len(case.rows)) != 4
@@ -309,8 +308,8 @@ def test_masked_logits_and_large_ones(device):
     masked = case.z.clone()
     masked[:, 70:80] = float("-inf")
     case.targets[:, :] = FIRST_ID + 60
-    got = run(replace(case, z=masked), LossOptions(), device)
-    want = formula(replace(case, z=masked.clamp(min=-1e9)), LossOptions())
+    got = run(replace(case, z=masked), OPTIONS["plain"], device)
+    want = formula(replace(case, z=masked.clamp(min=-1e9)), OPTIONS["plain"])
     torch.testing.assert_close(got.token_nll, want.token_nll.float())
     torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.token_entropy, want.token_entropy.float(), rtol=1e-5, atol=1e-6)
@@ -320,22 +319,22 @@ def test_a_live_target_outside_its_scope_is_read_nowhere(device):
     case = make_case("own", live="all")
     for wrong in (FIRST_ID - 1, FIRST_ID + 89, 1 << 62, -(1 << 62)):
         case.targets[:, 0] = wrong
-        got = run(case, LossOptions(), device)
+        got = run(case, OPTIONS["plain"], device)
         logits = (case.z[:, :30] + case.bias[0, :30]).logsumexp(dim=1)
         torch.testing.assert_close(got.token_nll[case.rows, 0], logits)
 
 
 def test_row_index_outside_the_targets(device, request):
     case = make_case("full_and_codec", live="all")
-    clean = run(case, LossOptions(), device)
+    clean = run(case, OPTIONS["plain"], device)
     for wrong in (case.live.shape[0], -1, 1 << 60):
         broken = replace(case, rows=case.rows.clone())
         broken.rows[3] = wrong
         if request.node.callspec.params["device"] == "cpu":
             with pytest.raises(ValueError, match=rf"rows\[3\] is {wrong}"):
-                run(broken, LossOptions(), device)
+                run(broken, OPTIONS["plain"], device)
             continue
-        got = run(broken, LossOptions(), device)
+        got = run(broken, OPTIONS["plain"], device)
         others = torch.arange(len(case.rows)) != 3
         assert got.stream_loss.isnan().all() and (got.grad[3] == 0).all()
         assert torch.equal(got.grad[others], clean.grad[others]) and got.column_sums.isfinite().all()

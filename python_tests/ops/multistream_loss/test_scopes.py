@@ -4,107 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speechlm_ext as sx
+from python_tests.ops.multistream_loss.cases import KINDS, VOCAB, D, call, formula, make_case
 from speechlm_ext.ops.multistream_loss import chunks as internals
 from speechlm_ext.ops.multistream_loss.reference import loss_pass
-from speechlm_ext.ops.multistream_loss.scopes import read_scopes
-from speechlm_ext.ops.multistream_loss.types import LossOptions
+from speechlm_ext.ops.multistream_loss.scopes import flatten, read_scopes
+from speechlm_ext.ops.multistream_loss.types import LossInputs, LossWants
 
-# Ids 0-3 special, 4-9 speech, 10-15 codes, 16-24 text. Kind 0: a frame of speech, 1: text, 2: anything.
-KINDS = [
-    [[(0, 10)], [(10, 13)], [(13, 16)]],
-    [[(0, 4), (16, 25)], [(10, 13)], [(13, 16)]],
-    [[(0, 10), (16, 25)], [(10, 16)], [(10, 16)]],
-]
-VOCAB, MOST_IDS, D = 25, 70, 6
-
-
-def ids_of(scope):
-    return torch.cat([torch.arange(a, b) for a, b in sorted(scope)])
-
-
-def head_rows(sets, s, separate):
-    """For stream s the weight's row of every id (-1: none), found by laying the heads out one after the other."""
-    if not separate:
-        return torch.arange(MOST_IDS)
-    base = sum(len(ids_union(sets, k)) for k in range(s))
-    rows = torch.full((MOST_IDS,), -1)
-    ids = ids_union(sets, s)
-    rows[ids] = base + torch.arange(len(ids))
-    return rows
-
-
-def ids_union(sets, s):
-    return torch.unique(torch.cat([ids_of(scopes[s]) for scopes in sets]))
-
-
-def formula(parts, targets, weights, sets, kinds, separate, z_loss=0.0, label_smoothing=0.0, softcap=None):
-    """``(weighted loss, logprobs, entropies)``, token by token."""
-    hidden, weight, embed, bias = parts
-    total = sum(p.sum() * 0 for p in parts if p is not None)
-    logprobs, entropies = torch.zeros(2, *targets.shape, dtype=hidden.dtype)
-    for n, s in (weights > 0).nonzero().tolist():
-        ids = ids_of(sets[kinds[n]][s])
-        rows = head_rows(sets, s, separate)[ids]
-        logits = weight[rows] @ (hidden[n] + (0 if embed is None else embed[s]))
-        logits = logits if bias is None else logits + bias[rows]
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        at = (ids == targets[n, s]).nonzero()[0]
-        loss = F.cross_entropy(logits[None], at, label_smoothing=label_smoothing)
-        total = total + weights[n, s] * (loss + z_loss * logits.logsumexp(0) ** 2)
-        log_p = logits.log_softmax(0).detach()
-        logprobs[n, s], entropies[n, s] = log_p[at], -(log_p.exp() * log_p).sum()
-    return total, logprobs, entropies
-
-
-def make_case(
-    sets, num_rows, separate, *, with_embed=True, with_bias=True, seed=0, live=0.6, vocab=VOCAB, width=D
-):
-    generator = torch.Generator().manual_seed(seed)
-    num_streams = len(sets[0])
-    kinds = torch.randint(0, len(sets), (num_rows,), generator=generator)
-    targets = torch.zeros(num_rows, num_streams, dtype=torch.int64)
-    for n in range(num_rows):
-        for s in range(num_streams):
-            ids = ids_of(sets[kinds[n]][s])
-            targets[n, s] = ids[torch.randint(0, len(ids), (), generator=generator)]
-    weights = torch.rand(num_rows, num_streams, generator=generator, dtype=torch.float64)
-    weights *= torch.rand(num_rows, num_streams, generator=generator) < live
-    rows = sum(len(ids_union(sets, s)) for s in range(num_streams)) if separate else vocab
-    shapes = [
-        (num_rows, width),
-        (rows, width),
-        (num_streams, width) if with_embed else None,
-        (rows,) if with_bias else None,
-    ]
-    parts = [
-        None
-        if shape is None
-        else torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-        for shape in shapes
-    ]
-    return parts, targets, weights, kinds
-
-
-def call(parts, targets, weights, sets, kinds, separate, **options):
-    hidden, weight, embed, bias = parts
-    single = len(sets) == 1
-    return sx.ops.multistream_loss(
-        hidden,
-        weight,
-        targets,
-        weights,
-        scopes=sets[0] if single else sets,
-        row_scope=None if single else kinds,
-        heads="separate" if separate else "shared",
-        stream_embed=embed,
-        bias=bias,
-        **options,
-    )
+ALL = LossWants([True] * 4, token_nll=True, token_entropy=True)
 
 
 def compare(device, parts, targets, weights, sets, kinds, separate, **options):
@@ -178,13 +88,13 @@ def cases(draw):
 @settings(max_examples=60, deadline=None)
 def test_any_scopes_weights_and_chunks(case):
     sets, separate, (parts, targets, weights, kinds), chunk, options = case
-    before = internals._MIN_ROWS
+    before = internals.MIN_ROWS
     try:
-        internals._MIN_ROWS = chunk
+        internals.MIN_ROWS = chunk
         want = formula(parts, targets, weights, sets, kinds, separate, **options)[0]
         out = call(parts, targets, weights, sets, kinds, separate, chunk_bytes=1, **options)
     finally:
-        internals._MIN_ROWS = before
+        internals.MIN_ROWS = before
     torch.testing.assert_close(out.loss_sum, want)
     assert torch.equal(out.stream_count, (weights > 0).sum(0))
     torch.testing.assert_close(out.stream_weight, weights.sum(0).float())
@@ -199,12 +109,12 @@ def test_any_scopes_weights_and_chunks(case):
 def test_reference_pass_agrees(separate):
     (hidden, weight, embed, bias), targets, weights, kinds = make_case(KINDS, 40, separate)
     sets, _ = read_scopes(KINDS, None if separate else VOCAB, separate)
-    arguments = (
-        hidden.detach(), weight.detach(), targets, weights > 0, weights, weights * 0.5, kinds, sets, embed.detach(),
-        bias.detach(), LossOptions(0.1, 0.1, 4.0), True, True, True,
+    inputs = LossInputs(
+        hidden.detach(), weight.detach(), targets, weights > 0, weights, flatten(sets), coef_nll=weights * 0.5,
+        row_scope=kinds, stream_embed=embed.detach(), bias=bias.detach(), z_loss=0.1, label_smoothing=0.1, softcap=4.0,
     )  # fmt: skip
-    want = vars(loss_pass(*arguments))
-    for name, got in vars(internals.native_pass(*arguments)).items():
+    want = vars(loss_pass(inputs, ALL))
+    for name, got in vars(internals.loss_pass(inputs, ALL)).items():
         torch.testing.assert_close(got, want[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -265,7 +175,7 @@ def test_entropy_with_forbidden_ids():
         (dict(row_scope=torch.tensor([-1, 0])), r"row_scope\[0\] is -1; it must be 0 to 2"),
         (dict(row_scope=torch.tensor([0.0, 1.0])), r"row_scope must be int32 or int64 \[2\]; got float32 \[2\]"),
         (dict(row_scope=torch.zeros(3, dtype=torch.int64)), r"row_scope must be int32 or int64 \[2\]; got"),
-        (dict(row_scope=None), r"3 kinds of rows have scopes; row_scope \[N\] must say"),
+        (dict(row_scope=None), r"scopes has 3 kinds of rows; row_scope \[N\] must give"),
         (dict(scopes=[KINDS[0], KINDS[1][:2]]), r"scopes\[1\] must hold one scope per stream \(3\); got 2"),
         (dict(scopes=[KINDS[0], [[(0, 4)], [], [(1, 2)]]]), r"scopes\[1\]\[1\] is empty"),
         (dict(scopes=[[], []]), "scopes must hold, for each stream, a list of intervals"),

@@ -48,7 +48,7 @@ def broken(**changes):
         (lambda: make_state(temperature=-1.0), "temperature must be 0"),
         (lambda: make_state(min_frames=3, max_frames=2), "min_frames must be at most max_frames; got 3"),
         (lambda: make_state(delays=(0, 1)), "delays has 2 streams, scope_ids 3"),
-        (lambda: make_state(num_rows=0, repetition_window=3), "repetition_window 3 needs the rows"),
+        (lambda: make_state(num_rows=0, repetition_window=3), "repetition_window 3 needs the history"),
         (
             lambda: DecodeState.new(1, scope_ids=[torch.tensor([1])], delays=[0], pad_ids=[0], eos_id=5),
             "eos_id 5 is not among",

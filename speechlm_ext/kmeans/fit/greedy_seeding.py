@@ -22,7 +22,7 @@ from speechlm_ext.kmeans.counter_rng import uniforms
 from speechlm_ext.kmeans.fit.fixed_point import grid_step, to_grid
 
 # Products in tiles of one thread each: the same bits for any number of threads.
-from speechlm_ext.ops.common.matmul import put_logits
+from speechlm_ext.ops.common.matmul import matmul_into
 from speechlm_ext.utils.progress import stage_bar
 
 _MAX_TABLE_POINTS = 1 << 14  # a table of all their pairs: 1 GiB of float32
@@ -100,7 +100,7 @@ def _distances(points: Tensor, num_drawn: int, progress: bool | None) -> Callabl
     def distances(rows: Tensor | slice, others: slice) -> Tensor:
         a, b = points[rows], points[others]
         products = torch.empty(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
-        put_logits(products, a, b)
+        matmul_into(products, a, b)
         scale = norms[rows][:, None] + norms[others]
         squared = products.mul_(-2).add_(scale)
         return squared.masked_fill_(squared <= scale.mul_(unit), 0.0)

@@ -1,1 +1,1 @@
-"""What several ops share: the native module, memory, matrix products of one result for any number of threads."""
+"""Shared by several ops: the native module, memory, matrix products, torch's dispatcher."""

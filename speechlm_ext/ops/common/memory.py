@@ -1,4 +1,4 @@
-"""Large results on the CPU: their memory is new, and what the system does for each page costs more than writing it."""
+"""Memory of large results on the CPU, where page faults cost more than writing the values."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
-#: Matrix products into memory that does not start on a cache line are a third slower. NumPy's memory does not.
+#: Matrix products into memory that is not aligned to a cache line are a third slower; NumPy's memory is not aligned.
 _CACHE_LINE = 64
 
 
 def lazy_zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU whose memory the operating system hands out page by page, when it is first written.
+    """Zeros ``[num_rows, width]`` on the CPU, whose pages are allocated when they are first written.
 
-    A dense gradient of a large table is zero nearly everywhere: writing those zeros would cost more than the rest.
+    A dense gradient of a large table is zero nearly everywhere: writing those zeros would dominate its cost.
     """
     size = num_rows * width * dtype.itemsize
     if size == 0:
@@ -25,9 +25,9 @@ def lazy_zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
 def empty_in_huge_pages(
     num_rows: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """As `torch.empty`, but a large one on the CPU comes from NumPy, which asks for huge pages.
+    """`torch.empty`, on the CPU from NumPy if it is large, which requests huge pages.
 
-    Every page of the result is new and is written once; with small pages that costs more than the values.
+    Each page of the result is written once; with small pages the page faults cost more than the values.
     """
     size = num_rows * width * dtype.itemsize
     if size < 2 * _HUGE_PAGE or torch.device(device).type != "cpu":
@@ -36,6 +36,6 @@ def empty_in_huge_pages(
 
 
 def _aligned(memory: np.ndarray, size: int, dtype: torch.dtype) -> Tensor:
-    """``size`` bytes of ``memory``, from the start of a cache line on."""
+    """``size`` bytes of ``memory`` from the first start of a cache line."""
     start = -memory.ctypes.data % _CACHE_LINE
     return torch.from_numpy(memory[start : start + size]).view(dtype)

@@ -1,14 +1,14 @@
-"""The compiled module ``speechlm_ext._C`` and what every op needs around a call into it.
+"""The compiled module ``speechlm_ext._C``, and errors, messages and conversions that all ops share.
 
 torch is imported first, so that ``_C`` finds torch's own OpenMP runtime and uses its threads; ``_C`` itself links
-none. There is no silent fallback: without the compiled module, importing the ops fails with the way out.
+none. There is no silent fallback: without the compiled module, importing the ops fails and says how to build it.
 """
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def _find_openmp() -> str:
     return ""
 
 
-#: The OpenMP runtime shared with torch, "" when the CPU kernels run on one thread.
+#: The OpenMP runtime shared with torch; "" if the CPU kernels run on one thread.
 OPENMP_RUNTIME = _find_openmp()
 
 #: The torch.library namespace of all ops.
@@ -45,18 +45,11 @@ LIBRARY = torch.library.Library("speechlm_ext", "DEF")
 
 
 class OpError(SpeechLMError):
-    """An op was given tensors or settings that it cannot take."""
+    """Tensors or settings that an op does not accept."""
 
 
 class OpIndexError(OpError, IndexError):
-    """An id lies outside the table, or outside the range that the op was given."""
-
-
-def check(condition: bool, message: str | Callable[[], str]) -> None:
-    """Raise `OpError` with ``message`` unless ``condition`` holds. A function is called only then: torch.compile cannot
-    write a size that it does not know into a string."""
-    if not condition:
-        raise OpError(message if isinstance(message, str) else message())
+    """An id or a position out of range."""
 
 
 def describe(value: object) -> str:
@@ -67,22 +60,28 @@ def describe(value: object) -> str:
 
 
 def partition_hint(parameter: Tensor) -> str:
-    """What a one-dimensional weight most likely is; "" for any other."""
+    """A hint that a one-dimensional weight may be partitioned; "" for any other."""
     if parameter.dim() != 1:
         return ""
     return " (a parameter that ZeRO-3 has partitioned? Call this inside its module's forward)"
 
 
 def int_list(values: Sequence[int] | Tensor, name: str, length: int | None = None) -> list[int]:
-    """``values`` as plain ints, checked for length; ``name`` is the argument's name with its op."""
+    """``values`` as a list of ints.
+
+    Args:
+        name: the argument's name with its op, for messages.
+        length: number of values needed; None for any.
+
+    Raises:
+        OpError: values that are not integers, or another number of them.
+    """
     try:
         out = [operator.index(v) for v in (values.tolist() if isinstance(values, Tensor) else values)]
     except TypeError:
-        raise OpError(f"{name} must be a list of whole numbers; got {values}") from None
-    check(
-        length is None or len(out) == length,
-        f"{name} must have {length} values, one per stream; got {len(out)}",
-    )
+        raise OpError(f"{name} must be a list of integers; got {values}") from None
+    if length is not None and len(out) != length:
+        raise OpError(f"{name} must have {length} values, one per stream; got {len(out)}")
     return out
 
 

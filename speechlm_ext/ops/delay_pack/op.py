@@ -1,226 +1,169 @@
-"""torch.library registration of delay_pack and delay_unpack.
-
-What describes a block is one host table on every device (`_delay_pack_args.make_table`), and the outputs' sizes follow
-from its counts alone, so a GPU is never waited for.
-"""
+"""torch.library registration of delay_pack and delay_unpack."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from speechlm_ext.ops.common.native import LIBRARY, OpError, OpIndexError, check, native, stream_handle
+from speechlm_ext.ops.common.dispatch import can_skip_dispatcher
+from speechlm_ext.ops.common.native import LIBRARY, OpError, OpIndexError, native, stream_handle
+from speechlm_ext.ops.delay_pack.table import Counts, offsets_and_limits, segment_shapes
 
-_RULE = "Tensor table, SymInt[] counts, float fill_weight, ScalarType dtype, bool maps, bool check_ids) -> Tensor[]"
-LIBRARY.define(f"delay_pack(Tensor flat, Tensor? loss_weight, {_RULE}")
-LIBRARY.define(f"delay_pack_segments(Tensor[] segments, Tensor[] loss_weight, {_RULE}")
+_ARGS = "Tensor table, SymInt[] counts, float fill_weight, ScalarType dtype, bool maps, bool check_ids) -> Tensor[]"
+LIBRARY.define(f"delay_pack(Tensor flat, Tensor? loss_weight, {_ARGS}")
+LIBRARY.define(f"delay_pack_segments(Tensor[] segments, Tensor[] loss_weight, {_ARGS}")
 LIBRARY.define("delay_unpack(Tensor ids, Tensor cu_seqlens, int[] delays, SymInt num_frames) -> Tensor")
 
 
-class Counts(NamedTuple):
-    """What is in the table, in the order that the kernels read it (DelayPackShape)."""
+class PackArgs(NamedTuple):
+    """Arguments of both pack ops besides ids and weights, in the order of their schema."""
 
-    segments: int
-    groups: int
-    """-1: none given, every segment is a sequence."""
-    streams: int
-    frames: int
-    specials: int
-    has_widths: int
-    offset_rows: int
-    limit_rows: int
-    weight_rows: int
-    tail: int
-
-    @property
-    def rows(self) -> int:
-        return self.frames + self.specials + self.segments * self.tail
+    table: Tensor
+    """int64 on the host, see `table.make_table`."""
+    counts: Sequence[int]
+    """See `table.Counts`."""
+    fill_weight: float
+    dtype: torch.dtype
+    maps: bool
+    check_ids: bool
 
 
-def _allocate(like: Tensor, given: Sequence[int], dtype: torch.dtype, maps: bool) -> list[Tensor]:
-    counts = Counts(*given)
-    block = (counts.rows, counts.streams)
+def run_pack(
+    ids: Tensor | list[Tensor], loss_weight: Tensor | list[Tensor] | None, args: PackArgs
+) -> list[Tensor]:
+    """Outputs of the op for ids in one tensor, or for a list of segments.
+
+    Without the dispatcher where that would only pass the call on: a fifth of a small call.
+    """
+    if isinstance(ids, Tensor):
+        tensors = (ids,) if loss_weight is None else (ids, loss_weight)
+        run = _pack if can_skip_dispatcher(*tensors) else _PACK  # type: ignore[arg-type]
+    else:
+        run = _pack_segments_cpu if can_skip_dispatcher(*ids, *loss_weight) else _PACK_SEGMENTS  # type: ignore[misc]
+    return run(ids, loss_weight, *args)  # type: ignore[no-any-return,arg-type]
+
+
+def _allocate(like: Tensor, args: PackArgs, counts: Counts) -> list[Tensor]:
+    rows, device, int32 = counts.rows, like.device, torch.int32
+    block = (rows, counts.streams)
     sequences = counts.segments if counts.groups < 0 else counts.groups
-    rows, device, int32 = block[0], like.device, torch.int32
     out = [
-        torch.empty(block, dtype=dtype, device=device),
-        torch.empty(block, dtype=dtype, device=device),
+        torch.empty(block, dtype=args.dtype, device=device),
+        torch.empty(block, dtype=args.dtype, device=device),
         torch.empty(block, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=int32, device=device),
         torch.empty(sequences + 1, dtype=int32, device=device),
     ]
-    if maps:
+    if args.maps:
         out += [torch.empty(rows, dtype=int32, device=device), torch.empty(block, dtype=int32, device=device)]
     return out
 
 
-def _bad_flag(like: Tensor, counts: Sequence[int], dtype: torch.dtype, check_ids: bool) -> Tensor | None:
-    """Where the kernel says that an id may not be; None where nobody looks."""
-    given = Counts(*counts)
-    wanted = given.limit_rows > 0 or given.offset_rows > 0 or dtype.itemsize < like.dtype.itemsize
-    if not wanted or (like.device.type != "cpu" and not check_ids):
+def _bad_flag(like: Tensor, args: PackArgs, counts: Counts) -> Tensor | None:
+    """int32 flag that the kernel sets for an invalid id; None if ids are not checked."""
+    can_fail = counts.limit_rows > 0 or counts.offset_rows > 0 or args.dtype.itemsize < like.dtype.itemsize
+    if not can_fail or (like.device.type != "cpu" and not args.check_ids):
         return None
     return torch.zeros(1, dtype=torch.int32, device=like.device)
 
 
-def _checked(run: Any, *arguments: Any) -> None:
-    """Call a kernel; what it refuses is an error of this op."""
+def _call(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Call a kernel; an argument that it refuses is an `OpError`."""
     try:
-        run(*arguments)
+        kernel(*arguments)
     except ValueError as error:
         raise OpError(str(error)) from None
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor | None:
-    """The metadata table where a GPU reads it; from page-locked memory, so that nothing waits."""
+    """The table in a GPU's memory, copied from page-locked memory without synchronization; None for the CPU."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else None
 
 
-def _delay_pack_impl(
-    flat: Tensor,
-    loss_weight: Tensor | None,
-    table: Tensor,
-    counts: list[int],
-    fill_weight: float,
-    dtype: torch.dtype,
-    maps: bool,
-    check_ids: bool,
-) -> list[Tensor]:
-    out = _run(flat, loss_weight, table, counts, fill_weight, dtype, maps, check_ids)
-    if out is None:
-        offsets = table[: counts[0] + 1]
-        _raise_bad_id(flat.split(offsets.diff().tolist()), table, counts, dtype)
-    return out  # type: ignore[return-value]
-
-
-def _run(
-    ids: Tensor,
-    weight: Tensor | None,
-    table: Tensor,
-    counts: list[int],
-    fill_weight: float,
-    dtype: torch.dtype,
-    maps: bool,
-    check_ids: bool,
-) -> list[Tensor] | None:
-    """Pack ids that lie one after the other. None for an id among them that may not be."""
-    out = _allocate(ids, counts, dtype, maps)
-    bad = _bad_flag(ids, counts, dtype, check_ids)
-    _checked(
+def _pack(flat: Tensor, loss_weight: Tensor | None, *arguments: Any) -> list[Tensor]:
+    """Pack consecutive segments."""
+    args = PackArgs(*arguments)
+    counts = Counts(*args.counts)
+    out = _allocate(flat, args, counts)
+    bad = _bad_flag(flat, args, counts)
+    _call(
         native.delay_pack,
-        ids.contiguous(),
-        None if weight is None else weight.contiguous(),
-        table,
-        _to_device(table, ids.device),
+        flat.contiguous(),
+        None if loss_weight is None else loss_weight.contiguous(),
+        args.table,
+        _to_device(args.table, flat.device),
         counts,
-        fill_weight,
+        args.fill_weight,
         out,
         bad,
         torch.get_num_threads(),
-        stream_handle(ids),
+        stream_handle(flat),
     )
-    return None if bad is not None and bool(bad) else out
+    if bad is not None and bool(bad):
+        shapes = segment_shapes(args.table, counts)
+        parts = flat.reshape(-1).split([frames * width for frames, width in shapes])
+        _raise_bad_id([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], args, counts)
+    return out
 
 
-def _delay_pack_segments_cpu(
-    segments: list[Tensor],
-    loss_weight: list[Tensor],
-    table: Tensor,
-    counts: list[int],
-    fill_weight: float,
-    dtype: torch.dtype,
-    maps: bool,
-    check_ids: bool,
-) -> list[Tensor]:
-    """Reads the segments where they lie."""
-    _check_segments(segments, loss_weight, table, counts)
+def _pack_segments_cpu(segments: list[Tensor], loss_weight: list[Tensor], *arguments: Any) -> list[Tensor]:
+    """Pack segments at their own addresses, without joining them first."""
+    args = PackArgs(*arguments)
+    counts = Counts(*args.counts)
+    _check_segments(segments, loss_weight, args.table, counts)
     ids = [segment.contiguous() for segment in segments]
     weights = [weight.contiguous() for weight in loss_weight]
-    out = _allocate(ids[0], counts, dtype, maps)
-    bad = _bad_flag(ids[0], counts, dtype, check_ids)
-    _checked(
+    out = _allocate(ids[0], args, counts)
+    bad = _bad_flag(ids[0], args, counts)
+    _call(
         native.delay_pack_segments,
         [t.data_ptr() for t in ids],
         [t.data_ptr() for t in weights],
         ids[0].dtype == torch.int64,
-        table,
+        args.table,
         counts,
-        fill_weight,
+        args.fill_weight,
         out,
         bad,
         torch.get_num_threads(),
     )
     if bad is not None and bool(bad):
-        _raise_bad_id(segments, table, counts, dtype)
+        _raise_bad_id(segments, args, counts)
     return out
 
 
-def _delay_pack_segments_cuda(
-    segments: list[Tensor],
-    loss_weight: list[Tensor],
-    table: Tensor,
-    counts: list[int],
-    fill_weight: float,
-    dtype: torch.dtype,
-    maps: bool,
-    check_ids: bool,
-) -> list[Tensor]:
-    """One kernel joins the segments, which is cheaper than sending a table of pointers."""
-    _check_segments(segments, loss_weight, table, counts)
-    ids = torch.cat([segment.reshape(-1, 1) for segment in segments])
+def _pack_segments_cuda(segments: list[Tensor], loss_weight: list[Tensor], *arguments: Any) -> list[Tensor]:
+    """Join the segments and pack them: one more kernel, which is cheaper than copying a table of pointers."""
+    args = PackArgs(*arguments)
+    _check_segments(segments, loss_weight, args.table, Counts(*args.counts))
+    flat = torch.cat([segment.reshape(-1, 1) for segment in segments])
     weight = torch.cat([weight.reshape(-1, 1) for weight in loss_weight]) if loss_weight else None
-    out = _run(ids, weight, table, counts, fill_weight, dtype, maps, check_ids)
-    if out is None:
-        _raise_bad_id(segments, table, counts, dtype)
-    return out  # type: ignore[return-value]
+    return _pack(flat, weight, *arguments)
 
 
-def _check_segments(
-    segments: list[Tensor], loss_weight: list[Tensor], table: Tensor, given: list[int]
-) -> None:
-    """The kernels read addresses: what the table says of them must be so."""
-    counts = Counts(*given)
+def _check_segments(segments: list[Tensor], loss_weight: list[Tensor], table: Tensor, counts: Counts) -> None:
+    """Check that the segments are as the table says: the kernels read raw addresses."""
     n = counts.segments
-    check(
-        len(segments) == n > 0 and len(loss_weight) in (0, n),
-        f"delay_pack: {len(segments)} segments and {len(loss_weight)} weights for a table of {n}",
-    )
-    offsets = table[: n + 1].tolist()
-    first = len(table) - _size_from_widths(counts)
-    widths = table[first : first + n].tolist() if counts.has_widths else [counts.streams] * n
-    for i, segment in enumerate(segments):
-        if (
-            segment.shape != (offsets[i + 1] - offsets[i], widths[i])
-            or segment.dtype != segments[0].dtype
-            or segment.dtype not in (torch.int32, torch.int64)
-            or (
-                loss_weight
-                and (loss_weight[i].shape != segment.shape or loss_weight[i].dtype != torch.float32)
-            )
-        ):
-            check(False, f"delay_pack: segments[{i}] or its weights do not fit the table")
+    if not (len(segments) == n > 0 and len(loss_weight) in (0, n)):
+        raise OpError(
+            f"delay_pack: {len(segments)} segments and {len(loss_weight)} weights for a table of {n}"
+        )
+    dtype, shapes = segments[0].dtype, segment_shapes(table, counts)
+    for i, (segment, shape) in enumerate(zip(segments, shapes, strict=True)):
+        good = segment.shape == shape and segment.dtype == dtype and dtype in (torch.int32, torch.int64)
+        if good and loss_weight:
+            good = loss_weight[i].shape == shape and loss_weight[i].dtype == torch.float32
+        if not good:
+            raise OpError(f"delay_pack: segments[{i}] or its weights do not fit the table")
 
 
-def _size_from_widths(counts: Counts) -> int:
-    """Entries of the table from the widths to its end."""
-    n, S = counts.segments, counts.streams
-    groups = counts.groups + 1 + 2 * n if counts.groups >= 0 else 0
-    widths = 2 * n if counts.has_widths else 0
-    return widths + groups + (counts.offset_rows + counts.limit_rows + counts.weight_rows) * S
-
-
-def _raise_bad_id(segments: Sequence[Tensor], table: Tensor, given: list[int], dtype: torch.dtype) -> None:
-    """Find the first id that may not be, and name it."""
-    counts = Counts(*given)
-    S, fits = counts.streams, torch.iinfo(dtype)
-    end = len(table) - counts.weight_rows * S
-    limits = table[end - counts.limit_rows * S : end].view(-1, S)
-    end -= counts.limit_rows * S
-    offsets = table[end - counts.offset_rows * S : end].view(-1, S)
+def _raise_bad_id(segments: Sequence[Tensor], args: PackArgs, counts: Counts) -> None:
+    """Find the first invalid id and raise `OpIndexError` with its segment, frame and stream."""
+    fits = torch.iinfo(args.dtype)
+    offsets, limits = offsets_and_limits(args.table, counts)
     for i, segment in enumerate(segments):
         ids, width = segment.cpu().to(torch.int64), segment.shape[1]
         sums, bad, wrapped = ids, torch.zeros_like(ids, dtype=torch.bool), None
@@ -242,12 +185,12 @@ def _raise_bad_id(segments: Sequence[Tensor], table: Tensor, given: list[int], d
         if outside[t, s]:
             raise OpIndexError(f"{where}; ids of this stream must be in [0, {int(limit[s])})")
         raise OpIndexError(
-            f"{where}, with its offset {int(ids[t, s]) + int(shift[s])}, which {dtype} cannot hold"
+            f"{where}, with its offset {int(ids[t, s]) + int(shift[s])}, which {args.dtype} cannot hold"
         )
-    raise OpIndexError(f"delay_pack: an id is outside its range or cannot be held by {dtype}")
+    raise OpIndexError(f"delay_pack: an id is outside its range or cannot be held by {args.dtype}")
 
 
-def _delay_unpack_impl(ids: Tensor, cu_seqlens: Tensor, delays: list[int], num_frames: int) -> Tensor:
+def _unpack(ids: Tensor, cu_seqlens: Tensor, delays: list[int], num_frames: int) -> Tensor:
     num_segments = cu_seqlens.shape[0] - 1
     lengths = (cu_seqlens.diff() - max(delays)).clamp_(min=0)
     zero = cu_seqlens.new_zeros(1)
@@ -256,7 +199,7 @@ def _delay_unpack_impl(ids: Tensor, cu_seqlens: Tensor, delays: list[int], num_f
     )
     out = ids.new_empty((num_frames, ids.shape[1]))
     table = _to_device(host_table, ids.device)
-    _checked(
+    _call(
         native.delay_unpack,
         ids.contiguous(),
         host_table,
@@ -269,53 +212,27 @@ def _delay_unpack_impl(ids: Tensor, cu_seqlens: Tensor, delays: list[int], num_f
     return out
 
 
-def eager(*tensors: Tensor) -> bool:
-    """Whether nothing but the kernel would see a call of the op: plain tensors of the CPU, and nobody who traces."""
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        all(type(t) is Tensor and t.device.type == "cpu" and not t.is_neg() for t in tensors)
-        and not torch.jit.is_tracing()
-        and _get_current_dispatch_mode() is None
-        and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
-def delay_pack_op(*arguments: Any) -> list[Tensor]:
-    """The op, without the dispatcher where that would only pass it on: a fifth of a small call."""
-    tensors = arguments[:1] if arguments[1] is None else arguments[:2]
-    return _EAGER["delay_pack"](*arguments) if eager(*tensors) else _PACK(*arguments)
-
-
-def delay_pack_segments_op(*arguments: Any) -> list[Tensor]:
-    """As `delay_pack_op`, for a list of segments."""
-    if eager(*arguments[0], *arguments[1]):
-        return _EAGER["delay_pack_segments"](*arguments)
-    return _PACK_SEGMENTS(*arguments)
-
-
-_EAGER = {"delay_pack": _delay_pack_impl, "delay_pack_segments": _delay_pack_segments_cpu}
 _PACK = torch.ops.speechlm_ext.delay_pack.default
 _PACK_SEGMENTS = torch.ops.speechlm_ext.delay_pack_segments.default
 
-LIBRARY.impl("delay_pack_segments", _delay_pack_segments_cpu, "CPU")
-LIBRARY.impl("delay_pack_segments", _delay_pack_segments_cuda, "CUDA")
+LIBRARY.impl("delay_pack_segments", _pack_segments_cpu, "CPU")
+LIBRARY.impl("delay_pack_segments", _pack_segments_cuda, "CUDA")
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("delay_pack", _delay_pack_impl, _key)
-    LIBRARY.impl("delay_unpack", _delay_unpack_impl, _key)
+    LIBRARY.impl("delay_pack", _pack, _key)
+    LIBRARY.impl("delay_unpack", _unpack, _key)
 
 
 @torch.library.register_fake("speechlm_ext::delay_pack", lib=LIBRARY)
-def _delay_pack_fake(flat, loss_weight, table, counts, fill_weight, dtype, maps, check_ids):  # type: ignore[no-untyped-def]
-    return _allocate(flat, counts, dtype, maps)
+def _pack_fake(flat: Tensor, loss_weight: Tensor | None, *arguments: Any) -> list[Tensor]:
+    args = PackArgs(*arguments)
+    return _allocate(flat, args, Counts(*args.counts))
 
 
 @torch.library.register_fake("speechlm_ext::delay_pack_segments", lib=LIBRARY)
-def _delay_pack_segments_fake(segments, loss_weight, table, counts, fill_weight, dtype, maps, check_ids):  # type: ignore[no-untyped-def]
-    return _allocate(segments[0], counts, dtype, maps)
+def _pack_segments_fake(segments: list[Tensor], loss_weight: list[Tensor], *arguments: Any) -> list[Tensor]:
+    return _pack_fake(segments[0], None, *arguments)
 
 
 @torch.library.register_fake("speechlm_ext::delay_unpack", lib=LIBRARY)
-def _delay_unpack_fake(ids, cu_seqlens, delays, num_frames):  # type: ignore[no-untyped-def]
+def _unpack_fake(ids: Tensor, cu_seqlens: Tensor, delays: list[int], num_frames: int) -> Tensor:
     return ids.new_empty((num_frames, ids.shape[1]))

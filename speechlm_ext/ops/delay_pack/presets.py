@@ -1,14 +1,13 @@
-"""The delay layouts of other systems, as arguments of `delay_pack`: to train on their tokens, or to load their
-models."""
+"""Delay layouts of other systems, as arguments of `delay_pack`: to train on their tokens, or to load their models."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from speechlm_ext.ops.common.native import check, int_list
+from speechlm_ext.ops.common.native import OpError, int_list
 
-#: What `delay_preset` knows.
+#: Names that `delay_preset` takes.
 PRESETS = ("parallel", "espnet_v1", "espnet_v2", "musicgen", "musicgen_stereo", "moshi", "dia")
 
 
@@ -20,7 +19,7 @@ def delay_preset(
     pad_ids: Sequence[int] | int | None = None,
     tail_ids: Sequence[int] | int | None = None,
 ) -> dict[str, Any]:
-    """Arguments with which `delay_pack` lays a segment out as another system does.
+    """Arguments of `delay_pack` for the layout of another system.
 
     ==================  ==========================  =====  =======================  ===================================
     name                delays                      rows   fills                    defined by
@@ -41,25 +40,27 @@ def delay_preset(
     Args:
         name: one of `PRESETS`.
         num_streams: S.
-        delays: instead of the layout's own, as that system counts them (``moshi``'s initial row comes on top).
-        pad_ids: instead of the layout's own fill; one int is taken for every stream. ``espnet_v2`` needs it.
-        tail_ids: instead of the layout's own fill after the last frame.
+        delays: replaces the layout's own, as that system counts them (``moshi``'s initial row is added).
+        pad_ids: replaces the layout's own pad; one int for all streams. ``espnet_v2`` needs it.
+        tail_ids: replaces the layout's own pad after the last frame.
 
     Returns:
-        ``delays``, ``pad_ids``, ``tail_ids``, ``tail`` and ``fill_weight`` for `delay_pack`; ``["delays"]`` is also
-        what `delay_unpack` and `DelayUnpacker` take.
+        ``delays``, ``pad_ids``, ``tail_ids``, ``tail`` and ``fill_weight`` for `delay_pack`; `delay_unpack` and
+        `DelayUnpacker` take the same ``delays``.
 
     Raises:
-        OpError: (a ValueError) for an unknown name, or a number of streams or values that the layout cannot have.
+        OpError: (a ValueError) an unknown name, or a number of streams or values that the layout cannot have.
 
     Example:
         >>> delay_preset("musicgen", 4)["delays"]
         [1, 2, 3, 4]
     """
     op = f"delay_preset({name!r})"
-    check(name in PRESETS, f"delay_preset: name must be one of {', '.join(PRESETS)}; got {name!r}")
+    if name not in PRESETS:
+        raise OpError(f"delay_preset: name must be one of {', '.join(PRESETS)}; got {name!r}")
     S = num_streams
-    check(S >= 1, f"{op}: num_streams must be 1 or more; got {S}")
+    if S < 1:
+        raise OpError(f"{op}: num_streams must be 1 or more; got {S}")
     own: list[int] | None
     pad: list[int] | int | None = 0
     end: list[int] | int | None = None
@@ -74,27 +75,25 @@ def delay_preset(
     elif name == "musicgen":
         own, pad, first_row = list(range(S)), 2048, 1
     elif name == "musicgen_stereo":
-        check(S % 2 == 0, f"{op}: the streams are pairs of left and right; got {S} streams")
+        if S % 2:
+            raise OpError(f"{op}: the streams are pairs of left and right; got {S} streams")
         own, pad, first_row = [s // 2 for s in range(S)], 2048, 1
     elif name == "moshi":
         own = [0] + [0 if k % 8 == 0 else 1 for k in range(S - 1)] if (S - 1) % 8 == 0 else None
         pad, first_row, tail = [32000] + [2048] * (S - 1), 1, 1
     else:
         own, pad, end = [0, *range(8, 7 + S)], 1026, 1025
-    check(
-        delays is not None or own is not None,
-        f"{op}: give delays; the layout's own are for 1 + 8 k streams, not for {S}",
-    )
-    check(
-        pad_ids is not None or pad is not None, f"{op}: give pad_ids, the id that each stream is filled with"
-    )
+    if delays is None and own is None:
+        raise OpError(f"{op}: give delays; the layout's own are for 1 + 8 k streams, not for {S}")
+    if pad_ids is None and pad is None:
+        raise OpError(f"{op}: give pad_ids, the pad id of each stream")
     shifts = int_list(own if delays is None else delays, f"{op}: delays", S)  # type: ignore[arg-type]
-    fills = _for_streams(pad if pad_ids is None else pad_ids, f"{op}: pad_ids", S)  # type: ignore[arg-type]
+    pads = _for_streams(pad if pad_ids is None else pad_ids, f"{op}: pad_ids", S)  # type: ignore[arg-type]
     after = end if tail_ids is None else tail_ids
     return {
         "delays": [d + first_row for d in shifts],
-        "pad_ids": fills,
-        "tail_ids": fills if after is None else _for_streams(after, f"{op}: tail_ids", S),
+        "pad_ids": pads,
+        "tail_ids": pads if after is None else _for_streams(after, f"{op}: tail_ids", S),
         "tail": tail,
         "fill_weight": fill_weight,
     }

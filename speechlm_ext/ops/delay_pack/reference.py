@@ -28,10 +28,10 @@ def delay_pack(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(ids, labels, loss_weight, position, cu_seqlens, segment_map, stream_map)`` of `speechlm_ext.ops.delay_pack`,
     list form only, with special ids as one list per segment."""
-    S, most = len(delays), max(delays)
+    S, max_delay = len(delays), max(delays)
     device = segments[0].device if segments else torch.device("cpu")
     dtype = dtype or (segments[0].dtype if segments else torch.int64)
-    tail_rows = tail if isinstance(tail, int) else most if tail == "keep" else 0
+    tail_rows = tail if isinstance(tail, int) else max_delay if tail == "keep" else 0
     pads = torch.tensor(list(pad_ids), dtype=torch.int64, device=device)
     ends = torch.tensor(list(pad_ids if tail_ids is None else tail_ids), dtype=torch.int64, device=device)
 
@@ -65,7 +65,7 @@ def delay_pack(
         first_frame += num_frames
 
         length = len(frames)
-        ids = pads.repeat(length + most, 1)
+        ids = pads.repeat(length + max_delay, 1)
         delayed_weight = torch.zeros(ids.shape, device=device)
         delayed_source = torch.full(ids.shape, -1, dtype=torch.int32, device=device)
         for s, d in enumerate(delays):

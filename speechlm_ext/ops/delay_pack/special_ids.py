@@ -1,4 +1,4 @@
-"""The special ids of `delay_pack`: prefixes and suffixes in any form, as one ragged list."""
+"""Special ids of `delay_pack`: prefixes and suffixes in any form, as one ragged list."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import check, describe, int_list
-from speechlm_ext.ops.delay_pack.arguments import Specials, SpecialWeight, check_fits, host_tensor
+from speechlm_ext.ops.common.native import OpError, describe, int_list
+from speechlm_ext.ops.delay_pack.checks import Specials, SpecialWeight, check_fits, host_tensor
 
 
 def specials(
@@ -21,8 +21,10 @@ def specials(
     num_segments: int,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """``[ids [P], offsets [n + 1], prefix lengths [n], weight [P]]`` of all special ids, those of each segment side by
-    side; ``[]`` for none."""
+    """``[ids [P], offsets [n + 1], prefix lengths [n], weight [P]]`` of all special ids, segment by segment.
+
+    int64, and float64 weights; ``[]`` if there are neither prefixes nor suffixes.
+    """
     if prefix is None and suffix is None:
         return []
     before, after = _same_for_all(prefix), _same_for_all(suffix)
@@ -49,7 +51,7 @@ def specials(
         sides.append((ids, offsets, _special_weight(name, given_weight, ids.shape[0], repeat)))
     (ids_p, offsets_p, weight_p), (ids_s, offsets_s, weight_s) = sides
     offsets = offsets_p + offsets_s
-    # A special id's place is its place among its own kind and the number of the other kind before it.
+    # An id's index is its index within its own kind plus the number of ids of the other kind before it.
     count_p, count_s = ids_p.shape[0], ids_s.shape[0]
     place_p = torch.arange(count_p, device="cpu") + offsets_s[:-1].repeat_interleave(
         offsets_p.diff(), output_size=count_p
@@ -69,7 +71,7 @@ def specials(
 
 
 def _same_for_all(given: Specials | None) -> list[int] | None:
-    """The ids that every segment has, where they are given that way."""
+    """The ids of every segment if one list is given for all, else None."""
     if given is None:
         return []
     if isinstance(given, tuple) and any(isinstance(t, Tensor) for t in given):
@@ -81,49 +83,48 @@ def _same_for_all(given: Specials | None) -> list[int] | None:
 
 
 def _ragged(name: str, given: Any, num_segments: int) -> tuple[Tensor, Tensor]:
-    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+    empty = torch.empty(0, dtype=torch.int64, device="cpu")
     if given is None:
-        return nothing, torch.zeros(num_segments + 1, dtype=torch.int64, device="cpu")
+        return empty, torch.zeros(num_segments + 1, dtype=torch.int64, device="cpu")
     if isinstance(given, tuple) and any(isinstance(t, Tensor) for t in given):
         message = (
             f"delay_pack: {name} must be ids [P] and offsets [{num_segments + 1}] that rise from 0 to P; got "
             f"{' and '.join(describe(t) for t in given)}"
         )
-        check(len(given) == 2, message)
+        if len(given) != 2:
+            raise OpError(message)
         ids, offsets = (host_tensor(t, torch.int64) for t in given)
-        check(ids.dim() == 1 and offsets.shape == (num_segments + 1,), message)
-        if not torch.compiler.is_compiling():  # there the kernels' own check must do
-            rises = (
-                int(offsets[0]) == 0 and int(offsets[-1]) == len(ids) and bool((offsets.diff() >= 0).all())
-            )
-            check(rises, message)
+        if ids.dim() != 1 or offsets.shape != (num_segments + 1,):
+            raise OpError(message)
+        if not torch.compiler.is_compiling() and not (  # under compile the kernels check
+            int(offsets[0]) == 0 and int(offsets[-1]) == len(ids) and bool((offsets.diff() >= 0).all())
+        ):
+            raise OpError(message)
         return ids, offsets
     same = _same_for_all(given)
     rows = [same] * num_segments if same is not None else list(given)
     if not all(isinstance(row, (Sequence, Tensor, np.ndarray)) for row in rows):
-        check(
-            False, f"delay_pack: {name} must be a list of ids, or one list of ids per segment; got a mixture"
+        raise OpError(
+            f"delay_pack: {name} must be a list of ids, or one list of ids per segment; got a mixture"
         )
-    check(
-        len(rows) == num_segments,
-        f"delay_pack: {name} has {len(rows)} lists of ids for {num_segments} segments",
-    )
+    if len(rows) != num_segments:
+        raise OpError(f"delay_pack: {name} has {len(rows)} lists of ids for {num_segments} segments")
     lists = [host_tensor(row, torch.int64).reshape(-1) for row in rows]
     lengths = torch.tensor([0, *(len(row) for row in lists)], device="cpu")
-    return torch.cat([nothing, *lists]), lengths.cumsum(0)
+    return torch.cat([empty, *lists]), lengths.cumsum(0)
 
 
 def _special_weight(name: str, given: SpecialWeight, count: int, repeat: int) -> Tensor:
-    """One weight for each of ``count`` ids; ``repeat``: how often a list may be said over, segment by segment."""
+    """float64 ``[count]``: a weight for each id; a list of ``count / repeat`` weights is repeated."""
     out = host_tensor(given, torch.float64)
     if out.dim() == 0:
         return out.expand(count).contiguous()
     out = out.reshape(-1)
     if repeat > 1 and out.shape[0] * repeat == count:
         out = out.repeat(repeat)
-    check(
-        out.shape[0] == count,
-        f"delay_pack: {name}_weight must be one number or one for each of the {count} ids of {name}; got "
-        f"{out.shape[0]}",
-    )
+    if out.shape[0] != count:
+        raise OpError(
+            f"delay_pack: {name}_weight must be one number or one for each of the {count} ids of {name}; got "
+            f"{out.shape[0]}"
+        )
     return out

@@ -1,5 +1,7 @@
-"""Centroids prepared for kmeans_assign: taken relative to a centre and rounded to what a fast product takes, with the
-norms of what rounding cost. ``CentroidIndex`` is public; the op ``kmeans_index`` makes its tensors."""
+"""Centroids prepared for kmeans_assign: centered, rounded to the operands of a fast product, with rounding error norms.
+
+``CentroidIndex`` is public; the op ``kmeans_index`` makes its tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,17 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.ops.common.memory import empty_in_huge_pages
-from speechlm_ext.ops.common.native import LIBRARY, OpError, check, describe, native
+from speechlm_ext.ops.common.native import LIBRARY, OpError, describe, native
 
-#: On the CPU, centroids whose codes lie together, and what the number of all is padded to (csrc/kmeans_assign).
+#: On the CPU: centroids per panel of codes, and the multiple that their number is padded to (csrc/kmeans_assign).
 _PANEL, _MULTIPLE = 16, 32
-#: And what pairs of coarse codes are padded to.
+#: The multiple that pairs of coarse codes are padded to.
 _COARSE_PAIRS = 16
-#: Half norm of a copy of an earlier centroid, and of padding: never the least.
+#: Half norm of a copy of an earlier centroid, and of padding: never the minimum.
 _NEVER = float("inf")
-#: A centroid that lies so many times as far out as the median one draws the mean out of the others' midst.
+#: A norm of more than this factor of the median norm pulls the mean away from most centroids.
 _FAR = 64
-_SLACK = 1 + 2.0**-20  # for ends that must not be rounded down
+_SLACK = 1 + 2.0**-20  # for bounds that must not be rounded down
 
 _Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -28,49 +30,48 @@ LIBRARY.define("kmeans_index(Tensor centroids) -> (Tensor, Tensor, Tensor, Tenso
 
 @dataclass(frozen=True)
 class CentroidIndex:
-    """Centroids prepared once for many calls of :func:`kmeans_assign`; memory about half that of float32 centroids,
-    with coarse codes as much.
+    """Centroids prepared once for many calls of :func:`kmeans_assign`.
 
-    It holds what the centroids were when it was built: build another one after they have changed.
+    It takes about half the memory of float32 centroids, with coarse codes the same. It is a snapshot: build another one
+    after the centroids change.
     """
 
     centroids: Tensor
-    """``[K, F]`` as given."""
+    """``[K, F]``, the argument of :meth:`build`."""
     wide: Tensor
-    """The same in float32 (float64 if given so), contiguous."""
+    """The same in float32 (float64 for float64), contiguous."""
     codes: Tensor
     """The centroids less ``centre`` in low precision: on the CPU int32 ``[K/16, F/2, 16]``, pairs of 16-bit integers;
     on a GPU float16 ``[K, F]``. Both padded."""
     terms: Tensor
-    """float32 ``[4, K]``, padded: scale of the codes, half squared norm, norm, and norm of what rounding lost, all
+    """float32 ``[4, K]``, padded: scale of the codes, half squared norm, norm, and norm of the rounding error, all
     relative to ``unit``."""
     centre: Tensor
-    """float64 ``[F]``: mean centroid, or the mean of the inner half where a few lie far away."""
+    """float64 ``[F]``: mean centroid, or the mean of the inner half if some are far away."""
     unit: Tensor
     """float64 ``[1]``: largest distance of a centroid from the centre."""
     coarse_codes: Tensor
-    """int32 ``[K/16, F/2, 16]``, padded: pairs of bfloat16 where the CPU has a unit for products of tiles (AMX);
-    else empty."""
+    """int32 ``[K/16, F/2, 16]``, padded: pairs of bfloat16 if the CPU has a tile unit (AMX), else empty."""
     coarse_terms: Tensor
     """As ``terms``, of ``coarse_codes``."""
 
     @classmethod
     def build(cls, centroids: Tensor) -> CentroidIndex:
-        """Prepare ``centroids``, float ``[K, F]``, finite.
+        """The index of finite float ``centroids [K, F]``.
 
         Raises:
-            OpError: (a ValueError) for other shapes or dtypes, no centroid, or a centroid that is not finite.
+            OpError: (a ValueError) other shapes or dtypes, no centroid, or a centroid that is not finite.
         """
-        check(
+        if not (
             isinstance(centroids, Tensor)
             and centroids.dim() == 2
             and centroids.is_floating_point()
             and centroids.shape[0] > 0
-            and centroids.shape[1] > 0,
-            lambda: (
+            and centroids.shape[1] > 0
+        ):
+            raise OpError(
                 f"kmeans_assign: centroids must be float [K, F] with K >= 1 and F >= 1; got {describe(centroids)}"
-            ),
-        )
+            )
         wide = centroids.detach()
         wide = wide.to(torch.float64 if wide.dtype == torch.float64 else torch.float32).contiguous()
         return cls(centroids.detach(), wide, *torch.ops.speechlm_ext.kmeans_index(wide))
@@ -81,23 +82,23 @@ def _check_finite(centroids: Tensor) -> None:
         return
     bad = int((~centroids.isfinite().all(dim=1)).nonzero()[0])
     raise OpError(
-        f"kmeans_assign: centroids[{bad}] is not finite; leave it out, or fit again on features without NaN and "
+        f"kmeans_assign: centroids[{bad}] is not finite; remove it, or fit again on features without NaN and "
         "infinity"
     )
 
 
 def _inner_mean(centroids: Tensor, norms: Tensor) -> Tensor:
-    """Mean of the half of the centroids whose ``norms`` are the least."""
+    """Mean of the half of the centroids with the smallest ``norms``."""
     return centroids[norms.argsort()[: centroids.shape[0] // 2 + 1]].mean(0)
 
 
 def _as_centre(mean: Tensor) -> Tensor:
-    """float64 ``[F]``. Any centre keeps the labels; one amid the centroids keeps the bounds narrow."""
+    """float64 ``[F]``. The labels do not depend on the centre; one near the centroids keeps the bounds tight."""
     return torch.where(mean.isfinite(), mean.double(), 0.0)  # sums of float32 may overflow
 
 
 def _coarse_pairs(width: int) -> int:
-    """Pairs of coarse codes of a centroid; 0 where there are none."""
+    """Pairs of coarse codes of a centroid; 0 without a tile unit."""
     return -(-width // (2 * _COARSE_PAIRS)) * _COARSE_PAIRS if native.has_coarse_tiles() else 0
 
 
@@ -113,7 +114,7 @@ def _index_cpu(centroids: Tensor) -> _Index:
     num_clusters, width = centroids.shape
     padded = -(-num_clusters // _MULTIPLE) * _MULTIPLE
     pairs = (width + 1) // 2
-    # The tiles run through the codes from end to end: in small pages the processor would look each of them up.
+    # The tiles read all codes: with small pages there would be a TLB miss for each page.
     codes = _empty_codes(padded, pairs)
     coarse_pairs = _coarse_pairs(width)
     coarse = (_empty_codes(padded, coarse_pairs), torch.empty(4, padded)) if coarse_pairs else None
@@ -144,7 +145,7 @@ def _index_cuda(centroids: Tensor) -> _Index:
     value = centroids.double() - centre
     norm = torch.linalg.vector_norm(value, dim=1)
     largest = value.abs().amax(dim=1)
-    # Squares that overflow or lose digits say nothing: such a centroid is always a candidate.
+    # Squares that overflow or underflow bound nothing: such a centroid is always a candidate.
     fits = (norm < 1e150) & ((largest == 0) | (largest > 1e-140))
     unit = torch.where(fits, norm, 0.0).amax().reshape(1)
     unit = torch.where(unit == 0, 1.0, unit)
@@ -163,8 +164,11 @@ def _index_cuda(centroids: Tensor) -> _Index:
 
 
 def _copies(centroids: Tensor) -> Tensor:
-    """bool ``[K]``: whether a centroid equals an earlier one. Found by a hash and then compared; where another centroid
-    of the same hash stands between two equal ones they go unseen, which costs time and nothing else."""
+    """bool ``[K]``: whether a centroid equals an earlier one.
+
+    Neighbors in the order of a hash are compared. A third centroid of the same hash between two equal ones hides them,
+    which costs time only.
+    """
     words = (centroids.double() + 0.0).view(torch.int64)
     column = torch.arange(1, words.shape[1] + 1, device=words.device)
     mixed = (words ^ (words >> 29)) * (column * -7046029254386353131 | 1)  # splitmix's constant

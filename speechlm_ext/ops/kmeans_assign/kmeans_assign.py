@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import LIBRARY, OpError, check, describe, native, stream_handle
+from speechlm_ext.ops.common.native import LIBRARY, OpError, describe, native, stream_handle
 from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -21,14 +21,14 @@ LIBRARY.define(
 
 
 class AssignStats(NamedTuple):
-    """How an assignment went: int64 scalars, on the device of ``x``."""
+    """Counters of an assignment: int64 scalars on the device of ``x``."""
 
     num_reranked: Tensor
-    """Rows whose nearest centroids were compared again in float64."""
+    """Rows that were re-ranked in float64."""
     num_compared: Tensor
-    """Centroids that were compared with them."""
+    """Distances that were computed for them."""
     num_nonfinite: Tensor
-    """Rows that hold a NaN or an infinity."""
+    """Rows with a NaN or an infinity."""
 
 
 _Mode = Literal["exact", "fast"]
@@ -86,48 +86,44 @@ def kmeans_assign(
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AssignStats] | tuple[Tensor, Tensor, AssignStats]:
     """Label each row with its nearest centroid (squared Euclidean distance).
 
-    A product in low precision (bfloat16 and 16-bit integers on the CPU, float16 on a GPU) gives every distance within
-    an error that is known for each pair; rows where that leaves more than one centroid are settled in float64
-    (docs/ops/kmeans_assign.md). Never holds an N×K matrix. Not differentiable.
+    A product in low precision (bfloat16 and 16-bit integers on the CPU, float16 on a GPU) gives every distance with an
+    error bound per pair; rows with more than one centroid within the bounds are re-ranked in float64
+    (docs/ops/kmeans_assign.md). An N×K matrix is never materialized. Not differentiable.
 
     Args:
         x: ``[N, F]``, float32, float64, bfloat16 or float16.
         centroids: float ``[K, F]`` finite, or a `CentroidIndex` built from it once, for many calls.
         mode: ``"exact"`` gives the argmin of the float64 distance, the lowest index among equals, the same on every
-            machine. ``"fast"`` takes the least approximate distance, without bounds; only equal ones are compared in
-            float64. On a CPU with a tile unit that concerns the rows that bfloat16 cannot settle; the others are exact.
+            machine. ``"fast"`` takes the minimum of the approximate distances, without bounds; only ties are compared
+            in float64. On a CPU with a tile unit this applies to the rows that bfloat16 cannot decide; the others are
+            exact.
         return_distance: also return the squared distances.
         return_stats: also return `AssignStats`.
-        nonfinite: what a row with a NaN or an infinity gets: label -1 and distance NaN, or an error (which on a GPU
-            waits for the device).
+        nonfinite: ``"label"`` gives a row with a NaN or an infinity label -1 and distance NaN; ``"error"`` raises (on a
+            GPU this synchronizes).
 
     Returns:
         ``labels [N]`` int32; with ``return_distance`` also ``[N]`` float32 (float64 for float64 ``x``), summed in
         float64; with ``return_stats`` also the statistics, last.
 
     Raises:
-        OpError: (a ValueError) for shapes or dtypes that do not fit, no centroid, a centroid that is not finite, or a
-            row that is not finite and ``nonfinite="error"``.
+        OpError: (a ValueError) shapes or dtypes that do not fit; no centroid; a centroid that is not finite; a row that
+            is not finite if ``nonfinite="error"``.
     """
     op = "kmeans_assign"
-    check(mode in ("exact", "fast"), lambda: f'{op}: mode must be "exact" or "fast"; got {mode!r}')
-    check(
-        nonfinite in ("label", "error"),
-        lambda: f'{op}: nonfinite must be "label" or "error"; got {nonfinite!r}',
-    )
-    check(
-        isinstance(x, Tensor) and x.dim() == 2 and x.dtype in _DTYPES,
-        lambda: f"{op}: x must be float [N, F]; got {describe(x)}",
-    )
+    if mode not in ("exact", "fast"):
+        raise OpError(f'{op}: mode must be "exact" or "fast"; got {mode!r}')
+    if nonfinite not in ("label", "error"):
+        raise OpError(f'{op}: nonfinite must be "label" or "error"; got {nonfinite!r}')
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in _DTYPES:
+        raise OpError(f"{op}: x must be float [N, F]; got {describe(x)}")
     index = centroids if isinstance(centroids, CentroidIndex) else CentroidIndex.build(centroids)
-    check(
-        index.wide.shape[1] == x.shape[1],
-        lambda: f"{op}: centroids must be float [K, {x.shape[1]}] to fit x; got {describe(index.centroids)}",
-    )
-    check(
-        index.wide.device == x.device,
-        lambda: f"{op}: x is on {x.device} but centroids is {describe(index.centroids)}",
-    )
+    if index.wide.shape[1] != x.shape[1]:
+        raise OpError(
+            f"{op}: centroids must be float [K, {x.shape[1]}] to fit x; got {describe(index.centroids)}"
+        )
+    if index.wide.device != x.device:
+        raise OpError(f"{op}: x is on {x.device} but centroids is {describe(index.centroids)}")
     labels, distance, counts = torch.ops.speechlm_ext.kmeans_assign(
         x.detach(),
         index.wide,
@@ -153,7 +149,7 @@ def _require_finite(x: Tensor, labels: Tensor, counts: Tensor) -> None:
         return
     row = int((labels < 0).nonzero()[0])
     raise OpError(
-        f"kmeans_assign: {int(counts[2])} of {x.shape[0]} rows of x are not finite, the first is x[{row}]; mend them, "
+        f"kmeans_assign: {int(counts[2])} of {x.shape[0]} rows of x are not finite, the first is x[{row}]; fix them, "
         f'or pass nonfinite="label" to give them label -1'
     )
 

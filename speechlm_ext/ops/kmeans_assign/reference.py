@@ -1,7 +1,7 @@
-"""kmeans_assign in plain torch: direct float64 distances, chunk by chunk, and the least of each row.
+"""kmeans_assign in plain torch: direct float64 distances, chunk by chunk, and the minimum of each row.
 
-A sum in float64 depends on its order, and so does the argmin where two distances differ by their rounding alone. The
-order is therefore part of the op: 32 partial sums of the columns f, f + 32, …, added in halves.
+A sum in float64 depends on its order, and so does the argmin of two distances that differ only by rounding. The order
+is therefore part of the op: 32 partial sums of the columns f, f + 32, …, added in halves.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def kmeans_assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     for start in range(0, x.shape[0], chunk):
         rows = x[start : start + chunk]
         squared = squared_distances(rows, centroids)
-        least = squared.amin(dim=1)
+        minimum = squared.amin(dim=1)
         index = torch.arange(num_clusters, device=x.device)
-        label = torch.where(squared == least[:, None], index, num_clusters).amin(dim=1)
+        label = torch.where(squared == minimum[:, None], index, num_clusters).amin(dim=1)
         finite = rows.isfinite().all(dim=1)
         labels[start : start + chunk] = torch.where(finite, label, -1).to(torch.int32)
-        distance[start : start + chunk] = torch.where(finite, least, torch.nan)
+        distance[start : start + chunk] = torch.where(finite, minimum, torch.nan)
     return labels, distance

@@ -1,4 +1,4 @@
-"""The sums of each cluster's rows, exact and therefore the same for every order: what K-Means averages."""
+"""kmeans_sums: the sums of each cluster's rows for K-Means, exact and therefore the same for every order."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def kmeans_sums(
 
     Args:
         x: ``[N, F]``, float32, float64, bfloat16 or float16.
-        labels: int32 ``[N]``; a row with a label outside ``[0, K)`` is left out.
+        labels: int32 ``[N]``; a row with a label outside ``[0, K)`` is ignored.
         offset: float64 ``[F]``.
-        step: float64 ``[F]``, powers of two: what each summand is rounded to a multiple of. The caller chooses it so
-            that all partial sums are exact (`speechlm_ext.kmeans.fit.fixed_point`).
+        step: float64 ``[F]``, powers of two: each summand is rounded to a multiple. The caller chooses it so that all
+            partial sums are exact (`speechlm_ext.kmeans.fit.fixed_point`).
         sums: float64 ``[K, F]``, contiguous.
         counts: int64 ``[K]``.
     """

@@ -1,21 +1,22 @@
-"""multistream_embed: the sum of the embeddings of all streams of a row, and of continuous features where there are any.
+"""multistream_embed: the sum of the embeddings of all streams of a row, plus continuous features.
 
-Pads contribute exactly 0 whatever their table row holds, and get no gradient. The gradients are in
+Pads contribute exactly 0 whatever their table row is, and get no gradient. The gradients are in
 :mod:`speechlm_ext.ops.scatter_sum`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops.common.dispatch import below_autograd
 from speechlm_ext.ops.common.native import (
     LIBRARY,
     OpError,
     OpIndexError,
-    check,
     describe,
     int_list,
     native,
@@ -25,8 +26,8 @@ from speechlm_ext.ops.common.native import (
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTS = (torch.int32, torch.int64)
-#: What fits into a kernel's argument.
-MOST_STREAMS = 64
+#: Streams that fit into a kernel's argument.
+MAX_STREAMS = 64
 
 
 def multistream_embed(
@@ -49,28 +50,28 @@ def multistream_embed(
     Args:
         ids: int32 or int64 ``[N, S]``, S up to 64.
         table: float ``[V, D]``; differentiable. One table for all streams, or several stacked, with ``offsets``.
-        pad_id: contributes nothing, compared before ``offsets`` are added; any int, e.g. -1.
+        pad_id: id that contributes nothing, compared before ``offsets`` are added; any int, e.g. -1.
         offsets: row at which each stream's part of the table starts, S values; None is 0.
         scale: factor of each stream, S values; None is 1.
-        features: float ``[M, D]``, e.g. of a speech encoder; differentiable. Another float dtype than the table's is
-            converted to it first, which is exact where it widens (bfloat16 features of autocast, a float32 table).
+        features: float ``[M, D]``, e.g. of a speech encoder; differentiable. Converted to the table's dtype first,
+            which is exact if it widens (bfloat16 features of autocast, a float32 table).
         feature_positions: int32 or int64 ``[M]``, distinct rows in ``[0, N)``, in any order.
-        sparse: make the table's gradient a coalesced `torch.sparse_coo` tensor of the touched rows, which are those of
-            the dense gradient to the bit; nothing of the table's size is allocated. For optimizers that take it (SGD,
-            SparseAdam). On a GPU its backward waits once for the device, to learn how many rows there are, so it
-            cannot be captured in a CUDA graph. It can be differentiated once only.
-        check_ids: on a GPU, wait for the result and raise for an id or a position outside its range and for a position
-            that occurs twice, as the CPU always does. Without it such an id or position adds nothing there, of the
-            features of one position the last counts, and nothing waits.
+        sparse: make the table's gradient a coalesced `torch.sparse_coo` tensor of the touched rows, bit-equal to those
+            of the dense gradient; nothing of the table's size is allocated. For optimizers that take it (SGD,
+            SparseAdam). On a GPU its backward synchronizes once, to read the number of rows, so it cannot be captured
+            in a CUDA graph. It can be differentiated only once.
+        check_ids: on a GPU, synchronize and raise for an id or position out of range and for a position that occurs
+            twice, as always on the CPU. Without it there is no synchronization: such an id or position adds nothing,
+            and of several features of one position the last is used.
 
     Returns:
-        ``[N, D]`` in the table's dtype, also under autocast, as `F.embedding` does; summed in float32 (float64 for a
-        float64 table) and rounded once. Gradients are the same to the bit in every run and for every number of threads.
+        ``[N, D]`` in the table's dtype, also under autocast, like `F.embedding`; summed in float32 (float64 for a
+        float64 table) and rounded once. Gradients are bit-equal in every run and for every number of threads.
 
     Raises:
-        OpError: (a ValueError) for shapes or dtypes that do not fit, and for a position that occurs twice.
-        OpIndexError: (an IndexError too) for an id outside the table, with row, stream and id, or a position outside
-            the rows.
+        OpError: (a ValueError) shapes or dtypes that do not fit; a position that occurs twice.
+        OpIndexError: (also an IndexError) an id outside the table, with row, stream and id, or a position outside the
+            rows.
     """
     if not (
         ids.dim() == 2
@@ -78,7 +79,7 @@ def multistream_embed(
         and table.dim() == 2
         and table.dtype in FLOATS
         and ids.device == table.device
-        and ids.shape[1] <= MOST_STREAMS
+        and ids.shape[1] <= MAX_STREAMS
     ):
         _raise_bad_inputs(ids, table)
     if offsets is None:
@@ -89,33 +90,30 @@ def multistream_embed(
         factors = []
     else:
         factors = [float(v) for v in scale]
-        check(
-            len(factors) == ids.shape[1],
-            f"multistream_embed: scale must have {ids.shape[1]} values, one per stream; got {len(factors)}",
-        )
+        if len(factors) != ids.shape[1]:
+            raise OpError(
+                f"multistream_embed: scale must have {ids.shape[1]} values, one per stream; got {len(factors)}"
+            )
     if features is not None or feature_positions is not None:
         features = _checked_features(features, feature_positions, table)
     arguments = (ids, table, pad_id, offsets, factors, features, feature_positions, sparse, check_ids)
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # What autograd's kernel of the op does in this case too, in less time: a decode step is as short as that.
-        with torch._C._AutoDispatchBelowAutograd():
+        # The same result in less time: a decode step is so short that autograd's dispatch counts.
+        with below_autograd():
             return _OP(*arguments)
     return _OP(*arguments)
 
 
 def _raise_bad_inputs(ids: Tensor, table: Tensor) -> None:
-    """Say which of the conditions on ids and table does not hold."""
+    """Raise for the first condition on ids and table that does not hold."""
     op = "multistream_embed"
-    check(
-        ids.dim() == 2 and ids.dtype in INTS,
-        f"{op}: ids must be int32 or int64 [N, S]; got {describe(ids)}",
-    )
-    check(
-        table.dim() == 2 and table.dtype in FLOATS,
-        f"{op}: table must be float [V, D]; got {describe(table)}{partition_hint(table)}",
-    )
-    check(ids.device == table.device, f"{op}: ids is {describe(ids)} but table is on {table.device}")
-    raise OpError(f"{op}: at most {MOST_STREAMS} streams; got {describe(ids)}")
+    if ids.dim() != 2 or ids.dtype not in INTS:
+        raise OpError(f"{op}: ids must be int32 or int64 [N, S]; got {describe(ids)}")
+    if table.dim() != 2 or table.dtype not in FLOATS:
+        raise OpError(f"{op}: table must be float [V, D]; got {describe(table)}{partition_hint(table)}")
+    if ids.device != table.device:
+        raise OpError(f"{op}: ids is {describe(ids)} but table is on {table.device}")
+    raise OpError(f"{op}: at most {MAX_STREAMS} streams; got {describe(ids)}")
 
 
 def _checked_features(features: Tensor | None, positions: Tensor | None, table: Tensor) -> Tensor:
@@ -147,7 +145,15 @@ LIBRARY.define(
 _OP = torch.ops.speechlm_ext.multistream_embed.default
 
 
-def _embed_cpu(
+def _embed_cpu(*arguments: Any) -> Tensor:
+    return _embed(*arguments, on_cuda=False)
+
+
+def _embed_cuda(*arguments: Any) -> Tensor:
+    return _embed(*arguments, on_cuda=True)
+
+
+def _embed(
     ids: Tensor,
     table: Tensor,
     pad_id: int | None,
@@ -157,46 +163,27 @@ def _embed_cpu(
     positions: Tensor | None,
     sparse: bool,
     check_ids: bool,
+    *,
+    on_cuda: bool,
 ) -> Tensor:
     out = table.new_empty(ids.shape[0], table.shape[1])
-    bad_id, bad_positions = native.multistream_embed(
+    slots = bad = None
+    if on_cuda:
+        slots = None if features is None else ids.new_full((ids.shape[0],), -1, dtype=torch.int32)
+        bad = ids.new_full((2,), ids.numel(), dtype=torch.int64) if check_ids else None
+    bad_id, has_bad_positions = native.multistream_embed(
         *(ids.contiguous(), table.contiguous(), pad_id, offsets, scale),
         *((None, None) if features is None else (features.contiguous(), _int64(positions))),
-        *(out, None, None, torch.get_num_threads(), 0),
+        *(out, slots, bad, torch.get_num_threads(), stream_handle(ids)),
     )
-    if bad_positions:
+    if bad is not None:  # the kernels leave the initial value if there is nothing bad
+        first_bad, positions_flag = bad.tolist()
+        bad_id = -1 if first_bad == ids.numel() else first_bad
+        has_bad_positions = positions_flag != ids.numel()
+    if has_bad_positions:
         _raise_bad_positions(positions, ids.shape[0])
     if bad_id >= 0:
         _raise_bad_id(ids, divmod(bad_id, ids.shape[1]), table.shape[0], offsets)
-    return out
-
-
-def _embed_cuda(
-    ids: Tensor,
-    table: Tensor,
-    pad_id: int | None,
-    offsets: list[int],
-    scale: list[float],
-    features: Tensor | None,
-    positions: Tensor | None,
-    sparse: bool,
-    check_ids: bool,
-) -> Tensor:
-    out = table.new_empty(ids.shape[0], table.shape[1])
-    nothing_bad = ids.numel()
-    bad = ids.new_full((2,), nothing_bad, dtype=torch.int64) if check_ids else None
-    slots = None if features is None else ids.new_full((ids.shape[0],), -1, dtype=torch.int32)
-    native.multistream_embed(
-        *(ids.contiguous(), table.contiguous(), pad_id, offsets, scale),
-        *((None, None) if features is None else (features.contiguous(), _int64(positions))),
-        *(out, slots, bad, 0, stream_handle(ids)),
-    )
-    if bad is not None:
-        bad_id, bad_positions = bad.tolist()
-        if bad_positions != nothing_bad:
-            _raise_bad_positions(positions, ids.shape[0])
-        if bad_id != nothing_bad:
-            _raise_bad_id(ids, divmod(bad_id, ids.shape[1]), table.shape[0], offsets)
     return out
 
 
@@ -226,7 +213,7 @@ def _raise_bad_positions(positions: Tensor | None, num_rows: int) -> None:
         if n in seen:
             raise OpError(
                 f"multistream_embed: feature_positions[{m}] and feature_positions[{seen[n]}] are both {n}; a row takes "
-                "one feature: sum those of one row first"
+                "one feature: sum those of a row first"
             )
         seen[n] = m
 
@@ -241,7 +228,7 @@ def _embed_fake(ids, table, pad_id, offsets, scale, features, positions, sparse,
 
 
 # scatter_sum is the gradient of multistream_embed for the table, and multistream_embed that of scatter_sum for the
-# values and that of itself for the features, so all can be differentiated as often as wanted.
+# values and of itself for the features, so all can be differentiated any number of times.
 
 
 def _embed_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -263,7 +250,7 @@ def _embed_backward(ctx, grad):  # type: ignore[no-untyped-def]
         else:
             grad_table = torch.ops.speechlm_ext.scatter_sum(grad, ids, *ctx.rule, ctx.num_rows)
     if ctx.needs_input_grad[5]:
-        # Rows of the gradient, and 0 for a position that a GPU has left out.
+        # Rows of the gradient, and 0 for a position that a GPU ignored.
         grad_features = _OP(positions[:, None], grad, None, [], [], None, None, False, False)
     return None, grad_table, None, None, None, grad_features, None, None, None
 

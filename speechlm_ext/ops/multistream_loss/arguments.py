@@ -1,4 +1,4 @@
-"""What multistream_loss and multistream_logprobs check before they compute, and the layout of separate heads."""
+"""Checks of the arguments of multistream_loss and multistream_logprobs, and the layout of separate heads."""
 
 from __future__ import annotations
 
@@ -10,20 +10,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import OpError, check, describe, partition_hint
-from speechlm_ext.ops.multistream_loss.scopes import GivenScopes, flatten, read_scopes
+from speechlm_ext.ops.common.native import OpError, describe, partition_hint
+from speechlm_ext.ops.multistream_loss.scopes import (
+    GivenScopes,
+    Interval,
+    flatten,
+    local_targets,
+    read_scopes,
+)
+from speechlm_ext.ops.multistream_loss.types import LossInputs, sum_dtype
 
 Heads = Literal["shared", "separate"]
-_MOST_STREAMS = 64
+_MAX_STREAMS = 64
+_OP = "multistream_loss"
 
 
 def separate_head_rows(scopes: GivenScopes | Sequence[GivenScopes]) -> int:
-    """Rows of the weight that ``heads="separate"`` needs for ``scopes`` (one set, or one for each kind of row)."""
+    """Rows of the weight that ``heads="separate"`` needs for ``scopes`` (one set, or one for each kind of row).
+
+    Raises:
+        OpError: (a ValueError) scopes that are empty, overlap or are no lists of intervals.
+    """
     return read_scopes(_sets(scopes), None, True)[1]
 
 
 def head_rows(scopes: GivenScopes | Sequence[GivenScopes], stream: int, start: int, end: int) -> slice | None:
-    """With separate heads, the weight's rows of ids start to end - 1 in a stream; None where it has none for them."""
+    """With separate heads, the weight's rows of ids start to end - 1 in a stream; None if it has none for them."""
     for kind in read_scopes(_sets(scopes), None, True)[0]:
         for interval in kind[stream]:
             if interval.start <= start and end <= interval.end:
@@ -32,14 +44,14 @@ def head_rows(scopes: GivenScopes | Sequence[GivenScopes], stream: int, start: i
 
 
 def _sets(scopes: GivenScopes | Sequence[GivenScopes]) -> Sequence[GivenScopes]:
-    """Scopes of one kind of row as the list of one."""
+    """Scopes as a list of sets, one for each kind of row."""
     try:
         innermost = next(scope[0][0] for scope in scopes if len(scope))
         sets: Sequence[GivenScopes] = scopes if isinstance(innermost, Sequence) else [scopes]  # type: ignore
         return [[[_interval(*pair) for pair in scope] for scope in kind] for kind in sets]
     except (IndexError, StopIteration, TypeError):
         raise OpError(
-            "multistream_loss: scopes must hold, for each stream, a list of intervals (start, end), or with row_scope "
+            f"{_OP}: scopes must hold, for each stream, a list of intervals (start, end), or with row_scope "
             f"a list of such scopes; got {scopes!r}"
         ) from None
 
@@ -48,78 +60,130 @@ def _interval(start: int, end: int) -> tuple[int, int]:
     return operator.index(start), operator.index(end)
 
 
-def check_arguments(
+def read_inputs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     loss_weight: Tensor,
+    *,
     scopes: GivenScopes | Sequence[GivenScopes],
     row_scope: Tensor | None,
     heads: str,
     stream_embed: Tensor | None,
     bias: Tensor | None,
-    softcap: float | None,
-) -> list[int]:
-    """Checks shapes and gives the scopes as the op takes them."""
-    op = "multistream_loss"
-    check(
-        hidden.dim() == 2 and hidden.is_floating_point(),
-        lambda: f"{op}: hidden must be float [N, D]; got {describe(hidden)}",
-    )
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+) -> LossInputs:
+    """Check all arguments but the values in tensors (see `check_values`), and give them their dtypes."""
+    if hidden.dim() != 2 or not hidden.is_floating_point():
+        raise OpError(f"{_OP}: hidden must be float [N, D]; got {describe(hidden)}")
     num_rows, width = hidden.shape
-    check(
-        weight.dim() == 2 and weight.shape[1] == width and weight.is_floating_point(),
-        lambda: (
-            f"{op}: weight must be float [V, {width}] to fit hidden; got {describe(weight)}{partition_hint(weight)}"
-        ),
-    )
-    given, vocab = _sets(scopes), weight.shape[0]
-    num_streams = len(given[0])
-    check(
-        num_streams <= _MOST_STREAMS,
-        lambda: f"{op}: at most {_MOST_STREAMS} streams; got scopes of {num_streams}",
-    )
-    check(
-        tuple(targets.shape) == (num_rows, num_streams) and targets.dtype in (torch.int32, torch.int64),
-        lambda: (
-            f"{op}: targets must be int32 or int64 [{num_rows}, {num_streams}] (hidden's rows, one column per scope); "
+    if weight.dim() != 2 or weight.shape[1] != width or not weight.is_floating_point():
+        raise OpError(
+            f"{_OP}: weight must be float [V, {width}] to fit hidden; got {describe(weight)}{partition_hint(weight)}"
+        )
+    sets = _sets(scopes)
+    num_streams = len(sets[0])
+    if num_streams > _MAX_STREAMS:
+        raise OpError(f"{_OP}: at most {_MAX_STREAMS} streams; got scopes of {num_streams}")
+    if tuple(targets.shape) != (num_rows, num_streams) or targets.dtype not in (torch.int32, torch.int64):
+        raise OpError(
+            f"{_OP}: targets must be int32 or int64 [{num_rows}, {num_streams}] (hidden's rows, one column per scope); "
             f"got {describe(targets)}"
-        ),
+        )
+    if loss_weight.shape != targets.shape or not loss_weight.is_floating_point():
+        raise OpError(
+            f"{_OP}: loss_weight must be float {list(targets.shape)} like targets; got {describe(loss_weight)}"
+        )
+    flat = _flat_scopes(sets, heads, weight.shape[0])
+    if row_scope is None and len(sets) > 1:
+        raise OpError(f"{_OP}: scopes has {len(sets)} kinds of rows; row_scope [N] must give each row's kind")
+    if row_scope is not None and (
+        tuple(row_scope.shape) != (num_rows,) or row_scope.dtype not in (torch.int32, torch.int64)
+    ):
+        raise OpError(f"{_OP}: row_scope must be int32 or int64 [{num_rows}]; got {describe(row_scope)}")
+    if stream_embed is not None and tuple(stream_embed.shape) != (num_streams, width):
+        raise OpError(f"{_OP}: stream_embed must be [{num_streams}, {width}]; got {describe(stream_embed)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise OpError(f"{_OP}: bias must be [{weight.shape[0]}]; got {describe(bias)}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise OpError(f"{_OP}: softcap must be above 0 and finite; got {softcap}")
+    if not 0 <= z_loss < math.inf:
+        raise OpError(f"{_OP}: z_loss must be 0 or more and finite; got {z_loss}")
+    if not 0 <= label_smoothing < 1:
+        raise OpError(f"{_OP}: label_smoothing must be in [0, 1); got {label_smoothing}")
+    loss_weight = loss_weight.detach().to(sum_dtype(hidden.dtype))
+    return LossInputs(
+        hidden=hidden,
+        weight=weight,
+        targets=targets.to(torch.int64),
+        live=loss_weight > 0,
+        coef_loss=loss_weight,
+        scopes=flat,
+        row_scope=None if row_scope is None else row_scope.to(torch.int64),
+        stream_embed=stream_embed,
+        bias=bias,
+        z_loss=float(z_loss),
+        label_smoothing=float(label_smoothing),
+        softcap=float(softcap or 0),
     )
-    check(
-        loss_weight.shape == targets.shape and loss_weight.is_floating_point(),
-        lambda: (
-            f"{op}: loss_weight must be float {list(targets.shape)} like targets; got {describe(loss_weight)}"
-        ),
-    )
-    check(
-        heads in ("shared", "separate"), lambda: f'{op}: heads must be "shared" or "separate"; got {heads!r}'
-    )
+
+
+def _flat_scopes(given: Sequence[GivenScopes], heads: str, vocab: int) -> list[int]:
+    if heads not in ("shared", "separate"):
+        raise OpError(f'{_OP}: heads must be "shared" or "separate"; got {heads!r}')
     separate = heads == "separate"
     sets, rows = read_scopes(given, None if separate else vocab, separate)
-    check(
-        not separate or rows == vocab,
-        lambda: f"{op}: weight must have {rows} rows, one for each id of each stream's scope; got {vocab}",
-    )
-    if row_scope is None:
-        check(
-            len(sets) == 1,
-            lambda: f"{op}: {len(sets)} kinds of rows have scopes; row_scope [N] must say which is which",
+    if separate and rows != vocab:
+        raise OpError(
+            f"{_OP}: weight must have {rows} rows, one for each id of each stream's scope; got {vocab}"
         )
-    else:
-        check(
-            tuple(row_scope.shape) == (num_rows,) and row_scope.dtype in (torch.int32, torch.int64),
-            lambda: f"{op}: row_scope must be int32 or int64 [{num_rows}]; got {describe(row_scope)}",
-        )
-    if stream_embed is not None:
-        check(
-            tuple(stream_embed.shape) == (num_streams, width),
-            lambda: f"{op}: stream_embed must be [{num_streams}, {width}]; got {describe(stream_embed)}",
-        )
-    if bias is not None:
-        check(tuple(bias.shape) == (vocab,), lambda: f"{op}: bias must be [{vocab}]; got {describe(bias)}")
-    check(
-        softcap is None or 0 < softcap < math.inf,
-        lambda: f"{op}: softcap must be above 0 and finite; got {softcap}",
-    )
     return flatten(sets)
+
+
+def read_chunk_bytes(chunk_bytes: int | None) -> int:
+    """0 for None, the device's default."""
+    if chunk_bytes is not None and not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
+        raise OpError(f"{_OP}: chunk_bytes must be an int above 0; got {chunk_bytes!r}")
+    return chunk_bytes or 0
+
+
+def check_values(inputs: LossInputs) -> None:
+    """Check the values in tensors; on a GPU this synchronizes once.
+
+    Raises:
+        OpError: a weight that is negative or not finite, a row_scope out of range, a live target outside its scope.
+    """
+    targets, weight, row_scope, sets = inputs.targets, inputs.coef_loss, inputs.row_scope, inputs.sets
+    bad_weight = ~((weight >= 0) & weight.isfinite())
+    found = [bad_weight.any()]
+    if row_scope is not None:
+        unknown = (row_scope < 0) | (row_scope >= len(sets))
+        found.append(unknown.any())
+    outside: list[tuple[int, tuple[Interval, ...], Tensor]] = []
+    for kind, scopes in enumerate(sets):
+        live = inputs.live_of(kind)
+        for s, scope in enumerate(scopes):
+            outside.append((s, scope, live[:, s] & (local_targets(targets[:, s], scope) < 0)))
+            found.append(outside[-1][2].any())
+    if not bool(torch.stack(found).any()):  # the only synchronization
+        return
+    if bool(found[0]):
+        n, s = bad_weight.nonzero()[0].tolist()
+        raise OpError(
+            f"{_OP}: loss_weight[{n}, {s}] is {float(weight[n, s])}; weights must be finite and >= 0"
+        )
+    if row_scope is not None and bool(found[1]):
+        n = int(unknown.nonzero()[0])
+        raise OpError(
+            f"{_OP}: row_scope[{n}] is {int(row_scope[n])}; it must be 0 to {len(sets) - 1}, an index into scopes"
+        )
+    for s, scope, bad in outside:
+        if bool(bad.any()):
+            n = int(bad.nonzero()[0])
+            raise OpError(
+                f"{_OP}: targets[{n}, {s}] (row {n}, stream {s}) is id {int(targets[n, s])}, outside the stream's "
+                f"scope {[(i.start, i.end) for i in scope]}, with weight {float(weight[n, s])}. Give it weight 0 or "
+                "widen the scope"
+            )

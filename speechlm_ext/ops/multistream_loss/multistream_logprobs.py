@@ -1,4 +1,4 @@
-"""multistream_logprobs: what multistream_loss knows of each token, without gradients."""
+"""multistream_logprobs: log-probability and entropy of each token, without gradients."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import check, describe
-from speechlm_ext.ops.multistream_loss.arguments import Heads, check_arguments
-from speechlm_ext.ops.multistream_loss.op import LossSettings
+from speechlm_ext.ops.common.native import OpError, describe
+from speechlm_ext.ops.multistream_loss.arguments import Heads, read_chunk_bytes, read_inputs
+from speechlm_ext.ops.multistream_loss.op import run_op
 from speechlm_ext.ops.multistream_loss.scopes import GivenScopes
+from speechlm_ext.ops.multistream_loss.types import LossWants, sum_dtype
 
 
 def multistream_logprobs(
@@ -27,38 +28,40 @@ def multistream_logprobs(
     softcap: float | None = None,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of targets and the entropies of their softmaxes, for scoring: no gradients, one product.
+    """Log-probabilities of targets and entropies of their softmaxes, for scoring: no gradients, one product.
 
     Args:
-        mask: bool ``[N, S]``, which targets are asked for; None for all. The others' ids may be anything.
+        mask: bool ``[N, S]``, the targets to score; None for all. The others' ids are not read.
         hidden, weight, targets, scopes, row_scope, heads, stream_embed, bias, softcap, chunk_bytes: as in
             `multistream_loss`.
 
     Returns:
-        ``(logprobs, entropy)``, both float32 ``[N, S]`` (float64 for float64 input) in nats, 0 where not asked for.
+        ``(logprobs, entropy)``, both float32 ``[N, S]`` (float64 for float64 input) in nats, 0 where masked out.
 
     Raises:
-        OpError: as `multistream_loss`; a mask that is not bool ``[N, S]``.
+        OpError: (a ValueError) as `multistream_loss`; a mask that is not bool ``[N, S]``.
     """
-    check(
-        targets.dim() == 2,
-        f"multistream_logprobs: targets must be int32 or int64 [N, S]; got {describe(targets)}",
-    )
+    if targets.dim() != 2:
+        raise OpError(f"multistream_logprobs: targets must be int32 or int64 [N, S]; got {describe(targets)}")
     if mask is None:
         mask = torch.ones_like(targets, dtype=torch.bool)
-    check(
-        mask.dtype == torch.bool and mask.shape == targets.shape,
-        f"multistream_logprobs: mask must be bool {list(targets.shape)} like targets; got {describe(mask)}",
+    if mask.dtype != torch.bool or mask.shape != targets.shape:
+        raise OpError(
+            f"multistream_logprobs: mask must be bool {list(targets.shape)} like targets; got {describe(mask)}"
+        )
+    inputs = read_inputs(
+        hidden,
+        weight,
+        targets,
+        mask.to(sum_dtype(hidden.dtype)),
+        scopes=scopes,
+        row_scope=row_scope,
+        heads=heads,
+        stream_embed=stream_embed,
+        bias=bias,
+        softcap=softcap,
     )
-    ones = mask.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    sets = check_arguments(
-        hidden, weight, targets, ones, scopes, row_scope, heads, stream_embed, bias, softcap
-    )
-    settings = LossSettings(sets, 0.0, 0.0, float(softcap or 0), chunk_bytes or 0)
+    wants = LossWants([False] * 4, token_nll=True, token_entropy=True)
     with torch.no_grad():
-        _, _, nll, entropy = torch.ops.speechlm_ext.multistream_loss(
-            hidden, weight, targets.to(torch.int64), mask, ones, None,
-            None if row_scope is None else row_scope.to(torch.int64), stream_embed, bias, *settings, [False] * 4, True,
-            True, True,
-        )  # fmt: skip
+        _, _, nll, entropy = run_op(inputs, wants, read_chunk_bytes(chunk_bytes))
     return 0 - nll, entropy

@@ -1,29 +1,29 @@
 """multistream_loss in plain torch: one GEMM for all streams that share a scope, chunked, gradients by hand.
 
 The hidden state of stream s is ``h + e_s``, so its logits are ``h Wᵀ + e_s Wᵀ``: the product ``Z = h Wᵀ`` is computed
-once per row and each stream adds a bias row. Going back, the streams' logit gradients are summed in one buffer ``G``
-before the two big products ``dH = G W`` and ``dW = Gᵀ H``; what ``e_s`` adds to dW is the rank-one term
-``colsum(g_s) ⊗ e_s``. Nothing of size N·S·V or N·S·D is ever held.
+once per row and each stream adds a bias row. In backward the streams' logit gradients are summed in one buffer ``G``
+before the two large products ``dH = G W`` and ``dW = Gᵀ H``; ``e_s`` adds the rank-one term ``colsum(g_s) ⊗ e_s`` to
+dW. Nothing of size N·S·V or N·S·D is materialized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.multistream_loss.scopes import Interval, Scopes, ScopeSets, local_targets
-from speechlm_ext.ops.multistream_loss.types import LossOptions, LossResult
+from speechlm_ext.ops.multistream_loss.scopes import Interval, Scopes, local_targets
+from speechlm_ext.ops.multistream_loss.types import LossInputs, LossResult, LossWants, sum_dtype
 
-#: Bytes of logits per chunk (a chunk has at least _MIN_ROWS rows). On the CPU the C library hands buffers of more than
-#: 32 MiB back to the system at once, and zeroing their pages again for each chunk costs more than the arithmetic.
+#: Bytes of logits per chunk (a chunk has at least _MIN_ROWS rows). On the CPU the C library returns buffers of more
+#: than 32 MiB to the system at once, and zeroing their pages again for each chunk costs more than the arithmetic.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 384 << 20}
 _MIN_ROWS = 512
 
 
 def group_streams(scopes: Scopes) -> list[tuple[tuple[Interval, ...], list[int]]]:
-    """Streams that one GEMM can serve: a widest scope, and the streams whose scopes lie inside it."""
+    """Groups of streams that share one GEMM: a widest scope, and the streams whose scopes are inside it."""
     groups: list[tuple[tuple[Interval, ...], list[int]]] = []
     for s in sorted(range(len(scopes)), key=lambda s: -sum(i.num_ids for i in scopes[s])):
         for root, members in groups:
@@ -36,7 +36,7 @@ def group_streams(scopes: Scopes) -> list[tuple[tuple[Interval, ...], list[int]]
 
 
 def local_columns(root: Sequence[Interval], scope: Sequence[Interval]) -> list[slice]:
-    """Where a scope's intervals lie among the concatenated columns of ``root``; those that do not are left out."""
+    """The columns of a scope's intervals among the concatenated intervals of ``root``; others are left out."""
     slices = []
     for i in scope:
         base = 0
@@ -62,14 +62,14 @@ def _stream_pass(
     target: Tensor,
     coef_loss: Tensor,
     coef_nll: Tensor | None,
-    options: LossOptions,
+    inputs: LossInputs,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Cross-entropy of ``logits [R, C]``: loss, nll, entropy, is_correct, each ``[R]``, and dlogits ``[R, C]``."""
     capped_slope = None
-    if options.softcap is not None:
-        tanh = torch.tanh(logits / options.softcap)
-        logits = options.softcap * tanh
+    if inputs.softcap:
+        tanh = torch.tanh(logits / inputs.softcap)
+        logits = inputs.softcap * tanh
         capped_slope = 1 - tanh * tanh if want_grad else None
     largest = logits.amax(dim=1)
     below = (logits - largest[:, None]).clamp_(min=-87)  # 0 · -infinity is 0 in the entropy
@@ -80,15 +80,15 @@ def _stream_pass(
     at_target = logits.gather(1, target[:, None]).squeeze(1)
     nll = lse - at_target
     is_correct = at_target == largest
-    eps, classes = options.label_smoothing, logits.shape[1]
+    eps, classes = inputs.label_smoothing, logits.shape[1]
     loss = nll
     if eps:
         loss = (1 - eps) * nll + eps * (lse - logits.mean(dim=1))
-    if options.z_loss:
-        loss = loss + options.z_loss * lse * lse
+    if inputs.z_loss:
+        loss = loss + inputs.z_loss * lse * lse
     if not want_grad:
         return loss, nll, entropy, is_correct, None
-    scale = coef_loss * (1 + 2 * options.z_loss * lse)
+    scale = coef_loss * (1 + 2 * inputs.z_loss * lse)
     at = coef_loss * (1 - eps)
     if coef_nll is not None:
         scale, at = scale + coef_nll, at + coef_nll
@@ -101,51 +101,30 @@ def _stream_pass(
     return loss, nll, entropy, is_correct, grad
 
 
-def loss_pass(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    live: Tensor,
-    coef_loss: Tensor,
-    coef_nll: Tensor | None,
-    row_scope: Tensor | None,
-    sets: ScopeSets,
-    stream_embed: Tensor | None,
-    bias: Tensor | None,
-    options: LossOptions,
-    want_grad: bool,
-    want_tokens: bool,
-    want_entropy: bool,
-    chunk_bytes: int | None = None,
-) -> LossResult:
-    """Losses of all live targets, and gradients of ``Σ coef_loss · loss + coef_nll · nll`` when ``want_grad``.
+def loss_pass(inputs: LossInputs, wants: LossWants, chunk_bytes: int = 0) -> LossResult:
+    """Losses of all live targets, and all gradients if any is wanted.
 
     Args:
-        hidden: ``[N, D]``. weight: ``[V, D]``. targets: int64 ``[N, S]``. live: bool ``[N, S]``.
-        coef_loss, coef_nll: ``[N, S]`` weights of the full loss and of the bare NLL.
-        row_scope: int64 ``[N]``, which of ``sets`` each row uses, or None with one set.
-        sets: per kind of row, per stream, merged intervals. stream_embed: ``[S, D]``. bias: ``[V]``.
-        chunk_bytes: bytes of logits per chunk.
+        chunk_bytes: bytes of logits per chunk; 0 for the device's default.
     """
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    device = hidden.device
-    num_rows, num_streams = targets.shape
-    stream_loss = torch.zeros(num_streams, dtype=dtype, device=device)
-    stream_correct = torch.zeros(num_streams, dtype=torch.int64, device=device)
-    token_nll = torch.zeros(num_rows, num_streams, dtype=dtype, device=device) if want_tokens else None
-    token_entropy = torch.zeros(num_rows, num_streams, dtype=dtype, device=device) if want_entropy else None
-    result = LossResult(stream_loss, stream_correct, token_nll, token_entropy)
+    hidden, targets, coef_nll = inputs.hidden, inputs.targets, inputs.coef_nll
     # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
-    weight_f = weight.to(dtype)
-    embed_f = None if stream_embed is None else stream_embed.to(dtype)
-    bias_f = None if bias is None else bias.to(dtype)
+    dtype, device, want_grad = sum_dtype(hidden.dtype), hidden.device, any(wants.gradients)
+    stream_loss = torch.zeros(targets.shape[1], dtype=dtype, device=device)
+    stream_correct = torch.zeros(targets.shape[1], dtype=torch.int64, device=device)
+    token_nll = torch.zeros(targets.shape, dtype=dtype, device=device) if wants.token_nll else None
+    token_entropy = torch.zeros(targets.shape, dtype=dtype, device=device) if wants.token_entropy else None
+    result = LossResult(stream_loss, stream_correct, token_nll, token_entropy)
+    weight_f = inputs.weight.to(dtype)
+    embed_f = None if inputs.stream_embed is None else inputs.stream_embed.to(dtype)
+    bias_f = None if inputs.bias is None else inputs.bias.to(dtype)
     if want_grad:
         result.grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device)
-        result.grad_weight = torch.zeros(weight.shape, dtype=dtype, device=device)
+        result.grad_weight = torch.zeros(weight_f.shape, dtype=dtype, device=device)
         result.grad_embed = None if embed_f is None else torch.zeros_like(embed_f)
         result.grad_bias = None if bias_f is None else torch.zeros_like(bias_f)
 
-    for scopes, live_here, root, members in _parts(sets, live, row_scope):
+    for scopes, live_here, root, members in _parts(inputs):
         rows = live_here[:, members].any(dim=1).nonzero().squeeze(1)
         if rows.numel() == 0:
             continue
@@ -170,18 +149,18 @@ def loss_pass(
                 picked = is_live.nonzero().squeeze(1)
                 if picked.numel() == 0:
                     continue
-                everyone = picked.numel() == chunk_rows.numel()
+                has_all_rows = picked.numel() == chunk_rows.numel()
                 at_rows = chunk_rows[picked]
                 columns = local_columns(root, scopes[s])
                 mine = _columns(logits, columns)
-                mine = mine if everyone else mine[picked]
+                mine = mine if has_all_rows else mine[picked]
                 if stream_bias[s] is not None:
                     mine = mine + _columns(stream_bias[s][None], columns)  # type: ignore[index]
                 target = local_targets(targets[at_rows, s], scopes[s])
-                coef = coef_loss[at_rows, s].to(dtype)
+                coef = inputs.coef_loss[at_rows, s].to(dtype)
                 coef_n = None if coef_nll is None else coef_nll[at_rows, s].to(dtype)
                 loss, nll, entropy, is_correct, dlogits = _stream_pass(
-                    mine, target, coef, coef_n, options, want_grad
+                    mine, target, coef, coef_n, inputs, want_grad
                 )
                 stream_loss[s] += (loss * coef).sum()
                 stream_correct[s] += is_correct.sum()
@@ -192,7 +171,7 @@ def loss_pass(
                 if dlogits is None:
                     continue
                 sums = dlogits.sum(dim=0)
-                if grad is None and everyone and dlogits.shape == logits.shape:
+                if grad is None and has_all_rows and dlogits.shape == logits.shape:
                     grad = dlogits
                     column_sums[s] += sums
                     continue
@@ -202,7 +181,7 @@ def loss_pass(
                 for column in columns:
                     width = column.stop - column.start
                     part = dlogits[:, base : base + width]
-                    if everyone:
+                    if has_all_rows:
                         grad[:, column] += part
                     else:
                         grad[:, column].index_add_(0, picked, part)
@@ -216,12 +195,11 @@ def loss_pass(
     return result
 
 
-def _parts(sets: ScopeSets, live: Tensor, row_scope: Tensor | None):  # type: ignore[no-untyped-def]
+def _parts(inputs: LossInputs) -> Iterator[tuple[Scopes, Tensor, tuple[Interval, ...], list[int]]]:
     """``(scopes, live targets, root, members)`` of every product."""
-    for kind, scopes in enumerate(sets):
-        live_here = live if row_scope is None else live & (row_scope == kind)[:, None]
+    for kind, scopes in enumerate(inputs.sets):
         for root, members in group_streams(scopes):
-            yield scopes, live_here, root, members
+            yield scopes, inputs.live_of(kind), root, members
 
 
 def _add_root_gradients(
@@ -232,7 +210,7 @@ def _add_root_gradients(
     root_weight: Tensor,
     embed: Tensor | None,
 ) -> None:
-    """What the stream embeddings and the bias get, and dW's rank-one terms; then dW goes back to its rows."""
+    """Add the gradients of stream embeddings and bias, dW's rank-one terms, and the root's dW to its rows."""
     for s, sums in column_sums.items():
         if embed is not None:
             grad_root.addr_(sums, embed[s])

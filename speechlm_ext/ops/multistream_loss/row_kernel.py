@@ -1,72 +1,82 @@
-"""The row kernel of multistream_loss on either device: what Python owes it there besides the tensors."""
+"""Calls the native row kernel of multistream_loss, on either device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from speechlm_ext.ops.common.native import native, stream_handle
-from speechlm_ext.ops.multistream_loss.types import LossOptions
+from speechlm_ext.ops.multistream_loss.types import LossInputs
 
-#: A stream that a chunk serves: its column of the targets, whether its column sums are wanted, its slices
-#: ``(id, first column, count)``, which ascend and do not overlap.
+#: A stream of a chunk: its column of the targets, whether its column sums are wanted, and its scope as slices
+#: ``(first id, first column, count)``, which ascend and do not overlap.
 Stream = tuple[int, bool, Sequence[tuple[int, int, int]]]
+
+
+@dataclass(frozen=True)
+class RowOutputs:
+    """Tensors that the kernel writes besides the logits; float32, or float64 for float64 logits, if not stated."""
+
+    stream_loss: Tensor
+    """float64 ``[k]``, one per stream of the chunk; added to."""
+    stream_correct: Tensor
+    """int64 ``[k]``; added to."""
+    column_sums: Tensor | None = None
+    """Sums over rows of the gradients of the streams that want them, slice after slice; added to."""
+    token_nll: Tensor | None = None
+    """``[N, S]``; written where a target is live."""
+    token_entropy: Tensor | None = None
+    """``[N, S]``; written where a target is live."""
 
 
 def loss_rows(
     z: Tensor,
-    chunk_rows: Tensor,
-    targets: Tensor,
-    live: Tensor,
-    coef_loss: Tensor,
-    coef_nll: Tensor | None,
-    offsets: Tensor | None,
+    rows: Tensor,
+    inputs: LossInputs,
+    *,
     streams: Sequence[Stream],
-    options: LossOptions,
+    stream_bias: Tensor | None,
+    out: RowOutputs,
     want_grad: bool,
-    token_nll: Tensor | None,
-    token_entropy: Tensor | None,
-    stream_loss: Tensor,
-    stream_correct: Tensor,
-    column_sums: Tensor | None,
 ) -> None:
-    """From a chunk of shared logits to losses and, in place of the logits, to their gradients.
+    """Compute losses from a chunk of shared logits and replace the logits by their gradients.
 
-    On CUDA it waits for nothing: the streams' slices travel as parameters of a kernel.
+    On CUDA there is no synchronization: the slices are passed as kernel parameters.
 
     Args:
-        z: ``[R, C]`` float32 or float64, on CUDA also bfloat16 or float16; with ``want_grad`` it becomes the gradient
-            of ``Σ coef_loss · loss + coef_nll · nll``. The other floats are float32, for float64 logits float64.
-        chunk_rows: int64 ``[R]``, each row's place in the tensors ``[N, S]``. On the CPU one outside them is an error;
-            on CUDA, where nobody has looked, it makes the losses NaN.
-        targets, live, coef_loss, coef_nll: ``[N, S]``; int64, bool, float, float.
-        offsets: ``[k, C]``, what each of the k streams adds to the logits.
-        token_nll, token_entropy: ``[N, S]``, written where a target is live; None where not wanted.
-        stream_loss, stream_correct: ``[k]`` float64 and int64, added to.
-        column_sums: added to; the sums over the rows of those streams that want them, slice after slice.
+        z: float32 or float64 ``[R, C]``, on CUDA also bfloat16 or float16; with ``want_grad`` it becomes the gradient
+            of ``Σ coef_loss · loss + coef_nll · nll``.
+        rows: int64 ``[R]``, each row's index in the tensors ``[N, S]``. An index out of range is an error on the CPU
+            and makes the losses NaN on CUDA.
+        inputs: coefficients are float32, or float64 for float64 logits; hidden, weight and scopes are not read.
+        stream_bias: ``[k, C]``, added to the logits of each of the k streams; None for none.
+
+    Raises:
+        ValueError: shapes, dtypes, slices or (on the CPU) row indices that are not as above.
     """
-    needed = native.multistream_loss_workspace(z, targets.shape[1], streams, want_grad)
+    needed = native.multistream_loss_workspace(z, inputs.targets.shape[1], streams, want_grad)
     workspace = torch.empty(needed, dtype=torch.uint8, device=z.device) if needed else None
     native.multistream_loss_rows(
         z,
-        chunk_rows,
-        targets,
-        live,
-        coef_loss,
-        coef_nll,
-        offsets,
+        rows,
+        inputs.targets,
+        inputs.live,
+        inputs.coef_loss,
+        inputs.coef_nll,
+        stream_bias,
         streams,
-        options.z_loss,
-        options.label_smoothing,
-        options.softcap or 0.0,
+        inputs.z_loss,
+        inputs.label_smoothing,
+        inputs.softcap,
         want_grad,
-        token_nll,
-        token_entropy,
-        stream_loss,
-        stream_correct,
-        column_sums,
+        out.token_nll,
+        out.token_entropy,
+        out.stream_loss,
+        out.stream_correct,
+        out.column_sums,
         torch.get_num_threads(),
         workspace,
         stream_handle(z),

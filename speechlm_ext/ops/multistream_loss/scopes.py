@@ -1,7 +1,7 @@
-"""Scopes of multistream_loss: the ids that each softmax runs over, and the rows of the weight that give their logits.
+"""Scopes of multistream_loss: the ids of each softmax, and the rows of the weight that give their logits.
 
-With a shared head an id is its row of the weight. With separate heads every stream has rows of its own: the ids of its
-scope in ascending order, one stream's rows after the other's.
+With a shared head an id is its row of the weight. With separate heads each stream has its own rows: the ids of its
+scope in ascending order, stream after stream.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import OpError, check
+from speechlm_ext.ops.common.native import OpError
 
 
 class Interval(NamedTuple):
-    """Ids ``start`` to ``end - 1``; their logits come from the weight's rows from ``row`` on."""
+    """Ids ``start`` to ``end - 1``, whose logits come from the weight's rows ``row`` to ``row + num_ids - 1``."""
 
     start: int
     end: int
@@ -37,33 +37,39 @@ GivenScopes = Sequence[Sequence[tuple[int, int]]]
 
 
 def read_scopes(sets: Sequence[GivenScopes], vocab: int | None, separate: bool) -> tuple[ScopeSets, int]:
-    """Checks scopes and finds the weight's rows for them.
+    """Checked scopes with the weight's rows of each interval.
 
     Args:
         sets: per kind of row, per stream, the intervals ``(start, end)``.
         vocab: number of ids of a shared head; None for separate heads.
-        separate: whether every stream has rows of its own.
+        separate: whether each stream has its own rows.
 
     Returns:
-        The scopes, and the number of rows that the weight must have at least (shared) or exactly (separate).
+        The scopes, and the number of rows that the weight must have: at least (shared) or exactly (separate).
+
+    Raises:
+        OpError: a set with another number of streams than the first, or a scope that is empty, overlaps itself or has
+            ids that the weight has not.
     """
     op = "multistream_loss"
     ordered = []
     for kind, scopes in enumerate(sets):
         where = f"scopes[{kind}]" if len(sets) > 1 else "scopes"
-        check(
-            len(scopes) == len(sets[0]) > 0,
-            f"{op}: {where} must hold one scope per stream ({len(sets[0])}); got {len(scopes)}",
-        )
+        if not len(scopes) == len(sets[0]) > 0:
+            raise OpError(f"{op}: {where} must hold one scope per stream ({len(sets[0])}); got {len(scopes)}")
         for s, scope in enumerate(scopes):
-            check(len(scope) > 0, f"{op}: {where}[{s}] is empty")
+            if len(scope) == 0:
+                raise OpError(f"{op}: {where}[{s}] is empty")
             for start, end in scope:
                 if not (0 <= start < end and (vocab is None or end <= vocab)):
                     ids = "ids" if vocab is None else f"the {vocab} ids of weight"
-                    raise OpError(f"{op}: {where}[{s}] has ({start}, {end}), which is no interval of {ids}")
+                    raise OpError(
+                        f"{op}: {where}[{s}] has ({start}, {end}), which is not an interval of {ids}"
+                    )
             by_start = sorted((int(start), int(end)) for start, end in scope)
             for (_, end), (start, _) in zip(by_start, by_start[1:], strict=False):
-                check(end <= start, f"{op}: the intervals of {where}[{s}] overlap: {by_start}")
+                if end > start:
+                    raise OpError(f"{op}: the intervals of {where}[{s}] overlap: {by_start}")
         ordered.append([[Interval(int(a), int(b), int(a)) for a, b in scope] for scope in scopes])
     rows = max(i.end for scopes in ordered for scope in scopes for i in scope)
     if separate:
@@ -79,7 +85,7 @@ def read_scopes(sets: Sequence[GivenScopes], vocab: int | None, separate: bool) 
 
 
 def merge(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
-    """Sorted by row, with those joined that touch or overlap."""
+    """Intervals sorted by row, with touching and overlapping ones joined."""
     merged: list[Interval] = []
     for interval in sorted(intervals, key=lambda i: (i.row, i.end)):
         last = merged[-1] if merged else None
@@ -95,7 +101,7 @@ def _row_in(head: Sequence[Interval], start: int) -> int:
 
 
 def flatten(sets: ScopeSets) -> list[int]:
-    """Scopes as the op's schema can carry them: for each stream the number of its intervals, then those."""
+    """Scopes as one list of ints, for the op's schema: per stream the number of its intervals, then their fields."""
     return [
         value
         for scopes in sets
@@ -105,17 +111,17 @@ def flatten(sets: ScopeSets) -> list[int]:
 
 
 def unflatten(flat: Sequence[int], num_streams: int) -> ScopeSets:
-    """What `flatten` took apart."""
+    """Inverse of `flatten`."""
     scopes, at = [], 0
     while at < len(flat):
-        stop = at + 1 + 3 * flat[at]
-        scopes.append(tuple(Interval(*flat[i : i + 3]) for i in range(at + 1, stop, 3)))
-        at = stop
+        end = at + 1 + 3 * flat[at]
+        scopes.append(tuple(Interval(*flat[i : i + 3]) for i in range(at + 1, end, 3)))
+        at = end
     return tuple(tuple(scopes[i : i + num_streams]) for i in range(0, len(scopes), num_streams))
 
 
 def local_targets(targets: Tensor, scope: Sequence[Interval]) -> Tensor:
-    """Place of each target within its scope; -1 outside it."""
+    """Index of each target among the ids of its scope; -1 outside it."""
     local = torch.full_like(targets, -1)
     base = 0
     for interval in scope:
@@ -125,65 +131,27 @@ def local_targets(targets: Tensor, scope: Sequence[Interval]) -> Tensor:
     return local
 
 
-def check_values(
-    targets: Tensor, loss_weight: Tensor, live: Tensor, row_scope: Tensor | None, sets: ScopeSets
-) -> None:
-    """Refuses weights that mean nothing, kinds that do not exist, and live targets that their softmax lacks."""
-    op = "multistream_loss"
-    bad_weight = ~((loss_weight >= 0) & loss_weight.isfinite())
-    found = [bad_weight.any()]
-    if row_scope is not None:
-        unknown = (row_scope < 0) | (row_scope >= len(sets))
-        found.append(unknown.any())
-    outside: list[tuple[int, tuple[Interval, ...], Tensor]] = []
-    for kind, scopes in enumerate(sets):
-        wanted = live if row_scope is None else live & (row_scope == kind)[:, None]
-        for s, scope in enumerate(scopes):
-            outside.append((s, scope, wanted[:, s] & (local_targets(targets[:, s], scope) < 0)))
-            found.append(outside[-1][2].any())
-    if not bool(torch.stack(found).any()):  # one look, for which a GPU is waited for
-        return
-    if bool(found[0]):
-        n, s = bad_weight.nonzero()[0].tolist()
-        raise OpError(
-            f"{op}: loss_weight[{n}, {s}] is {float(loss_weight[n, s])}; weights must be finite and >= 0"
-        )
-    if row_scope is not None and bool(found[1]):
-        n = int(unknown.nonzero()[0])
-        raise OpError(
-            f"{op}: row_scope[{n}] is {int(row_scope[n])}; it must be 0 to {len(sets) - 1}, one of scopes"
-        )
-    for s, scope, bad in outside:
-        if bool(bad.any()):
-            n = int(bad.nonzero()[0])
-            raise OpError(
-                f"{op}: targets[{n}, {s}] (row {n}, stream {s}) is id {int(targets[n, s])}, outside the stream's "
-                f"scope {[(i.start, i.end) for i in scope]}, with weight {float(loss_weight[n, s])}. Give it "
-                "weight 0 or widen the scope"
-            )
-
-
 def as_index(numbers: Sequence[int]) -> slice | list[int]:
-    """Ascending numbers as an index; a slice where they lie side by side, for which a GPU needs no copy of it."""
+    """Ascending numbers as an index; a slice if they are consecutive, which needs no copy to a GPU."""
     first, last = numbers[0], numbers[-1]
     return slice(first, last + 1) if last - first + 1 == len(numbers) else list(numbers)
 
 
-#: Columns per cache line of float32, on which the logits of each interval start: products with other rows take up to a
+#: Columns per cache line of float32. The logits of each interval start on one: products with other rows take up to a
 #: third longer.
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Group:
-    """Streams that one product serves."""
+    """Streams whose logits come from one product."""
 
     root: tuple[Interval, ...]
     """The rows of the weight whose logits are computed."""
     begins: tuple[int, ...]
     """First column of each interval's logits."""
     columns: int
-    """Columns of a row of logits; those behind an interval's end belong to no stream."""
+    """Columns of a row of logits; those after an interval's end belong to no stream."""
     streams: tuple[int, ...]
     slices: tuple[tuple[tuple[int, int, int], ...], ...]
     """Per stream, its scope as ``(first id, first column, count)``."""
@@ -194,16 +162,16 @@ class Group:
         return as_index(self.streams)
 
     def row_of(self, column: int) -> int:
-        """The weight's row that gives a column of the logits."""
+        """The weight's row of a column of the logits."""
         for interval, begin in zip(self.root, self.begins, strict=True):
             if begin <= column < begin + interval.num_ids:
                 return interval.row + column - begin
-        raise AssertionError(f"column {column} of {self} belongs to nobody")
+        raise AssertionError(f"column {column} of {self} belongs to no interval")
 
 
 @lru_cache(maxsize=64)
 def group_streams(scopes: Scopes) -> tuple[Group, ...]:
-    """Stream 0 with all streams whose scopes lie inside its own, and the others.
+    """One group of stream 0 and all streams whose scopes are inside its own, one of the others.
 
     Streams after the first are live in nearly the same rows (a frame has all its codes), stream 0 in others too (text).
     """
@@ -219,7 +187,7 @@ def group_all(scopes: Scopes) -> Group:
 
 
 def _group(scopes: Scopes, members: Sequence[int]) -> Group:
-    # What counts from here on is rows of the weight, so rows are the ids of the root.
+    # The root's ids are rows of the weight.
     root = merge([i._replace(start=i.row, end=i.row + i.num_ids) for s in members for i in scopes[s]])
     begins = [0]
     for interval in root:

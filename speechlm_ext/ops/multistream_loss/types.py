@@ -1,29 +1,80 @@
-"""Options and results of one pass of the loss."""
+"""Inputs, requested outputs and results of one pass of the loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from speechlm_ext.ops.multistream_loss.scopes import ScopeSets, unflatten
 
-@dataclass(frozen=True)
-class LossOptions:
-    """The settings that are numbers; see `speechlm_ext.ops.multistream_loss`."""
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums over inputs of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class LossInputs(NamedTuple):
+    """Inputs of a pass, in the order of the op's schema. A tuple, because `torch.compile` traces those in any torch."""
+
+    hidden: Tensor
+    """float ``[N, D]``."""
+    weight: Tensor
+    """float ``[V, D]``."""
+    targets: Tensor
+    """int64 ``[N, S]``."""
+    live: Tensor
+    """bool ``[N, S]``: the targets to compute."""
+    coef_loss: Tensor
+    """float ``[N, S]``: coefficient of each target's loss in the scalar whose gradients are computed."""
+    scopes: list[int]
+    """See `scopes.flatten`."""
+    coef_nll: Tensor | None = None
+    """float ``[N, S]``: coefficient of each target's bare NLL in that scalar."""
+    row_scope: Tensor | None = None
+    """int64 ``[N]``: index of each row's scope set; None with one set."""
+    stream_embed: Tensor | None = None
+    """float ``[S, D]``."""
+    bias: Tensor | None = None
+    """float ``[V]``."""
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    softcap: float | None = None
+    softcap: float = 0.0
+    """0: off."""
+
+    @property
+    def sets(self) -> ScopeSets:
+        """Per kind of row, per stream, merged intervals."""
+        return unflatten(self.scopes, self.targets.shape[1])
+
+    def live_of(self, kind: int) -> Tensor:
+        """bool ``[N, S]``: the live targets in rows of one kind."""
+        return self.live if self.row_scope is None else self.live & (self.row_scope == kind)[:, None]
+
+
+class LossWants(NamedTuple):
+    """Requested outputs besides each stream's sums, in the order of the op's schema."""
+
+    gradients: list[bool]
+    """Of hidden, weight, stream_embed and bias; those of inputs that are None are never computed."""
+    token_nll: bool = False
+    token_entropy: bool = False
 
 
 @dataclass
 class LossResult:
-    """Sums over all rows, and the gradients of ``coef_loss · loss + coef_nll · nll`` where asked for."""
+    """Sums over all rows, and the requested gradients of ``Σ coef_loss · loss + coef_nll · nll``."""
 
-    stream_loss: Tensor  # [S] sum of coef_loss * loss
-    stream_correct: Tensor  # [S]
-    token_nll: Tensor | None  # [N, S]
-    token_entropy: Tensor | None  # [N, S]
+    stream_loss: Tensor
+    """``[S]``: sums of coef_loss · loss."""
+    stream_correct: Tensor
+    """int64 ``[S]``: live targets with the largest logit of their scope."""
+    token_nll: Tensor | None
+    """``[N, S]``, 0 where not live."""
+    token_entropy: Tensor | None
+    """``[N, S]``, 0 where not live."""
     grad_hidden: Tensor | None = None
     grad_weight: Tensor | None = None
     grad_embed: Tensor | None = None

@@ -1,10 +1,10 @@
-"""`DecodeState`: where each request of a batch stands in its segments, and how it samples; all of it on the device.
+"""`DecodeState`: sampling settings and progress of a batch of requests, on the device.
 
-What does not change from step to step is packed into a few tensors, so that a kernel gets few pointers and a request
-is moved by copying one row of each; the names below are views of them. `multistream_sample` reads a state and moves it
-past the row that it sampled.
+They are packed into a few tensors, so that a kernel takes few pointers and a request is moved by copying one row of
+each; properties are views of single columns. `multistream_sample` reads a state and advances it by one row.
 
-Axes: B requests, G segments of a request, S streams, C columns of logits over all streams, R forced rows, H rows kept.
+Axes: B requests, G segments of a request, S streams, C columns of logits over all streams, R forced rows, H rows of
+history.
 """
 
 from __future__ import annotations
@@ -13,83 +13,22 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import check, describe
+from speechlm_ext.ops.common.native import OpError, describe
+from speechlm_ext.ops.multistream_sample.arguments import (
+    find_eos_column,
+    read_markers,
+    scope_columns,
+    spread,
+)
+from speechlm_ext.ops.multistream_sample.columns import Choice, Limits, Progress, Request, Sampling
+
+__all__ = ["Choice", "DecodeState", "Limits", "Progress", "Request", "Sampling"]
 
 _NO_LIMIT = 2**31 - 1
-
-
-class Sampling(IntEnum):
-    """Columns of `DecodeState.sampling`."""
-
-    TEMPERATURE = 0
-    """0: greedy."""
-    TOP_P = 1
-    """1: off."""
-    MIN_P = 2
-    """Relative to the most probable token (Nguyen et al. 2024); 0: off."""
-    REPETITION_PENALTY = 3
-    """Divides positive and multiplies negative logits of recent ids (Keskar et al. 2019); 1: off."""
-
-
-class Choice(IntEnum):
-    """Columns of `DecodeState.choice`."""
-
-    FIRST_COLUMN = 0
-    """First column that the stream may sample."""
-    END_COLUMN = 1
-    """End of its columns, exclusive; equal to the first: the stream is padding."""
-    TOP_K = 2
-    """0: off."""
-    REPETITION_WINDOW = 3
-    """Rows of the stream whose ids the repetition penalty applies to."""
-
-
-class Limits(IntEnum):
-    """Columns of `DecodeState.limits`."""
-
-    MIN_FRAMES = 0
-    """Content frames before the segment may end."""
-    MAX_FRAMES = 1
-    """Content frames after which its end is forced."""
-    ROW_LIMIT = 2
-    """Row of the request at which its end is forced, if that comes first."""
-    MARKER = 3
-    """Id in stream 0 before the segment; unused for the first one, whose marker ends the prompt."""
-
-
-class Request(IntEnum):
-    """Columns of `DecodeState.request`."""
-
-    SEED = 0
-    NUM_SEGMENTS = 1
-    SOURCE = 2
-    """Row of the logits to sample from: the request's own, unless it copies another request's tokens."""
-    GUIDE = 3
-    """Row of the unconditional logits for classifier-free guidance, or -1."""
-
-
-class Progress(IntEnum):
-    """Columns of `DecodeState.progress`."""
-
-    SEGMENT = 0
-    """Index of stream 0's current segment."""
-    STEP = 1
-    """Rows sampled since the segment's frame 0 in a stream without delay."""
-    ROW = 2
-    """Rows sampled since the request's first row."""
-    FINISH = 3
-    """Content frames of the segment once its end is sampled, else -1."""
-    DONE = 4
-    """1 if the request is complete, else 0."""
-    FAILED = 5
-    """1 if it failed (see `SampledStep.failed`), else 0."""
-    ARRIVED = 6
-    """Counter by which a GPU's thread blocks find the last of them; 0 between steps."""
 
 
 def _view(packed: str, column: IntEnum, doc: str) -> property:
@@ -106,19 +45,19 @@ class DecodeState:
     """
 
     column_ids: Tensor
-    """int64 ``[C]``: the id of each column, ascending within each stream."""
+    """int64 ``[C]``: id of each column, ascending within each stream."""
     bounds: tuple[int, ...]
-    """S + 1 values: stream s owns columns ``bounds[s]`` to ``bounds[s + 1]``."""
+    """S + 1 values: stream s has columns ``bounds[s]`` to ``bounds[s + 1] - 1``."""
     delays: tuple[int, ...]
     """Rows by which each stream is shifted, S values."""
     pad_ids: tuple[int, ...]
-    """Fill of each stream, S values."""
+    """Pad id of each stream, S values."""
     eos_id: int
-    """Ends a segment when stream 0 says it."""
+    """End-of-segment id; sampling it in stream 0 ends the segment."""
     eos_column: int
-    """Its column, one of stream 0's; it may be sampled in every segment."""
+    """Column of ``eos_id``, one of stream 0's; allowed in every segment."""
     tail: int
-    """Fill frames between a segment's end and the marker of the next one."""
+    """Rows of padding between a segment's end and the marker of the next one."""
     sampling: Tensor
     """float32 ``[B, G, S, 4]``, columns `Sampling`."""
     choice: Tensor
@@ -132,14 +71,14 @@ class DecodeState:
     progress: Tensor
     """int64 ``[B, 7]``, columns `Progress`; written by each step."""
     forced: Tensor
-    """int64 ``[B, R, S]``: ids that are given, by row of the request; -1: to be sampled. R may be 0."""
+    """int64 ``[B, R, S]``: forced ids by row of the request; -1: sample. R may be 0."""
     history: Tensor
-    """int64 ``[B, H, S]``, written by each step: the row of tokens, by row of the request; rows from H on are lost. H
-    may be 0."""
+    """int64 ``[B, H, S]``, written by each step: tokens by row of the request; rows from H on are not kept. H may be
+    0."""
     history_logprob: Tensor
-    """float32 ``[B, H, S]``, written by each step: log-probabilities, NaN where a stream had no content."""
+    """float32 ``[B, H, S]``, written by each step: log-probabilities; NaN where a stream had no content."""
     allowed: Tensor | None = None
-    """bool ``[1 or B, C]``: columns that may be sampled at all; None allows all."""
+    """bool ``[1 or B, C]``: columns that may be sampled; None allows all."""
 
     @classmethod
     def new(
@@ -176,22 +115,23 @@ class DecodeState:
         """A state before its first row.
 
         Sampling settings are one value, one per stream (a list of S), or any tensor that broadcasts to ``[B, G, S]``;
-        limits and markers broadcast to ``[B, G]``, the rest to ``[B]``.
+        limits and markers broadcast to ``[B, G]``, the others to ``[B]``.
 
         Args:
             scope_ids: per stream int64 ``[V_s]``, ascending: the id of each column of that stream's logits. Stream 0's
                 include ``eos_id``.
             delays, pad_ids: S values each.
-            eos_id: ends a segment.
-            scope: for each segment, per stream, the run of ids ``(start, end)`` that may be sampled, or None for a
+            eos_id: end-of-segment id.
+            scope: for each segment, per stream, the interval of ids ``(start, end)`` that may be sampled, or None for a
                 stream without content; or an int tensor ``[B, G, S, 2]`` of ids, -1 for none. None: every column of
                 every stream.
-            num_segments: of each request, at most G; G is what ``scope`` has, else 1.
+            num_segments: of each request, at most G; G is that of ``scope``, else 1.
             markers: id before each segment, the first one's unused.
-            seed: an int gives request b the seed ``seed + b``; a tensor chooses them, e.g. so that a request's tokens
-                do not depend on its place in the batch. A random number is a function of (seed, row, stream) alone.
-            step: rows of the first segment that are past, e.g. those of a given beginning.
-            source, guide, guidance: see the attributes; a followed request and its follower get equal settings.
+            seed: an int gives request b the seed ``seed + b``; a tensor gives each its own, e.g. so that a request's
+                tokens do not depend on its index in the batch. A random number is a function of (seed, row, stream).
+            step: rows of the first segment before this state, e.g. those of its prefix.
+            source, guide, guidance: see `Request` and the attribute; a request and the one that copies its tokens need
+                equal settings.
             forced: int64 ``[B, R, S]``.
             num_rows: H, rows of the history.
             tail: default the largest delay.
@@ -202,74 +142,56 @@ class DecodeState:
             OpError: (a ValueError) settings that contradict each other or are out of range.
         """
         S, B = len(delays), batch_size
-        check(
-            S >= 1 and len(scope_ids) == S and len(pad_ids) == S,
-            f"DecodeState: delays has {S} streams, scope_ids {len(scope_ids)}, pad_ids {len(pad_ids)}",
-        )
+        if not (S >= 1 and len(scope_ids) == S and len(pad_ids) == S):
+            raise OpError(
+                f"DecodeState: delays has {S} streams, scope_ids {len(scope_ids)}, pad_ids {len(pad_ids)}"
+            )
         device = scope_ids[0].device if device is None else torch.device(device)
         ids = [x.to(device, torch.int64) for x in scope_ids]
-        for s, x in enumerate(ids):
-            check(
-                x.dim() == 1 and len(x) > 0 and bool((x[1:] > x[:-1]).all()),
-                f"DecodeState: scope_ids[{s}] must be ids [V_s] in ascending order, at least one; got {list(x.shape)}",
-            )
-        is_eos = (ids[0] == eos_id).nonzero()
-        check(
-            len(is_eos) == 1,
-            f"DecodeState: eos_id {eos_id} is not among scope_ids[0]; no request could ever end",
-        )
-        bounds = [0]
+        bounds, eos_column = [0], find_eos_column(ids, eos_id)
         for x in ids:
             bounds.append(bounds[-1] + len(x))
-        columns = _columns(ids, bounds, scope, B, S, device)
+        columns = scope_columns(ids, bounds, scope, B, S, device)
         G = columns.shape[1]
-
-        def spread(value: object, dtype: torch.dtype, *shape: int) -> Tensor:
-            tensor = torch.as_tensor(value, dtype=dtype, device=device)
-            try:
-                return tensor.expand(*shape)
-            except RuntimeError:
-                raise ValueError(
-                    f"got shape {list(tensor.shape)}, which does not broadcast to {list(shape)}"
-                ) from None
-
-        f, i, n = torch.float32, torch.int32, torch.int64
-        settings = {
-            "temperature": (temperature, f, (B, G, S)), "top_p": (top_p, f, (B, G, S)), "min_p": (min_p, f, (B, G, S)),
-            "repetition_penalty": (repetition_penalty, f, (B, G, S)), "top_k": (top_k, i, (B, G, S)),
-            "repetition_window": (repetition_window, i, (B, G, S)), "min_frames": (min_frames, n, (B, G)),
-            "max_frames": (max_frames, n, (B, G)), "row_limit": (row_limit, n, (B, G)),
-            "marker": (_markers(markers, G), n, (B, G)), "num_segments": (num_segments, n, (B,)),
-            "seed": (torch.arange(B) + seed if isinstance(seed, int) else seed, n, (B,)),
-            "source": (torch.arange(B) if source is None else source, n, (B,)),
-            "guide": (-1 if guide is None else guide, n, (B,)), "guidance": (guidance, f, (B,)),
-            "step": (step, n, (B,)),
+        per_stream = {
+            "temperature": temperature, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
+            "top_k": top_k, "repetition_window": repetition_window,
+        }  # fmt: skip
+        per_segment = {
+            "min_frames": min_frames, "max_frames": max_frames, "row_limit": row_limit,
+            "marker": read_markers(markers, G),
+        }  # fmt: skip
+        per_request = {
+            "seed": torch.arange(B) + seed if isinstance(seed, int) else seed, "num_segments": num_segments,
+            "source": torch.arange(B) if source is None else source, "guide": -1 if guide is None else guide,
+            "guidance": guidance, "step": step,
+            "segment": 0, "row": 0, "finish": -1, "done": 0, "failed": 0, "arrived": 0,
         }  # fmt: skip
         x = {}
-        for name, (value, dtype, shape) in settings.items():
-            try:
-                x[name] = spread(value, dtype, *shape)
-            except (ValueError, TypeError, RuntimeError) as error:
-                check(False, f"DecodeState: {name} {error}")
-        x["first_column"], x["end_column"] = columns[..., 0], columns[..., 1]
-        zero = torch.zeros(B, dtype=n, device=device)
-        x |= {"segment": zero, "row": zero, "finish": zero - 1, "done": zero, "failed": zero, "arrived": zero}
+        for settings, shape in ((per_stream, (B, G, S)), (per_segment, (B, G)), (per_request, (B,))):
+            for name, value in settings.items():
+                x[name] = spread(name, value, shape, device)
+        x["first_column"], x["end_column"] = columns.to(torch.int32).unbind(dim=-1)
+
+        def packed(enum: type[IntEnum]) -> Tensor:
+            return torch.stack([x[column.name.lower()] for column in enum], dim=-1)
+
         state = cls(
             column_ids=torch.cat(ids),
             bounds=tuple(bounds),
             delays=tuple(int(d) for d in delays),
             pad_ids=tuple(int(p) for p in pad_ids),
             eos_id=int(eos_id),
-            eos_column=int(is_eos),
+            eos_column=eos_column,
             tail=max(delays) if tail is None else int(tail),
-            sampling=torch.stack([x[c.name.lower()] for c in Sampling], dim=-1).contiguous(),
-            choice=torch.stack([x[c.name.lower()].to(i) for c in Choice], dim=-1).contiguous(),
-            limits=torch.stack([x[c.name.lower()] for c in Limits], dim=-1).contiguous(),
-            request=torch.stack([x[c.name.lower()] for c in Request], dim=-1).contiguous(),
+            sampling=packed(Sampling),
+            choice=packed(Choice),
+            limits=packed(Limits),
+            request=packed(Request),
             guidance=x["guidance"].contiguous(),
-            progress=torch.stack([x[c.name.lower()] for c in Progress], dim=-1).contiguous(),
-            forced=(torch.empty(B, 0, S) if forced is None else forced).to(device, n).contiguous(),
-            history=torch.zeros(B, num_rows, S, dtype=n, device=device),
+            progress=packed(Progress),
+            forced=(torch.empty(B, 0, S) if forced is None else forced).to(device, torch.int64).contiguous(),
+            history=torch.zeros(B, num_rows, S, dtype=torch.int64, device=device),
             history_logprob=torch.full((B, num_rows, S), torch.nan, device=device),
             allowed=None if allowed is None else allowed.to(device).contiguous(),
         )
@@ -277,52 +199,47 @@ class DecodeState:
         return state
 
     def _check(self) -> None:
-        """The values, once, on the host; a step checks shapes alone."""
-        (B, S), C = (self.batch_size, self.num_streams), self.column_ids.shape[0]
+        """Check all values, once, on the host; a step checks only shapes."""
+        self._check_settings()
+        (B, S), C, G = (self.batch_size, self.num_streams), self.column_ids.shape[0], self.limits.shape[1]
+        if min(self.delays) < 0:
+            raise OpError(f"DecodeState: delays must be 0 or more; got {list(self.delays)}")
+        if self.tail < max(self.delays):
+            raise OpError(f"DecodeState: tail must be at least {max(self.delays)}; got {self.tail}")
+        used = torch.arange(G, device=self.choice.device)[None] < self.num_segments[:, None]
+        if not bool((self.end_column[..., 0] > self.first_column[..., 0])[used].all()):
+            raise OpError("DecodeState: stream 0 must have content in every segment: it ends the segment")
+        if self.forced.dim() != 3 or self.forced.shape[0] != B or self.forced.shape[2] != S:
+            raise OpError(f"DecodeState: forced must be int64 [{B}, R, {S}]; got {list(self.forced.shape)}")
+        window = int(self.repetition_window.max()) if self.choice.numel() else 0
+        if window > 0 and self.history.shape[1] == 0:
+            raise OpError(
+                f"DecodeState: repetition_window {window} needs the history; set num_rows to the largest row number"
+            )
+        if self.allowed is not None and (
+            self.allowed.dtype != torch.bool or tuple(self.allowed.shape) not in ((1, C), (B, C))
+        ):
+            raise OpError(f"DecodeState: allowed must be bool [1 or {B}, {C}]; got {describe(self.allowed)}")
 
-        def require(name: str, good: Tensor, wanted: str) -> None:
+    def _check_settings(self) -> None:
+        """Check the settings that are numbers."""
+        finite, penalty, G = torch.isfinite, self.repetition_penalty, self.limits.shape[1]
+        for name, good, wanted in (
+            ("temperature", (self.temperature >= 0) & finite(self.temperature), "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", self.top_p > 0, "above 0 (1 is off)"),
+            ("min_p", (self.min_p >= 0) & (self.min_p <= 1), "from 0 (off) to 1"),
+            ("repetition_penalty", (penalty > 0) & finite(penalty), "above 0 (1 is off)"),
+            ("repetition_window", self.repetition_window >= 0, "0 (off) or more rows"),
+            ("guidance", finite(self.guidance), "a finite number"),
+            ("num_segments", (self.num_segments >= 1) & (self.num_segments <= G), f"from 1 to {G}"),
+            ("guide", self.guide >= -1, "-1 or a row of the logits"),
+            ("source", self.source >= 0, "a row of the logits"),
+            ("min_frames", self.min_frames <= self.max_frames, "at most max_frames"),
+        ):
             if not bool(good.all()):
                 bad = getattr(self, name)[~good].flatten()[0].item()
-                check(False, f"DecodeState: {name} must be {wanted}; got {bad}")
-
-        finite = torch.isfinite
-        require("temperature", (self.temperature >= 0) & finite(self.temperature), "0 (greedy) or more")
-        require("top_k", self.top_k >= 0, "0 (off) or more")
-        require("top_p", self.top_p > 0, "above 0 (1 is off)")
-        require("min_p", (self.min_p >= 0) & (self.min_p <= 1), "from 0 (off) to 1")
-        penalty = self.repetition_penalty
-        require("repetition_penalty", (penalty > 0) & finite(penalty), "above 0 (1 is off)")
-        require("repetition_window", self.repetition_window >= 0, "0 (off) or more rows")
-        require("guidance", finite(self.guidance), "a finite number")
-        G = self.limits.shape[1]
-        require("num_segments", (self.num_segments >= 1) & (self.num_segments <= G), f"from 1 to {G}")
-        require("guide", (self.guide >= -1), "-1 or a row of the logits")
-        require("source", (self.source >= 0), "a row of the logits")
-        require("min_frames", self.min_frames <= self.max_frames, "at most max_frames")
-        check(min(self.delays) >= 0, f"DecodeState: delays must be 0 or more; got {list(self.delays)}")
-        check(
-            self.tail >= max(self.delays),
-            f"DecodeState: tail must be at least {max(self.delays)}; got {self.tail}",
-        )
-        used = torch.arange(G, device=self.choice.device)[None] < self.num_segments[:, None]
-        check(
-            bool((self.end_column[..., 0] > self.first_column[..., 0])[used].all()),
-            "DecodeState: stream 0 must have content in every segment: it says where the segment ends",
-        )
-        check(
-            self.forced.dim() == 3 and self.forced.shape[0] == B and self.forced.shape[2] == S,
-            f"DecodeState: forced must be int64 [{B}, R, {S}]; got {list(self.forced.shape)}",
-        )
-        window = int(self.repetition_window.max()) if self.choice.numel() else 0
-        check(
-            window == 0 or self.history.shape[1] > 0,
-            f"DecodeState: repetition_window {window} needs the rows said so far; set num_rows to as many as may come",
-        )
-        if self.allowed is not None:
-            check(
-                self.allowed.dtype == torch.bool and tuple(self.allowed.shape) in ((1, C), (B, C)),
-                f"DecodeState: allowed must be bool [1 or {B}, {C}]; got {describe(self.allowed)}",
-            )
+                raise OpError(f"DecodeState: {name} must be {wanted}; got {bad}")
 
     @property
     def batch_size(self) -> int:
@@ -335,7 +252,7 @@ class DecodeState:
         return len(self.delays)
 
     def select(self, rows: Tensor) -> DecodeState:
-        """The state of some of the requests, as a copy. ``source`` and ``guide`` are kept as they are."""
+        """A copy of the requests ``rows``, with unchanged ``source`` and ``guide``."""
         names = ("sampling", "choice", "limits", "request", "guidance", "progress", "forced", "history")
         parts = {name: getattr(self, name)[rows] for name in (*names, "history_logprob")}
         if self.allowed is not None and self.allowed.shape[0] == self.batch_size:
@@ -374,41 +291,3 @@ class DecodeState:
     def failed(self) -> Tensor:
         """bool ``[B]``: see `SampledStep.failed`."""
         return self.progress[:, Progress.FAILED] != 0
-
-
-def _markers(markers: Sequence[int] | Tensor, num_segments: int) -> Tensor:
-    given = torch.as_tensor(markers, dtype=torch.int64)
-    if given.numel() == 0:
-        check(num_segments == 1, f"DecodeState: {num_segments} segments need markers, one each")
-        return torch.zeros(1, dtype=torch.int64)
-    return given
-
-
-def _columns(
-    ids: list[Tensor], bounds: list[int], scope: Any, B: int, S: int, device: torch.device
-) -> Tensor:
-    """int64 ``[B, G, S, 2]``: the runs of ids as runs of columns."""
-    if scope is None:
-        runs = torch.tensor([bounds[:-1], bounds[1:]], device=device).T
-        return runs.expand(B, 1, S, 2)
-    if isinstance(scope, Tensor):
-        wanted = scope.to(device, torch.int64)
-    else:
-        check(
-            isinstance(scope, Sequence) and all(len(segment) == S for segment in scope) and len(scope) > 0,
-            f"DecodeState: scope must have a list of {S} (start, end) or None for each segment",
-        )
-        wanted = torch.tensor([[(-1, -1) if r is None else r for r in seg] for seg in scope], device=device)
-    if wanted.dim() == 3:
-        wanted = wanted[None]
-    check(
-        wanted.dim() == 4 and wanted.shape[0] in (1, B) and tuple(wanted.shape[2:]) == (S, 2),
-        f"DecodeState: scope must be [B, G, {S}, 2]; got {list(wanted.shape)}",
-    )
-    wanted = wanted.expand(B, *wanted.shape[1:])
-    out = []
-    for s, x in enumerate(ids):
-        start, end = wanted[..., s, 0].contiguous(), wanted[..., s, 1].contiguous()
-        run = bounds[s] + torch.stack([torch.searchsorted(x, start), torch.searchsorted(x, end)], dim=-1)
-        out.append(torch.where((end > start)[..., None], run, torch.zeros_like(run)))
-    return torch.stack(out, dim=2)

@@ -1,10 +1,10 @@
 """multistream_sample: one row of tokens (one per stream) for every request of a batch, in one call per decode step.
 
-The state machine of a delayed segment lives here too. Count rows from the row in which a stream without delay shows the
-segment's frame 0. In row ``j`` stream s carries frame ``j - delays[s]``: fill before frame 0 (ramp-in), content, and
-fill again from the frame on at which stream 0 said end-of-segment (ramp-out). The end counts in the row in which it is
-sampled. After the last segment's ramp-out the request is done and all its rows are fill; after another one's come
-``tail`` rows of fill, the next segment's marker in stream 0, and its content.
+It contains the state machine of a delayed segment. Let row 0 be the row in which a stream without delay has the
+segment's frame 0. In row ``j`` stream s has frame ``j - delays[s]``: padding before frame 0 (ramp-in), content, and
+padding again from the frame at which stream 0 sampled end-of-segment (ramp-out). After the last segment's ramp-out the
+request is done and all its rows are padding; after another segment's come ``tail`` rows of padding, the next segment's
+marker in stream 0, and its content.
 
     state = DecodeState.new(batch_size, scope_ids=..., delays=..., pad_ids=..., eos_id=..., top_k=30)
     while True:
@@ -13,8 +13,8 @@ sampled. After the last segment's ramp-out the request is done and all its rows 
             break
         hidden = body(embed(step.tokens))               # tokens [B, S]
 
-A row may also be sampled in several calls, a few streams at a time, where a stream's logits follow from the tokens of
-the streams before it in the same row:
+A row may also be sampled in several calls, a few streams at a time, if a stream's logits depend on the tokens of
+earlier streams in the same row:
 
     step = None
     for s in range(S):
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import LIBRARY, OpError, check, describe, native, stream_handle
+from speechlm_ext.ops.common.native import LIBRARY, OpError, describe, native, stream_handle
 from speechlm_ext.ops.multistream_sample.decode_state import DecodeState
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,18 +40,18 @@ class SampledStep(NamedTuple):
     """One row for every request."""
 
     tokens: Tensor
-    """``[B, S]`` int64 token ids, fill where a stream has no content in this row."""
+    """int64 ``[B, S]``: token ids; the pad id where a stream has no content in this row."""
     logprob: Tensor
-    """``[B, S]`` float32 log-probability of each content token at temperature 1 among the columns that were allowed,
-    after guidance and before the repetition penalty; 0 for fill, for a forced token outside of them, and for stream 0
-    of a request that fails; NaN for a forced token whose row of logits has a NaN or +inf."""
+    """float32 ``[B, S]``: log-probability of each content token at temperature 1 among the allowed columns, after
+    guidance and before the repetition penalty; 0 for padding, for a forced token outside them, and for stream 0 of a
+    request that fails; NaN for a forced token if its row of logits has a NaN or +inf."""
     is_content: Tensor
-    """``[B, S]`` bool: the stream has content in this row, end-of-segment included."""
+    """bool ``[B, S]``: the stream has content in this row, end-of-segment included."""
     failed: Tensor
-    """``[B]`` bool: a logit that mattered was NaN or +inf, or nothing was allowed. Such a request is done: stream 0
-    says ``eos_id``, a stream that failed is fill."""
+    """bool ``[B]``: a logit in use was NaN or +inf, or no column was allowed. Such a request is done: stream 0 has
+    ``eos_id``, a stream that failed has padding."""
     done: Tensor
-    """``[B]`` bool: this row is the request's last one, or it was done before."""
+    """bool ``[B]``: this row is the request's last one, or it was done before."""
 
 
 def multistream_sample(
@@ -61,51 +61,45 @@ def multistream_sample(
     streams: tuple[int, int] | None = None,
     partial: SampledStep | None = None,
 ) -> SampledStep:
-    """Sample the next row of every request and move ``state`` past it, in one launch and without a wait.
+    """Sample the next row of every request and advance ``state``, in one launch and without synchronization.
 
     Per stream: guidance, mask by scope, ``allowed`` and the length limits, repetition penalty, then top-k, top-p (the
-    token that crosses the border is kept) and min-p of the softmax at the temperature, and a draw by inverse transform
-    in column order. Temperature 0 takes the maximum, the lowest column among equals. Tokens are a function of the
-    request's own logits, settings and rows: not of the batch, the device, threads, or the processor.
+    token that crosses the threshold is kept) and min-p of the softmax at the temperature, and a draw by inverse
+    transform in column order. Temperature 0 takes the maximum, the lowest column among equals. Tokens are a function of
+    the request's own logits, settings and rows: not of the batch, the device, threads, or the processor.
 
     With ``streams`` a row is sampled in several calls, streams 0 to a - 1, then a to b - 1, and so on to S - 1, each
-    with what the call before gave. After the last one results and state are, to the bit, those of one call with all
-    the logits; until then the state stays as it is, streams that have not been sampled are fill, ``failed`` speaks of
-    the streams so far, ``done`` of the rows before, and stream 0's token is the one that was sampled, also where a
-    later stream has failed. The caller keeps the order of the calls, without gaps and without another change of the
-    state in between.
+    with the previous call's result. After the last call, results and state are bit-equal to those of one call with all
+    logits. Until then the state is unchanged, streams not sampled yet are padding, ``failed`` covers the streams so
+    far, ``done`` the rows before, and stream 0's token is the sampled one even if a later stream fails. The caller
+    keeps the order of the calls, without gaps and without changing the state in between.
 
     Args:
         logits: float32, bfloat16 or float16 ``[R, C]``, R at least B, all streams' columns side by side as in
-            ``state.column_ids``; or S tensors ``[R, V_s]``, which are copied together.
-        state: `DecodeState`, changed in place; with ``streams`` by the call that samples the last stream alone.
+            ``state.column_ids``; or S tensors ``[R, V_s]``, which are concatenated.
+        state: `DecodeState`, changed in place; with ``streams`` only by the call that samples the last stream.
         streams: ``(first, last)``: sample streams ``first`` to ``last - 1``; no column of another stream is read.
-        partial: where ``first`` is above 0, the result of the call that sampled the streams before; completed in place.
+        partial: if ``first`` is above 0, the result of the call that sampled the streams before; completed in place.
 
     Returns:
-        `SampledStep`; ``partial``, where it was given.
+        `SampledStep`; with ``partial``, that object.
 
     Raises:
-        OpError: (a ValueError) if shapes, dtypes or devices differ from the state's; if ``streams`` is no range of
-            streams; if ``partial`` is missing, or given where a row begins.
+        OpError: (a ValueError) shapes, dtypes or devices that differ from the state's; ``streams`` that is not a range
+            of streams; ``partial`` missing, or given at the start of a row.
     """
     B, C = state.batch_size, state.column_ids.shape[0]
     if not isinstance(logits, Tensor):
         logits = _side_by_side(logits, state)
-    # Messages are made where they are needed: they would take longer than a small batch's step.
-    check(
-        logits.dim() == 2 and logits.shape[0] >= B and logits.shape[1] == C and logits.dtype in _DTYPES,
-        lambda: (
+    if logits.dim() != 2 or logits.shape[0] < B or logits.shape[1] != C or logits.dtype not in _DTYPES:
+        raise OpError(
             f"multistream_sample: logits must be float32, bfloat16 or float16 [{B} or more, {C}]; "
             f"got {describe(logits)}"
-        ),
-    )
-    check(
-        logits.device == state.progress.device,
-        lambda: (
+        )
+    if logits.device != state.progress.device:
+        raise OpError(
             f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}"
-        ),
-    )
+        )
     arguments = (
         logits.detach(),
         state.column_ids,
@@ -136,53 +130,44 @@ def multistream_sample(
 def _checked_part(
     logits: Tensor, state: DecodeState, streams: tuple[int, int] | None, partial: SampledStep | None
 ) -> tuple[SampledStep, int, int]:
-    """The row to complete, and which streams of it."""
-    B, S = state.batch_size, state.num_streams
-    check(
-        isinstance(streams, (tuple, list)) and len(streams) == 2 and all(type(s) is int for s in streams),
-        lambda: (
-            f"multistream_sample: streams must be two whole numbers (first, last); got {streams}"
-            + (": partial is given, so the call must say which streams to sample" if streams is None else "")
-        ),
-    )
-    assert streams is not None
+    """The row to complete, and the range of streams to sample."""
+    op, B, S = "multistream_sample", state.batch_size, state.num_streams
+    if not (
+        isinstance(streams, (tuple, list)) and len(streams) == 2 and all(type(s) is int for s in streams)
+    ):
+        raise OpError(
+            f"{op}: streams must be two integers (first, last); got {streams}"
+            + (": with partial, give the streams to sample" if streams is None else "")
+        )
     first, last = streams
-    check(
-        0 <= first < last <= S,
-        lambda: (
-            f"multistream_sample: streams must be (first, last) with 0 <= first < last <= {S}; got ({first}, {last})"
-        ),
-    )
+    if not 0 <= first < last <= S:
+        raise OpError(
+            f"{op}: streams must be (first, last) with 0 <= first < last <= {S}; got ({first}, {last})"
+        )
     if first == 0:
-        check(
-            partial is None,
-            lambda: (
-                f"multistream_sample: streams ({first}, {last}) begin a row, so partial must be None; to go on with a "
-                "row, give the streams that follow those of the call before"
-            ),
+        if partial is not None:
+            raise OpError(
+                f"{op}: streams ({first}, {last}) start a row, so partial must be None; to continue a row, give the "
+                "streams after those of the previous call"
+            )
+        return SampledStep(*_empty(logits, B, S)), first, last
+    if not isinstance(partial, SampledStep):
+        raise OpError(
+            f"{op}: streams ({first}, {last}) continue a row, so partial must be the SampledStep of the call that "
+            f"sampled the streams before {first}; got {describe(partial)}"
         )
-        partial = SampledStep(*_empty(logits, B, S))
-    else:
-        check(
-            isinstance(partial, SampledStep),
-            lambda: (
-                f"multistream_sample: streams ({first}, {last}) go on with a row, so partial must be the SampledStep "
-                f"of the call that sampled the streams before {first}; got {describe(partial)}"
-            ),
-        )
-    assert partial is not None
     return partial, first, last
 
 
 def _side_by_side(parts: Sequence[Tensor], state: DecodeState) -> Tensor:
+    """The streams' logits as one tensor ``[R, C]``."""
     S = state.num_streams
-    check(len(parts) == S, f"multistream_sample: logits has {len(parts)} streams, the state has {S}")
+    if len(parts) != S:
+        raise OpError(f"multistream_sample: logits has {len(parts)} streams, the state has {S}")
     for s, part in enumerate(parts):
         width = state.bounds[s + 1] - state.bounds[s]
-        check(
-            part.dim() == 2 and part.shape[1] == width,
-            f"multistream_sample: logits[{s}] must be float [R, {width}]; got {describe(part)}",
-        )
+        if part.dim() != 2 or part.shape[1] != width:
+            raise OpError(f"multistream_sample: logits[{s}] must be float [R, {width}]; got {describe(part)}")
     return torch.cat(list(parts), dim=1)
 
 
@@ -193,7 +178,7 @@ _STATE = (
     "int eos_column, int tail"
 )
 LIBRARY.define(f"multistream_sample({_STATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-# An op of its own, for it completes tensors that it is given; the whole row's op makes its results.
+# A separate op, because it completes its arguments; the op for a whole row allocates its results.
 LIBRARY.define(
     f"multistream_sample_streams({_STATE}, Tensor(d!) tokens, Tensor(e!) logprob, Tensor(f!) is_content, "
     "Tensor(g!) failed, Tensor(h!) done, int first, int last) -> ()"

@@ -3,9 +3,9 @@
 Random numbers are Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a function of
 (seed, row, stream) without any state, so a request's tokens do not depend on which other requests share its batch.
 
-A token must not depend on the order in which a machine adds, so all sums that decide are sums of integers: a column's
-weight is ``round(2^40 e^((x - max) / temperature))``, with e^x by one polynomial whose products and sums round one by
-one. Against an exact softmax a probability is off by 2e-7 of itself, and columns below 2^-41 of the largest have none.
+A token must not depend on the order of additions, so all sums that decide are sums of integers: a column's weight is
+``round(2^40 e^((x - max) / temperature))``, with e^x by one polynomial whose products and sums are rounded one by one.
+Against an exact softmax a probability has a relative error of 2e-7, and columns below 2^-41 of the largest have none.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def lowest_argmax(x: Tensor) -> Tensor:
 
 
 def weights(x: Tensor, temperature: Tensor) -> Tensor:
-    """int64 ``[B, V]`` sampling weights of float32 logits ``[B, V]`` at ``temperature`` ``[B]`` > 0; 2^40 is the most.
+    """int64 ``[B, V]`` sampling weights of float32 logits ``[B, V]`` at ``temperature`` ``[B]`` > 0, up to 2^40.
 
     -inf is a column that may not be sampled. The difference from the maximum is taken before dividing, so that no
     temperature overflows.
@@ -97,9 +97,9 @@ def keep(x: Tensor, weight: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor)
     ordered = weight.gather(-1, order).masked_fill(rank >= k, 0)
     before = ordered.cumsum(-1) - ordered
     limit = (top_p.nan_to_num(1.0).double() * ordered.sum(-1).double()).ceil().long()[:, None]
-    least = (min_p.nan_to_num(0.0).clamp(0.0, 1.0).double() * _ONE).ceil().long()[:, None]
+    min_weight = (min_p.nan_to_num(0.0).clamp(0.0, 1.0).double() * _ONE).ceil().long()[:, None]
     below = (before < limit) | ~(top_p < 1)[:, None]
-    kept = (rank < k) & below & (ordered >= least) | (rank == 0)
+    kept = (rank < k) & below & (ordered >= min_weight) | (rank == 0)
     return torch.zeros_like(kept).scatter_(-1, order, kept)
 
 
@@ -125,12 +125,12 @@ def multistream_sample(
     streams: tuple[int, int] | None = None,
     partial: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sample the next row of every request and move ``state`` past it; see the op for what the results are.
+    """Sample the next row of every request and advance ``state``; see the op for the results.
 
     Args:
         logits: float ``[rows, C]``.
         state: its ``progress``, ``history`` and ``history_logprob`` are written, with the last stream.
-        streams: ``(first, last)``, a part of the row. partial: what the call before gave; it stays as it is.
+        streams: ``(first, last)``, a part of the row. partial: the previous call's result; it is not changed.
 
     Returns:
         ``(tokens int64 [B, S], logprob float32 [B, S], is_content bool [B, S], failed bool [B], done bool [B])``.
@@ -228,7 +228,7 @@ def multistream_sample(
 
 
 def _row_of(index: Tensor, logits: Tensor) -> Tensor:
-    """``index``; where it is no row of the logits, their last row, which is all NaN."""
+    """``index``, or the logits' last row, which is all NaN, where it is not a row of the logits."""
     last = logits.shape[0] - 1
     return torch.where((index >= 0) & (index < last), index, last)
 
@@ -245,8 +245,8 @@ def _penalised(x: Tensor, state: DecodeState, g: Tensor, s: int, row: Tensor) ->
     said = state.history[:, :, s].masked_fill(~recent, -1)
     ids = state.column_ids[state.bounds[s] : state.bounds[s + 1]]
     repeated = (said[:, :, None] == ids).any(1) & (ids != state.eos_id if s == 0 else ids >= 0)
-    most = torch.finfo(torch.float32).max
-    changed = torch.where(x > 0, x / penalty[:, None], x * penalty[:, None]).clamp(-most, most)
+    largest = torch.finfo(torch.float32).max
+    changed = torch.where(x > 0, x / penalty[:, None], x * penalty[:, None]).clamp(-largest, largest)
     applies = (penalty > 0) & penalty.isfinite() & (penalty != 1)
     return torch.where(repeated & applies[:, None] & x.isfinite(), changed, x)
 
@@ -269,7 +269,7 @@ def _advance(
     ended: Tensor,
     following: Tensor,
 ) -> None:
-    """Write the history and move every request that is not done by one row."""
+    """Write the history and advance every request that is not done by one row."""
     request = torch.arange(state.batch_size, device=tokens.device)
     live, row = ~state.is_done, state.row.clone()
     kept = live & (row >= 0) & (row < state.history.shape[1])

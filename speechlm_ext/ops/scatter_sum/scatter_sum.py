@@ -1,6 +1,6 @@
-"""scatter_sum: sums of the rows that belong together; the backward of multistream_embed, as a whole table or compact.
+"""scatter_sum: sums of rows by index, as a whole table or its touched rows; the backward of multistream_embed.
 
-Public are ``segment_sum`` and ``scatter_sum_rows``.
+Public functions: ``segment_sum`` and ``scatter_sum_rows``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from speechlm_ext.ops.common.memory import empty_in_huge_pages, lazy_zeros
 from speechlm_ext.ops.common.native import (
     LIBRARY,
+    OpError,
     OpIndexError,
-    check,
     describe,
     int_list,
     native,
@@ -22,10 +22,11 @@ from speechlm_ext.ops.common.native import (
 )
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ID_DTYPES = (torch.int32, torch.int64)
 
 
 def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
-    """Sum rows that belong together.
+    """Sums of the rows of each segment.
 
     Args:
         values: float ``[M, D]``; differentiable.
@@ -36,23 +37,20 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tenso
         ``[num_segments, D]`` in the dtype of ``values``, summed in float32 or wider; rows without members are 0.
 
     Raises:
-        OpError: (a ValueError) for shapes or dtypes that do not fit.
-        OpIndexError: (an IndexError too) on the CPU for an id out of range; on a GPU such a row is left out.
+        OpError: (a ValueError) shapes or dtypes that do not fit.
+        OpIndexError: (also an IndexError) on the CPU, an id out of range; a GPU ignores such a row.
     """
     op = "segment_sum"
-    check(
-        values.dim() == 2 and values.dtype in _DTYPES,
-        f"{op}: values must be float [M, D]; got {describe(values)}",
-    )
-    check(
-        tuple(segment_ids.shape) == (values.shape[0],) and segment_ids.dtype in (torch.int32, torch.int64),
-        f"{op}: segment_ids must be int32 or int64 [{values.shape[0]}]; got {describe(segment_ids)}",
-    )
-    check(num_segments >= 0, f"{op}: num_segments must be 0 or more; got {num_segments}")
-    check(
-        segment_ids.device == values.device,
-        f"{op}: segment_ids is {describe(segment_ids)} but values is on {values.device}",
-    )
+    if values.dim() != 2 or values.dtype not in _DTYPES:
+        raise OpError(f"{op}: values must be float [M, D]; got {describe(values)}")
+    if tuple(segment_ids.shape) != (values.shape[0],) or segment_ids.dtype not in _ID_DTYPES:
+        raise OpError(
+            f"{op}: segment_ids must be int32 or int64 [{values.shape[0]}]; got {describe(segment_ids)}"
+        )
+    if num_segments < 0:
+        raise OpError(f"{op}: num_segments must be 0 or more; got {num_segments}")
+    if segment_ids.device != values.device:
+        raise OpError(f"{op}: segment_ids is {describe(segment_ids)} but values is on {values.device}")
     return torch.ops.speechlm_ext.scatter_sum(values, segment_ids[:, None], None, [], [], num_segments)
 
 
@@ -65,43 +63,40 @@ def scatter_sum_rows(
     offsets: Sequence[int] | None = None,
     scale: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The touched rows of a table's gradient, without the table: ``sums[k] = Σ scale[s] · values[n]`` over all
-    ``(n, s)`` with ``ids[n, s] + offsets[s] == rows[k]``.
+    """The touched rows of a table's gradient, without the table.
+
+    ``sums[k] = Σ scale[s] · values[n]`` over all ``(n, s)`` with ``ids[n, s] + offsets[s] == rows[k]``.
 
     Args:
-        values: float ``[N, D]``, the gradient of what :func:`multistream_embed` gave; differentiable.
+        values: float ``[N, D]``, the gradient of :func:`multistream_embed`'s result; differentiable.
         ids: int32 or int64 ``[N, S]``.
         num_rows: V, rows of the table.
-        pad_id: counts for no row; None for no pad.
+        pad_id: id that is ignored, compared before ``offsets`` are added; None for none.
         offsets, scale: as for :func:`multistream_embed`.
 
     Returns:
-        ``rows`` int64 ``[K]``, ascending and distinct, and ``sums`` ``[K, D]`` in the dtype of ``values``: equal to the
-        bit to those rows of the dense gradient. K depends on the ids: on a GPU the call waits once for the device, and
+        ``rows`` int64 ``[K]``, ascending and distinct, and ``sums`` ``[K, D]`` in the dtype of ``values``:
+        bit-equal to those rows of the dense gradient. K depends on the ids: on a GPU the call synchronizes once, and
         tensors on "meta" cannot be used.
 
     Raises:
-        OpError: (a ValueError) for shapes or dtypes that do not fit.
-        OpIndexError: (an IndexError too) on the CPU for an id outside the table; on a GPU it is left out.
+        OpError: (a ValueError) shapes or dtypes that do not fit.
+        OpIndexError: (also an IndexError) on the CPU, an id outside the table; a GPU ignores it.
     """
     op = "scatter_sum_rows"
-    check(
-        ids.dim() == 2 and ids.dtype in (torch.int32, torch.int64),
-        f"{op}: ids must be int32 or int64 [N, S]; got {describe(ids)}",
-    )
-    check(
-        values.dim() == 2 and values.dtype in _DTYPES and values.shape[0] == ids.shape[0],
-        f"{op}: values must be float [{ids.shape[0]}, D]; got {describe(values)}",
-    )
-    check(values.device == ids.device, f"{op}: ids is {describe(ids)} but values is on {values.device}")
-    check(num_rows >= 0, f"{op}: num_rows must be 0 or more; got {num_rows}")
+    if ids.dim() != 2 or ids.dtype not in _ID_DTYPES:
+        raise OpError(f"{op}: ids must be int32 or int64 [N, S]; got {describe(ids)}")
+    if values.dim() != 2 or values.dtype not in _DTYPES or values.shape[0] != ids.shape[0]:
+        raise OpError(f"{op}: values must be float [{ids.shape[0]}, D]; got {describe(values)}")
+    if values.device != ids.device:
+        raise OpError(f"{op}: ids is {describe(ids)} but values is on {values.device}")
+    if num_rows < 0:
+        raise OpError(f"{op}: num_rows must be 0 or more; got {num_rows}")
     num_streams = ids.shape[1]
     starts = [] if offsets is None else int_list(offsets, f"{op}: offsets", num_streams)
     factors = [] if scale is None else [float(v) for v in scale]
-    check(
-        scale is None or len(factors) == num_streams,
-        f"{op}: scale must have {num_streams} values, one per stream; got {len(factors)}",
-    )
+    if scale is not None and len(factors) != num_streams:
+        raise OpError(f"{op}: scale must have {num_streams} values, one per stream; got {len(factors)}")
     sums, rows = torch.ops.speechlm_ext.scatter_sum_rows(values, ids, pad_id, starts, factors, num_rows)
     return rows, sums
 
@@ -159,7 +154,7 @@ def _sort_cuda(
     num_rows: int,
     touched: Tensor | None,
 ) -> Tensor:
-    """The workspace with the sorted pairs in it."""
+    """The workspace, containing the sorted pairs."""
     is_double = values.dtype == torch.float64
     size = native.scatter_sum_workspace(*ids.shape, num_rows, values.shape[1], is_double)
     workspace = torch.empty(size, dtype=torch.uint8, device=values.device)
@@ -185,7 +180,7 @@ def _scatter_sum_rows_cuda(
 ) -> tuple[Tensor, Tensor]:
     touched = ids.new_zeros(1, dtype=torch.int64)
     workspace = _sort_cuda(values, ids, pad_id, offsets, num_rows, touched) if ids.numel() else None
-    count = int(touched)  # the one wait for the device
+    count = int(touched)  # the only synchronization
     rows = ids.new_empty(count, dtype=torch.int64)
     out = values.new_empty(count, values.shape[1])
     if count:
@@ -228,15 +223,15 @@ def _scatter_sum_rows_setup(ctx, inputs, output):  # type: ignore[no-untyped-def
 
 
 def _scatter_sum_rows_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    """As of scatter_sum, with each id replaced by the place of its row among the touched ones."""
+    """The backward of scatter_sum, with each id replaced by its row's index among the touched rows."""
     ids, rows = ctx.saved_tensors
     at = ids.long() + torch.tensor(ctx.offsets, device=ids.device) if ctx.offsets else ids.long()
-    place = torch.searchsorted(rows, at)
-    is_touched = torch.cat([rows, rows.new_full((1,), -1)])[place] == at
+    index = torch.searchsorted(rows, at)
+    is_touched = torch.cat([rows, rows.new_full((1,), -1)])[index] == at
     if ctx.pad_id is not None:
         is_touched = is_touched & (ids != ctx.pad_id)
-    place = place.masked_fill(~is_touched, -1)
-    grad_values = torch.ops.speechlm_ext.multistream_embed(place, grad, -1, [], ctx.scale, *_PLAIN)
+    index = index.masked_fill(~is_touched, -1)
+    grad_values = torch.ops.speechlm_ext.multistream_embed(index, grad, -1, [], ctx.scale, *_PLAIN)
     return grad_values, None, None, None, None, None
 
 
