@@ -7,7 +7,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCH
   list(APPEND SPEECHLM_SIMD_SETS avx2 avx512)
   set(SIMD_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(SIMD_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mfma -mf16c)
-  target_compile_definitions(speechlm_core PUBLIC SPEECHLM_SIMD_X86)
+  add_compile_definitions(SPEECHLM_SIMD_X86) # for every target here: all see the same declarations
 endif()
 
 # The tile unit. Compilers know it since GCC 11 and Clang 11, but a compiler's assembler may be older.

@@ -1,4 +1,4 @@
-// Compiled once per instruction set; see common/simd.h.
+// The inner loops over the columns of one row, compiled once per instruction set; see common/cpu/simd.h.
 #include "multistream_loss/loss_rows.h"
 
 #include <cmath>
@@ -161,13 +161,13 @@ void finish(T* __restrict e, T* __restrict sums, int64_t n, T scale, T minus) {
 }  // namespace
 
 template <typename T>
-const LossLoops<T>& loss_loops_of() {
+const LossLoops<T>& loss_loops() {
   static const LossLoops<T> table{&max<T>, &sum<T>, &exp_sum<T>, &exp_dot<T>, &accumulate<T>, &finish<T>};
   return table;
 }
 
-template const LossLoops<float>& loss_loops_of<float>();
-template const LossLoops<double>& loss_loops_of<double>();
+template const LossLoops<float>& loss_loops<float>();
+template const LossLoops<double>& loss_loops<double>();
 
 }  // namespace SX_SIMD
 }  // namespace speechlm

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "common/cpu/parallel.h"
-#include "multistream_sample/choice.h"
-#include "multistream_sample/selection.h"
+#include "multistream_sample/sampler_cpu.h"
+#include "multistream_sample/sampling_math.h"
 #include "multistream_sample/state_machine.h"
 
 namespace speechlm {
@@ -86,7 +86,7 @@ class Sampler {
     const SampleChoice& choice = a_.choice[row.settings];
     places_.clear();
     if (has_penalty(settings, choice)) find_repeated(p, b, s, choice.repetition_window);
-    scope_.penalise(places_, settings.repetition_penalty);
+    scope_.penalize(places_, settings.repetition_penalty);
     const double number = is_greedy(settings, choice) ? 0.0 : uniform(a_.request[b].seed, p.row, s);
     const int64_t place = scope_.choose(settings, choice, number);
     logprob = logprob_of(scope_.at(place), largest, total);

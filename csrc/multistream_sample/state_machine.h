@@ -4,7 +4,7 @@
 // frame j - delays[s]: fill before frame 0, content, and fill again from the frame on at which stream 0 said the end.
 #pragma once
 
-#include "common/cuda/host_device.h"
+#include "common/host_device.h"
 #include "multistream_sample/multistream_sample.h"
 
 namespace speechlm {

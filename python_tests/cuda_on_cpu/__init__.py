@@ -1,7 +1,12 @@
 """The ops' CUDA kernels compiled for the CPU, and a context in which the ops use them.
 
 ``load()`` builds the module (seconds when nothing changed); ``kernels_on_cpu(module, seed)`` makes every op run its
-CUDA code on CPU tensors. What the shim shows, and what it cannot, is told in docs/testing.md.
+CUDA code on CPU tensors. docs/testing.md lists the faults that the shim finds and those that it cannot.
+
+    include/    in place of CUDA's own headers, and of csrc's that says where tensors are
+    kernel/     names that device code uses: indices, barriers, vectors, atomics, warp operations
+    runtime/    fibers, launches, and the checks of every load and store
+    selftest/   kernels with planted faults, for test_shim.py
 """
 
 from __future__ import annotations

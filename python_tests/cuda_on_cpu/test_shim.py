@@ -12,7 +12,7 @@ import pytest
 
 from python_tests import cuda_on_cpu
 
-SOURCE = cuda_on_cpu.HERE / "selftest.cu"
+SOURCE = cuda_on_cpu.HERE / "selftest" / "selftest.cu"
 BLOCK = 96
 
 RIGHT = {

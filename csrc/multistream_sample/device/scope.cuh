@@ -4,8 +4,8 @@
 
 #include <cmath>
 
-#include "multistream_sample/choice.h"
 #include "multistream_sample/device/block.cuh"
+#include "multistream_sample/sampling_math.h"
 #include "multistream_sample/state_machine.h"
 
 namespace speechlm {
@@ -88,11 +88,11 @@ class BlockScope {
   // After the penalty.
   __device__ float operator()(int place) const {
     const float x = raw(place);
-    return repeated_ != nullptr && (repeated_[place / 32] >> place % 32 & 1u) != 0 ? penalised(x, penalty_) : x;
+    return repeated_ != nullptr && (repeated_[place / 32] >> place % 32 & 1u) != 0 ? penalized(x, penalty_) : x;
   }
 
-  // Bits of the places to penalise.
-  __device__ void penalise(const unsigned* repeated, float penalty) {
+  // Bits of the places to penalize.
+  __device__ void penalize(const unsigned* repeated, float penalty) {
     repeated_ = repeated;
     penalty_ = penalty;
   }

@@ -25,12 +25,12 @@ struct Buckets {
 
   __device__ Buckets(float largest_, float smallest) : largest(largest_) {
     const float range = largest_ - smallest;
-    const float steps = static_cast<float>(kMostListed) / range;
+    const float steps = static_cast<float>(kMaxListed) / range;
     scale = range > 0 && steps < INFINITY ? steps : 0.0f;
   }
   __device__ int operator()(float x) const {
     const float steps = (largest - x) * scale;
-    constexpr auto kLast = static_cast<float>(kMostListed - 1);
+    constexpr auto kLast = static_cast<float>(kMaxListed - 1);
     return static_cast<int>(steps < kLast ? steps : kLast);
   }
 };
@@ -50,7 +50,7 @@ __device__ Wide find_border(BlockMemory& m, const BlockScope<T>& scope, const Bu
     if (thread == 0) m.count = 0;
     __syncthreads();
   };
-  clear(kMostListed);
+  clear(kMaxListed);
   for (int first = 0; first < scope.size; first += kSampleThreads) {
     const int place = first + thread;
     const float x = place < scope.size ? scope(place) : 0.0f;
@@ -58,7 +58,7 @@ __device__ Wide find_border(BlockMemory& m, const BlockScope<T>& scope, const Bu
   }
   __syncthreads();
   Wide before;
-  const int bucket = locate<kMostListed / kSampleThreads>(m, m.amounts, target, before);
+  const int bucket = locate<kMaxListed / kSampleThreads>(m, m.amounts, target, before);
   Wide prefix = 0;
   int shift = 64;  // members of the bucket agree with the border in the bits from here on
   const auto is_member = [&](int place, float x) {
@@ -70,15 +70,15 @@ __device__ Wide find_border(BlockMemory& m, const BlockScope<T>& scope, const Bu
       const int place = first + thread;
       const float x = place < scope.size ? scope(place) : 0.0f;
       const bool is_in = place < scope.size && is_member(place, x);
-      const unsigned lanes = __ballot_sync(kFullWarp, is_in);
+      const unsigned lanes = __ballot_sync(kFullMask, is_in);
       unsigned begin = 0;
       if (thread % 32 == 0 && lanes != 0) begin = atomicAdd(&m.count, static_cast<unsigned>(__popc(lanes)));
-      begin = __shfl_sync(kFullWarp, begin, 0);
+      begin = __shfl_sync(kFullMask, begin, 0);
       const unsigned slot = begin + static_cast<unsigned>(__popc(lanes & ((1u << thread % 32) - 1u)));
-      if (is_in && slot < kMostListed) m.ranks[slot] = rank_of(x, place);
+      if (is_in && slot < kMaxListed) m.ranks[slot] = rank_of(x, place);
     }
     __syncthreads();
-    if (m.count <= kMostListed) break;
+    if (m.count <= kMaxListed) break;
     const int next = shift - (shift == 32 ? 16 : 8);  // a place has fewer than 24 bits
     clear(kSampleThreads);
     for (int first = 0; first < scope.size; first += kSampleThreads) {
@@ -152,12 +152,12 @@ __device__ int draw(BlockMemory& m, const BlockScope<T>& scope, const Weigher& w
     Wide sum = m.before;
     for (int place = static_cast<int>(m.found) * length + lane;; place += 32) {
       const Wide reached = sum + warp_prefix(weight_at(place));
-      const unsigned lanes = __ballot_sync(kFullWarp, reached > target);
+      const unsigned lanes = __ballot_sync(kFullMask, reached > target);
       if (lanes != 0) {
         if (lane == __ffs(static_cast<int>(lanes)) - 1) m.place = place;
         break;
       }
-      sum = __shfl_sync(kFullWarp, reached, 31);
+      sum = __shfl_sync(kFullMask, reached, 31);
     }
   }
   __syncthreads();

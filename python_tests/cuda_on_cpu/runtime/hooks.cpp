@@ -2,7 +2,7 @@
 // store. The sanitizer's own runtime is not linked: what these calls are used for stands in runtime.cpp.
 #include <cstddef>
 
-#include "cuda_on_cpu/memory.h"
+#include "cuda_on_cpu/kernel/memory.h"
 
 using cuda_on_cpu::Access;
 using cuda_on_cpu::touch;

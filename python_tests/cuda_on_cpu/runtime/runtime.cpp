@@ -8,8 +8,8 @@
 #include <mutex>
 #include <stdexcept>
 
-#include "cuda_on_cpu/block.h"
-#include "cuda_on_cpu/memory.h"
+#include "cuda_on_cpu/kernel/memory.h"
+#include "cuda_on_cpu/runtime/block.h"
 
 namespace cuda_on_cpu {
 namespace {

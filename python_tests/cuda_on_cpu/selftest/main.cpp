@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <stdexcept>
 
-#include "cuda_on_cpu/device.h"
-#include "cuda_on_cpu/selftest.h"
+#include "cuda_on_cpu/kernel/device.h"
+#include "cuda_on_cpu/selftest/selftest.h"
 
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {

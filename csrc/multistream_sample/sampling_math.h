@@ -1,10 +1,10 @@
-// From settings and logits to a column, as far as both kinds of kernels share it: random numbers, the order of logits,
-// the integer limits of top-p and min-p, the repetition penalty.
+// Sampling arithmetic that the CPU and the CUDA kernels share: random numbers, the order of logits, the integer limits
+// of top-p and min-p, the repetition penalty.
 #pragma once
 
 #include <cmath>
 
-#include "common/cuda/host_device.h"
+#include "common/host_device.h"
 #include "multistream_sample/multistream_sample.h"
 
 namespace speechlm {
@@ -58,7 +58,7 @@ SX_HOST_DEVICE inline int64_t top_p_limit(float top_p, int64_t total) {
 }
 
 // min-p drops columns that weigh less than this.
-SX_HOST_DEVICE inline int64_t least_weight(float min_p) {
+SX_HOST_DEVICE inline int64_t min_weight(float min_p) {
   if (!(min_p > 0)) return 0;
   return min_p < 1 ? static_cast<int64_t>(std::ceil(static_cast<double>(min_p) * static_cast<double>(kOneWeight)))
                    : kOneWeight;
@@ -70,7 +70,7 @@ SX_HOST_DEVICE inline int64_t target_of(double number, int64_t total) {
   return target < total ? target : total - 1;
 }
 
-// Of the token with logit x: `total` is the sum of all columns' weights at temperature 1.
+// Log-probability of the token with logit x. `total` is the sum of all columns' weights at temperature 1.
 SX_HOST_DEVICE inline float logprob_of(float x, float largest, int64_t total) {
   const double sum = static_cast<double>(total) * 0x1p-40;
   return static_cast<float>(static_cast<double>(x) - static_cast<double>(largest) - std::log(sum));
@@ -81,12 +81,12 @@ SX_HOST_DEVICE inline bool has_penalty(const SampleSettings& settings, const Sam
   return penalty > 0 && penalty <= 3.402823466e38f && penalty != 1 && choice.repetition_window > 0;
 }
 
-// A finite logit stays finite; -inf, a column that may not be said, stays what it is.
-SX_HOST_DEVICE inline float penalised(float x, float penalty) {
-  constexpr float kMost = 3.402823466e38f;
-  if (!(x >= -kMost)) return x;
+// A finite logit stays finite; -inf, a column that is not allowed, stays -inf.
+SX_HOST_DEVICE inline float penalized(float x, float penalty) {
+  constexpr float kLargest = 3.402823466e38f;
+  if (!(x >= -kLargest)) return x;
   const float changed = x > 0 ? x / penalty : x * penalty;
-  return changed > kMost ? kMost : (changed < -kMost ? -kMost : changed);
+  return changed > kLargest ? kLargest : (changed < -kLargest ? -kLargest : changed);
 }
 
 // The column of stream s with this id, or -1.

@@ -1,4 +1,4 @@
-#include "cuda_on_cpu/shadow.h"
+#include "cuda_on_cpu/runtime/shadow.h"
 
 #include <algorithm>
 #include <cstring>

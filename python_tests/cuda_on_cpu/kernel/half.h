@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cuda_on_cpu/memory.h"
+#include "cuda_on_cpu/kernel/memory.h"
 
 namespace cuda_on_cpu {
 

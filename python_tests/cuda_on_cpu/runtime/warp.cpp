@@ -1,6 +1,6 @@
-#include "cuda_on_cpu/warp.h"
+#include "cuda_on_cpu/kernel/warp.h"
 
-#include "cuda_on_cpu/block.h"
+#include "cuda_on_cpu/runtime/block.h"
 
 namespace cuda_on_cpu {
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda_on_cpu/device.h"
+#include "cuda_on_cpu/kernel/device.h"
 
 namespace cuda_on_cpu {
 

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cuda_on_cpu/device.h"
-#include "cuda_on_cpu/shadow.h"
+#include "cuda_on_cpu/kernel/device.h"
+#include "cuda_on_cpu/runtime/shadow.h"
 
 // Functions of the runtime's own headers do their own bookkeeping.
 #define SX_UNWATCHED __attribute__((no_sanitize("thread"), noinline))

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda_on_cpu/fault.h"
+#include "cuda_on_cpu/kernel/fault.h"
 
 namespace cuda_on_cpu {
 

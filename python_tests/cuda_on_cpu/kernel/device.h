@@ -6,7 +6,7 @@
 #include <tuple>
 #include <utility>
 
-#include "cuda_on_cpu/fault.h"
+#include "cuda_on_cpu/kernel/fault.h"
 
 struct uint3 {
   unsigned x = 0, y = 0, z = 0;

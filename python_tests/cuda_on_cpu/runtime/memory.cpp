@@ -1,8 +1,8 @@
-#include "cuda_on_cpu/memory.h"
+#include "cuda_on_cpu/kernel/memory.h"
 
 #include <algorithm>
 
-#include "cuda_on_cpu/block.h"
+#include "cuda_on_cpu/runtime/block.h"
 
 namespace cuda_on_cpu {
 

@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "cuda_on_cpu/device.h"
-#include "cuda_on_cpu/shadow.h"
-#include "cuda_on_cpu/warp.h"
+#include "cuda_on_cpu/kernel/device.h"
+#include "cuda_on_cpu/kernel/warp.h"
+#include "cuda_on_cpu/runtime/shadow.h"
 
 namespace cuda_on_cpu {
 

@@ -1,33 +1,21 @@
-// Rows to float16 codes on the GPU, a warp per row. Bytes that must move: the rows once, their codes once.
+// kmeans_assign on the GPU, first step: rows to float16 codes and their error bounds, a warp per row. Bytes that must
+// move: the rows once, their codes once.
 #include <cmath>
 
-#include "common/cuda/cuda.cuh"
+#include "common/cuda/warp.cuh"
 #include "kmeans_assign/kmeans_assign.h"
 
 namespace speechlm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr unsigned kFull = 0xffffffffu;
-
-__device__ inline double warp_sum(double v) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kFull, v, step);
-  return v;
-}
-
-__device__ inline double warp_max(double v) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) v = fmax(v, __shfl_xor_sync(kFull, v, step));
-  return v;
-}
 
 // A product of float16 codes sums F exact terms in float, in an order and with a rounding of the hardware's own:
 // blocks of terms are aligned to the largest and cut off, which loses at most 2^-22 of the sum of magnitudes a term.
 __device__ inline double product_error(int64_t width) { return 0x1p-22 * static_cast<double>(width + 8); }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) rows_kernel(const KmeansRowsArgs<T> a) {
+__global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const KmeansQuantizeArgs<T> a) {
   const auto lane = static_cast<int>(threadIdx.x % 32);
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
   const double unit = *a.unit;
@@ -44,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const KmeansRowsArgs<T> 
     }
     check = warp_sum(check);
     squares = warp_sum(squares);
-    largest = warp_max(largest);
+    largest = warp_reduce(largest, [](double a, double b) { return fmax(a, b); });
     const bool is_finite = check == 0;
     // Squares that overflow or lose digits say nothing.
     const bool fits = is_finite && squares < 1e300 && (largest == 0 || largest > 1e-140);
@@ -72,17 +60,17 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const KmeansRowsArgs<T> 
       r.eta = static_cast<float>(INFINITY);
     } else {
       const double norm = sqrt(squares), hat = sqrt(hats) * (1 + 0x1p-40);
-      const double most = fmax(unit, norm), beta = fmax(unit / most, kLeastBeta);
+      const double size = fmax(unit, norm), beta = fmax(unit / size, kMinBeta);
       constexpr double kSlack = kFloatSlack * 0x1p-24, kUp = 1 + 0x1p-20;
-      r.alpha = static_cast<float>(scale / most);
+      r.alpha = static_cast<float>(scale / size);
       r.beta_low = r.beta_high = static_cast<float>(beta);
       if (a.exact) {
         const double residual = sqrt(residuals) * (1 + 0x1p-40) + norm * 0x1p-50;
-        r.beta_low = static_cast<float>(fmax(beta * (1 - kSlack), kLeastBeta));
+        r.beta_low = static_cast<float>(fmax(beta * (1 - kSlack), kMinBeta));
         r.beta_high = static_cast<float>(beta * (1 + kSlack));
-        r.rho = static_cast<float>((residual + 2 * (kSlack + product_error(a.width)) * hat) / most * kUp);
-        r.hat = static_cast<float>(hat / most * kUp);
-        const double direct = 0x1p-52 * static_cast<double>(a.width + 8) * (norm / unit) * (norm / most);
+        r.rho = static_cast<float>((residual + 2 * (kSlack + product_error(a.width)) * hat) / size * kUp);
+        r.hat = static_cast<float>(hat / size * kUp);
+        const double direct = 0x1p-52 * static_cast<double>(a.width + 8) * (norm / unit) * (norm / size);
         r.eta = static_cast<float>(direct * kUp + kFloatFloor);
       }
     }
@@ -93,17 +81,16 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const KmeansRowsArgs<T> 
 }  // namespace
 
 template <typename T>
-void kmeans_rows_cuda(const KmeansRowsArgs<T>& args, int device, void* stream) {
+void kmeans_quantize_rows_cuda(const KmeansQuantizeArgs<T>& args, int device, void* stream) {
   if (args.num_rows == 0) return;
   const DeviceGuard guard(device);
-  SX_LAUNCH(rows_kernel<T>, grid_for(args.num_rows, kThreads / 32), kThreads, 0, static_cast<cudaStream_t>(stream),
-            args);
-  cuda_check(cudaGetLastError(), "kmeans_assign: launch of the rows");
+  SX_LAUNCH(quantize_rows_kernel<T>, grid_for(args.num_rows, kThreads / 32), kThreads, 0,
+            static_cast<cudaStream_t>(stream), args);
+  cuda_check(cudaGetLastError(), "kmeans_assign: launch of the codes");
 }
 
-template void kmeans_rows_cuda<float>(const KmeansRowsArgs<float>&, int, void*);
-template void kmeans_rows_cuda<double>(const KmeansRowsArgs<double>&, int, void*);
-template void kmeans_rows_cuda<BFloat16>(const KmeansRowsArgs<BFloat16>&, int, void*);
-template void kmeans_rows_cuda<Float16>(const KmeansRowsArgs<Float16>&, int, void*);
+#define SX_INSTANTIATE(T) template void kmeans_quantize_rows_cuda<T>(const KmeansQuantizeArgs<T>&, int, void*);
+SX_FOR_FLOATS(SX_INSTANTIATE)
+#undef SX_INSTANTIATE
 
 }  // namespace speechlm

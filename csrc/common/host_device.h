@@ -1,4 +1,4 @@
-// What functions need that the CPU kernels and the CUDA kernels share.
+// Arithmetic that the CPU kernels and the CUDA kernels share.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,10 @@
 #endif
 
 namespace speechlm {
+
+// Of non-negative numbers.
+SX_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+SX_HOST_DEVICE constexpr int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
 // In unsigned arithmetic: they wrap for absurd values where signed overflow would be undefined.
 SX_HOST_DEVICE inline int64_t wrapping_add(int64_t a, int64_t b) {

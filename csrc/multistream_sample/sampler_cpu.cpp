@@ -1,48 +1,15 @@
-// Selection without sorting a scope: a bound, cheap to find, below which no column can be kept leaves a few columns,
-// and what follows looks at those alone. Without any filter a draw looks at one block of columns.
-#include "multistream_sample/selection.h"
+// Sampling on the CPU without sorting a scope: a cheap bound below which no column can be kept leaves a few columns,
+// and all later steps read only those. Without any filter a draw reads one block of columns.
+#include "multistream_sample/sampler_cpu.h"
 
 #include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
 
-#include "multistream_sample/choice.h"
+#include "multistream_sample/sampling_math.h"
 
 namespace speechlm {
-
-#define SX_LOOPS(set)                   \
-  namespace set {                       \
-  const SampleLoops& sample_loops_of(); \
-  template <typename T>                 \
-  LoadLoop<T> load_loop_of();           \
-  }
-SX_LOOPS(generic)
-#ifdef SPEECHLM_SIMD_X86
-SX_LOOPS(avx2)
-SX_LOOPS(avx512)
-#endif
-#undef SX_LOOPS
-
-const SampleLoops& sample_loops() {
-#ifdef SPEECHLM_SIMD_X86
-  if (simd_in_use() == Simd::kAvx512) return avx512::sample_loops_of();
-  if (simd_in_use() == Simd::kAvx2) return avx2::sample_loops_of();
-#endif
-  return generic::sample_loops_of();
-}
-
-template <typename T>
-LoadLoop<T> load_loop() {
-#ifdef SPEECHLM_SIMD_X86
-  if (simd_in_use() == Simd::kAvx512) return avx512::load_loop_of<T>();
-  if (simd_in_use() == Simd::kAvx2) return avx2::load_loop_of<T>();
-#endif
-  return generic::load_loop_of<T>();
-}
-template LoadLoop<float> load_loop<float>();
-template LoadLoop<BFloat16> load_loop<BFloat16>();
-template LoadLoop<Float16> load_loop<Float16>();
 
 namespace {
 
@@ -70,7 +37,7 @@ float* Scope::begin(int64_t n) {
   x_ = memory_.data() + (2 * kLine - static_cast<int64_t>(address % kLine));
   size_ = n;
   has_total_ = false;
-  unpenalised_.clear();
+  unpenalized_.clear();
   return x_;
 }
 
@@ -82,7 +49,7 @@ void Scope::put_first(float x) {
 void Scope::put_last(float x) { x_[size_++] = x; }
 
 bool Scope::finish() {
-  blocks_ = (size_ + kSampleBlock - 1) / kSampleBlock;
+  blocks_ = ceil_div(size_, kSampleBlock);
   std::fill(x_ + size_, x_ + blocks_ * kSampleBlock, -kInfinity);
   grow(maxima_, blocks_ * kSampleLanes);
   grow(sums_, blocks_);
@@ -96,22 +63,22 @@ int64_t Scope::total() {
   return total_;
 }
 
-void Scope::penalise(const std::vector<int32_t>& places, float penalty) {
+void Scope::penalize(const std::vector<int32_t>& places, float penalty) {
   if (places.empty()) return;
-  is_penalised_.resize(std::max<size_t>(is_penalised_.size(), size_));
+  is_penalized_.resize(std::max<size_t>(is_penalized_.size(), size_));
   for (const int32_t place : places) {
-    if (is_penalised_[place]) continue;
-    is_penalised_[place] = true;
-    unpenalised_.emplace_back(place, x_[place]);
-    x_[place] = penalised(x_[place], penalty);
+    if (is_penalized_[place]) continue;
+    is_penalized_[place] = true;
+    unpenalized_.emplace_back(place, x_[place]);
+    x_[place] = penalized(x_[place], penalty);
   }
-  for (const int32_t place : places) is_penalised_[place] = false;
+  for (const int32_t place : places) is_penalized_[place] = false;
   loops_->maxima(x_, blocks_, maxima_.data(), &largest_);
   has_total_ = false;
 }
 
 float Scope::at(int64_t place) const {
-  for (const auto& [changed, x] : unpenalised_) {
+  for (const auto& [changed, x] : unpenalized_) {
     if (changed == place) return x;
   }
   return x_[place];
@@ -124,11 +91,11 @@ uint64_t Scope::rank_of(int64_t place) const {
 int64_t Scope::choose(const SampleSettings& settings, const SampleChoice& choice, double number) {
   if (is_greedy(settings, choice)) return first_largest();
   const Weighing how{largest_, settings.temperature};
-  const int64_t k = kept_by(choice.top_k, size_), least = least_weight(settings.min_p);
+  const int64_t k = kept_by(choice.top_k, size_), least = min_weight(settings.min_p);
   if (k < size_) {
-    const int64_t count = keep_best(take(bound_of_top_k(k)), k);
+    const int64_t count = keep_best(list_from(bound_of_top_k(k)), k);
     const int64_t sum = weigh(count, how);
-    return draw_from_taken(count, top_p_limit(settings.top_p, sum), least, number);
+    return draw_from_listed(count, top_p_limit(settings.top_p, sum), least, number);
   }
   int64_t sum = total_;
   if ((settings.top_p < 1 || least == 0) && !(has_total_ && how.temperature == 1)) {
@@ -138,17 +105,17 @@ int64_t Scope::choose(const SampleSettings& settings, const SampleChoice& choice
   if (limit > 0) {
     // Columns that weigh less than this are not needed to reach the limit, all together.
     const double spare = static_cast<double>(sum - limit) / static_cast<double>(size_);
-    int64_t count = take(bound_of_weights(how, spare));
+    int64_t count = list_from(bound_of_weights(how, spare));
     if (weigh(count, how) < limit) {  // roundings
-      count = take(-kInfinity);
+      count = list_from(-kInfinity);
       weigh(count, how);
     }
-    return draw_from_taken(count, limit, least, number);
+    return draw_from_listed(count, limit, least, number);
   }
   if (least > 0) {
-    const int64_t count = take(bound_of_weights(how, static_cast<double>(least)));
+    const int64_t count = list_from(bound_of_weights(how, static_cast<double>(least)));
     weigh(count, how);
-    return draw_from_taken(count, 0, least, number);
+    return draw_from_listed(count, 0, least, number);
   }
   int64_t target = target_of(number, sum);
   const int64_t first = reach(sums_.data(), target) * kSampleBlock;
@@ -193,7 +160,7 @@ float Scope::bound_of_weights(Weighing how, double weight) const {
 }
 
 // Lists the places with at least this logit, in the order of their columns.
-int64_t Scope::take(float bound) {
+int64_t Scope::list_from(float bound) {
   grow(places_, blocks_ * kSampleBlock);
   int64_t count = loops_->at_least(x_, blocks_, maxima_.data(), bound, places_.data());
   while (places_[count - 1] >= size_) --count;  // what fills the last block up
@@ -213,7 +180,7 @@ int64_t Scope::keep_best(int64_t count, int64_t k) {
 
 // Weighs the listed places; returns their sum.
 int64_t Scope::weigh(int64_t count, Weighing how) {
-  const int64_t padded = (count + kSampleLanes - 1) / kSampleLanes * kSampleLanes;
+  const int64_t padded = round_up(count, kSampleLanes);
   few_.assign(padded, -kInfinity);
   grow(weights_, padded);
   for (int64_t i = 0; i < count; ++i) few_[i] = x_[places_[i]];
@@ -224,7 +191,7 @@ int64_t Scope::weigh(int64_t count, Weighing how) {
 }
 
 // Draws from the listed places, of which the best that reach `limit` (0: all) and weigh at least `least` are kept.
-int64_t Scope::draw_from_taken(int64_t count, int64_t limit, int64_t least, double number) {
+int64_t Scope::draw_from_listed(int64_t count, int64_t limit, int64_t least, double number) {
   if (limit > 0) {
     const uint64_t last = border(count, limit);
     for (int64_t i = 0; i < count; ++i) weights_[i] = rank_of(places_[i]) <= last ? weights_[i] : 0;

@@ -1,4 +1,4 @@
-#include "cuda_on_cpu/block.h"
+#include "cuda_on_cpu/runtime/block.h"
 
 #include <sys/mman.h>
 

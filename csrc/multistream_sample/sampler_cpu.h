@@ -1,4 +1,4 @@
-// A stream's scope on the CPU, and the column that is chosen from it.
+// The logits of a stream's scope on the CPU, and the choice of a column from them.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +22,13 @@ class Scope {
 
   // Sums the weights at temperature 1.
   int64_t total();
-  // Penalises the logits at these places, each once. They may occur several times.
-  void penalise(const std::vector<int32_t>& places, float penalty);
+  // Penalizes the logits at these places, each once. They may occur several times.
+  void penalize(const std::vector<int32_t>& places, float penalty);
   // The place that is chosen.
   int64_t choose(const SampleSettings& settings, const SampleChoice& choice, double number);
 
   int64_t size() const { return size_; }
-  // The logit before it was penalised.
+  // The logit before it was penalized.
   float at(int64_t place) const;
   float largest() const { return largest_; }
 
@@ -42,10 +42,10 @@ class Scope {
   int64_t first_largest() const;
   float bound_of_top_k(int64_t k);
   float bound_of_weights(Weighing how, double weight) const;
-  int64_t take(float bound);
+  int64_t list_from(float bound);
   int64_t keep_best(int64_t count, int64_t k);
   int64_t weigh(int64_t count, Weighing how);
-  int64_t draw_from_taken(int64_t count, int64_t limit, int64_t least, double number);
+  int64_t draw_from_listed(int64_t count, int64_t limit, int64_t least, double number);
 
   const SampleLoops* loops_ = nullptr;
   std::vector<float> memory_, maxima_, groups_, few_;
@@ -53,8 +53,8 @@ class Scope {
   std::vector<int32_t> places_, buckets_;
   std::vector<uint64_t> ranks_;
   std::vector<Item> items_;
-  std::vector<bool> is_penalised_;
-  std::vector<std::pair<int32_t, float>> unpenalised_;
+  std::vector<bool> is_penalized_;
+  std::vector<std::pair<int32_t, float>> unpenalized_;
   float* x_ = nullptr;
   int64_t size_ = 0, blocks_ = 0, total_ = 0;
   float largest_ = 0;

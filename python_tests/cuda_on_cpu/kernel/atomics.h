@@ -1,8 +1,8 @@
 // Atomic operations: they never race with each other, but do with plain accesses that no barrier keeps apart.
 #pragma once
 
-#include "cuda_on_cpu/half.h"
-#include "cuda_on_cpu/memory.h"
+#include "cuda_on_cpu/kernel/half.h"
+#include "cuda_on_cpu/kernel/memory.h"
 
 namespace cuda_on_cpu {
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/cuda/cub.cuh"
-#include "cuda_on_cpu/selftest.h"
+#include "cuda_on_cpu/selftest/selftest.h"
 
 namespace {
 
