@@ -30,7 +30,7 @@ foreach(op IN LISTS SPEECHLM_OPS)
   file(GLOB OP_SIMD_SOURCES CONFIGURE_DEPENDS csrc/${op}/*_simd.cpp)
   list(APPEND SIMD_SOURCES ${OP_SIMD_SOURCES})
 endforeach()
-# Without -fno-trapping-math (nobody unmasks floating-point traps here) GCC does not vectorize a comparison.
+# Without -fno-trapping-math (floating-point traps stay masked here) GCC does not vectorize a comparison.
 foreach(set IN LISTS SPEECHLM_SIMD_SETS)
   add_library(speechlm_simd_${set} OBJECT ${SIMD_SOURCES})
   target_include_directories(speechlm_simd_${set} PRIVATE csrc)

@@ -52,7 +52,7 @@ struct DelayPackMeta {
   const int64_t* pads = nullptr;             // [S] fill before a segment's first frame, and of streams without content
   const int64_t* ends = nullptr;             // [S] fill after a segment's last frame
   const int64_t* special_offsets = nullptr;  // [n + 1] special ids before each segment
-  const int64_t* prefix = nullptr;           // [n] how many of a segment's special ids come before its content
+  const int64_t* prefix = nullptr;           // [n] number of special ids before the content
   const int64_t* specials = nullptr;         // [num_specials]
   const double* special_weight = nullptr;    // [num_specials] as labels, bit by bit
   const int64_t* width = nullptr;            // [n] streams that a segment's content fills

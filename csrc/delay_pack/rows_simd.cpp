@@ -1,7 +1,7 @@
 // The inner loop of delay_pack, compiled once per instruction set; see common/cpu/simd.h.
 //
-// Four ids are loaded one by one, because neighbours in a row lie in different frames, and handled and stored as one
-// vector: on common processors that is as fast as a plain copy, which hardware gathers are not.
+// Four ids are loaded one by one, because neighbours in a row are from different frames, and processed and stored as
+// one vector: on common processors that is as fast as a plain copy, which hardware gathers are not.
 #include "delay_pack/rows.h"
 
 #include <cstring>
@@ -59,7 +59,7 @@ bool pack_rows(const PackRows<In, Out>& a, const PackPeriod& p) {
         std::memcpy(label + e, &y, sizeof y);
       }
       if (kWeight) {
-        // A stream without content has the factor 0, but somebody's NaN must not come through it.
+        // A stream without content has the factor 0, but 0 * NaN is NaN.
         const Floats given{weight[at[0]], weight[at[1]], weight[at[2]], weight[at[3]]};
         w *= given;
         if (kNarrow) w = reinterpret_cast<Floats>(reinterpret_cast<Narrow>(w) & __builtin_convertvector(mask, Narrow));

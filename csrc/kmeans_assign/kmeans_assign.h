@@ -19,7 +19,7 @@
 
 namespace speechlm {
 
-constexpr int64_t kPanel = 16;  // centroids whose codes lie together on the CPU
+constexpr int64_t kPanel = 16;  // centroids whose codes are interleaved on the CPU
 
 // Pairs of coarse codes, of a row or centroid, are padded to this.
 constexpr int64_t kCoarsePairs = 16;
@@ -86,7 +86,7 @@ struct KmeansAssignArgs {
 template <typename T, typename C>
 void kmeans_assign_cpu(const KmeansAssignArgs<T, C>& args, int threads);
 
-// K rounded up to what `codes` and the terms hold.
+// K rounded up to the size of `codes` and the terms.
 inline int64_t padded_clusters(int64_t num_clusters) {
   constexpr int64_t kMultiple = 2 * kPanel;  // a tile of AVX-512 takes two panels
   return round_up(num_clusters, kMultiple);

@@ -1,4 +1,4 @@
-// The centroids as kmeans_assign's tiles read them.
+// Codes and terms of the centroids, in the layout of kmeans_assign's tiles.
 #include <algorithm>
 #include <array>
 #include <cmath>

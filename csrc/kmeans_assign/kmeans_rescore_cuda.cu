@@ -29,7 +29,7 @@ __device__ inline ScoreBounds bounds_of(float product, float scale, float half_n
   return {fmaxf(low, -INFINITY), fminf(high, INFINITY)};
 }
 
-// The least float64 distance and its centroid, the lowest index among equals.
+// The smallest float64 distance and its centroid, the lowest index among equals.
 struct Nearest {
   double distance;
   int64_t cluster;

@@ -18,7 +18,7 @@ struct Quantized {
   double scale = 0;
   double residual = 0;  // its norm, rounded up
   double hat = 0;       // norm of scale * code, rounded up
-  bool fits = true;     // false: beyond what squares in float64 can hold, or not finite
+  bool fits = true;     // false: squares overflow or underflow in float64, or not finite
 };
 
 // Values and codes are padded with zeros to whole vectors.

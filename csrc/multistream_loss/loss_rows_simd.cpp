@@ -82,7 +82,7 @@ T exp_sum_of(T* out, const T* z, const T* __restrict bias, int64_t n, T largest)
   T lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-#pragma GCC ivdep  // `out` is `z` or lies apart
+#pragma GCC ivdep  // `out` is `z` or does not overlap it
     for (int64_t j = 0; j < kLanes; ++j) {
       const T e = exponential((kBias ? z[i + j] + bias[i + j] : z[i + j]) - largest);
       out[i + j] = e;

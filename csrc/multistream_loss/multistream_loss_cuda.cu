@@ -139,20 +139,20 @@ void upload(const std::vector<int64_t>& words, int64_t* table, cudaStream_t stre
 template <typename T>
 int64_t layout(void* base, const LossRowsArgs<T>& args, LossWorkspace<Accumulator<T>>& w) {
   using Acc = Accumulator<T>;
-  Carver carver(base);
+  BumpAllocator memory(base);
   const int64_t pairs = args.num_rows * args.num_streams;
-  w.table = carver.take<int64_t>(table_words(args));
-  w.terms = carver.take<LossTerms<Acc>>(pairs);
-  w.loss = carver.take<double>(pairs);
-  w.target = carver.take<int32_t>(pairs);
-  w.correct = carver.take<uint8_t>(pairs);
+  w.table = memory.allocate<int64_t>(table_words(args));
+  w.terms = memory.allocate<LossTerms<Acc>>(pairs);
+  w.loss = memory.allocate<double>(pairs);
+  w.target = memory.allocate<int32_t>(pairs);
+  w.correct = memory.allocate<uint8_t>(pairs);
   // Borders that depend on the sizes alone, so that every device adds in the same order.
   const int64_t blocks = ceil_div(args.num_columns, kGradientColumns);
   const int64_t max_splits = std::clamp<int64_t>(kGradientBlocks / std::max<int64_t>(blocks, 1), 1, 64);
   w.split_rows = round_up(std::max(kMinSplitRows, ceil_div(args.num_rows, max_splits)), kGradientRows);
   w.num_splits = ceil_div(args.num_rows, w.split_rows);
-  w.partials = args.want_grad && args.num_sums > 0 ? carver.take<Acc>(w.num_splits * args.num_sums) : nullptr;
-  return carver.used();
+  w.partials = args.want_grad && args.num_sums > 0 ? memory.allocate<Acc>(w.num_splits * args.num_sums) : nullptr;
+  return memory.used();
 }
 
 }  // namespace

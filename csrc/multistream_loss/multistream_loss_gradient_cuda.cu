@@ -108,7 +108,7 @@ void launch_gradient(const LossRowsArgs<T>& args, const LossTable& table, const 
   const auto kernel = args.options.softcap > 0 ? &gradient_kernel<T, true> : &gradient_kernel<T, false>;
   const auto columns = static_cast<unsigned>(ceil_div(args.num_columns, kThreads));
   const auto splits = static_cast<unsigned>(w.num_splits);
-  // At most 36 KiB, for 64 streams of double: within what every device grants unasked.
+  // At most 36 KiB, for 64 streams of double: within the default limit of every device.
   const size_t shared = args.num_streams * kRows * (sizeof(LossTerms<Accumulator<T>>) + sizeof(int32_t));
   SX_LAUNCH(kernel, dim3(columns, splits), kThreads, shared, stream, args, table, w);
   cuda_check(cudaGetLastError(), "multistream_loss: launch of the gradient");

@@ -129,7 +129,7 @@ __device__ __forceinline__ void read_row(const LossRowsArgs<T>& a, const T* row,
   }
 }
 
-// From the warps' parts to the loss of stream k in the chunk's row r, and to what its gradient needs.
+// From the warps' parts to the loss of stream k in the chunk's row r, and the terms of its gradient.
 template <bool kCap, bool kExtra, typename T>
 __device__ inline void finish(const LossRowsArgs<T>& a, const LossTable& table, const LossWorkspace<Accumulator<T>>& w,
                               const SoftmaxSums<Accumulator<T>>* parts, int64_t r, int64_t k) {

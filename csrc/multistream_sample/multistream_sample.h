@@ -6,7 +6,7 @@
 // A row may be sampled in several calls, a few streams at a time. A call reads from the outputs of those before it
 // stream 0's token, and in `failed` whether a stream has failed. Only the last call moves the request.
 //
-//   state_machine.h     which streams have content in this row, and where the request stands afterwards
+//   state_machine.h     which streams have content in this row, and the next state of the request
 //   sampling_math.h     random numbers, sampling settings, the order of logits: shared by both kinds of kernels
 //   sample_loops.h      the CPU's loops over the columns of a scope, by instruction set
 //   sampler_cpu.h       the CPU's top-k, top-p and draw

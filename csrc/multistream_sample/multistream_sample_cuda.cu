@@ -79,7 +79,7 @@ __device__ int choose(BlockMemory& m, const BlockScope<T>& scope, const SampleSe
   return draw(m, scope, weigh, border, static_cast<Wide>(min_weight(settings.min_p)), number);
 }
 
-// What a stream that may have content says; the same in every thread.
+// The token of a stream that may have content; the same in every thread.
 template <typename T>
 __device__ Result sample(BlockMemory& m, const SampleArgs<T>& args, const Position& p, const StreamRow& row, int64_t b,
                          int64_t s, const DynamicMemory& room, float* cache) {
@@ -89,10 +89,10 @@ __device__ Result sample(BlockMemory& m, const SampleArgs<T>& args, const Positi
   if (forced >= 0) {
     forced_column = column_of(a, s, forced);
     const bool is_end = s == 0 && forced_column == a.eos_column;
-    const bool may_say = is_end ? row.may_end : forced_column >= row.first && forced_column < row.last;
+    const bool is_in_scope = is_end ? row.may_end : forced_column >= row.first && forced_column < row.last;
     const bool is_allowed =
         a.allowed == nullptr || forced_column < 0 || a.allowed[b * a.allowed_stride + forced_column] != 0;
-    if (forced_column < 0 || !may_say || !is_allowed) return {forced, 0.0f, false};
+    if (forced_column < 0 || !is_in_scope || !is_allowed) return {forced, 0.0f, false};
   }
   BlockScope<T> scope;
   int is_bad = scope.open(args, row, b, s, cache, room.cached) ? 0 : 1;

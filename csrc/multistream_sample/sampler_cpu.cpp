@@ -163,7 +163,7 @@ float Scope::bound_of_weights(Weighing how, double weight) const {
 int64_t Scope::list_from(float bound) {
   grow(places_, blocks_ * kSampleBlock);
   int64_t count = loops_->at_least(x_, blocks_, maxima_.data(), bound, places_.data());
-  while (places_[count - 1] >= size_) --count;  // what fills the last block up
+  while (places_[count - 1] >= size_) --count;  // the padding of the last block
   return count;
 }
 
@@ -203,7 +203,7 @@ int64_t Scope::draw_from_listed(int64_t count, int64_t limit, int64_t least, dou
 }
 
 // Rank of the last of the listed places, best first, that are needed for their weights to reach `limit`. A histogram
-// over the distance from the maximum tells among which few of them it is.
+// over the distance from the maximum leaves the few of its bucket.
 uint64_t Scope::border(int64_t count, int64_t limit) {
   constexpr int32_t kBuckets = 256;
   const float range = largest_ - *std::min_element(few_.begin(), few_.begin() + count);

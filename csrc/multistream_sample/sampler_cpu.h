@@ -13,11 +13,11 @@ namespace speechlm {
 // The logits of a scope in column order, in blocks. One per thread; it keeps its memory.
 class Scope {
  public:
-  // Room for n logits behind one that may come first; returns where they go.
+  // Makes room for n logits behind one that put_first may add; returns their address.
   float* begin(int64_t n);
   void put_first(float x);
   void put_last(float x);
-  // Fills the last block up, and finds the maximum. False if there is none, or a NaN or +inf.
+  // Pads the last block, and finds the maximum. False if there is none, or a NaN or +inf.
   bool finish();
 
   // Sums the weights at temperature 1.

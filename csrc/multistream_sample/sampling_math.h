@@ -9,7 +9,7 @@
 
 namespace speechlm {
 
-constexpr int64_t kOneWeight = int64_t{1} << 40;  // of the most probable column
+constexpr int64_t kOneWeight = int64_t{1} << 40;  // weight of the most probable column
 // Adding it to a weight in [0, 1] rounds that to a multiple of 2^-40, in the last bit of the sum.
 constexpr double kWeightMagic = 6144.0;
 constexpr int64_t kWeightMagicBits = 0x40b8000000000000;

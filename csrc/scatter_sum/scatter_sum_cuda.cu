@@ -1,5 +1,5 @@
 // scatter_sum on the GPU: a radix sort of (table row, place), sums over fixed chunks of the sorted pairs, and a second
-// pass that joins the runs which chunk borders cut, in order: no atomics on values, so the bits are the same every
+// pass that joins, in order, the runs that chunk borders cut: no atomics on values, so the bits are the same every
 // time. A compact result has a row per run; a prefix sum over the runs' last pairs numbers them.
 #include "common/cuda/cub.cuh"
 #include "common/cuda/cuda.cuh"
@@ -17,7 +17,7 @@ constexpr int kChunk = 128;  // sorted pairs that one block sums
 template <typename Acc>
 struct Workspace {
   uint32_t* keys_in;  // after the sort: 1 where a run ends
-  uint32_t* keys;     // sorted table rows; pads and bad ids are V and come last
+  uint32_t* keys;     // sorted table rows; pads and bad ids are V and sort last
   uint32_t* places_in;
   uint32_t* places;  // n * S + s
   uint32_t* run;     // [N * S + 1] runs that end before each pair: the number of the pair's run; last: of all runs
@@ -29,21 +29,21 @@ struct Workspace {
 
   Workspace(void* base, const EmbedShape& shape) {
     const int64_t M = shape.num_rows * shape.num_streams;
-    Carver carver(base);
+    BumpAllocator memory(base);
     chunks = ceil_div(M, kChunk);
-    keys_in = carver.take<uint32_t>(M + 1);
-    keys = carver.take<uint32_t>(M);
-    places_in = carver.take<uint32_t>(M);
-    places = carver.take<uint32_t>(M);
-    run = carver.take<uint32_t>(M + 1);
+    keys_in = memory.allocate<uint32_t>(M + 1);
+    keys = memory.allocate<uint32_t>(M);
+    places_in = memory.allocate<uint32_t>(M);
+    places = memory.allocate<uint32_t>(M);
+    run = memory.allocate<uint32_t>(M + 1);
     size_t sort = 0, scan = 0;
     sort_pairs<uint32_t, uint32_t>(nullptr, sort, nullptr, nullptr, nullptr, nullptr, M, 0, 32, nullptr);
     exclusive_sum<uint32_t, uint32_t>(nullptr, scan, nullptr, nullptr, M + 1, nullptr);
     temp_bytes = sort > scan ? sort : scan;
-    temp = carver.take<char>(static_cast<int64_t>(temp_bytes));
+    temp = memory.allocate<char>(static_cast<int64_t>(temp_bytes));
     // Last, so that the sort finds the rest without knowing their type.
-    partials = carver.take<Acc>(chunks * 2 * shape.width);
-    bytes = carver.used();
+    partials = memory.allocate<Acc>(chunks * 2 * shape.width);
+    bytes = memory.used();
   }
 };
 

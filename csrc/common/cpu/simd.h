@@ -1,7 +1,7 @@
 // Which instruction set the CPU kernels use. Files named *_simd.cpp are compiled once for each set, in the namespace
 // SX_SIMD, with -ffp-contract=off: a product and a sum round twice on every path, so all paths give equal bits.
 //
-//   SX_DECLARE_SIMD(const Loops& loops())                           // in every set's namespace
+//   SX_DECLARE_SIMD(const Loops& loops())                            // in every set's namespace
 //   inline const Loops& loops() { return SX_SELECT_SIMD(loops()); }  // of the set in use
 #pragma once
 

@@ -1,5 +1,5 @@
-// CUDA's runtime, launches and errors: what every .cu file includes. The three macros stand for the CUDA syntax that a
-// host C++ compiler cannot read; a cuda_runtime.h that lets .cu files compile as C++ brings its own.
+// CUDA's runtime, launches and errors, for every .cu file. The three macros replace the CUDA syntax that a host C++
+// compiler cannot read; a cuda_runtime.h that lets .cu files compile as C++ has its own.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -56,14 +56,14 @@ inline unsigned grid_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>(blocks < 1 ? 1 : (blocks < kMaxBlocks ? blocks : kMaxBlocks));
 }
 
-// Hands out the pieces of a workspace one after the other, each at a multiple of 256 bytes. With a null base it only
+// Allocates the pieces of a workspace one after the other, each at a multiple of 256 bytes. With a null base it only
 // counts the bytes.
-class Carver {
+class BumpAllocator {
  public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  explicit BumpAllocator(void* base) : base_(static_cast<char*>(base)) {}
 
   template <typename T>
-  T* take(int64_t count) {
+  T* allocate(int64_t count) {
     T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
     used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
     return piece;

@@ -1,4 +1,4 @@
-// Where the kernels find a tensor's memory: where torch put it. A build that runs CUDA kernels on the tensors of the CPU
+// The device of a tensor's memory: the one that torch reports. A build that runs CUDA kernels on the tensors of the CPU
 // has its own version of this file.
 #pragma once
 

@@ -68,7 +68,7 @@ __device__ inline Wide block_prefix(BlockMemory& m, Wide value, Wide& total) {
   return before;
 }
 
-// Adds to a histogram; slot -1: nothing. All lanes of a warp come here together: where they agree, one of them adds.
+// Adds to a histogram; slot -1: nothing. All lanes of a warp must call it: if their slots agree, one of them adds.
 __device__ inline void add_to(Wide* histogram, int slot, Wide amount) {
   const int first = __shfl_sync(kFullMask, slot, 0);
   if (__all_sync(kFullMask, slot == first)) {

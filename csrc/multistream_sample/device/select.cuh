@@ -1,10 +1,10 @@
 // Top-k and top-p by a block of threads without sorting, and the draw in column order.
 //
 // Columns are ranked by (logit, then the lower column); a column's rank is a number of 64 bits that grows from the best
-// one on. What top-k and top-p keep are the ranks up to a border: the k-th column's, or that of the column in which the
-// sum of the weights reaches the limit. A histogram over the distance from the maximum says in which bucket the border
-// lies; the columns of that bucket, few as a rule, are compared with each other. Where they are many (ties), digits of
-// the rank tell them apart until they are few.
+// one on. Top-k and top-p keep the ranks up to a border: the k-th column's, or that of the column in which the
+// sum of the weights reaches the limit. A histogram over the distance from the maximum finds the bucket of the border;
+// the columns of that bucket, few as a rule, are compared with each other. If they are many (ties), digits of the rank
+// split them until they are few.
 #pragma once
 
 #include "multistream_sample/device/scope.cuh"

@@ -20,7 +20,7 @@ namespace cuda_on_cpu {
 
 constexpr int kWarp = 32;
 
-// What the running thread knows of itself. One operating-system thread runs all of them in turn.
+// Indices of the running thread. One operating-system thread runs all of them in turn.
 struct Self {
   uint3 thread_idx;
   uint3 block_idx;

@@ -1,4 +1,4 @@
-// A fault ends the launch: its message says what is wrong, in which thread of which kernel, and where in the source.
+// A fault ends the launch: its message names the error, the thread, the kernel and the place in the source.
 #pragma once
 
 #include <string>

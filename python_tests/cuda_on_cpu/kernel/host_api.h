@@ -33,7 +33,7 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) {
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
-// Fresh memory is poisoned: what a kernel does not write reads as NaN, or as -1.
+// Fresh memory is poisoned: unwritten values read as NaN, or as -1.
 template <typename T>
 cudaError_t cudaMalloc(T** p, size_t bytes) {
   *p = static_cast<T*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));

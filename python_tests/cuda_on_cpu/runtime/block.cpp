@@ -15,7 +15,7 @@
 namespace cuda_on_cpu {
 namespace {
 
-constexpr size_t kShared = 228 * 1024;  // an H100's largest, with room for what stands between arrays
+constexpr size_t kShared = 228 * 1024;  // an H100's largest, with room for the gaps between arrays
 constexpr size_t kBetween = 64;         // bytes after each array that belong to none
 
 Block* g_running = nullptr;
@@ -167,7 +167,7 @@ int Block::barrier(Vote vote, int predicate, const Site& site) {
   thread.result = predicate != 0;
   if (++at_barrier_ == num_threads_) {
     finish_barrier();
-    // Who comes last goes on in turn, not at once: any thread may be the first after a barrier.
+    // The last thread to arrive resumes in turn, not at once: any thread may be the first after a barrier.
     thread.waits_at = site;
     switch_back(false);
   } else {

@@ -1,4 +1,4 @@
-// The block that is running: its threads as fibers, who waits where, and its shared memory. Private to the runtime.
+// The running block: its threads as fibers, the places where they wait, its shared memory. Private to the runtime.
 #pragma once
 
 #include <ucontext.h>
@@ -63,7 +63,7 @@ struct SharedArray {
   std::string name;
 };
 
-// What `lane` gets from a collective that all its lanes have reached.
+// The result of `lane` of a collective that all its lanes have reached.
 uint64_t result_of(const Collective& slot, int lane);
 
 class Block {

@@ -1,5 +1,5 @@
 // Kernels are compiled with -fsanitize=thread, which makes the compiler call one of these functions at every load and
-// store. The sanitizer's own runtime is not linked: what these calls are used for stands in runtime.cpp.
+// store. The sanitizer's own runtime is not linked; runtime.cpp checks the accesses.
 #include <cstddef>
 
 #include "cuda_on_cpu/kernel/memory.h"

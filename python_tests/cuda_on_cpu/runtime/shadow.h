@@ -1,6 +1,6 @@
-// What is known of each byte of a block's shared memory: whether it may be touched, was written, and by whom since
-// when. It finds overruns, reads of what nobody wrote, and races, the first time they happen and in any order of
-// threads: two accesses race if no barrier lies between them, whichever came first in this run.
+// State of each byte of a block's shared memory: whether it may be touched, whether, when and by which thread it was
+// written. It finds overruns, reads of unwritten bytes, and races, the first time they happen and in any order of
+// threads: two accesses race if no barrier orders them, whichever came first in this run.
 #pragma once
 
 #include <array>
@@ -42,8 +42,8 @@ class SharedShadow {
     return p >= data_ && p < data_ + cells_.size();
   }
   void open(size_t begin, size_t bytes);       // part of an array from now on, unwritten
-  void unwritten(size_t begin, size_t bytes);  // cp.async: what was there is gone, what comes has not arrived
-  // Checks one access and remembers it. Returns "" or what is wrong.
+  void unwritten(size_t begin, size_t bytes);  // cp.async: the old bytes are gone, the new ones have not arrived
+  // Checks one access and records it. Returns the fault, or "".
   std::string access(const void* address, size_t bytes, Access kind, int thread, const void* instruction);
   Clocks clocks;
   // The instruction of the access that the last error names as the other party, or null.

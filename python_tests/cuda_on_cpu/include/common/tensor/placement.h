@@ -1,4 +1,4 @@
-// In place of csrc's header: tensors of the CPU count as CUDA tensors, whose memory kernels may touch.
+// In place of csrc's header: tensors of the CPU count as CUDA tensors, and kernels may touch their memory.
 #pragma once
 
 #include "cuda_on_cpu/kernel/device.h"
