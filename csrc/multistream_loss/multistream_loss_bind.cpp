@@ -24,7 +24,7 @@ using StreamTuple = std::tuple<int64_t, bool, std::vector<std::tuple<int64_t, in
 
 Scopes scopes_of(const std::vector<StreamTuple>& given, int64_t num_targets, int64_t num_columns) {
   Scopes out;
-  SX_CHECK(!given.empty() && static_cast<int64_t>(given.size()) <= kMaxLossStreams, kOp, ": a chunk has 1 to ",
+  SX_CHECK(!given.empty() && static_cast<int64_t>(given.size()) <= kMaxLossStreams, kOp, ": a chunk serves 1 to ",
            kMaxLossStreams, " streams; got ", given.size());
   for (const auto& [index, wants_sums, slices] : given) {
     SX_CHECK(index >= 0 && index < num_targets, kOp, ": stream ", index, " of ", num_targets);
