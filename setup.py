@@ -7,9 +7,8 @@ Settings, from the environment:
     SPEECHLM_CUDA        AUTO (compile the .cu files when nvcc is found), ON, or OFF. Default AUTO.
     SPEECHLM_CUDA_ARCHS  e.g. "80;90a;100" (the default). Architectures that the toolkit does not know are
                          left out with a message; PTX of the newest general one is added.
-    SPEECHLM_BUILD_TESTS ON to compile the C++ test program too.
     SPEECHLM_GIT_COMMIT  the commit to record when the sources are no git checkout.
-    MAX_JOBS             how many compilers run at once. Default: the number of CPUs.
+    MAX_JOBS             number of compilers at once. Default: the number of CPUs.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def find_tool(name: str) -> str:
-    """The path of cmake or ninja: the one that came with the build requirements, else the one on PATH."""
+    """The path of cmake or ninja: from the build requirements, else from PATH."""
     try:
         module = __import__(name)
         attr = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[name]
@@ -72,7 +71,7 @@ def git_commit() -> str:
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds with CMake, then puts the module where setuptools wants it."""
+    """Configures and builds with CMake, then puts the module at the path that setuptools expects."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -91,7 +90,6 @@ class CMakeBuild(build_ext):
             f"-DPYBIND11_INCLUDE_DIR={stable_pybind11_include(build_dir)}",
             f"-DSPEECHLM_CUDA={env.get('SPEECHLM_CUDA', 'AUTO')}",
             f"-DSPEECHLM_CUDA_ARCHS={env.get('SPEECHLM_CUDA_ARCHS', '80;90a;100')}",
-            f"-DSPEECHLM_BUILD_TESTS={env.get('SPEECHLM_BUILD_TESTS', 'OFF')}",
             f"-DSPEECHLM_GIT_COMMIT={git_commit()}",
         ]
         jobs = env.get("MAX_JOBS") or str(os.cpu_count() or 1)

@@ -40,7 +40,7 @@ if(SPEECHLM_CUDA_VERSION VERSION_LESS 12.4)
 endif()
 
 # Architectures: those asked for that this nvcc knows, and PTX of the newest general one ("90a" code runs on
-# sm_90 alone, so its PTX would help nobody).
+# sm_90 alone, so its PTX is useless).
 execute_process(COMMAND ${SPEECHLM_NVCC} --list-gpu-arch OUTPUT_VARIABLE speechlm_known OUTPUT_STRIP_TRAILING_WHITESPACE)
 string(REPLACE "\n" ";" speechlm_known "${speechlm_known}")
 set(CMAKE_CUDA_ARCHITECTURES "")

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Runs a compiler command and keeps what `ptxas -v` says of each kernel in <object>.ptxas, where the compile gate reads
-# it: so the kernels that are judged are those that are shipped, and nothing is compiled a second time for it. All else
-# that the compiler says is passed on.
+# Runs a compiler command and keeps the report of `ptxas -v` on each kernel in <object>.ptxas, where the compile gate reads
+# it: so the kernels that it judges are those that are shipped, and nothing is compiled twice. All other output of the
+# compiler is passed on.
 object=
 before=
 for argument in "$@"; do

@@ -7,7 +7,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCH
   list(APPEND SPEECHLM_SIMD_SETS avx2 avx512)
   set(SIMD_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(SIMD_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mfma -mf16c)
-  target_compile_definitions(speechlm_core PUBLIC SPEECHLM_SIMD_X86)
+  add_compile_definitions(SPEECHLM_SIMD_X86) # for every target here: all see the same declarations
 endif()
 
 # The tile unit. Compilers know it since GCC 11 and Clang 11, but a compiler's assembler may be older.
@@ -30,7 +30,7 @@ foreach(op IN LISTS SPEECHLM_OPS)
   file(GLOB OP_SIMD_SOURCES CONFIGURE_DEPENDS csrc/${op}/*_simd.cpp)
   list(APPEND SIMD_SOURCES ${OP_SIMD_SOURCES})
 endforeach()
-# Without -fno-trapping-math (nobody unmasks floating-point traps here) GCC does not vectorize a comparison.
+# Without -fno-trapping-math (floating-point traps stay masked here) GCC does not vectorize a comparison.
 foreach(set IN LISTS SPEECHLM_SIMD_SETS)
   add_library(speechlm_simd_${set} OBJECT ${SIMD_SOURCES})
   target_include_directories(speechlm_simd_${set} PRIVATE csrc)

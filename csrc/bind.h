@@ -1,4 +1,4 @@
-// Each op's room binds itself; a new op adds two lines here.
+// The ops' bindings; a new op adds two lines here.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,6 +10,7 @@ void bind_kmeans_assign(pybind11::module_& m);
 void bind_multistream_embed(pybind11::module_& m);
 void bind_multistream_loss(pybind11::module_& m);
 void bind_multistream_sample(pybind11::module_& m);
+void bind_scatter_sum(pybind11::module_& m);
 
 #ifdef SPEECHLM_PLANT_FAULTS
 void bind_planted(pybind11::module_& m);
@@ -21,6 +22,7 @@ inline void bind_ops(pybind11::module_& m) {
   bind_multistream_embed(m);
   bind_multistream_loss(m);
   bind_multistream_sample(m);
+  bind_scatter_sum(m);
 }
 
 }  // namespace speechlm

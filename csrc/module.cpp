@@ -1,4 +1,4 @@
-// speechlm_ext._C: the ops, and what tells Python what this build is.
+// speechlm_ext._C: the ops, and functions about the build, the processor and the threads.
 #include <pybind11/stl.h>
 
 #include <atomic>
@@ -16,8 +16,8 @@ namespace py = pybind11;
 namespace {
 
 // Calls the tasks, each on one thread of a team. A library that would split a call over threads (a matrix product) does
-// not do so inside a team, so what a task computes does not depend on the number of threads. Small tasks run on this
-// thread, since waking a team takes longer, if the library can be told not to split them.
+// not do so inside a team, so a task's result does not depend on the number of threads. Small tasks run on this thread,
+// since waking a team takes longer, if the library can be kept from splitting them.
 void run_tasks(const std::vector<py::function>& tasks, int threads, bool small) {
   if (small || threads <= 1) {
     const speechlm::OneMklThread one;

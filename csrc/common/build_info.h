@@ -1,4 +1,4 @@
-// What this build is made of; CMake fills build_info.cpp.in.
+// Commit, compiler and CUDA version of this build; CMake fills build_info.cpp.in.
 #pragma once
 
 #include <string>

@@ -2,8 +2,8 @@
 //
 //   SX_CHECK(rows == n, "delay_pack: ids has ", rows, " rows but the offsets end at ", n);
 //
-// Throws std::invalid_argument, which pybind11 turns into ValueError. Say what was expected, what came, where,
-// and what to do; never abort the interpreter.
+// Throws std::invalid_argument, which pybind11 turns into ValueError. State the expected and the given value,
+// the argument and the remedy; never abort the interpreter.
 #pragma once
 
 #include <sstream>

@@ -1,8 +1,8 @@
 // delay_pack: from ragged segments of ids to one packed, delay-interleaved block with labels, weights and positions.
 //
 // A segment is a run of virtual frames: its prefix (special ids), its content, its suffix (special ids). Row t of the
-// segment shows in stream s its virtual frame t - delay[s], or a fill where there is no such frame. A special id stands
-// in stream 0, with pads in the others; content that is narrower than S leaves pads in the streams it does not fill.
+// segment shows in stream s its virtual frame t - delay[s], or a fill where there is no such frame. A special id is in
+// stream 0, with pads in the others; content that is narrower than S leaves pads in the streams it does not fill.
 // Segments of one group form a sequence: positions and labels run on from one to the next. A row's label is the next
 // row of its sequence.
 //
@@ -14,11 +14,11 @@
 #include <limits>
 
 #include "common/check.h"
-#include "common/cuda/host_device.h"
+#include "common/host_device.h"
 
 namespace speechlm {
 
-constexpr int64_t kMostPackStreams = 64;
+constexpr int64_t kMaxPackStreams = 64;
 
 struct DelayPackShape {
   // Given by the caller.
@@ -45,14 +45,14 @@ struct DelayPackShape {
   }
 };
 
-// The table's columns in their order; those that the shape says are missing are null.
+// The table's columns in their order; null for those that the shape leaves out.
 struct DelayPackMeta {
   const int64_t* offsets = nullptr;          // [n + 1] content frames before each segment
   const int64_t* delays = nullptr;           // [S]
   const int64_t* pads = nullptr;             // [S] fill before a segment's first frame, and of streams without content
   const int64_t* ends = nullptr;             // [S] fill after a segment's last frame
   const int64_t* special_offsets = nullptr;  // [n + 1] special ids before each segment
-  const int64_t* prefix = nullptr;           // [n] how many of a segment's special ids come before its content
+  const int64_t* prefix = nullptr;           // [n] number of special ids before the content
   const int64_t* specials = nullptr;         // [num_specials]
   const double* special_weight = nullptr;    // [num_specials] as labels, bit by bit
   const int64_t* width = nullptr;            // [n] streams that a segment's content fills
@@ -105,7 +105,7 @@ struct DelayPackArgs {
   float fill_weight = 0.0f;       // weight of a fill in a stream with content
   const In* ids = nullptr;        // [num_elements]
   const float* weight = nullptr;  // [num_elements]; null: 1 for every id
-  // On the CPU segments may lie apart, which saves concatenating them: the first id (weight) of each, or null.
+  // The first id (weight) of each segment, or null. The CPU needs no concatenated ids.
   const In* const* segment_ids = nullptr;
   const float* const* segment_weight = nullptr;
   Out* out_ids = nullptr;              // [num_rows, S]
@@ -115,7 +115,7 @@ struct DelayPackArgs {
   int32_t* out_cu_seqlens = nullptr;   // [num_sequences + 1]
   int32_t* out_segment_map = nullptr;  // [num_rows]; null: not wanted
   int32_t* out_stream_map = nullptr;   // [num_rows, S]; null: not wanted
-  int32_t* bad = nullptr;              // [1]: set to 1 for an id that may not be; null: not checked
+  int32_t* bad = nullptr;              // [1]: set to 1 for an invalid id; null: not checked
 };
 
 template <typename Id>

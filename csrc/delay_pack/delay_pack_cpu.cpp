@@ -12,27 +12,6 @@
 
 namespace speechlm {
 
-#define SX_LOOPS(set)                  \
-  namespace set {                      \
-  template <typename In, typename Out> \
-  PackRowsLoop<In, Out> pack_loop();   \
-  }
-SX_LOOPS(generic)
-#ifdef SPEECHLM_SIMD_X86
-SX_LOOPS(avx2)
-SX_LOOPS(avx512)
-#endif
-#undef SX_LOOPS
-
-template <typename In, typename Out>
-PackRowsLoop<In, Out> pack_rows_loop() {
-#ifdef SPEECHLM_SIMD_X86
-  if (simd_in_use() == Simd::kAvx512) return avx512::pack_loop<In, Out>();
-  if (simd_in_use() == Simd::kAvx2) return avx2::pack_loop<In, Out>();
-#endif
-  return generic::pack_loop<In, Out>();
-}
-
 namespace {
 
 constexpr int64_t kGrainBytes = 128 * 1024;  // less than this is not worth waking a thread
@@ -47,7 +26,7 @@ class Packer {
         check_(args.bad != nullptr),
         loop_(pack_rows_loop<In, Out>()) {}
 
-  // Rows [begin, end) of the block. Returns whether an id among them may not be.
+  // Packs rows [begin, end) of the block. Returns whether an id among them is invalid.
   bool rows(int64_t begin, int64_t end) {
     int64_t i = find_segment(m_, a_.shape.tail, begin, 0, a_.shape.num_segments);
     for (int64_t row = begin; row < end; ++i) {

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) delay_pack_kernel(const DelayPackArg
   for (int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; j <= shape.num_sequences; j += step) {
     a.out_cu_seqlens[j] = static_cast<int32_t>(sequence_row(a.meta, shape.tail, j));
   }
-  const int64_t num_tiles = (shape.num_rows + tile_rows - 1) / tile_rows;
+  const int64_t num_tiles = ceil_div(shape.num_rows, tile_rows);
   for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     const int64_t row0 = tile * tile_rows;
     const int64_t left = shape.num_rows - row0;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) delay_pack_kernel(const DelayPackArg
 template <typename Id>
 __global__ void __launch_bounds__(kThreads) delay_unpack_kernel(const DelayUnpackArgs<Id> a, const int tile_rows) {
   const int S = static_cast<int>(a.shape.num_streams);
-  const int64_t num_tiles = (a.shape.num_frames + tile_rows - 1) / tile_rows;
+  const int64_t num_tiles = ceil_div(a.shape.num_frames, tile_rows);
   for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     const int64_t frame0 = tile * tile_rows;
     const int64_t left = a.shape.num_frames - frame0;

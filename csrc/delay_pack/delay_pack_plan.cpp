@@ -1,11 +1,11 @@
-// Every check of what describes a block, on the host, before a kernel reads it.
+// Checks the table that describes a block, on the host, before a kernel reads it.
 #include "delay_pack/delay_pack.h"
 #include "delay_pack/segment.h"
 
 namespace speechlm {
 namespace {
 
-constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
 
 // [n + 1] counts from 0 up to `total`.
 void check_offsets(const char* name, const char* total_name, const int64_t* offsets, int64_t n, int64_t total) {
@@ -23,7 +23,7 @@ void check_offsets(const char* name, const char* total_name, const int64_t* offs
 DelayPackShape delay_pack_plan(const int64_t* table, int64_t table_len, DelayPackShape shape) {
   const int64_t n = shape.num_segments, g = shape.num_groups, S = shape.num_streams;
   SX_CHECK(n >= 0 && g >= -1, "delay_pack: offsets and groups must have at least one entry");
-  SX_CHECK(S >= 1 && S <= kMostPackStreams, "delay_pack: there must be 1 to ", kMostPackStreams, " streams; got ", S);
+  SX_CHECK(S >= 1 && S <= kMaxPackStreams, "delay_pack: there must be 1 to ", kMaxPackStreams, " streams; got ", S);
   // Before anything is multiplied: no count is larger than the table that it is about.
   SX_CHECK(n <= table_len && g <= table_len && shape.num_specials <= table_len && shape.num_frames >= 0 &&
                shape.num_specials >= 0,
@@ -39,14 +39,14 @@ DelayPackShape delay_pack_plan(const int64_t* table, int64_t table_len, DelayPac
   if (m.groups) check_offsets("groups", "segments", m.groups, g, n);
   shape.num_sequences = m.groups ? g : n;
   for (int64_t s = 0; s < S; ++s) {
-    SX_CHECK(m.delays[s] >= 0 && m.delays[s] <= kMost, "delay_pack: delays[", s, "] must be 0 or more frames; got ",
+    SX_CHECK(m.delays[s] >= 0 && m.delays[s] <= kMaxRows, "delay_pack: delays[", s, "] must be 0 or more frames; got ",
              m.delays[s]);
     shape.max_delay = std::max(shape.max_delay, m.delays[s]);
   }
   SX_CHECK(shape.tail >= 0 && shape.tail <= shape.max_delay, "delay_pack: tail must be 0 to ", shape.max_delay,
            " rows, the largest delay; got ", shape.tail);
   const int64_t frames = shape.num_frames + shape.num_specials;
-  SX_CHECK(frames <= kMost && (shape.tail == 0 || n <= (kMost - frames) / shape.tail),
+  SX_CHECK(frames <= kMaxRows && (shape.tail == 0 || n <= (kMaxRows - frames) / shape.tail),
            "delay_pack: the packed block would have more than 2^31 - 1 rows, which cu_seqlens (int32) cannot hold; "
            "pack fewer segments at a time");
   shape.num_rows = frames + n * shape.tail;
@@ -79,7 +79,7 @@ DelayPackShape delay_pack_plan(const int64_t* table, int64_t table_len, DelayPac
 DelayPackShape delay_unpack_shape(const int64_t* cu_seqlens, const int64_t* out_offsets, const int64_t* delays,
                                   int64_t num_segments, int64_t num_streams, int64_t num_rows, int64_t num_frames) {
   SX_CHECK(num_segments >= 0, "delay_unpack: cu_seqlens must have at least one entry");
-  SX_CHECK(num_streams >= 1 && num_streams <= kMostPackStreams, "delay_unpack: there must be 1 to ", kMostPackStreams,
+  SX_CHECK(num_streams >= 1 && num_streams <= kMaxPackStreams, "delay_unpack: there must be 1 to ", kMaxPackStreams,
            " streams; got ", num_streams);
   DelayPackShape shape;
   shape.num_segments = num_segments;

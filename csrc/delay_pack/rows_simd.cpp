@@ -1,7 +1,7 @@
-// Compiled once per instruction set; see common/simd.h.
+// The inner loop of delay_pack, compiled once per instruction set; see common/cpu/simd.h.
 //
-// Four ids are loaded one by one, because neighbours in a row lie in different frames, and handled and stored as one
-// vector: on common processors that is as fast as a plain copy, which hardware gathers are not.
+// Four ids are loaded one by one, because neighbours in a row are from different frames, and processed and stored as
+// one vector: on common processors that is as fast as a plain copy, which hardware gathers are not.
 #include "delay_pack/rows.h"
 
 #include <cstring>
@@ -59,7 +59,7 @@ bool pack_rows(const PackRows<In, Out>& a, const PackPeriod& p) {
         std::memcpy(label + e, &y, sizeof y);
       }
       if (kWeight) {
-        // A stream without content has the factor 0, but somebody's NaN must not come through it.
+        // A stream without content has the factor 0, but 0 * NaN is NaN.
         const Floats given{weight[at[0]], weight[at[1]], weight[at[2]], weight[at[3]]};
         w *= given;
         if (kNarrow) w = reinterpret_cast<Floats>(reinterpret_cast<Narrow>(w) & __builtin_convertvector(mask, Narrow));
@@ -89,14 +89,14 @@ bool dispatch(const PackRows<In, Out>& a, const PackPeriod& p, bool check) {
 }  // namespace
 
 template <typename In, typename Out>
-PackRowsLoop<In, Out> pack_loop() {
+PackRowsLoop<In, Out> pack_rows_loop() {
   return &dispatch<In, Out>;
 }
 
-template PackRowsLoop<int32_t, int32_t> pack_loop<int32_t, int32_t>();
-template PackRowsLoop<int32_t, int64_t> pack_loop<int32_t, int64_t>();
-template PackRowsLoop<int64_t, int32_t> pack_loop<int64_t, int32_t>();
-template PackRowsLoop<int64_t, int64_t> pack_loop<int64_t, int64_t>();
+template PackRowsLoop<int32_t, int32_t> pack_rows_loop();
+template PackRowsLoop<int32_t, int64_t> pack_rows_loop();
+template PackRowsLoop<int64_t, int32_t> pack_rows_loop();
+template PackRowsLoop<int64_t, int64_t> pack_rows_loop();
 
 }  // namespace SX_SIMD
 }  // namespace speechlm

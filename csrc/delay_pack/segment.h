@@ -1,4 +1,4 @@
-// What one element (row, stream) of the block shows: the definition that the CPU's edge rows and the GPU share.
+// The id and weight of one element (row, stream) of the block: the definition for the CPU's edge rows and the GPU.
 #pragma once
 
 #include "delay_pack/delay_pack.h"

@@ -1,5 +1,6 @@
 // Products of bfloat16 codes. The tile unit multiplies and adds in float, rounding to nearest; numbers below the normal
-// ones count as 0. Bytes: 4 KiB of codes from the caches per 32 x 32 x 32 products, which is what the caches can do.
+// ones count as 0. Bytes: 4 KiB of codes from the caches per 32 x 32 x 32 products, which is the bandwidth of the
+// caches.
 #include <algorithm>
 
 #include "common/cpu/amx.h"

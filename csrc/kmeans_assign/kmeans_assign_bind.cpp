@@ -1,10 +1,7 @@
-// Python's door to kmeans_assign: checks of every tensor, then the kernel of their device. No arithmetic here.
-#include <optional>
-#include <type_traits>
-
+// Python bindings of kmeans_assign: check every tensor, then run the kernel of their device.
 #include "bind.h"
 #include "common/cpu/simd.h"
-#include "common/cuda/cuda_build.h"
+#include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 #include "kmeans_assign/kmeans_assign.h"
 #include "kmeans_assign/kmeans_sums.h"
@@ -15,61 +12,53 @@ namespace {
 namespace py = pybind11;
 
 constexpr const char* kOp = "kmeans_assign";
-constexpr auto kFloats = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
-constexpr auto kWide = {DType::kFloat32, DType::kFloat64};
 constexpr int64_t kRowTerms = sizeof(RowTerms) / sizeof(float);
 
-// Calls run(T{}) with the type of the rows.
-template <typename Run>
-void with_float(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::kFloat64: return run(double{});
-    case DType::kBFloat16: return run(BFloat16{});
-    case DType::kFloat16: return run(Float16{});
-    default: return run(float{});
-  }
-}
+// The coarse codes and their terms: both or neither.
+struct Coarse {
+  int32_t* codes;
+  float* terms;
 
-// Both or neither.
-void expect_coarse(const std::optional<TensorView>& codes, const std::optional<TensorView>& terms, int64_t padded,
-                   int64_t width) {
-  SX_CHECK(codes.has_value() == terms.has_value(), "kmeans_assign: coarse codes go with coarse terms");
-  if (!codes) return;
-  codes->expect("kmeans_assign: coarse codes", {DType::kInt32}, Device::kCpu,
-                {padded / kPanel, coarse_pairs(width), kPanel});
-  terms->expect("kmeans_assign: coarse terms", {DType::kFloat32}, Device::kCpu, {4, padded});
-}
+  Coarse(const Expect& expect, const std::optional<TensorView>& codes_, const std::optional<TensorView>& terms_,
+         int64_t padded, int64_t width)
+      : codes(expect.ptr<int32_t>(codes_, "coarse codes", {padded / kPanel, coarse_pairs(width), kPanel})),
+        terms(expect.ptr<float>(terms_, "coarse terms", {4, padded})) {
+    SX_CHECK(codes_.has_value() == terms_.has_value(), kOp, ": coarse codes go with coarse terms");
+  }
+};
 
 CentroidTerms centroid_terms(const float* first, int64_t padded) {
+  if (first == nullptr) return {};
   return {first, first + padded, first + 2 * padded, first + 3 * padded};
+}
+
+void check_clusters(int64_t num_clusters) {
+  SX_CHECK(num_clusters >= 1 && num_clusters < (int64_t{1} << 31), kOp, ": 1 to 2^31 - 1 centroids; got ",
+           num_clusters);
 }
 
 void kmeans_index(const TensorView& centroids, const TensorView& centre, const TensorView& codes,
                   const TensorView& terms, const TensorView& unit, const std::optional<TensorView>& coarse_codes,
                   const std::optional<TensorView>& coarse_terms, int threads) {
-  constexpr Device on = Device::kCpu;
-  centroids.expect("kmeans_assign: centroids", kWide, on, {-1, -1});
+  const Expect expect(kOp, Device::kCpu);
+  expect(centroids, "centroids", kWideFloats, {-1, -1});
   const int64_t K = centroids.sizes[0], F = centroids.sizes[1], padded = padded_clusters(K);
-  centre.expect("kmeans_assign: centre", {DType::kFloat64}, on, {F});
-  codes.expect("kmeans_assign: codes", {DType::kInt32}, on, {padded / kPanel, (F + 1) / 2, kPanel});
-  terms.expect("kmeans_assign: terms", {DType::kFloat32}, on, {4, padded});
-  unit.expect("kmeans_assign: unit", {DType::kFloat64}, on, {1});
-  expect_coarse(coarse_codes, coarse_terms, padded, F);
-  const auto run = [&](auto value) {
+  const Coarse coarse(expect, coarse_codes, coarse_terms, padded, F);
+  with_wide_float(centroids.dtype, [&](auto value) {
     using C = decltype(value);
-    const KmeansIndexArgs<C> args{K,
-                                  F,
-                                  centroids.ptr<C>(),
-                                  centre.ptr<double>(),
-                                  codes.ptr<int32_t>(),
-                                  terms.ptr<float>(),
-                                  unit.ptr<double>(),
-                                  coarse_codes ? coarse_codes->ptr<int32_t>() : nullptr,
-                                  coarse_terms ? coarse_terms->ptr<float>() : nullptr};
+    KmeansIndexArgs<C> args;
+    args.num_clusters = K;
+    args.width = F;
+    args.centroids = centroids.ptr<C>();
+    args.centre = expect.ptr<double>(centre, "centre", {F});
+    args.codes = expect.ptr<int32_t>(codes, "codes", {padded / kPanel, (F + 1) / 2, kPanel});
+    args.terms = expect.ptr<float>(terms, "terms", {4, padded});
+    args.unit = expect.ptr<double>(unit, "unit", {1});
+    args.coarse_codes = coarse.codes;
+    args.coarse_terms = coarse.terms;
     const py::gil_scoped_release no_gil;
     kmeans_index_cpu(args, threads);
-  };
-  centroids.dtype == DType::kFloat64 ? run(double{}) : run(float{});
+  });
 }
 
 void kmeans_assign(const TensorView& x, const TensorView& centroids, const TensorView& codes, const TensorView& terms,
@@ -77,22 +66,15 @@ void kmeans_assign(const TensorView& x, const TensorView& centroids, const Tenso
                    const std::optional<TensorView>& coarse_terms, bool exact, const TensorView& labels,
                    const std::optional<TensorView>& distance, const TensorView& counts, int threads,
                    bool products_only) {
-  constexpr Device on = Device::kCpu;
-  x.expect("kmeans_assign: x", kFloats, on, {-1, -1});
+  const Expect expect(kOp, Device::kCpu);
+  expect(x, "x", kFloats, {-1, -1});
   const int64_t N = x.sizes[0], F = x.sizes[1];
-  centroids.expect("kmeans_assign: centroids", kWide, on, {-1, F});
+  expect(centroids, "centroids", kWideFloats, {-1, F});
   const int64_t K = centroids.sizes[0], padded = padded_clusters(K);
-  SX_CHECK(K >= 1 && K < (int64_t{1} << 31), "kmeans_assign: 1 to 2^31 - 1 centroids; got ", K);
-  codes.expect("kmeans_assign: codes", {DType::kInt32}, on, {padded / kPanel, (F + 1) / 2, kPanel});
-  terms.expect("kmeans_assign: terms", {DType::kFloat32}, on, {4, padded});
-  centre.expect("kmeans_assign: centre", {DType::kFloat64}, on, {F});
-  unit.expect("kmeans_assign: unit", {DType::kFloat64}, on, {1});
-  labels.expect("kmeans_assign: labels", {DType::kInt32}, on, {N});
-  if (distance) distance->expect("kmeans_assign: distance", {DType::kFloat64}, on, {N});
-  counts.expect("kmeans_assign: counts", {DType::kInt64}, on, {3});
-  expect_coarse(coarse_codes, coarse_terms, padded, F);
+  check_clusters(K);
+  const Coarse coarse(expect, coarse_codes, coarse_terms, padded, F);
   with_float(x.dtype, [&](auto row_value) {
-    const auto run = [&](auto centroid_value) {
+    with_wide_float(centroids.dtype, [&](auto centroid_value) {
       using T = decltype(row_value);
       using C = decltype(centroid_value);
       KmeansAssignArgs<T, C> args;
@@ -101,134 +83,109 @@ void kmeans_assign(const TensorView& x, const TensorView& centroids, const Tenso
       args.width = F;
       args.x = x.ptr<T>();
       args.centroids = centroids.ptr<C>();
-      args.codes = codes.ptr<int32_t>();
-      args.terms = centroid_terms(terms.ptr<float>(), padded);
-      if (coarse_codes) {
-        args.coarse_codes = coarse_codes->ptr<int32_t>();
-        args.coarse_terms = centroid_terms(coarse_terms->ptr<float>(), padded);
-      }
-      args.centre = centre.ptr<double>();
-      args.unit = *unit.ptr<double>();
+      args.codes = expect.ptr<int32_t>(codes, "codes", {padded / kPanel, (F + 1) / 2, kPanel});
+      args.terms = centroid_terms(expect.ptr<float>(terms, "terms", {4, padded}), padded);
+      args.coarse_codes = coarse.codes;
+      args.coarse_terms = centroid_terms(coarse.terms, padded);
+      args.centre = expect.ptr<double>(centre, "centre", {F});
+      args.unit = *expect.ptr<double>(unit, "unit", {1});
       args.exact = exact;
       args.products_only = products_only;
-      args.labels = labels.ptr<int32_t>();
-      args.distance = distance ? distance->ptr<double>() : nullptr;
-      args.counts = counts.ptr<int64_t>();
+      args.labels = expect.ptr<int32_t>(labels, "labels", {N});
+      args.distance = expect.ptr<double>(distance, "distance", {N});
+      args.counts = expect.ptr<int64_t>(counts, "counts", {3});
       const py::gil_scoped_release no_gil;
       kmeans_assign_cpu(args, threads);
-    };
-    centroids.dtype == DType::kFloat64 ? run(double{}) : run(float{});
+    });
   });
 }
 
-void kmeans_rows(const TensorView& x, const TensorView& centre, const TensorView& unit, bool exact,
-                 const TensorView& codes, const TensorView& terms, uintptr_t stream) {
-  require_cuda_build(kOp);
-#ifdef SPEECHLM_HAVE_CUDA
-  constexpr Device on = Device::kCuda;
-  x.expect("kmeans_assign: x", kFloats, on, {-1, -1});
+void kmeans_quantize_rows(const TensorView& x, const TensorView& centre, const TensorView& unit, bool exact,
+                          const TensorView& codes, const TensorView& terms, uintptr_t stream) {
+  const Expect expect(kOp, Device::kCuda);
+  expect(x, "x", kFloats, {-1, -1});
   const int64_t N = x.sizes[0], F = x.sizes[1];
-  centre.expect("kmeans_assign: centre", {DType::kFloat64}, on, {F});
-  unit.expect("kmeans_assign: unit", {DType::kFloat64}, on, {1});
-  codes.expect("kmeans_assign: row codes", {DType::kFloat16}, on, {-1, -1});
-  terms.expect("kmeans_assign: row terms", {DType::kFloat32}, on, {-1, kRowTerms});
-  SX_CHECK(codes.sizes[0] >= N && codes.sizes[1] >= F && terms.sizes[0] >= N,
-           "kmeans_assign: row codes and terms must hold ", N, " rows; got ", codes.describe(), " and ",
-           terms.describe());
+  expect(codes, "row codes", {DType::kFloat16}, {-1, -1});
+  expect(terms, "row terms", {DType::kFloat32}, {-1, kRowTerms});
+  SX_CHECK(codes.sizes[0] >= N && codes.sizes[1] >= F && terms.sizes[0] >= N, kOp, ": row codes and terms must hold ",
+           N, " rows; got ", codes.describe(), " and ", terms.describe());
   with_float(x.dtype, [&](auto value) {
     using T = decltype(value);
-    const KmeansRowsArgs<T> args{N,
-                                 F,
-                                 codes.sizes[1],
-                                 x.ptr<T>(),
-                                 centre.ptr<double>(),
-                                 unit.ptr<double>(),
-                                 exact,
-                                 codes.ptr<uint16_t>(),
-                                 terms.ptr<RowTerms>()};
+    KmeansQuantizeArgs<T> args;
+    args.num_rows = N;
+    args.width = F;
+    args.padded_width = codes.sizes[1];
+    args.x = x.ptr<T>();
+    args.centre = expect.ptr<double>(centre, "centre", {F});
+    args.unit = expect.ptr<double>(unit, "unit", {1});
+    args.exact = exact;
+    args.codes = codes.ptr<uint16_t>();
+    args.terms = terms.ptr<RowTerms>();
     const py::gil_scoped_release no_gil;
-    kmeans_rows_cuda(args, x.device_index, reinterpret_cast<void*>(stream));
+    if constexpr (kHasCuda) kmeans_quantize_rows_cuda(args, x.device_index, reinterpret_cast<void*>(stream));
   });
-#endif
 }
 
-void kmeans_settle(const TensorView& products, const TensorView& x, const TensorView& centroids,
-                   const TensorView& terms, const TensorView& rows, const TensorView& labels,
-                   const std::optional<TensorView>& distance, const TensorView& counts, uintptr_t stream) {
-  require_cuda_build(kOp);
-#ifdef SPEECHLM_HAVE_CUDA
-  constexpr Device on = Device::kCuda;
-  x.expect("kmeans_assign: x", kFloats, on, {-1, -1});
+void kmeans_rescore(const TensorView& products, const TensorView& x, const TensorView& centroids,
+                    const TensorView& terms, const TensorView& rows, const TensorView& labels,
+                    const std::optional<TensorView>& distance, const TensorView& counts, uintptr_t stream) {
+  const Expect expect(kOp, Device::kCuda);
+  expect(x, "x", kFloats, {-1, -1});
   const int64_t N = x.sizes[0], F = x.sizes[1];
-  centroids.expect("kmeans_assign: centroids", kWide, on, {-1, F});
+  expect(centroids, "centroids", kWideFloats, {-1, F});
   const int64_t K = centroids.sizes[0];
-  products.expect("kmeans_assign: products", {DType::kFloat32}, on, {N, K});
-  terms.expect("kmeans_assign: terms", {DType::kFloat32}, on, {4, K});
-  rows.expect("kmeans_assign: row terms", {DType::kFloat32}, on, {N, kRowTerms});
-  labels.expect("kmeans_assign: labels", {DType::kInt32}, on, {N});
-  if (distance) distance->expect("kmeans_assign: distance", {DType::kFloat64}, on, {N});
-  counts.expect("kmeans_assign: counts", {DType::kInt64}, on, {3});
-  SX_CHECK(K >= 1 && K < (int64_t{1} << 31), "kmeans_assign: 1 to 2^31 - 1 centroids; got ", K);
+  check_clusters(K);
+  expect(rows, "row terms", {DType::kFloat32}, {N, kRowTerms});
+  expect(counts, "counts", {DType::kInt64}, {3});
   with_float(x.dtype, [&](auto row_value) {
-    const auto run = [&](auto centroid_value) {
+    with_wide_float(centroids.dtype, [&](auto centroid_value) {
       using T = decltype(row_value);
       using C = decltype(centroid_value);
-      const KmeansSettleArgs<T, C> args{N,
-                                        K,
-                                        F,
-                                        products.ptr<float>(),
-                                        x.ptr<T>(),
-                                        centroids.ptr<C>(),
-                                        centroid_terms(terms.ptr<float>(), K),
-                                        rows.ptr<RowTerms>(),
-                                        labels.ptr<int32_t>(),
-                                        distance ? distance->ptr<double>() : nullptr,
-                                        counts.ptr<unsigned long long>()};
+      KmeansRescoreArgs<T, C> args;
+      args.num_rows = N;
+      args.num_clusters = K;
+      args.width = F;
+      args.products = expect.ptr<float>(products, "products", {N, K});
+      args.x = x.ptr<T>();
+      args.centroids = centroids.ptr<C>();
+      args.terms = centroid_terms(expect.ptr<float>(terms, "terms", {4, K}), K);
+      args.rows = rows.ptr<RowTerms>();
+      args.labels = expect.ptr<int32_t>(labels, "labels", {N});
+      args.distance = expect.ptr<double>(distance, "distance", {N});
+      args.counts = counts.ptr<unsigned long long>();
       const py::gil_scoped_release no_gil;
-      kmeans_settle_cuda(args, x.device_index, reinterpret_cast<void*>(stream));
-    };
-    centroids.dtype == DType::kFloat64 ? run(double{}) : run(float{});
+      if constexpr (kHasCuda) kmeans_rescore_cuda(args, x.device_index, reinterpret_cast<void*>(stream));
+    });
   });
-#endif
 }
 
 void kmeans_sums(const TensorView& x, const TensorView& labels, const TensorView& offset, const TensorView& step,
                  const TensorView& sums, const std::optional<TensorView>& counts,
                  const std::optional<TensorView>& order, int threads, uintptr_t stream) {
-  const bool on_cuda = x.device == Device::kCuda;
-  if (on_cuda) require_cuda_build(kOp);
-  const Device on = on_cuda ? Device::kCuda : Device::kCpu;
-  x.expect("kmeans_sums: x", kFloats, on, {-1, -1});
+  constexpr const char* kSums = "kmeans_sums";
+  const Expect expect(kSums, "x", x);
+  expect(x, "x", kFloats, {-1, -1});
   const int64_t N = x.sizes[0], F = x.sizes[1];
-  labels.expect("kmeans_sums: labels", {DType::kInt32}, on, {N});
-  offset.expect("kmeans_sums: offset", {DType::kFloat64}, on, {F});
-  step.expect("kmeans_sums: step", {DType::kFloat64}, on, {F});
-  sums.expect("kmeans_sums: sums", {DType::kFloat64}, on, {-1, F});
-  if (counts) counts->expect("kmeans_sums: counts", {DType::kInt64}, on, {sums.sizes[0]});
-  if (order) order->expect("kmeans_sums: order", {DType::kInt64}, on, {N});
-  SX_CHECK(on_cuda ? order.has_value() : counts.has_value(), "kmeans_sums: ", on_cuda ? "order" : "counts",
-           " must be given");
+  SX_CHECK(expect.on_cuda() ? order.has_value() : counts.has_value(), kSums, ": ",
+           expect.on_cuda() ? "order" : "counts", " must be given");
+  double* const total = expect.ptr<double>(sums, "sums", {-1, F});
+  const int64_t K = sums.sizes[0];
   with_float(x.dtype, [&](auto value) {
     using T = decltype(value);
-    const KmeansSumsArgs<T> args{N,
-                                 sums.sizes[0],
-                                 F,
-                                 x.ptr<T>(),
-                                 labels.ptr<int32_t>(),
-                                 offset.ptr<double>(),
-                                 step.ptr<double>(),
-                                 sums.ptr<double>(),
-                                 counts ? counts->ptr<int64_t>() : nullptr};
+    KmeansSumsArgs<T> args;
+    args.num_rows = N;
+    args.num_clusters = K;
+    args.width = F;
+    args.x = x.ptr<T>();
+    args.labels = expect.ptr<int32_t>(labels, "labels", {N});
+    args.offset = expect.ptr<double>(offset, "offset", {F});
+    args.step = expect.ptr<double>(step, "step", {F});
+    args.sums = total;
+    args.counts = expect.ptr<int64_t>(counts, "counts", {K});
+    const int64_t* by_label = expect.ptr<int64_t>(order, "order", {N});
     const py::gil_scoped_release no_gil;
-#ifdef SPEECHLM_HAVE_CUDA
-    if (on_cuda) {
-      kmeans_sums_cuda(args, order->ptr<int64_t>(), x.device_index, reinterpret_cast<void*>(stream));
-      return;
-    }
-#else
-    (void)stream;
-#endif
-    kmeans_sums_cpu(args, threads);
+    if (!expect.on_cuda()) return kmeans_sums_cpu(args, threads);
+    if constexpr (kHasCuda) kmeans_sums_cuda(args, by_label, x.device_index, reinterpret_cast<void*>(stream));
   });
 }
 
@@ -245,10 +202,11 @@ void bind_kmeans_assign(py::module_& m) {
   m.def("kmeans_sums", &kmeans_sums, py::arg("x"), py::arg("labels"), py::arg("offset"), py::arg("step"),
         py::arg("sums"), py::arg("counts").none(true), py::arg("order").none(true), py::arg("threads"),
         py::arg("stream"));
-  m.def("kmeans_rows_cuda", &kmeans_rows, py::arg("x"), py::arg("centre"), py::arg("unit"), py::arg("exact"),
+  m.def("kmeans_rows_cuda", &kmeans_quantize_rows, py::arg("x"), py::arg("centre"), py::arg("unit"), py::arg("exact"),
         py::arg("codes"), py::arg("terms"), py::arg("stream"));
-  m.def("kmeans_settle_cuda", &kmeans_settle, py::arg("products"), py::arg("x"), py::arg("centroids"), py::arg("terms"),
-        py::arg("rows"), py::arg("labels"), py::arg("distance").none(true), py::arg("counts"), py::arg("stream"));
+  m.def("kmeans_settle_cuda", &kmeans_rescore, py::arg("products"), py::arg("x"), py::arg("centroids"),
+        py::arg("terms"), py::arg("rows"), py::arg("labels"), py::arg("distance").none(true), py::arg("counts"),
+        py::arg("stream"));
 }
 
 }  // namespace speechlm

@@ -17,45 +17,10 @@
 
 namespace speechlm {
 
-#define SX_LOOPS(set)                             \
-  namespace set {                                 \
-  const KmeansLoops& kmeans_loops_of();           \
-  template <typename T>                           \
-  const KmeansRowLoops<T>& kmeans_row_loops_of(); \
-  }
-SX_LOOPS(generic)
-#ifdef SPEECHLM_SIMD_X86
-SX_LOOPS(avx2)
-SX_LOOPS(avx512)
-#endif
-#undef SX_LOOPS
-
-const KmeansLoops& kmeans_loops() {
-#ifdef SPEECHLM_SIMD_X86
-  if (simd_in_use() == Simd::kAvx512) return avx512::kmeans_loops_of();
-  if (simd_in_use() == Simd::kAvx2) return avx2::kmeans_loops_of();
-#endif
-  return generic::kmeans_loops_of();
-}
-
-template <typename T>
-const KmeansRowLoops<T>& kmeans_row_loops() {
-#ifdef SPEECHLM_SIMD_X86
-  if (simd_in_use() == Simd::kAvx512) return avx512::kmeans_row_loops_of<T>();
-  if (simd_in_use() == Simd::kAvx2) return avx2::kmeans_row_loops_of<T>();
-#endif
-  return generic::kmeans_row_loops_of<T>();
-}
-
-template const KmeansRowLoops<float>& kmeans_row_loops<float>();
-template const KmeansRowLoops<double>& kmeans_row_loops<double>();
-template const KmeansRowLoops<BFloat16>& kmeans_row_loops<BFloat16>();
-template const KmeansRowLoops<Float16>& kmeans_row_loops<Float16>();
-
 namespace {
 
 constexpr int64_t kBlockBytes = 192 << 10, kCoarseBlockBytes = 768 << 10;  // of a block's codes
-constexpr int64_t kMostBlockRows = 384;
+constexpr int64_t kMaxBlockRows = 384;
 constexpr int64_t kSmall = 1 << 20;  // products, for which waking another thread takes longer than it saves
 
 struct Candidate {
@@ -63,7 +28,7 @@ struct Candidate {
   float low;
 };
 
-// The centroids that may be the nearest of one row, in ascending order.
+// The candidates for the nearest centroid of one row, in ascending order.
 class Candidates {
  public:
   void clear() {
@@ -80,7 +45,7 @@ class Candidates {
     }
   }
 
-  // Leaves those that still may be.
+  // Leaves those whose lower end is not above `least`.
   void prune(float least) {
     const auto is_above = [&](const Candidate& c) { return c.low > least; };
     count_ = std::remove_if(first_, first_ + count_, is_above) - first_;
@@ -106,19 +71,19 @@ bool all_finite(const T* x, int64_t width) {
 }
 
 // `product_error`: of the products, as a share of the codes' norms.
-RowTerms terms_of(const Quantised& q, double unit, int64_t width, bool exact, double product_error) {
+RowTerms terms_of(const Quantized& q, double unit, int64_t width, bool exact, double product_error) {
   RowTerms r;
   if (!q.fits) {
     r.eta = std::numeric_limits<float>::infinity();
     return r;
   }
   const double inverse = 1 / std::max(unit, q.norm);
-  const double beta = std::max(unit * inverse, kLeastBeta);
+  const double beta = std::max(unit * inverse, kMinBeta);
   r.alpha = static_cast<float>(q.scale * inverse);
   r.beta_low = r.beta_high = static_cast<float>(beta);
   if (!exact) return r;
   constexpr double kSlack = kFloatSlack * 0x1p-24, kUp = 1 + 0x1p-20;
-  r.beta_low = static_cast<float>(std::max(beta * (1 - kSlack), kLeastBeta));
+  r.beta_low = static_cast<float>(std::max(beta * (1 - kSlack), kMinBeta));
   r.beta_high = static_cast<float>(beta * (1 + kSlack));
   r.rho = static_cast<float>((q.residual + 2 * (kSlack + product_error) * q.hat) * inverse * kUp);
   r.hat = static_cast<float>(q.hat * inverse * kUp);
@@ -127,32 +92,32 @@ RowTerms terms_of(const Quantised& q, double unit, int64_t width, bool exact, do
   return r;
 }
 
-// Rows against all centroids by codes of one kind: what may be the nearest of each.
+// Compares rows with all centroids by codes of one kind: leaves the candidates for the nearest of each row.
 template <typename Product>
 class Scan {
  public:
   Scan(const PanelLoops<Product>& loops, const int32_t* codes, const CentroidTerms& terms, int64_t pairs,
-       int64_t most_rows)
+       int64_t max_rows)
       : loops_(loops),
         codes_(codes),
         centroids_(terms),
         pairs_(pairs),
-        row_codes_(padded(most_rows) * pairs),
-        rows_(padded(most_rows)),
-        columns_(kColumns * stride(most_rows)),
-        stride_(stride(most_rows)),
-        wanted_(padded(most_rows)),
-        candidates_(padded(most_rows)),
+        row_codes_(padded(max_rows) * pairs),
+        rows_(padded(max_rows)),
+        columns_(kColumns * stride(max_rows)),
+        stride_(stride(max_rows)),
+        wanted_(padded(max_rows)),
+        candidates_(padded(max_rows)),
         products_(loops.rows * loops.panels * kPanel),
         masks_(loops.rows * loops.panels) {}
 
-  // The number of rows that are computed for num_rows.
-  int64_t padded(int64_t num_rows) const { return (num_rows + loops_.step - 1) / loops_.step * loops_.step; }
+  // num_rows rounded up to the step of a tile.
+  int64_t padded(int64_t num_rows) const { return round_up(num_rows, loops_.step); }
 
   int32_t* row_codes() { return row_codes_.data(); }
   Candidates& candidates(int64_t i) { return candidates_[i]; }
 
-  // Row i, whose codes are there; nothing is looked for if it is not `wanted`.
+  // Row i, whose codes are written; it gets no candidates if it is not `wanted`.
   void begin(int64_t i, const RowTerms& terms, bool wanted) {
     rows_[i] = terms;
     const float column[] = {terms.alpha, terms.beta_low, terms.rho,
@@ -162,8 +127,8 @@ class Scan {
     candidates_[i].clear();
   }
 
-  // Rows [0, num_rows). More than `most` candidates of a row are not kept: it has none then.
-  void run(int64_t num_rows, int64_t num_clusters, int64_t most, bool products_only) {
+  // Rows [0, num_rows). A row with more than `max_candidates` candidates keeps none.
+  void run(int64_t num_rows, int64_t num_clusters, int64_t max_candidates, bool products_only) {
     for (int64_t first = 0; first < num_clusters; first += loops_.panels * kPanel) {
       const CentroidTerms panel = from(first);
       for (int64_t i = 0; i < padded(num_rows); i += loops_.rows) {
@@ -177,7 +142,7 @@ class Scan {
             if (j % 4 == 0 && j + 4 <= count && none_of_four(at)) {
               j += 3;
             } else if (masks_[at] != 0) {
-              collect(products_.data() + at * kPanel, i + j, first + p * kPanel, num_clusters, most);
+              collect(products_.data() + at * kPanel, i + j, first + p * kPanel, num_clusters, max_candidates);
             }
           }
         }
@@ -190,7 +155,7 @@ class Scan {
   static constexpr int64_t kColumns = 6;
 
   // Of a column: a vector may reach beyond the last row.
-  int64_t stride(int64_t most_rows) const { return (padded(most_rows) / kRowVector + 2) * kRowVector; }
+  int64_t stride(int64_t max_rows) const { return (padded(max_rows) / kRowVector + 2) * kRowVector; }
 
   RowColumns columns(int64_t i) const {
     const float* at = columns_.data() + i;
@@ -210,18 +175,18 @@ class Scan {
     return masks == 0;
   }
 
-  void collect(const Product* products, int64_t row, int64_t first, int64_t num_clusters, int64_t most) {
+  void collect(const Product* products, int64_t row, int64_t first, int64_t num_clusters, int64_t max_candidates) {
     if (!wanted_[row]) return;
     float low[kPanel];
-    uint32_t mask = loops_.ends(low, &least(row), products, rows_[row], from(first));
+    uint32_t mask = loops_.bounds(low, &least(row), products, rows_[row], from(first));
     for (; mask != 0; mask &= mask - 1) {
       const int64_t j = __builtin_ctz(mask), k = first + j;
       if (k >= num_clusters) return;
       candidates_[row].add({static_cast<int32_t>(k), low[j]}, least(row));
     }
-    if (candidates_[row].size() <= most) return;
+    if (candidates_[row].size() <= max_candidates) return;
     candidates_[row].prune(least(row));
-    if (candidates_[row].size() <= most) return;
+    if (candidates_[row].size() <= max_candidates) return;
     candidates_[row].clear();
     wanted_[row] = false;
   }
@@ -241,19 +206,19 @@ class Scan {
 };
 
 template <typename T, typename C>
-class RowBlock {
+class RowAssigner {
  public:
-  RowBlock(const KmeansAssignArgs<T, C>& args, int64_t most_rows)
+  RowAssigner(const KmeansAssignArgs<T, C>& args, int64_t max_rows)
       : a_(args),
         loops_(kmeans_loops()),
         norm_share_(norm_share_of(a_.width)),
         value_(std::max(padded_width(a_.width), 2 * coarse_pairs(a_.width))),
         codes_(value_.size()),
-        fine_(loops_.fine, a_.codes, a_.terms, (a_.width + 1) / 2, most_rows) {
+        fine_(loops_.fine, a_.codes, a_.terms, (a_.width + 1) / 2, max_rows) {
     if (!is_coarse()) return;
     PanelLoops<float> loops = loops_.coarse;
     loops.tile = coarse_tile(tiles_in_use());
-    coarse_.emplace(loops, a_.coarse_codes, a_.coarse_terms, coarse_pairs(a_.width), most_rows);
+    coarse_.emplace(loops, a_.coarse_codes, a_.coarse_terms, coarse_pairs(a_.width), max_rows);
     if (tiles_in_use() == Tiles::kAmx) unit_.emplace();
   }
 
@@ -261,13 +226,13 @@ class RowBlock {
   void run(int64_t begin, int64_t end) {
     const int64_t num_rows = end - begin;
     if (!is_coarse()) {
-      for (int64_t i = 0; i < fine_.padded(num_rows); ++i) quantise(i, i < num_rows ? begin + i : -1);
+      for (int64_t i = 0; i < fine_.padded(num_rows); ++i) quantize(i, i < num_rows ? begin + i : -1);
       fine_.run(num_rows, a_.num_clusters, kAll, a_.products_only);
-      for (int64_t i = 0; i < num_rows && !a_.products_only; ++i) settle(begin + i, fine_.candidates(i));
+      for (int64_t i = 0; i < num_rows && !a_.products_only; ++i) rescore(begin + i, fine_.candidates(i));
       return;
     }
     for (int64_t i = 0; i < coarse_->padded(num_rows); ++i) round(i, i < num_rows ? begin + i : -1);
-    coarse_->run(num_rows, a_.num_clusters, kMostCoarse, a_.products_only);
+    coarse_->run(num_rows, a_.num_clusters, kMaxCoarseCandidates, a_.products_only);
     if (a_.products_only) return;
     again_.clear();
     for (int64_t i = 0; i < num_rows; ++i) {
@@ -275,20 +240,20 @@ class RowBlock {
       if (candidates.size() == 0 && is_finite(begin + i)) {
         again_.push_back(begin + i);
       } else {
-        settle(begin + i, candidates);
+        rescore(begin + i, candidates);
       }
     }
     const auto num_again = static_cast<int64_t>(again_.size());
-    for (int64_t i = 0; i < fine_.padded(num_again); ++i) quantise(i, i < num_again ? again_[i] : -1);
+    for (int64_t i = 0; i < fine_.padded(num_again); ++i) quantize(i, i < num_again ? again_[i] : -1);
     fine_.run(num_again, a_.num_clusters, kAll, false);
-    for (int64_t i = 0; i < num_again; ++i) settle(again_[i], fine_.candidates(i));
+    for (int64_t i = 0; i < num_again; ++i) rescore(again_[i], fine_.candidates(i));
   }
 
   int64_t reranked = 0, compared = 0, not_finite = 0;
 
  private:
   static constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
-  static constexpr int64_t kMostCoarse = 32;  // more are better told apart by finer codes than in float64
+  static constexpr int64_t kMaxCoarseCandidates = 32;  // above this, fine codes are cheaper than float64 rescoring
 
   bool is_coarse() const { return a_.coarse_codes != nullptr && tiles_in_use() != Tiles::kNone; }
 
@@ -302,9 +267,9 @@ class RowBlock {
     std::fill(value_.begin() + (n >= 0 ? a_.width : 0), value_.end(), 0.0);
   }
 
-  void quantise(int64_t i, int64_t n) {
+  void quantize(int64_t i, int64_t n) {
     load(n);
-    const Quantised q = loops_.quantise(codes_.data(), value_.data(), padded_width(a_.width), norm_share_);
+    const Quantized q = loops_.quantize(codes_.data(), value_.data(), padded_width(a_.width), norm_share_);
     fine_.begin(i, terms_of(q, a_.unit, a_.width, a_.exact, 0), n >= 0 && (q.fits || is_finite(n)));
     const int64_t pairs = (a_.width + 1) / 2, rows = loops_.fine.rows;
     int32_t* to = fine_.row_codes() + i / rows * rows * pairs + i % rows;
@@ -315,7 +280,7 @@ class RowBlock {
     load(n);
     auto* codes = reinterpret_cast<uint16_t*>(codes_.data());
     const int64_t pairs = coarse_pairs(a_.width), group = kPanel * kCoarsePairs;
-    const Quantised q = loops_.round(codes, value_.data(), 2 * pairs);
+    const Quantized q = loops_.round(codes, value_.data(), 2 * pairs);
     coarse_->begin(i, terms_of(q, a_.unit, a_.width, true, coarse_product_error(a_.width)), n >= 0 && q.fits);
     int32_t* to = coarse_->row_codes() + i / kPanel * kPanel * pairs + i % kPanel * kCoarsePairs;
     for (int64_t p = 0; p < pairs; p += kCoarsePairs) {
@@ -323,7 +288,7 @@ class RowBlock {
     }
   }
 
-  void settle(int64_t n, const Candidates& candidates) {
+  void rescore(int64_t n, const Candidates& candidates) {
     if (candidates.size() == 0) {  // only of a row that is not finite
       ++not_finite;
       a_.labels[n] = -1;
@@ -376,13 +341,13 @@ void kmeans_assign_cpu(const KmeansAssignArgs<T, C>& a, int threads) {
   const int64_t tile_rows = is_coarse ? kCoarseStep : loops.fine.rows;
   if (a.num_rows * a.num_clusters * a.width < kSmall) threads = 1;
   // A block for every thread, at least.
-  int64_t rows = std::min(kMostBlockRows, std::max<int64_t>(block_bytes / std::max<int64_t>(row_bytes, 1), 1));
-  rows = std::min(rows, (a.num_rows + threads - 1) / threads);
-  rows = std::max<int64_t>((rows + tile_rows - 1) / tile_rows, 1) * tile_rows;
-  const int64_t blocks = (a.num_rows + rows - 1) / rows;
+  int64_t rows = std::min(kMaxBlockRows, std::max<int64_t>(block_bytes / std::max<int64_t>(row_bytes, 1), 1));
+  rows = std::min(rows, ceil_div(a.num_rows, threads));
+  rows = std::max(round_up(rows, tile_rows), tile_rows);
+  const int64_t blocks = ceil_div(a.num_rows, rows);
   std::vector<std::array<int64_t, 3>> counts(blocks);
   parallel_for(blocks, 1, threads, [&](int64_t begin, int64_t end) {
-    RowBlock<T, C> block(a, rows);
+    RowAssigner<T, C> block(a, rows);
     for (int64_t b = begin; b < end; ++b) {
       block.reranked = block.compared = block.not_finite = 0;
       block.run(b * rows, std::min(a.num_rows, (b + 1) * rows));
@@ -397,10 +362,7 @@ void kmeans_assign_cpu(const KmeansAssignArgs<T, C>& a, int threads) {
 #define SX_INSTANTIATE(T)                                                            \
   template void kmeans_assign_cpu<T, float>(const KmeansAssignArgs<T, float>&, int); \
   template void kmeans_assign_cpu<T, double>(const KmeansAssignArgs<T, double>&, int);
-SX_INSTANTIATE(float)
-SX_INSTANTIATE(double)
-SX_INSTANTIATE(BFloat16)
-SX_INSTANTIATE(Float16)
+SX_FOR_FLOATS(SX_INSTANTIATE)
 #undef SX_INSTANTIATE
 
 }  // namespace speechlm

@@ -1,4 +1,4 @@
-// The centroids as kmeans_assign's tiles read them.
+// Codes and terms of the centroids, in the layout of kmeans_assign's tiles.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -43,7 +43,7 @@ std::vector<char> copies_of(const C* centroids, int64_t num_clusters, int64_t wi
 }
 
 // terms [4, padded K].
-void write_terms(float* terms, const std::vector<Quantised>& found, const std::vector<char>& copies, double unit,
+void write_terms(float* terms, const std::vector<Quantized>& found, const std::vector<char>& copies, double unit,
                  int64_t padded) {
   constexpr double kUp = 1 + 0x1p-20;  // these ends must not be rounded down
   constexpr float kNever = std::numeric_limits<float>::infinity();
@@ -56,7 +56,7 @@ void write_terms(float* terms, const std::vector<Quantised>& found, const std::v
     *scale = *norm = *residual = 0;
     *half_norm = kNever;
     if (k >= num_clusters || copies[k]) continue;
-    const Quantised& q = found[k];
+    const Quantized& q = found[k];
     *half_norm = static_cast<float>((q.norm / unit) * (q.norm / unit) / 2);
     *scale = static_cast<float>(q.scale / unit);
     *norm = q.fits ? static_cast<float>(q.norm / unit * kUp) : std::numeric_limits<float>::infinity();
@@ -74,14 +74,14 @@ void kmeans_index_cpu(const KmeansIndexArgs<C>& a, int threads) {
   const double norm_share = norm_share_of(F);
   const bool is_coarse = a.coarse_codes != nullptr;
   const int64_t short_pairs = coarse_pairs(F);
-  std::vector<Quantised> found(K), coarse(is_coarse ? K : 0);
+  std::vector<Quantized> found(K), coarse(is_coarse ? K : 0);
   parallel_for(padded, 16, threads, [&](int64_t begin, int64_t end) {
     std::vector<double> value(std::max(padded_width(F), 2 * short_pairs));
     std::vector<int32_t> codes(value.size());
     for (int64_t k = begin; k < end; ++k) {
       if (k < K) {
         rows.subtract(value.data(), a.centroids + k * F, a.centre, F);
-        found[k] = loops.quantise(codes.data(), value.data(), padded_width(F), norm_share);
+        found[k] = loops.quantize(codes.data(), value.data(), padded_width(F), norm_share);
       } else {
         std::fill(codes.begin(), codes.end(), 0);
       }
@@ -95,7 +95,7 @@ void kmeans_index_cpu(const KmeansIndexArgs<C>& a, int threads) {
     }
   });
   double unit = 0;
-  for (const Quantised& q : found) unit = std::max(unit, q.norm);
+  for (const Quantized& q : found) unit = std::max(unit, q.norm);
   if (unit == 0) unit = 1;
   *a.unit = unit;
   const std::vector<char> copies = copies_of(a.centroids, K, F, threads);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "common/tensor/small_float.h"
 
 namespace speechlm {

@@ -13,8 +13,8 @@ namespace speechlm {
 namespace {
 
 constexpr int64_t kCacheBytes = 256 << 10;
-constexpr int64_t kLeastColumns = 64;  // of a thread
-constexpr int64_t kLeastRows = 1024;
+constexpr int64_t kMinColumns = 64;  // of a thread
+constexpr int64_t kMinRows = 1024;
 constexpr int64_t kSmall = 1 << 15;  // values, for which waking another thread takes longer than it saves
 
 template <typename T>
@@ -29,7 +29,7 @@ template <typename T>
 void by_rows(const KmeansSumsArgs<T>& a, const double* rounder, int threads) {
   const int64_t K = a.num_clusters, F = a.width;
   std::mutex mutex;
-  parallel_for(a.num_rows, kLeastRows, threads, [&](int64_t first, int64_t last) {
+  parallel_for(a.num_rows, kMinRows, threads, [&](int64_t first, int64_t last) {
     std::vector<double> sums(K * F);
     std::vector<int64_t> counts(K);
     for (int64_t n = first; n < last; ++n) {
@@ -60,7 +60,7 @@ void by_columns(const KmeansSumsArgs<T>& a, const double* rounder, int threads) 
   for (int64_t n = 0; n < N; ++n) {
     if (is_label(n)) order[begin[a.labels[n]]++] = n;
   }
-  parallel_for(F, std::max(kLeastColumns, (F + threads - 1) / threads), threads, [&](int64_t first, int64_t last) {
+  parallel_for(F, std::max(kMinColumns, ceil_div(F, threads)), threads, [&](int64_t first, int64_t last) {
     for (int64_t i = 0; i < num_labelled; ++i) {
       const int64_t n = order[i];
       add_row(a.sums + a.labels[n] * F + first, a.x + n * F + first, a.offset + first, rounder + first, last - first);
@@ -79,9 +79,8 @@ void kmeans_sums_cpu(const KmeansSumsArgs<T>& a, int threads) {
   fits ? by_rows(a, rounder.data(), threads) : by_columns(a, rounder.data(), threads);
 }
 
-template void kmeans_sums_cpu<float>(const KmeansSumsArgs<float>&, int);
-template void kmeans_sums_cpu<double>(const KmeansSumsArgs<double>&, int);
-template void kmeans_sums_cpu<BFloat16>(const KmeansSumsArgs<BFloat16>&, int);
-template void kmeans_sums_cpu<Float16>(const KmeansSumsArgs<Float16>&, int);
+#define SX_INSTANTIATE(T) template void kmeans_sums_cpu<T>(const KmeansSumsArgs<T>&, int);
+SX_FOR_FLOATS(SX_INSTANTIATE)
+#undef SX_INSTANTIATE
 
 }  // namespace speechlm

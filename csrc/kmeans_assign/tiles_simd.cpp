@@ -1,4 +1,4 @@
-// Compiled once per instruction set; see common/simd.h.
+// The inner loops of kmeans_assign, compiled once per instruction set; see common/cpu/simd.h.
 #include "kmeans_assign/tiles.h"
 
 #include <algorithm>
@@ -88,9 +88,9 @@ void tile(int32_t* out, const int32_t* rows, const int32_t* panels, int64_t pair
 }
 #endif
 
-// The order of roundings is the same in every set, and so are the ends.
+// The order of roundings is the same in every set, and so are the bounds.
 
-// What the threshold of the first look is raised by, for the roundings of its own arithmetic.
+// Raises the threshold of the first test by the rounding errors of its own arithmetic.
 constexpr float kEndSlack = 0x1p-18f;
 
 #if defined(__AVX512BW__)
@@ -127,7 +127,7 @@ inline uint32_t mask_of(const __m512& low, float end) {
 }
 
 template <typename Product>
-uint32_t ends(float* low, float* least, const Product* products, const RowTerms& r, const CentroidTerms& terms) {
+uint32_t bounds(float* low, float* least, const Product* products, const RowTerms& r, const CentroidTerms& terms) {
   const CentroidVectors c(terms);
   const __m512 z = product_of(products, c, r.alpha), error = error_of(c, r);
   const __m512 lower = _mm512_sub_ps(score_of(z, c, r.beta_low), error);
@@ -144,7 +144,7 @@ uint32_t ends(float* low, float* least, const Product* products, const RowTerms&
 template <typename Product, int num_rows, int num_panels>
 void below(const Product* products, const RowColumns& rows, const CentroidTerms& terms, uint16_t* masks, int count) {
   static_assert(kRowVector == 16, "a vector");
-  alignas(64) float most[(num_rows + kRowVector - 1) / kRowVector * kRowVector];
+  alignas(64) float limit[(num_rows + kRowVector - 1) / kRowVector * kRowVector];
   for (int panel = 0; panel < num_panels; ++panel) {
     const CentroidVectors c(terms, panel * kPanel);
     const __m512 norm = _mm512_set1_ps(_mm512_reduce_max_ps(c.norm));
@@ -154,12 +154,12 @@ void below(const Product* products, const RowColumns& rows, const CentroidTerms&
                                                        _mm512_mul_ps(residual, _mm512_loadu_ps(rows.hat + i))),
                                          _mm512_loadu_ps(rows.eta + i));
       const __m512 end = _mm512_add_ps(_mm512_loadu_ps(rows.least + i), error);
-      _mm512_store_ps(most + i, _mm512_add_ps(end, _mm512_mul_ps(_mm512_abs_ps(end), _mm512_set1_ps(kEndSlack))));
+      _mm512_store_ps(limit + i, _mm512_add_ps(end, _mm512_mul_ps(_mm512_abs_ps(end), _mm512_set1_ps(kEndSlack))));
     }
     for (int i = 0; i < count; ++i) {
       const int at = panel * num_rows + i;
       const __m512 z = product_of(products + at * kPanel, c, rows.alpha[i]);
-      masks[at] = static_cast<uint16_t>(mask_of(score_of(z, c, rows.beta_low[i]), most[i]));
+      masks[at] = static_cast<uint16_t>(mask_of(score_of(z, c, rows.beta_low[i]), limit[i]));
     }
   }
 }
@@ -181,7 +181,7 @@ inline uint32_t mask_of(const float* low, float end) {
 }
 
 template <typename Product>
-uint32_t ends(float* low, float* least, const Product* products, const RowTerms& row, const CentroidTerms& c) {
+uint32_t bounds(float* low, float* least, const Product* products, const RowTerms& row, const CentroidTerms& c) {
   const RowTerms r = row;
   float high[kPanel];
   for (int64_t k = 0; k < kPanel; ++k) {
@@ -200,7 +200,7 @@ uint32_t ends(float* low, float* least, const Product* products, const RowTerms&
 
 template <typename Product, int num_rows, int num_panels>
 void below(const Product* products, const RowColumns& rows, const CentroidTerms& c, uint16_t* masks, int count) {
-  float most[num_rows];
+  float limit[num_rows];
   for (int panel = 0; panel < num_panels; ++panel) {
     const int64_t from = panel * kPanel;
     float norm = 0, residual = 0;
@@ -210,7 +210,7 @@ void below(const Product* products, const RowColumns& rows, const CentroidTerms&
     }
     for (int i = 0; i < count; ++i) {
       const float end = rows.least[i] + (norm * rows.rho[i] + residual * rows.hat[i] + rows.eta[i]);
-      most[i] = end + std::abs(end) * kEndSlack;
+      limit[i] = end + std::abs(end) * kEndSlack;
     }
     for (int i = 0; i < count; ++i) {
       const Product* at = products + (panel * num_rows + i) * kPanel;
@@ -220,7 +220,7 @@ void below(const Product* products, const RowColumns& rows, const CentroidTerms&
         const int64_t k = from + j;
         score[j] = c.half_norm[k] * beta - static_cast<float>(at[j]) * c.scale[k] * alpha;
       }
-      masks[panel * num_rows + i] = static_cast<uint16_t>(mask_of(score, most[i]));
+      masks[panel * num_rows + i] = static_cast<uint16_t>(mask_of(score, limit[i]));
     }
   }
 }
@@ -238,8 +238,8 @@ inline Doubles load(const double* from) {
 
 inline double join(const Doubles& v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
-// Norm and whether it fits; `most`: the largest magnitude.
-Quantised survey(const double* value, int64_t padded, double& most) {
+// Norm and whether it fits; `peak` becomes the largest magnitude.
+Quantized measure(const double* value, int64_t padded, double& peak) {
   Doubles squares[2] = {}, largest[2] = {};
   for (int64_t f = 0; f < padded; f += kVector) {
     for (int64_t i = 0; i < 2; ++i) {
@@ -250,33 +250,33 @@ Quantised survey(const double* value, int64_t padded, double& most) {
     }
   }
   const double total = join(squares[0] + squares[1]);
-  most = 0;
+  peak = 0;
   for (int64_t j = 0; j < kVector; ++j) {
     const double magnitude = largest[j / kLanes][j % kLanes];
-    most = magnitude > most ? magnitude : most;
+    peak = magnitude > peak ? magnitude : peak;
   }
-  Quantised out;
+  Quantized out;
   // Squares that overflow or lose digits say nothing.
-  out.fits = total < 1e300 && (most == 0 || most > 1e-140);
+  out.fits = total < 1e300 && (peak == 0 || peak > 1e-140);
   if (out.fits) out.norm = std::sqrt(total);
   return out;
 }
 
-// What the codes leave: 2^-40 is far more than these sums, and the subtraction of the centre before them, can have
-// lost.
-void set_errors(Quantised& out, double residual, double code_norm) {
+// Residual and norm of the codes, rounded up: 2^-40 is far more than these sums, and the subtraction of the centre
+// before them, can have lost.
+void set_errors(Quantized& out, double residual, double code_norm) {
   out.residual = residual * (1 + 0x1p-40) + out.norm * 0x1p-50;
   out.hat = code_norm * out.scale * (1 + 0x1p-40);
 }
 
-Quantised quantise(int32_t* codes, const double* value, int64_t padded, double norm_share) {
-  double most = 0;
-  Quantised out = survey(value, padded, most);
-  if (!out.fits || most == 0) {
+Quantized quantize(int32_t* codes, const double* value, int64_t padded, double norm_share) {
+  double peak = 0;
+  Quantized out = measure(value, padded, peak);
+  if (!out.fits || peak == 0) {
     std::memset(codes, 0, static_cast<size_t>(padded) * sizeof(int32_t));
     return out;
   }
-  const double by_norm = out.norm * norm_share, by_largest = most * (1.0 / 32766);
+  const double by_norm = out.norm * norm_share, by_largest = peak * (1.0 / 32766);
   out.scale = by_norm > by_largest ? by_norm : by_largest;
   const double inverse = 1 / out.scale;
   Doubles residuals = {}, hats = {};
@@ -294,14 +294,14 @@ Quantised quantise(int32_t* codes, const double* value, int64_t padded, double n
   return out;
 }
 
-Quantised round(uint16_t* codes, const double* value, int64_t padded) {
-  double most = 0;
-  Quantised out = survey(value, padded, most);
-  if (!out.fits || most == 0) {
+Quantized round(uint16_t* codes, const double* value, int64_t padded) {
+  double peak = 0;
+  Quantized out = measure(value, padded, peak);
+  if (!out.fits || peak == 0) {
     std::memset(codes, 0, static_cast<size_t>(padded) * sizeof(uint16_t));
     return out;
   }
-  out.scale = std::ldexp(1.0, std::ilogb(most));  // the largest code is in [1, 2)
+  out.scale = std::ldexp(1.0, std::ilogb(peak));  // the largest code is in [1, 2)
   const double inverse = 1 / out.scale;
   typedef double Wide __attribute__((vector_size(kVector * sizeof(double))));
   typedef float Floats __attribute__((vector_size(kVector * sizeof(float))));
@@ -390,12 +390,12 @@ double distance(const double* __restrict x, const T* __restrict centroid, int64_
 
 }  // namespace
 
-const KmeansLoops& kmeans_loops_of() {
+const KmeansLoops& kmeans_loops() {
   static const KmeansLoops table = [] {
     KmeansLoops loops{
-        {kRows, kPanels, kRows, &tile, &below<int32_t, kRows, kPanels>, &ends<int32_t>},
-        {kCoarseRows, kCoarsePanels, kCoarseStep, nullptr, &below<float, kCoarseRows, kCoarsePanels>, &ends<float>},
-        &quantise,
+        {kRows, kPanels, kRows, &tile, &below<int32_t, kRows, kPanels>, &bounds<int32_t>},
+        {kCoarseRows, kCoarsePanels, kCoarseStep, nullptr, &below<float, kCoarseRows, kCoarsePanels>, &bounds<float>},
+        &quantize,
         &round};
 #if defined(__AVX512BW__)
     if (__builtin_cpu_supports("avx512vnni")) loops.fine.tile = &tile_vnni;
@@ -406,15 +406,14 @@ const KmeansLoops& kmeans_loops_of() {
 }
 
 template <typename T>
-const KmeansRowLoops<T>& kmeans_row_loops_of() {
+const KmeansRowLoops<T>& kmeans_row_loops() {
   static const KmeansRowLoops<T> table{&subtract<T>, &distance<T>};
   return table;
 }
 
-template const KmeansRowLoops<float>& kmeans_row_loops_of<float>();
-template const KmeansRowLoops<double>& kmeans_row_loops_of<double>();
-template const KmeansRowLoops<BFloat16>& kmeans_row_loops_of<BFloat16>();
-template const KmeansRowLoops<Float16>& kmeans_row_loops_of<Float16>();
+#define SX_INSTANTIATE(T) template const KmeansRowLoops<T>& kmeans_row_loops<T>();
+SX_FOR_FLOATS(SX_INSTANTIATE)
+#undef SX_INSTANTIATE
 
 }  // namespace SX_SIMD
 }  // namespace speechlm

@@ -7,10 +7,11 @@
 #include <cstdint>
 
 #include "common/check.h"
+#include "common/host_device.h"
 
 namespace speechlm {
 
-constexpr int kMostStreams = 64;
+constexpr int kMaxStreams = 64;
 
 struct EmbedShape {
   int64_t num_rows = 0;     // N
@@ -24,8 +25,8 @@ struct EmbedRule {
   bool has_pad = false;
   bool has_scale = false;
   int64_t pad_id = 0;
-  int64_t offset[kMostStreams] = {};
-  double scale[kMostStreams] = {};
+  int64_t offset[kMaxStreams] = {};
+  double scale[kMaxStreams] = {};
 };
 
 template <typename T, typename Id>
@@ -40,7 +41,7 @@ struct EmbedArgs {
   int64_t* bad = nullptr;          // n * S + s of the first id outside the table, else left as it is (CUDA) or N * S
 };
 
-// Which features go where; the slots are their inverse.
+// The output row of each feature; the slots are their inverse.
 struct FeaturePlaces {
   int64_t num_features = 0;            // M
   int64_t num_rows = 0;                // N
@@ -52,23 +53,20 @@ struct FeaturePlaces {
 template <typename T, typename Id>
 void multistream_embed_cpu(const EmbedArgs<T, Id>& args, int threads);
 // Fills the slots. False if a position is out of range or used twice.
-bool place_features_cpu(const FeaturePlaces& places);
+bool scatter_slots_cpu(const FeaturePlaces& places);
 
 // `stream` is a cudaStream_t; the launches are asynchronous and can be captured.
 template <typename T, typename Id>
 void multistream_embed_cuda(const EmbedArgs<T, Id>& args, int device, void* stream);
 // A position out of range is left out; of a position used twice the last feature counts.
-void place_features_cuda(const FeaturePlaces& places, int device, void* stream);
+void scatter_slots_cuda(const FeaturePlaces& places, int device, void* stream);
 
 // The row of the table for an id of stream s; -1 for a pad, -2 for one outside the table.
 template <typename Id>
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-    inline int64_t table_row(const EmbedRule& rule, int64_t table_rows, Id id, int64_t s) {
+SX_HOST_DEVICE inline int64_t table_row(const EmbedRule& rule, int64_t table_rows, Id id, int64_t s) {
   if (rule.has_pad && static_cast<int64_t>(id) == rule.pad_id) return -1;
   const int64_t wide = static_cast<int64_t>(id), offset = rule.offset[s];
-  const int64_t row = static_cast<int64_t>(static_cast<uint64_t>(wide) + static_cast<uint64_t>(offset));
+  const int64_t row = wrapping_add(wide, offset);
   const bool overflow = ((wide ^ row) & (offset ^ row)) < 0;
   return row >= 0 && row < table_rows && !overflow ? row : -2;
 }

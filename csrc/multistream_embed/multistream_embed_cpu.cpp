@@ -1,5 +1,5 @@
-// multistream_embed on the CPU: rows are shared among threads, and the table rows of the next output row are fetched
-// ahead, because they lie anywhere in a table far larger than the caches.
+// multistream_embed on the CPU: rows are shared among threads, and the table rows of the next output row are
+// prefetched, because they are scattered over a table far larger than the caches.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -12,39 +12,18 @@
 
 namespace speechlm {
 
-#define SX_LOOPS(set)         \
-  namespace set {             \
-  template <typename T>       \
-  const RowLoops<T>& loops(); \
-  }
-SX_LOOPS(generic)
-#ifdef SPEECHLM_SIMD_X86
-SX_LOOPS(avx2)
-SX_LOOPS(avx512)
-#endif
-#undef SX_LOOPS
-
-template <typename T>
-const RowLoops<T>& row_loops() {
-#ifdef SPEECHLM_SIMD_X86
-  if (simd_in_use() == Simd::kAvx512) return avx512::loops<T>();
-  if (simd_in_use() == Simd::kAvx2) return avx2::loops<T>();
-#endif
-  return generic::loops<T>();
-}
-
 namespace {
 
-// The rows that one output row sums: the table's, then the features'.
+// The rows whose sum is one output row: the table's, then the features'.
 template <typename T>
-struct Members {
-  std::array<const T*, kMostStreams + 1> rows;
-  std::array<double, kMostStreams + 1> scale;
+struct SummandRows {
+  std::array<const T*, kMaxStreams + 1> rows;
+  std::array<double, kMaxStreams + 1> scale;
   int64_t count = 0;
 };
 
 template <typename T, typename Id>
-void find_members(const EmbedArgs<T, Id>& a, int64_t n, Members<T>& m, int64_t& bad) {
+void find_summands(const EmbedArgs<T, Id>& a, int64_t n, SummandRows<T>& m, int64_t& bad) {
   m.count = 0;
   const int64_t S = a.shape.num_streams;
   for (int64_t s = 0; s < S; ++s) {
@@ -72,13 +51,13 @@ void multistream_embed_cpu(const EmbedArgs<T, Id>& a, int threads) {
   parallel_for(N, kGrainBytes / std::max<int64_t>(row_bytes, 1), threads, [&](int64_t begin, int64_t end) {
     int64_t bad = N * a.shape.num_streams;
     std::vector<Acc> acc(a.rule.has_scale ? D : 0);
-    Members<T> members[2];
-    find_members(a, begin, members[begin % 2], bad);
+    SummandRows<T> summands[2];
+    find_summands(a, begin, summands[begin % 2], bad);
     for (int64_t n = begin; n < end; ++n) {
-      const Members<T>& now = members[n % 2];
+      const SummandRows<T>& now = summands[n % 2];
       if (n + 1 < end) {
-        Members<T>& next = members[(n + 1) % 2];
-        find_members(a, n + 1, next, bad);
+        SummandRows<T>& next = summands[(n + 1) % 2];
+        find_summands(a, n + 1, next, bad);
         for (int64_t i = 0; i < next.count; ++i) fetch(next.rows[i], D * static_cast<int64_t>(sizeof(T)));
       }
       if (D == 0) continue;  // the ids are checked all the same
@@ -95,13 +74,12 @@ void multistream_embed_cpu(const EmbedArgs<T, Id>& a, int threads) {
         loops.sum(out, now.rows.data(), now.count, D);
       }
     }
-    for (int64_t seen = first_bad; bad < seen && !first_bad.compare_exchange_weak(seen, bad);) {
-    }
+    atomic_min(first_bad, bad);
   });
   *a.bad = first_bad;
 }
 
-bool place_features_cpu(const FeaturePlaces& p) {
+bool scatter_slots_cpu(const FeaturePlaces& p) {
   std::fill(p.slots, p.slots + p.num_rows, -1);
   for (int64_t m = 0; m < p.num_features; ++m) {
     const int64_t n = p.positions[m];
@@ -112,13 +90,9 @@ bool place_features_cpu(const FeaturePlaces& p) {
 }
 
 #define SX_INSTANTIATE(T)                                                             \
-  template const RowLoops<T>& row_loops<T>();                                         \
   template void multistream_embed_cpu<T, int32_t>(const EmbedArgs<T, int32_t>&, int); \
   template void multistream_embed_cpu<T, int64_t>(const EmbedArgs<T, int64_t>&, int);
-SX_INSTANTIATE(float)
-SX_INSTANTIATE(double)
-SX_INSTANTIATE(BFloat16)
-SX_INSTANTIATE(Float16)
+SX_FOR_FLOATS(SX_INSTANTIATE)
 #undef SX_INSTANTIATE
 
 }  // namespace speechlm

@@ -1,7 +1,7 @@
 // multistream_embed on the GPU: a warp per row, ids in registers, 16-byte loads, one store. Bytes that must move: every
 // real id's row of the table, every feature, every row of the output, once each.
-#include "common/cuda/cuda.cuh"
 #include "common/cuda/vec.cuh"
+#include "common/cuda/warp.cuh"
 #include "common/tensor/small_float.h"
 #include "multistream_embed/multistream_embed.h"
 
@@ -9,7 +9,6 @@ namespace speechlm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr unsigned kFull = 0xffffffffu;
 
 template <typename T, typename Id, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) embed_kernel(const EmbedArgs<T, Id> a) {
@@ -36,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 4) embed_kernel(const EmbedArgs<T, I
       for (int i = 0; i < kVec; ++i) acc[i] = Acc{0};
       bool is_first = true;
       for (int s = 0; s < S; ++s) {
-        const int64_t row = __shfl_sync(kFull, s < 32 ? low : high, s % 32);
+        const int64_t row = __shfl_sync(kFullMask, s < 32 ? low : high, s % 32);
         if (row < 0) continue;
         if (v < num_vecs) {
           const auto x = reinterpret_cast<const Vec<T, kVec>*>(a.table + row * a.shape.width)[v];
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 4) embed_kernel(const EmbedArgs<T, I
   }
 }
 
-__global__ void __launch_bounds__(kThreads) place_kernel(const FeaturePlaces p) {
+__global__ void __launch_bounds__(kThreads) slots_kernel(const FeaturePlaces p) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t m = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; m < p.num_features; m += step) {
     const int64_t n = p.positions[m];
@@ -89,10 +88,10 @@ void multistream_embed_cuda(const EmbedArgs<T, Id>& args, int device, void* stre
   cuda_check(cudaGetLastError(), "multistream_embed launch");
 }
 
-void place_features_cuda(const FeaturePlaces& places, int device, void* stream) {
+void scatter_slots_cuda(const FeaturePlaces& places, int device, void* stream) {
   if (places.num_features == 0) return;
   const DeviceGuard guard(device);
-  SX_LAUNCH(place_kernel, grid_for(places.num_features, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream),
+  SX_LAUNCH(slots_kernel, grid_for(places.num_features, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream),
             places);
   cuda_check(cudaGetLastError(), "multistream_embed: launch for the features");
 }
@@ -100,10 +99,7 @@ void place_features_cuda(const FeaturePlaces& places, int device, void* stream) 
 #define SX_INSTANTIATE(T)                                                                     \
   template void multistream_embed_cuda<T, int32_t>(const EmbedArgs<T, int32_t>&, int, void*); \
   template void multistream_embed_cuda<T, int64_t>(const EmbedArgs<T, int64_t>&, int, void*);
-SX_INSTANTIATE(float)
-SX_INSTANTIATE(double)
-SX_INSTANTIATE(BFloat16)
-SX_INSTANTIATE(Float16)
+SX_FOR_FLOATS(SX_INSTANTIATE)
 #undef SX_INSTANTIATE
 
 }  // namespace speechlm

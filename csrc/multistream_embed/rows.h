@@ -17,7 +17,11 @@ struct RowLoops {
   void (*sum)(T* out, const T* const* rows, int64_t count, int64_t n);  // out = sum of whole rows, count >= 1
 };
 
+SX_DECLARE_SIMD(template <typename T> const RowLoops<T>& row_loops())
+
 template <typename T>
-const RowLoops<T>& row_loops();  // of simd_in_use()
+const RowLoops<T>& row_loops() {  // of simd_in_use()
+  return SX_SELECT_SIMD(row_loops<T>());
+}
 
 }  // namespace speechlm

@@ -1,4 +1,4 @@
-// Compiled once per instruction set; see common/simd.h.
+// Sums of rows, compiled once per instruction set; see common/cpu/simd.h.
 #include "multistream_embed/rows.h"
 
 namespace speechlm {
@@ -45,15 +45,14 @@ void sum(T* __restrict out, const T* const* rows, int64_t count, int64_t n) {
 }  // namespace
 
 template <typename T>
-const RowLoops<T>& loops() {
+const RowLoops<T>& row_loops() {
   static const RowLoops<T> table{&set<T>, &add<T>, &store<T>, &sum<T>};
   return table;
 }
 
-template const RowLoops<float>& loops<float>();
-template const RowLoops<double>& loops<double>();
-template const RowLoops<BFloat16>& loops<BFloat16>();
-template const RowLoops<Float16>& loops<Float16>();
+#define SX_INSTANTIATE(T) template const RowLoops<T>& row_loops<T>();
+SX_FOR_FLOATS(SX_INSTANTIATE)
+#undef SX_INSTANTIATE
 
 }  // namespace SX_SIMD
 }  // namespace speechlm

@@ -1,11 +1,11 @@
-// What the CUDA kernels of multistream_loss share: the table of streams on the device, the workspace between the
+// Shared by the CUDA kernels of multistream_loss: the table of streams on the device, the workspace between the
 // kernels, and the arithmetic of one logit.
 #pragma once
 
 #include <cmath>
 
 #include "common/cuda/cuda.cuh"
-#include "multistream_loss/multistream_loss.h"
+#include "multistream_loss/loss_terms.h"
 
 namespace speechlm {
 
@@ -15,7 +15,7 @@ constexpr int kGradientColumns = 128;
 constexpr int32_t kTargetOutside = -1;  // a live target outside its scope, as on the CPU
 constexpr int32_t kNotLive = -2;
 
-// A slice, and how many columns of the scope lie before it.
+// A slice, and the number of columns of the scope before it.
 struct PlacedSlice {
   int64_t id;
   int64_t begin;
@@ -32,17 +32,7 @@ struct LossTable {
   int64_t num_tiles = 0;
 };
 
-// What the gradient of one stream in one row is made of: scale * exp(y - largest) - minus, and minus_target from the
-// target's column.
-template <typename Acc>
-struct alignas(16) LossTerms {
-  Acc largest;
-  Acc scale;
-  Acc minus;
-  Acc minus_target;
-};
-
-// Where the pieces of the workspace lie.
+// The pieces of the workspace.
 template <typename Acc>
 struct LossWorkspace {
   int64_t* table = nullptr;
@@ -59,19 +49,17 @@ struct LossWorkspace {
 // logit of the size of x, which every y = z + bias has.
 __device__ inline float exponential(float x) { return exp2f(x * 1.44269504088896341f); }
 __device__ inline double exponential(double x) { return exp(x); }
-__device__ inline float logarithm(float x) { return logf(x); }
-__device__ inline double logarithm(double x) { return log(x); }
 __device__ inline float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
 
 template <typename Acc>
 struct Softcap {
-  Acc most;
+  Acc limit;
   Acc inverse;
-  Acc tangent = 0;  // tanh of the logit that came last
+  Acc tangent = 0;  // tanh of the latest logit
 
   __device__ explicit Softcap(double softcap)
-      : most(static_cast<Acc>(softcap)), inverse(static_cast<Acc>(softcap > 0 ? 1 / softcap : 0)) {}
+      : limit(static_cast<Acc>(softcap)), inverse(static_cast<Acc>(softcap > 0 ? 1 / softcap : 0)) {}
 };
 
 // The logit that a stream sees.
@@ -79,7 +67,7 @@ template <bool kCap, typename Acc>
 __device__ inline Acc logit_of(Acc z, Acc bias, Softcap<Acc>& cap) {
   if (!kCap) return z + bias;
   cap.tangent = hyperbolic_tangent((z + bias) * cap.inverse);
-  return cap.most * cap.tangent;
+  return cap.limit * cap.tangent;
 }
 
 template <typename T>

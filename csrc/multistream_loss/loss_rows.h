@@ -1,5 +1,5 @@
-// The inner loops over the columns of one row, by instruction set. Sums run in 64 lanes whatever the set, so all sets
-// give equal bits. `bias` may be null everywhere.
+// The CPU's inner loops over the columns of one row, by instruction set. Sums run in 64 lanes whatever the set, so all
+// sets give equal bits. `bias` may be null everywhere.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,11 @@ struct LossLoops {
   void (*finish)(T* e, T* sums, int64_t n, T scale, T minus);
 };
 
+SX_DECLARE_SIMD(template <typename T> const LossLoops<T>& loss_loops())
+
 template <typename T>
-const LossLoops<T>& loss_loops();  // of simd_in_use()
+const LossLoops<T>& loss_loops() {  // of simd_in_use()
+  return SX_SELECT_SIMD(loss_loops<T>());
+}
 
 }  // namespace speechlm

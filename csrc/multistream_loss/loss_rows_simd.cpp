@@ -1,4 +1,4 @@
-// Compiled once per instruction set; see common/simd.h.
+// The inner loops over the columns of one row, compiled once per instruction set; see common/cpu/simd.h.
 #include "multistream_loss/loss_rows.h"
 
 #include <cmath>
@@ -82,7 +82,7 @@ T exp_sum_of(T* out, const T* z, const T* __restrict bias, int64_t n, T largest)
   T lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-#pragma GCC ivdep  // `out` is `z` or lies apart
+#pragma GCC ivdep  // `out` is `z` or does not overlap it
     for (int64_t j = 0; j < kLanes; ++j) {
       const T e = exponential((kBias ? z[i + j] + bias[i + j] : z[i + j]) - largest);
       out[i + j] = e;
@@ -161,13 +161,13 @@ void finish(T* __restrict e, T* __restrict sums, int64_t n, T scale, T minus) {
 }  // namespace
 
 template <typename T>
-const LossLoops<T>& loss_loops_of() {
+const LossLoops<T>& loss_loops() {
   static const LossLoops<T> table{&max<T>, &sum<T>, &exp_sum<T>, &exp_dot<T>, &accumulate<T>, &finish<T>};
   return table;
 }
 
-template const LossLoops<float>& loss_loops_of<float>();
-template const LossLoops<double>& loss_loops_of<double>();
+template const LossLoops<float>& loss_loops<float>();
+template const LossLoops<double>& loss_loops<double>();
 
 }  // namespace SX_SIMD
 }  // namespace speechlm

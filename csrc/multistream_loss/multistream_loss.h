@@ -13,7 +13,7 @@
 
 namespace speechlm {
 
-constexpr int64_t kMostLossStreams = 64;
+constexpr int64_t kMaxLossStreams = 64;
 
 struct LossOptions {
   double z_loss = 0;
@@ -33,35 +33,35 @@ struct LossStream {
   int64_t first_slice;  // of its slices
   int64_t num_slices;
   int64_t width;  // columns of its scope
-  int64_t sums;   // where its column sums start in a block of sums, -1: not wanted
+  int64_t sums;   // index of its first column sum, -1: not wanted
 };
 
 // T is the type of the logits; all else is float, or double for double. The CPU takes float and double.
 template <typename T>
 struct LossRowsArgs {
   using Acc = Accumulator<T>;
-  int64_t num_rows = 0;     // of the chunk
-  int64_t num_columns = 0;  // of the chunk
+  int64_t num_rows = 0;     // rows of the chunk
+  int64_t num_columns = 0;  // columns of the chunk
   int64_t num_targets = 0;  // S: columns of targets, live, coef, coef_nll, token_nll, token_entropy
-  int64_t num_tokens = 0;   // their rows
-  int64_t num_streams = 0;  // that this chunk serves
+  int64_t num_tokens = 0;   // N: rows of the same tensors
+  int64_t num_streams = 0;  // streams whose scopes are in the chunk
   LossOptions options;
-  bool want_grad = false;
+  bool want_grad = false;               // logits become their gradient
   const LossStream* streams = nullptr;  // [num_streams]
-  const LossSlice* slices = nullptr;
-  T* logits = nullptr;                // [num_rows, num_columns]; becomes the gradient
-  const int64_t* rows = nullptr;      // [num_rows] row of targets etc. that each row of the chunk is
-  const int64_t* targets = nullptr;   // [*, S]
-  const uint8_t* live = nullptr;      // [*, S]
-  const Acc* coef = nullptr;          // [*, S]
-  const Acc* coef_nll = nullptr;      // [*, S] or null
-  const Acc* bias = nullptr;          // [num_streams, num_columns] or null
-  Acc* token_nll = nullptr;           // [*, S] or null
-  Acc* token_entropy = nullptr;       // [*, S] or null; of each live token's softmax, in nats
-  double* stream_loss = nullptr;      // [num_streams] += coef * loss
-  int64_t* stream_correct = nullptr;  // [num_streams] += targets that are the most likely id
-  int64_t num_sums = 0;               // columns of all sums that are wanted
-  Acc* column_sums = nullptr;         // [num_sums] += gradient of each stream, summed over the rows
+  const LossSlice* slices = nullptr;    // stream after stream, see LossStream::first_slice
+  T* logits = nullptr;                  // [num_rows, num_columns]; with want_grad it becomes the gradient
+  const int64_t* rows = nullptr;        // [num_rows] in [0, N): the row of targets etc. of each row of the chunk
+  const int64_t* targets = nullptr;     // [N, S] ids
+  const uint8_t* live = nullptr;        // [N, S] bool: whether the target counts
+  const Acc* coef = nullptr;            // [N, S] factor of the loss
+  const Acc* coef_nll = nullptr;        // [N, S] factor of the nll in the gradient, or null
+  const Acc* bias = nullptr;            // [num_streams, num_columns] added to the logits, or null
+  Acc* token_nll = nullptr;             // [N, S] or null; written where live
+  Acc* token_entropy = nullptr;         // [N, S] or null; of each live token's softmax, in nats
+  double* stream_loss = nullptr;        // [num_streams] += coef * loss
+  int64_t* stream_correct = nullptr;    // [num_streams] += live targets that are the most likely id
+  int64_t num_sums = 0;                 // columns of all column sums that are wanted
+  Acc* column_sums = nullptr;           // [num_sums] += gradient of each stream, summed over the rows
 };
 
 // Equal to the bit for any number of threads: rows are taken in blocks whose borders depend on the sizes alone.

@@ -1,5 +1,5 @@
-// The row kernel on the CPU. A block of rows belongs to one thread, which keeps a row of gradient beside the row of
-// logits, because every stream must still see the logits that the others have used.
+// The row kernel of multistream_loss on the CPU. A block of rows belongs to one thread, which keeps a row of gradient
+// beside the row of logits, because every stream must still see the logits that the others have used.
 #include "multistream_loss/multistream_loss.h"
 
 #include <algorithm>
@@ -9,34 +9,14 @@
 
 #include "common/cpu/parallel.h"
 #include "multistream_loss/loss_rows.h"
+#include "multistream_loss/loss_terms.h"
 
 namespace speechlm {
-
-#define SX_LOOPS(set)                  \
-  namespace set {                      \
-  template <typename T>                \
-  const LossLoops<T>& loss_loops_of(); \
-  }
-SX_LOOPS(generic)
-#ifdef SPEECHLM_SIMD_X86
-SX_LOOPS(avx2)
-SX_LOOPS(avx512)
-#endif
-#undef SX_LOOPS
-
-template <typename T>
-const LossLoops<T>& loss_loops() {
-#ifdef SPEECHLM_SIMD_X86
-  if (simd_in_use() == Simd::kAvx512) return avx512::loss_loops_of<T>();
-  if (simd_in_use() == Simd::kAvx2) return avx2::loss_loops_of<T>();
-#endif
-  return generic::loss_loops_of<T>();
-}
 
 namespace {
 
 constexpr int64_t kMinBlockRows = 8;
-constexpr int64_t kMostBlocks = 16;
+constexpr int64_t kMaxBlocks = 16;
 constexpr int64_t kSmall = 1 << 16;      // logits, for which waking another thread takes longer than it saves
 constexpr int64_t kSumsBytes = 2 << 20;  // of all blocks' column sums together
 
@@ -80,53 +60,46 @@ class RowBlock {
   const std::vector<int64_t>& correct() const { return correct_; }
 
  private:
-  // What the softmax of one stream in one row gives, before any gradient.
-  struct Softmax {
-    T scale;  // of exp(y - largest) in the gradient
-    T minus;  // from every column of the scope
-    T minus_target;
-    int64_t target;  // column of the row; -1: a target that is not live
-    int64_t target_in_scope;
+  // The gradient's terms, and the target's column.
+  struct Gradient {
+    LossTerms<T> terms;
+    int64_t target = -1;  // column of the row; -1: outside the scope
+    int64_t target_in_scope = -1;
   };
 
   // `at` is the token's place in targets, coef, …; e(i) is where the exponentials of slice i go.
   template <typename Z, typename B, typename E>
-  Softmax softmax(int64_t k, int64_t at, const Z& z, const B& b, const E& e) {
+  Gradient softmax(int64_t k, int64_t at, const Z& z, const B& b, const E& e) {
     const LossStream& s = a_.streams[k];
     const LossSlice* slices = a_.slices + s.first_slice;
-    T largest = -std::numeric_limits<T>::infinity(), at_target = 0, all = 0;
-    Softmax out{0, 0, 0, -1, -1};
+    SoftmaxSums<T> sums;
+    T at_target = 0;
+    Gradient out;
     int64_t before = 0;
     for (int64_t i = 0; i < s.num_slices; before += slices[i++].count) {
       const LossSlice& slice = slices[i];
-      largest = std::max(largest, loops_.max(z(i), b(i), slice.count));
-      if (a_.options.label_smoothing > 0) all += loops_.sum(z(i), b(i), slice.count);
+      sums.largest = std::max(sums.largest, loops_.max(z(i), b(i), slice.count));
+      if (a_.options.label_smoothing > 0) sums.all += loops_.sum(z(i), b(i), slice.count);
       const int64_t column = a_.targets[at] - slice.id;
       if (column < 0 || column >= slice.count) continue;
       out.target = slice.begin + column;
       out.target_in_scope = before + column;
       at_target = z(i)[column] + (b(i) ? b(i)[column] : T{0});
     }
-    T dot = 0;  // before the exponentials take the logits' place
+    // Before the exponentials take the logits' place.
     for (int64_t i = 0; a_.token_entropy && i < s.num_slices; ++i) {
-      dot += loops_.exp_dot(z(i), b(i), slices[i].count, largest);
+      sums.weighted += loops_.exp_dot(z(i), b(i), slices[i].count, sums.largest);
     }
-    T total = 0;
-    for (int64_t i = 0; i < s.num_slices; ++i) total += loops_.exp_sum(e(i), z(i), b(i), slices[i].count, largest);
-    const T lse = largest + std::log(total);
-    const T nll = lse - at_target;
-    const T ls = static_cast<T>(a_.options.label_smoothing), zl = static_cast<T>(a_.options.z_loss);
-    T loss = nll;
-    if (ls > 0) loss = (1 - ls) * nll + ls * (lse - all / static_cast<T>(s.width));
-    loss += zl * lse * lse;
-    const T coef = a_.coef[at], coef_nll = a_.coef_nll ? a_.coef_nll[at] : T{0};
-    loss_[k] += static_cast<double>(coef) * static_cast<double>(loss);
-    correct_[k] += at_target == largest;
-    if (a_.token_nll) a_.token_nll[at] = nll;
-    if (a_.token_entropy) a_.token_entropy[at] = std::log(total) - dot / total;
-    out.scale = (coef * (1 + 2 * zl * lse) + coef_nll) / total;
-    out.minus = coef * ls / static_cast<T>(s.width);
-    out.minus_target = coef * (1 - ls) + coef_nll;
+    for (int64_t i = 0; i < s.num_slices; ++i) {
+      sums.total += loops_.exp_sum(e(i), z(i), b(i), slices[i].count, sums.largest);
+    }
+    const T coef_nll = a_.coef_nll ? a_.coef_nll[at] : T{0};
+    const TokenLoss<T> token = token_loss(sums, at_target, s.width, a_.options, a_.coef[at], coef_nll);
+    loss_[k] += token.loss;
+    correct_[k] += token.is_correct;
+    if (a_.token_nll) a_.token_nll[at] = token.nll;
+    if (a_.token_entropy) a_.token_entropy[at] = token.log_total - sums.weighted / sums.total;
+    out.terms = token.terms;
     return out;
   }
 
@@ -137,16 +110,16 @@ class RowBlock {
     const T* bias = a_.bias ? a_.bias + k * a_.num_columns : nullptr;
     const auto z = [&](int64_t i) { return logits + slices[i].begin; };
     const auto b = [&](int64_t i) { return bias ? bias + slices[i].begin : nullptr; };
-    const Softmax soft = softmax(k, at, z, b, z);
+    const Gradient grad = softmax(k, at, z, b, z);
     T* sums = s.sums >= 0 ? sums_ + s.sums : nullptr;
     int64_t before = 0, done = 0;
     for (int64_t i = 0; i < s.num_slices; before += slices[i++].count) {
       std::fill(logits + done, logits + slices[i].begin, T{0});
-      loops_.finish(z(i), sums ? sums + before : nullptr, slices[i].count, soft.scale, soft.minus);
+      loops_.finish(z(i), sums ? sums + before : nullptr, slices[i].count, grad.terms.scale, grad.terms.minus);
       done = slices[i].begin + slices[i].count;
     }
     std::fill(logits + done, logits + a_.num_columns, T{0});
-    subtract_at_target(soft, logits, sums);
+    subtract_at_target(grad, logits, sums);
   }
 
   void stream(int64_t k, int64_t at, const T* logits) {
@@ -157,31 +130,31 @@ class RowBlock {
     if (capped) cap(s, slices, logits, bias);
     starts_.resize(s.num_slices);
     for (int64_t i = 0, before = 0; i < s.num_slices; before += slices[i++].count) starts_[i] = before;
-    // A slice's logits lie in the row with their bias, or capped, one slice after the other.
+    // A slice's logits: in the row, with their bias; or capped, one slice after the other.
     const auto z = [&](int64_t i) -> const T* { return capped ? &capped_[starts_[i]] : logits + slices[i].begin; };
     const auto b = [&](int64_t i) -> const T* { return capped || !bias ? nullptr : bias + slices[i].begin; };
     const auto e = [&](int64_t i) { return &e_[starts_[i]]; };
-    const Softmax soft = softmax(k, at, z, b, e);
+    const Gradient grad = softmax(k, at, z, b, e);
     if (!a_.want_grad) return;
     T* sums = s.sums >= 0 ? sums_ + s.sums : nullptr;
     if (!capped) {
-      add(s, slices, sums, soft.scale, soft.minus);
-      subtract_at_target(soft, grad_.data(), sums);
+      add(s, slices, sums, grad.terms.scale, grad.terms.minus);
+      subtract_at_target(grad, grad_.data(), sums);
       return;
     }
     // By the chain rule every gradient is multiplied by the slope of the cap, 1 - tanh^2.
     for (int64_t i = 0; i < s.width; ++i) {
       const T tanh = tanh_[i];
-      const T at_this = i == soft.target_in_scope ? soft.minus_target : T{0};
-      e_[i] = (soft.scale * e_[i] - soft.minus - at_this) * (1 - tanh * tanh);
+      const T at_this = i == grad.target_in_scope ? grad.terms.minus_target : T{0};
+      e_[i] = (grad.terms.scale * e_[i] - grad.terms.minus - at_this) * (1 - tanh * tanh);
     }
     add(s, slices, sums, 1, 0);
   }
 
-  static void subtract_at_target(const Softmax& soft, T* grad, T* sums) {
-    if (soft.target < 0) return;
-    grad[soft.target] -= soft.minus_target;
-    if (sums) sums[soft.target_in_scope] -= soft.minus_target;
+  static void subtract_at_target(const Gradient& grad, T* columns, T* sums) {
+    if (grad.target < 0) return;
+    columns[grad.target] -= grad.terms.minus_target;
+    if (sums) sums[grad.target_in_scope] -= grad.terms.minus_target;
   }
 
   void add(const LossStream& s, const LossSlice* slices, T* sums, T scale, T minus) {
@@ -193,13 +166,13 @@ class RowBlock {
   }
 
   void cap(const LossStream& s, const LossSlice* slices, const T* logits, const T* bias) {
-    const T most = static_cast<T>(a_.options.softcap);
+    const T limit = static_cast<T>(a_.options.softcap);
     int64_t before = 0;
     for (int64_t i = 0; i < s.num_slices; before += slices[i++].count) {
       for (int64_t j = 0; j < slices[i].count; ++j) {
         const int64_t column = slices[i].begin + j;
-        tanh_[before + j] = std::tanh((logits[column] + (bias ? bias[column] : T{0})) / most);
-        capped_[before + j] = most * tanh_[before + j];
+        tanh_[before + j] = std::tanh((logits[column] + (bias ? bias[column] : T{0})) / limit);
+        capped_[before + j] = limit * tanh_[before + j];
       }
     }
   }
@@ -220,9 +193,9 @@ void multistream_loss_rows_cpu(const LossRowsArgs<T>& a, int threads) {
   if (a.num_rows == 0) return;
   const bool with_sums = a.want_grad && a.column_sums != nullptr && a.num_sums > 0;
   const int64_t bytes = with_sums ? a.num_sums * static_cast<int64_t>(sizeof(T)) : 1;
-  const int64_t most = std::clamp<int64_t>(kSumsBytes / bytes, 2, kMostBlocks);
-  const int64_t block_rows = std::max(kMinBlockRows, (a.num_rows + most - 1) / most);
-  const int64_t blocks = (a.num_rows + block_rows - 1) / block_rows;
+  const int64_t max_blocks = std::clamp<int64_t>(kSumsBytes / bytes, 2, kMaxBlocks);
+  const int64_t block_rows = std::max(kMinBlockRows, ceil_div(a.num_rows, max_blocks));
+  const int64_t blocks = ceil_div(a.num_rows, block_rows);
   std::vector<T> sums(with_sums ? blocks * a.num_sums : 0);
   std::vector<std::vector<double>> loss(blocks);
   std::vector<std::vector<int64_t>> correct(blocks);
@@ -251,8 +224,6 @@ void multistream_loss_rows_cpu(const LossRowsArgs<T>& a, int threads) {
   });
 }
 
-template const LossLoops<float>& loss_loops<float>();
-template const LossLoops<double>& loss_loops<double>();
 template void multistream_loss_rows_cpu<float>(const LossRowsArgs<float>&, int);
 template void multistream_loss_rows_cpu<double>(const LossRowsArgs<double>&, int);
 

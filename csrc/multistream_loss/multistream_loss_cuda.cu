@@ -86,7 +86,7 @@ int64_t table_words(const LossRowsArgs<T>& args) {  // with as many tiles as str
   return 5 * args.num_streams + 4 * num_slices_of(args) + (args.num_streams + 1) + args.num_streams;
 }
 
-// The words of the table, and, in `table`, where its parts will lie from `base` on.
+// The words of the table; `table` becomes the addresses of its parts if it starts at `base`.
 template <typename T>
 std::vector<int64_t> build_table(const LossRowsArgs<T>& args, const int64_t* base, LossTable& table) {
   std::vector<int64_t> words;
@@ -106,14 +106,14 @@ std::vector<int64_t> build_table(const LossRowsArgs<T>& args, const int64_t* bas
     }
   }
   std::vector<int64_t> tile_begins, members;
-  std::vector<bool> taken(args.num_streams);
+  std::vector<bool> is_placed(args.num_streams);
   for (int64_t k = 0; k < args.num_streams; ++k) {
-    if (taken[k]) continue;
+    if (is_placed[k]) continue;
     tile_begins.push_back(static_cast<int64_t>(members.size()));
     for (int64_t other = k; other < args.num_streams; ++other) {
-      if (taken[other] || !equal_slices(args, args.streams[k], args.streams[other])) continue;
+      if (is_placed[other] || !equal_slices(args, args.streams[k], args.streams[other])) continue;
       if (static_cast<int64_t>(members.size()) - tile_begins.back() == kLossTile) break;  // the next tile begins there
-      taken[other] = true;
+      is_placed[other] = true;
       members.push_back(other);
     }
   }
@@ -135,32 +135,24 @@ void upload(const std::vector<int64_t>& words, int64_t* table, cudaStream_t stre
   }
 }
 
+// Places the pieces of `w` from `base` on; returns their bytes.
 template <typename T>
 int64_t layout(void* base, const LossRowsArgs<T>& args, LossWorkspace<Accumulator<T>>& w) {
   using Acc = Accumulator<T>;
-  int64_t used = 0;
-  const auto take = [&](int64_t bytes) {
-    char* here = static_cast<char*>(base) + used;
-    used += (bytes + 255) / 256 * 256;
-    return static_cast<void*>(here);
-  };
+  BumpAllocator memory(base);
   const int64_t pairs = args.num_rows * args.num_streams;
-  w.table = static_cast<int64_t*>(take(8 * table_words(args)));
-  w.terms = static_cast<LossTerms<Acc>*>(take(pairs * static_cast<int64_t>(sizeof(LossTerms<Acc>))));
-  w.loss = static_cast<double*>(take(8 * pairs));
-  w.target = static_cast<int32_t*>(take(4 * pairs));
-  w.correct = static_cast<uint8_t*>(take(pairs));
+  w.table = memory.allocate<int64_t>(table_words(args));
+  w.terms = memory.allocate<LossTerms<Acc>>(pairs);
+  w.loss = memory.allocate<double>(pairs);
+  w.target = memory.allocate<int32_t>(pairs);
+  w.correct = memory.allocate<uint8_t>(pairs);
   // Borders that depend on the sizes alone, so that every device adds in the same order.
-  const int64_t blocks = (args.num_columns + kGradientColumns - 1) / kGradientColumns;
-  const int64_t most = std::clamp<int64_t>(kGradientBlocks / std::max<int64_t>(blocks, 1), 1, 64);
-  const int64_t rows = std::max(kMinSplitRows, (args.num_rows + most - 1) / most);
-  w.split_rows = (rows + kGradientRows - 1) / kGradientRows * kGradientRows;
-  w.num_splits = (args.num_rows + w.split_rows - 1) / w.split_rows;
-  w.partials = nullptr;
-  if (args.want_grad && args.num_sums > 0) {
-    w.partials = static_cast<Acc*>(take(w.num_splits * args.num_sums * static_cast<int64_t>(sizeof(Acc))));
-  }
-  return used;
+  const int64_t blocks = ceil_div(args.num_columns, kGradientColumns);
+  const int64_t max_splits = std::clamp<int64_t>(kGradientBlocks / std::max<int64_t>(blocks, 1), 1, 64);
+  w.split_rows = round_up(std::max(kMinSplitRows, ceil_div(args.num_rows, max_splits)), kGradientRows);
+  w.num_splits = ceil_div(args.num_rows, w.split_rows);
+  w.partials = args.want_grad && args.num_sums > 0 ? memory.allocate<Acc>(w.num_splits * args.num_sums) : nullptr;
+  return memory.used();
 }
 
 }  // namespace
@@ -198,10 +190,7 @@ void multistream_loss_rows_cuda(const LossRowsArgs<T>& args, void* workspace, in
 #define SX_INSTANTIATE(T)                                                 \
   template int64_t multistream_loss_workspace<T>(const LossRowsArgs<T>&); \
   template void multistream_loss_rows_cuda<T>(const LossRowsArgs<T>&, void*, int, void*);
-SX_INSTANTIATE(float)
-SX_INSTANTIATE(double)
-SX_INSTANTIATE(BFloat16)
-SX_INSTANTIATE(Float16)
+SX_FOR_FLOATS(SX_INSTANTIATE)
 #undef SX_INSTANTIATE
 
 }  // namespace speechlm

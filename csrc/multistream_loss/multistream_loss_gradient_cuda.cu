@@ -10,7 +10,7 @@ namespace {
 constexpr int kRows = kGradientRows;
 constexpr int kThreads = kGradientColumns;
 
-// Where a column lies in a scope, -1 where it does not. Slices ascend.
+// The place of a column in a scope, -1 if it is outside. Slices ascend.
 __device__ inline int64_t place_in_scope(const LossTable& table, const LossStream& s, int64_t column) {
   int64_t low = 0, high = s.num_slices;  // the last slice that begins at the column or before is in [low - 1, high - 1]
   while (low < high) {
@@ -27,14 +27,14 @@ __device__ inline int64_t place_in_scope(const LossTable& table, const LossStrea
   return at < slice.count ? slice.before + at : -1;
 }
 
-// Blocks of a multiprocessor that the registers are to be shared out to: without this the compiler aims at more of
-// them, and spills.
+// Minimum resident blocks per multiprocessor, for __launch_bounds__: by itself the compiler aims at more of them, and
+// spills.
 template <typename T>
-constexpr int kBlocks = sizeof(Accumulator<T>) == sizeof(double) ? 4 : 6;
+constexpr int kMinBlocksPerSm = sizeof(Accumulator<T>) == sizeof(double) ? 4 : 6;
 
 // Block (x, y): kThreads columns from x * kThreads on, the rows of split y.
 template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T>)
     gradient_kernel(const LossRowsArgs<T> a, const LossTable table, const LossWorkspace<Accumulator<T>> w) {
   using Acc = Accumulator<T>;
   SX_DYNAMIC_SHARED(LossTerms<Acc>, terms);  // [num_streams, kRows], and then their targets
@@ -106,9 +106,9 @@ template <typename T>
 void launch_gradient(const LossRowsArgs<T>& args, const LossTable& table, const LossWorkspace<Accumulator<T>>& w,
                      cudaStream_t stream) {
   const auto kernel = args.options.softcap > 0 ? &gradient_kernel<T, true> : &gradient_kernel<T, false>;
-  const auto columns = static_cast<unsigned>((args.num_columns + kThreads - 1) / kThreads);
+  const auto columns = static_cast<unsigned>(ceil_div(args.num_columns, kThreads));
   const auto splits = static_cast<unsigned>(w.num_splits);
-  // At most 36 KiB, for 64 streams of double: within what every device grants unasked.
+  // At most 36 KiB, for 64 streams of double: within the default limit of every device.
   const size_t shared = args.num_streams * kRows * (sizeof(LossTerms<Accumulator<T>>) + sizeof(int32_t));
   SX_LAUNCH(kernel, dim3(columns, splits), kThreads, shared, stream, args, table, w);
   cuda_check(cudaGetLastError(), "multistream_loss: launch of the gradient");
@@ -117,10 +117,7 @@ void launch_gradient(const LossRowsArgs<T>& args, const LossTable& table, const 
 #define SX_INSTANTIATE(T)                                                                                          \
   template void launch_gradient<T>(const LossRowsArgs<T>&, const LossTable&, const LossWorkspace<Accumulator<T>>&, \
                                    cudaStream_t);
-SX_INSTANTIATE(float)
-SX_INSTANTIATE(double)
-SX_INSTANTIATE(BFloat16)
-SX_INSTANTIATE(Float16)
+SX_FOR_FLOATS(SX_INSTANTIATE)
 #undef SX_INSTANTIATE
 
 }  // namespace speechlm

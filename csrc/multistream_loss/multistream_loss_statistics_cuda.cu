@@ -3,6 +3,7 @@
 // once for every tile that a row has live; the streams' biases are the same for all rows and come from the caches.
 #include <type_traits>
 
+#include "common/cuda/warp.cuh"
 #include "multistream_loss/loss_kernels.cuh"
 
 namespace speechlm {
@@ -10,20 +11,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-// Columns of a thread whose logits are on their way together.
+// Independent loads per thread.
 template <typename Acc>
-constexpr int kAtOnce = sizeof(Acc) == sizeof(double) ? 4 : 8;
-constexpr unsigned kFull = 0xffffffffu;
-
-// Of the logits y seen so far, in any order: their maximum, the sum of e = exp(y - largest), of e * (y - largest) for
-// the entropy, and of y for the smoothing.
-template <typename Acc>
-struct Softmax {
-  Acc largest = static_cast<Acc>(-INFINITY);
-  Acc total = 0;
-  Acc weighted = 0;
-  Acc all = 0;
-};
+constexpr int kLoadsInFlight = sizeof(Acc) == sizeof(double) ? 4 : 8;
 
 // Passes over NaN, which the sums find.
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
@@ -41,9 +31,9 @@ __device__ inline Acc factor_of(Acc x) {
   return larger(x, Acc{-87});
 }
 
-// Counts the sums from another maximum on.
+// Rescales the running sums to a new maximum.
 template <bool kExtra, typename Acc>
-__device__ inline void move_to(Softmax<Acc>& soft, Acc largest) {
+__device__ inline void rescale_to(SoftmaxSums<Acc>& soft, Acc largest) {
   const Acc shift = soft.largest - origin_of(largest);
   const Acc factor = exponential(shift);
   if (kExtra) soft.weighted = factor * (soft.weighted + factor_of(shift) * soft.total);
@@ -51,23 +41,23 @@ __device__ inline void move_to(Softmax<Acc>& soft, Acc largest) {
   soft.largest = largest;
 }
 
-// Logits z[0], z[1], ... of columns that lie kThreads apart, `count` of them where not kWhole.
+// Adds logits z[0], z[1], ... of columns that are kThreads apart, `count` of them where not kWhole.
 template <bool kWhole, bool kCap, bool kExtra, typename Acc>
-__device__ inline void take(Softmax<Acc>& soft, const Acc (&z)[kAtOnce<Acc>], const Acc* bias, int count,
-                            Softcap<Acc>& cap) {
-  Acc y[kAtOnce<Acc>];
+__device__ inline void update(SoftmaxSums<Acc>& soft, const Acc (&z)[kLoadsInFlight<Acc>], const Acc* bias, int count,
+                              Softcap<Acc>& cap) {
+  Acc y[kLoadsInFlight<Acc>];
   Acc largest = soft.largest;
 #pragma unroll
-  for (int i = 0; i < kAtOnce<Acc>; ++i) {
+  for (int i = 0; i < kLoadsInFlight<Acc>; ++i) {
     const bool is_there = kWhole || i < count;
     y[i] = is_there ? logit_of<kCap>(z[i], bias != nullptr ? bias[i * kThreads] : Acc{0}, cap)
                     : static_cast<Acc>(-INFINITY);
     largest = larger(largest, y[i]);
   }
-  move_to<kExtra>(soft, largest);
+  rescale_to<kExtra>(soft, largest);
   const Acc origin = origin_of(largest);
 #pragma unroll
-  for (int i = 0; i < kAtOnce<Acc>; ++i) {
+  for (int i = 0; i < kLoadsInFlight<Acc>; ++i) {
     const Acc x = y[i] - origin;
     const Acc e = exponential(x);
     soft.total += e;
@@ -80,17 +70,15 @@ __device__ inline void take(Softmax<Acc>& soft, const Acc (&z)[kAtOnce<Acc>], co
 
 // The warp's softmax, in its first lane.
 template <bool kExtra, typename Acc>
-__device__ inline void across_warp(Softmax<Acc>& soft) {
-  Acc largest = soft.largest;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) largest = larger(largest, __shfl_xor_sync(kFull, largest, step));
-  move_to<kExtra>(soft, largest);
+__device__ inline void across_warp(SoftmaxSums<Acc>& soft) {
+  const Acc largest = warp_reduce(soft.largest, [](Acc a, Acc b) { return larger(a, b); });
+  rescale_to<kExtra>(soft, largest);
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
-    soft.total += __shfl_down_sync(kFull, soft.total, step);
+    soft.total += __shfl_down_sync(kFullMask, soft.total, step);
     if (kExtra) {
-      soft.weighted += __shfl_down_sync(kFull, soft.weighted, step);
-      soft.all += __shfl_down_sync(kFull, soft.all, step);
+      soft.weighted += __shfl_down_sync(kFullMask, soft.weighted, step);
+      soft.all += __shfl_down_sync(kFullMask, soft.all, step);
     }
   }
 }
@@ -100,35 +88,36 @@ __device__ inline void across_warp(Softmax<Acc>& soft) {
 template <int kTile, bool kCap, bool kExtra, typename T>
 __device__ __forceinline__ void read_row(const LossRowsArgs<T>& a, const T* row, const PlacedSlice* slices,
                                          int64_t num_slices, unsigned live, int member,
-                                         Softmax<Accumulator<T>>* parts) {
+                                         SoftmaxSums<Accumulator<T>>* parts) {
   using Acc = Accumulator<T>;
   const int thread = static_cast<int>(threadIdx.x);
   Softcap<Acc> cap(a.options.softcap);
   const int only = __ffs(static_cast<int>(live)) - 1;
-  Softmax<Acc> soft[kTile];
+  SoftmaxSums<Acc> soft[kTile];
   const Acc* bias[kTile];
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
-    const int64_t k = __shfl_sync(kFull, member, kTile == 1 ? only : i);
+    const int64_t k = __shfl_sync(kFullMask, member, kTile == 1 ? only : i);
     bias[i] = a.bias != nullptr ? a.bias + k * a.num_columns : nullptr;
   }
   const auto is_live = [&](int i) { return kTile == 1 || (live >> i & 1u) != 0; };
   const auto read = [&](auto whole, int64_t column, int count) {
     constexpr bool kWhole = decltype(whole)::value;
-    Acc z[kAtOnce<Acc>];
+    Acc z[kLoadsInFlight<Acc>];
 #pragma unroll
-    for (int i = 0; i < kAtOnce<Acc>; ++i) z[i] = kWhole || i < count ? widen(row[column + i * kThreads]) : Acc{0};
+    for (int i = 0; i < kLoadsInFlight<Acc>; ++i)
+      z[i] = kWhole || i < count ? widen(row[column + i * kThreads]) : Acc{0};
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
       if (!is_live(i)) continue;
-      take<kWhole, kCap, kExtra>(soft[i], z, bias[i] != nullptr ? bias[i] + column : nullptr, count, cap);
+      update<kWhole, kCap, kExtra>(soft[i], z, bias[i] != nullptr ? bias[i] + column : nullptr, count, cap);
     }
   };
   for (int64_t s = 0; s < num_slices; ++s) {
     const int64_t begin = slices[s].begin, count = slices[s].count;
     int64_t at = thread;
-    for (; at + (kAtOnce<Acc> - 1) * kThreads < count; at += kAtOnce<Acc> * kThreads) {
-      read(std::true_type{}, begin + at, kAtOnce<Acc>);
+    for (; at + (kLoadsInFlight<Acc> - 1) * kThreads < count; at += kLoadsInFlight<Acc> * kThreads) {
+      read(std::true_type{}, begin + at, kLoadsInFlight<Acc>);
     }
     if (at < count) read(std::false_type{}, begin + at, static_cast<int>((count - at + kThreads - 1) / kThreads));
   }
@@ -140,18 +129,18 @@ __device__ __forceinline__ void read_row(const LossRowsArgs<T>& a, const T* row,
   }
 }
 
-// From the warps' parts to the loss of stream k in the chunk's row r, and to what its gradient needs.
+// From the warps' parts to the loss of stream k in the chunk's row r, and the terms of its gradient.
 template <bool kCap, bool kExtra, typename T>
 __device__ inline void finish(const LossRowsArgs<T>& a, const LossTable& table, const LossWorkspace<Accumulator<T>>& w,
-                              const Softmax<Accumulator<T>>* parts, int64_t r, int64_t k) {
+                              const SoftmaxSums<Accumulator<T>>* parts, int64_t r, int64_t k) {
   using Acc = Accumulator<T>;
-  Softmax<Acc> soft;
+  SoftmaxSums<Acc> soft;
   Acc largest = soft.largest;
   for (int i = 0; i < kWarps; ++i) largest = larger(largest, parts[i].largest);
   soft.largest = largest;
   for (int i = 0; i < kWarps; ++i) {
-    Softmax<Acc> part = parts[i];
-    move_to<kExtra>(part, largest);
+    SoftmaxSums<Acc> part = parts[i];
+    rescale_to<kExtra>(part, largest);
     soft.total += part.total;
     soft.weighted += part.weighted;
     soft.all += part.all;
@@ -170,35 +159,27 @@ __device__ inline void finish(const LossRowsArgs<T>& a, const LossTable& table, 
     const Acc bias = a.bias != nullptr ? a.bias[k * a.num_columns + column] : Acc{0};
     at_target = logit_of<kCap>(widen(a.logits[r * a.num_columns + column]), bias, cap);
   }
-  const auto width = static_cast<Acc>(s.width);
-  const auto ls = static_cast<Acc>(a.options.label_smoothing), zl = static_cast<Acc>(a.options.z_loss);
-  const Acc log_total = logarithm(soft.total);
-  const Acc lse = soft.largest + log_total;
-  const Acc nll = lse - at_target;
-  Acc loss = nll;
-  if (ls > 0) loss = (1 - ls) * nll + ls * (lse - soft.all / width);
-  loss += zl * lse * lse;
-  const Acc coef = a.coef[at], coef_nll = a.coef_nll != nullptr ? a.coef_nll[at] : Acc{0};
-  if (a.token_nll != nullptr) a.token_nll[at] = nll;
-  if (a.token_entropy != nullptr) a.token_entropy[at] = log_total - soft.weighted / soft.total;
+  const Acc coef_nll = a.coef_nll != nullptr ? a.coef_nll[at] : Acc{0};
+  const TokenLoss<Acc> token = token_loss(soft, at_target, s.width, a.options, a.coef[at], coef_nll);
+  if (a.token_nll != nullptr) a.token_nll[at] = token.nll;
+  if (a.token_entropy != nullptr) a.token_entropy[at] = token.log_total - soft.weighted / soft.total;
   const int64_t here = r * a.num_streams + k;
-  w.loss[here] = static_cast<double>(coef) * static_cast<double>(loss);
-  w.correct[here] = at_target == soft.largest ? 1 : 0;
+  w.loss[here] = token.loss;
+  w.correct[here] = token.is_correct ? 1 : 0;
   w.target[here] = target;
-  w.terms[here] = {soft.largest, (coef * (1 + 2 * zl * lse) + coef_nll) / soft.total, coef * ls / width,
-                   coef * (1 - ls) + coef_nll};
+  w.terms[here] = token.terms;
 }
 
-// Blocks of a multiprocessor that the registers are to be shared out to.
+// Minimum resident blocks per multiprocessor, for __launch_bounds__.
 template <typename T, bool kCap, bool kExtra>
-constexpr int kBlocks = sizeof(Accumulator<T>) == sizeof(double) ? 1 : (kCap ? 2 : (kExtra ? 3 : 4));
+constexpr int kMinBlocksPerSm = sizeof(Accumulator<T>) == sizeof(double) ? 1 : (kCap ? 2 : (kExtra ? 3 : 4));
 
 // kExtra: with the sums that smoothing and entropy need.
 template <typename T, bool kCap, bool kExtra>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, kCap, kExtra>)
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kCap, kExtra>)
     statistics_kernel(const LossRowsArgs<T> a, const LossTable table, const LossWorkspace<Accumulator<T>> w) {
   using Acc = Accumulator<T>;
-  SX_SHARED(Softmax<Acc>, parts, kLossTile * kWarps);
+  SX_SHARED(SoftmaxSums<Acc>, parts, kLossTile * kWarps);
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int64_t r = blockIdx.x; r < a.num_rows; r += gridDim.x) {
     const int64_t n = a.rows[r];
@@ -209,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kCap, kExtra>)
       const auto count = static_cast<int>(table.tile_begins[t + 1] - first);
       const int member = lane < count ? static_cast<int>(table.members[first + lane]) : 0;
       const bool is_live = lane < count && is_row && a.live[n * a.num_targets + table.streams[member].index] != 0;
-      const unsigned live = __ballot_sync(kFull, is_live);  // the same in every warp
+      const unsigned live = __ballot_sync(kFullMask, is_live);  // the same in every warp
       if (static_cast<int>(threadIdx.x) < count && !is_live) {
         const int64_t here = r * a.num_streams + member;
         w.loss[here] = is_row ? 0.0 : static_cast<double>(NAN);
@@ -247,10 +228,7 @@ void launch_statistics(const LossRowsArgs<T>& args, const LossTable& table, cons
 #define SX_INSTANTIATE(T)                                                                                            \
   template void launch_statistics<T>(const LossRowsArgs<T>&, const LossTable&, const LossWorkspace<Accumulator<T>>&, \
                                      cudaStream_t);
-SX_INSTANTIATE(float)
-SX_INSTANTIATE(double)
-SX_INSTANTIATE(BFloat16)
-SX_INSTANTIATE(Float16)
+SX_FOR_FLOATS(SX_INSTANTIATE)
 #undef SX_INSTANTIATE
 
 }  // namespace speechlm

@@ -1,15 +1,16 @@
 // multistream_sample: one row of tokens, one per stream, for every request of a batch, and the request moved past it.
 //
-// What a token is, to the bit, is defined by speechlm_ext/ops/multistream_sample/reference.py. All sums that decide are
-// sums of integers: a column's weight is round(2^40 e^((x - max) / temperature)), so no order of additions matters.
+// speechlm_ext/ops/multistream_sample/reference.py defines every token to the bit. All sums that decide are sums of
+// integers: a column's weight is round(2^40 e^((x - max) / temperature)), so no order of additions matters.
 //
-// A row may be sampled in several calls, a few streams at a time. What a call needs of those before it stands in their
-// outputs: stream 0's token, and in `failed` whether a stream has failed. The last call alone moves the request.
+// A row may be sampled in several calls, a few streams at a time. A call reads from the outputs of those before it
+// stream 0's token, and in `failed` whether a stream has failed. Only the last call moves the request.
 //
-//   state_machine.h     which streams have content in this row, and where the request stands afterwards
-//   choice.h            random numbers, sampling settings, the order of logits: what both kinds of kernels share
+//   state_machine.h     which streams have content in this row, and the next state of the request
+//   sampling_math.h     random numbers, sampling settings, the order of logits: shared by both kinds of kernels
 //   sample_loops.h      the CPU's loops over the columns of a scope, by instruction set
-//   selection.h         the CPU's top-k, top-p and draw
+//   sampler_cpu.h       the CPU's top-k, top-p and draw
+//   device/             the same by a block of threads
 #pragma once
 
 #include <cstdint>
@@ -18,9 +19,9 @@
 
 namespace speechlm {
 
-constexpr int kMostSampleStreams = 64;
+constexpr int kMaxSampleStreams = 64;
 // Columns of one stream: the largest sum of weights stays below 2^61.
-constexpr int64_t kMostSampleColumns = int64_t{1} << 20;
+constexpr int64_t kMaxSampleColumns = int64_t{1} << 20;
 
 // Columns of the packed tensors; see speechlm_ext/ops/multistream_sample/decode_state.py.
 struct SampleSettings {
@@ -53,9 +54,9 @@ struct SampleState {
   int64_t eos_id = 0;
   int64_t eos_column = 0;
   int64_t tail = 0;
-  int64_t bounds[kMostSampleStreams + 1] = {};
-  int64_t delays[kMostSampleStreams] = {};
-  int64_t pad_ids[kMostSampleStreams] = {};
+  int64_t bounds[kMaxSampleStreams + 1] = {};
+  int64_t delays[kMaxSampleStreams] = {};
+  int64_t pad_ids[kMaxSampleStreams] = {};
   const int64_t* column_ids = nullptr;       // [C]
   const SampleSettings* settings = nullptr;  // [B, G, S]
   const SampleChoice* choice = nullptr;      // [B, G, S]

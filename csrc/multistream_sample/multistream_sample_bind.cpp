@@ -1,12 +1,9 @@
-// Python's door to multistream_sample: checks of every tensor, then the kernel of their device. Values that lie on the
-// device are the kernels' to doubt.
-#include <pybind11/stl.h>
-
+// Python bindings of multistream_sample: check every tensor, then run the kernel of their device. The kernels check the
+// values in device memory.
 #include <algorithm>
-#include <optional>
 
 #include "bind.h"
-#include "common/cuda/cuda_build.h"
+#include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 #include "multistream_sample/multistream_sample.h"
 
@@ -35,7 +32,7 @@ struct SampleRules {
 
 void copy_rules(const SampleRules& rules, SampleState& a) {
   a.num_streams = static_cast<int64_t>(rules.delays.size());
-  SX_CHECK(a.num_streams >= 1 && a.num_streams <= kMostSampleStreams, kOp, ": 1 to ", kMostSampleStreams,
+  SX_CHECK(a.num_streams >= 1 && a.num_streams <= kMaxSampleStreams, kOp, ": 1 to ", kMaxSampleStreams,
            " streams; got ", a.num_streams);
   const auto S = static_cast<size_t>(a.num_streams);
   SX_CHECK(rules.bounds.size() == S + 1 && rules.pad_ids.size() == S, kOp, ": delays has ", S, " streams, bounds ",
@@ -44,7 +41,7 @@ void copy_rules(const SampleRules& rules, SampleState& a) {
     const int64_t width = rules.bounds[s + 1] - rules.bounds[s];
     SX_CHECK(rules.bounds[0] == 0 && width >= 0, kOp, ": bounds must ascend from 0; got ", rules.bounds[s], " and ",
              rules.bounds[s + 1], " around stream ", s);
-    SX_CHECK(width <= kMostSampleColumns, kOp, ": a stream has at most ", kMostSampleColumns, " columns; stream ", s,
+    SX_CHECK(width <= kMaxSampleColumns, kOp, ": a stream has at most ", kMaxSampleColumns, " columns; stream ", s,
              " has ", width);
     SX_CHECK(rules.delays[s] >= 0 && rules.delays[s] < int64_t{1} << 31, kOp, ": delay ", rules.delays[s],
              " of stream ", s);
@@ -69,57 +66,43 @@ SampleState checked_state(const TensorView& logits, const SampleTensors& t, cons
                           const SampleRules& rules) {
   SampleState a;
   copy_rules(rules, a);
-  const Device on = logits.device;
-  const auto expect = [&](const TensorView& view, const char* name, DType dtype,
-                          std::initializer_list<int64_t> shape) -> const TensorView& {
-    view.expect(name, {dtype}, on, shape);
-    SX_CHECK(view.device_index == logits.device_index, name, " must be on the device of the logits, ",
-             logits.describe(), "; got ", view.describe());
-    return view;
-  };
+  const Expect expect(kOp, "logits", logits);
   const int64_t S = a.num_streams, C = rules.bounds.back();
-  SX_CHECK(logits.sizes[1] == C, "multistream_sample: logits must have ", C, " columns; got ", logits.describe());
-  expect(t.progress, "multistream_sample: progress", DType::kInt64, {-1, 7});
+  SX_CHECK(logits.sizes[1] == C, kOp, ": logits must have ", C, " columns; got ", logits.describe());
+  expect(t.progress, "progress", {DType::kInt64}, {-1, 7});
   const int64_t B = t.progress.sizes[0];
-  expect(t.limits, "multistream_sample: limits", DType::kInt64, {B, -1, 4});
+  expect(t.limits, "limits", {DType::kInt64}, {B, -1, 4});
   const int64_t G = t.limits.sizes[1];
-  SX_CHECK(G >= 1, "multistream_sample: limits must have at least one segment; got ", t.limits.describe());
-  expect(t.column_ids, "multistream_sample: column_ids", DType::kInt64, {C});
-  expect(t.sampling, "multistream_sample: sampling", DType::kFloat32, {B, G, S, 4});
-  expect(t.choice, "multistream_sample: choice", DType::kInt32, {B, G, S, 4});
-  expect(t.request, "multistream_sample: request", DType::kInt64, {B, 4});
-  expect(t.guidance, "multistream_sample: guidance", DType::kFloat32, {B});
-  expect(t.forced, "multistream_sample: forced", DType::kInt64, {B, -1, S});
-  expect(t.history, "multistream_sample: history", DType::kInt64, {B, -1, S});
-  expect(t.history_logprob, "multistream_sample: history_logprob", DType::kFloat32, {B, t.history.sizes[1], S});
+  SX_CHECK(G >= 1, kOp, ": limits must have at least one segment; got ", t.limits.describe());
+  expect(t.sampling, "sampling", {DType::kFloat32}, {B, G, S, 4});
+  expect(t.choice, "choice", {DType::kInt32}, {B, G, S, 4});
+  expect(t.request, "request", {DType::kInt64}, {B, 4});
   a.num_requests = B;
   a.num_segments = G;
   a.num_columns = C;
-  a.num_forced = t.forced.sizes[1];
-  a.num_history = t.history.sizes[1];
-  if (t.allowed) {
-    expect(*t.allowed, "multistream_sample: allowed", DType::kBool, {t.allowed->rank() == 2 ? -1 : B, C});
-    const int64_t rows = t.allowed->sizes[0];
-    SX_CHECK(rows == 1 || rows == B, "multistream_sample: allowed must have 1 or ", B, " rows; got ",
-             t.allowed->describe());
-    a.allowed = t.allowed->ptr<uint8_t>();
-    a.allowed_stride = rows == 1 ? 0 : C;
-  }
-  a.column_ids = t.column_ids.ptr<int64_t>();
+  a.column_ids = expect.ptr<int64_t>(t.column_ids, "column_ids", {C});
   a.settings = t.sampling.ptr<SampleSettings>();
   a.choice = t.choice.ptr<SampleChoice>();
   a.limits = t.limits.ptr<SampleLimits>();
   a.request = t.request.ptr<SampleRequest>();
-  a.guidance = t.guidance.ptr<float>();
   a.progress = t.progress.ptr<SampleProgress>();
-  a.forced = t.forced.ptr<int64_t>();
-  a.history = t.history.ptr<int64_t>();
-  a.history_logprob = t.history_logprob.ptr<float>();
-  a.tokens = expect(out.tokens, "multistream_sample: partial.tokens", DType::kInt64, {B, S}).ptr<int64_t>();
-  a.logprob = expect(out.logprob, "multistream_sample: partial.logprob", DType::kFloat32, {B, S}).ptr<float>();
-  a.is_content = expect(out.is_content, "multistream_sample: partial.is_content", DType::kBool, {B, S}).ptr<uint8_t>();
-  a.failed = expect(out.failed, "multistream_sample: partial.failed", DType::kBool, {B}).ptr<uint8_t>();
-  a.done = expect(out.done, "multistream_sample: partial.done", DType::kBool, {B}).ptr<uint8_t>();
+  a.guidance = expect.ptr<float>(t.guidance, "guidance", {B});
+  a.forced = expect.ptr<int64_t>(t.forced, "forced", {B, -1, S});
+  a.num_forced = t.forced.sizes[1];
+  a.history = expect.ptr<int64_t>(t.history, "history", {B, -1, S});
+  a.num_history = t.history.sizes[1];
+  a.history_logprob = expect.ptr<float>(t.history_logprob, "history_logprob", {B, a.num_history, S});
+  if (t.allowed) {
+    a.allowed = expect.ptr<uint8_t>(*t.allowed, "allowed", {t.allowed->rank() == 2 ? -1 : B, C});
+    const int64_t rows = t.allowed->sizes[0];
+    SX_CHECK(rows == 1 || rows == B, kOp, ": allowed must have 1 or ", B, " rows; got ", t.allowed->describe());
+    a.allowed_stride = rows == 1 ? 0 : C;
+  }
+  a.tokens = expect.ptr<int64_t>(out.tokens, "partial.tokens", {B, S});
+  a.logprob = expect.ptr<float>(out.logprob, "partial.logprob", {B, S});
+  a.is_content = expect.ptr<uint8_t>(out.is_content, "partial.is_content", {B, S});
+  a.failed = expect.ptr<uint8_t>(out.failed, "partial.failed", {B});
+  a.done = expect.ptr<uint8_t>(out.done, "partial.done", {B});
   return a;
 }
 
@@ -127,14 +110,11 @@ template <typename T>
 void run(const TensorView& logits, const SampleState& state, int threads, uintptr_t stream) {
   const SampleArgs<T> args{state, logits.ptr<T>(), logits.sizes[0], logits.strides[0]};
   const py::gil_scoped_release no_gil;
-#ifdef SPEECHLM_HAVE_CUDA
-  if (logits.device == Device::kCuda) {
-    multistream_sample_cuda(args, logits.device_index, reinterpret_cast<void*>(stream));
-    return;
+  if constexpr (kHasCuda) {
+    if (logits.device == Device::kCuda) {
+      return multistream_sample_cuda(args, logits.device_index, reinterpret_cast<void*>(stream));
+    }
   }
-#else
-  (void)stream;
-#endif
   multistream_sample_cpu(args, threads);
 }
 
@@ -147,14 +127,11 @@ void multistream_sample(const TensorView& logits, const TensorView& column_ids, 
                         int64_t tail, const TensorView& tokens, const TensorView& logprob, const TensorView& is_content,
                         const TensorView& failed, const TensorView& done, int threads, uintptr_t stream,
                         int64_t first_stream, int64_t end_stream) {
-  SX_CHECK(logits.not_a_tensor.empty() && logits.rank() == 2, "multistream_sample: logits must be [R, C]; got ",
-           logits.describe());
-  SX_CHECK(logits.device != Device::kOther, "multistream_sample: logits must be on cpu or cuda; got ",
-           logits.describe());
-  SX_CHECK(logits.strides[1] == 1 || logits.sizes[1] <= 1,
-           "multistream_sample: the columns of logits must lie side by side; got stride ", logits.strides[1]);
-  SX_CHECK(logits.strides[0] >= 0, "multistream_sample: logits must have no negative stride");
-  if (logits.device == Device::kCuda) require_cuda_build(kOp);
+  SX_CHECK(logits.not_a_tensor.empty() && logits.rank() == 2, kOp, ": logits must be [R, C]; got ", logits.describe());
+  SX_CHECK(logits.device != Device::kOther, kOp, ": logits must be on cpu or cuda; got ", logits.describe());
+  SX_CHECK(logits.strides[1] == 1 || logits.sizes[1] <= 1, kOp,
+           ": the columns of logits must lie side by side; got stride ", logits.strides[1]);
+  SX_CHECK(logits.strides[0] >= 0, kOp, ": logits must have no negative stride");
   const SampleState state = checked_state(
       logits,
       {column_ids, sampling, choice, limits, request, guidance, progress, forced, history, history_logprob, allowed},
@@ -164,8 +141,7 @@ void multistream_sample(const TensorView& logits, const TensorView& column_ids, 
     case DType::kFloat32: return run<float>(logits, state, threads, stream);
     case DType::kBFloat16: return run<BFloat16>(logits, state, threads, stream);
     case DType::kFloat16: return run<Float16>(logits, state, threads, stream);
-    default:
-      SX_CHECK(false, "multistream_sample: logits must be float32, bfloat16 or float16; got ", logits.describe());
+    default: SX_CHECK(false, kOp, ": logits must be float32, bfloat16 or float16; got ", logits.describe());
   }
 }
 

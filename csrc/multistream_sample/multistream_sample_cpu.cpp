@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "common/cpu/parallel.h"
-#include "multistream_sample/choice.h"
-#include "multistream_sample/selection.h"
+#include "multistream_sample/sampler_cpu.h"
+#include "multistream_sample/sampling_math.h"
 #include "multistream_sample/state_machine.h"
 
 namespace speechlm {
@@ -30,7 +30,7 @@ class Sampler {
     uint8_t* is_content = a_.is_content + b * S;
     int64_t ended = p.finish, slowest = 0;
     bool has_failed = false;
-    if (first > 0) {  // stream 0's token stays what it was sampled as until the row is complete
+    if (first > 0) {  // stream 0's token does not change until the row is complete
       ended = ended_by(a_, p, stream_row(a_, p, b, 0), tokens[0]);
       has_failed = a_.failed[b] != 0;
     }
@@ -86,7 +86,7 @@ class Sampler {
     const SampleChoice& choice = a_.choice[row.settings];
     places_.clear();
     if (has_penalty(settings, choice)) find_repeated(p, b, s, choice.repetition_window);
-    scope_.penalise(places_, settings.repetition_penalty);
+    scope_.penalize(places_, settings.repetition_penalty);
     const double number = is_greedy(settings, choice) ? 0.0 : uniform(a_.request[b].seed, p.row, s);
     const int64_t place = scope_.choose(settings, choice, number);
     logprob = logprob_of(scope_.at(place), largest, total);
@@ -97,8 +97,8 @@ class Sampler {
   void score(const StreamRow& row, int64_t b, int64_t s, int64_t token, float& logprob) {
     const int64_t column = column_of(a_, s, token);
     const bool is_end = s == 0 && column == a_.eos_column;
-    const bool may_say = is_end ? row.may_end : column >= row.first && column < row.last;
-    if (column < 0 || !may_say || (a_.allowed != nullptr && !allowed(b)[column])) return;
+    const bool is_in_scope = is_end ? row.may_end : column >= row.first && column < row.last;
+    if (column < 0 || !is_in_scope || (a_.allowed != nullptr && !allowed(b)[column])) return;
     const bool good = fill(row, b, s);
     logprob = good ? logprob_of(scope_.at(place_of(column)), scope_.largest(), scope_.total())
                    : std::numeric_limits<float>::quiet_NaN();
@@ -106,7 +106,7 @@ class Sampler {
 
   const uint8_t* allowed(int64_t b) const { return a_.allowed + b * a_.allowed_stride; }
 
-  // Copies what the stream may say to the scope. False if that has no finite maximum, or a NaN.
+  // Copies the allowed logits to the scope. False if they have no finite maximum, or a NaN.
   bool fill(const StreamRow& row, int64_t b, int64_t s) {
     first_ = row.first;
     last_ = row.last;
@@ -141,7 +141,7 @@ class Sampler {
     return column < first_ || column >= last_ ? a_.eos_column : column;
   }
 
-  // Of a column that may be said.
+  // Of an allowed column.
   int64_t place_of(int64_t column) const {
     if (has_end_before_) return column == a_.eos_column ? 0 : column - first_ + 1;
     return has_end_behind_ && column == a_.eos_column ? last_ - first_ : column - first_;

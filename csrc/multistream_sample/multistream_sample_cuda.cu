@@ -1,6 +1,6 @@
-// multistream_sample on a GPU: one launch, a block for each stream that it samples of each request. What a stream
-// behind stream 0 says is found before it is known whether it has content, which stream 0's token decides; the last
-// block of a request to arrive knows all tokens and moves the request on.
+// multistream_sample on the GPU: one launch, a block per request and stream. A stream behind stream 0 is sampled before
+// it is known whether it has content, which stream 0's token decides; the last block of a request to arrive has all
+// tokens and moves the request on.
 #include "multistream_sample/device/select.cuh"
 
 namespace speechlm {
@@ -22,12 +22,12 @@ struct Result {
   bool has_failed;
 };
 
-// Every thread's largest and smallest logit, as what block_max takes.
+// A thread's largest and smallest logit, as numbers for block_max.
 struct Extremes {
   Wide best = 0;   // ~rank
   Wide least = 0;  // ~key of the smallest that is not -inf
 
-  __device__ void take(float x, int place) {
+  __device__ void update(float x, int place) {
     const Wide rank = ~rank_of(x, place), key = x > -INFINITY ? Wide{~key_of(x)} : 0;
     best = rank > best ? rank : best;
     least = key > least ? key : least;
@@ -76,10 +76,10 @@ __device__ int choose(BlockMemory& m, const BlockScope<T>& scope, const SampleSe
     }
   }
   const double number = uniform(a.request[b].seed, a.progress[b].row, s);
-  return draw(m, scope, weigh, border, static_cast<Wide>(least_weight(settings.min_p)), number);
+  return draw(m, scope, weigh, border, static_cast<Wide>(min_weight(settings.min_p)), number);
 }
 
-// What a stream that may have content says; the same in every thread.
+// The token of a stream that may have content; the same in every thread.
 template <typename T>
 __device__ Result sample(BlockMemory& m, const SampleArgs<T>& args, const Position& p, const StreamRow& row, int64_t b,
                          int64_t s, const DynamicMemory& room, float* cache) {
@@ -89,10 +89,10 @@ __device__ Result sample(BlockMemory& m, const SampleArgs<T>& args, const Positi
   if (forced >= 0) {
     forced_column = column_of(a, s, forced);
     const bool is_end = s == 0 && forced_column == a.eos_column;
-    const bool may_say = is_end ? row.may_end : forced_column >= row.first && forced_column < row.last;
+    const bool is_in_scope = is_end ? row.may_end : forced_column >= row.first && forced_column < row.last;
     const bool is_allowed =
         a.allowed == nullptr || forced_column < 0 || a.allowed[b * a.allowed_stride + forced_column] != 0;
-    if (forced_column < 0 || !may_say || !is_allowed) return {forced, 0.0f, false};
+    if (forced_column < 0 || !is_in_scope || !is_allowed) return {forced, 0.0f, false};
   }
   BlockScope<T> scope;
   int is_bad = scope.open(args, row, b, s, cache, room.cached) ? 0 : 1;
@@ -100,7 +100,7 @@ __device__ Result sample(BlockMemory& m, const SampleArgs<T>& args, const Positi
   for (int place = thread_index(); place < scope.size && is_bad == 0; place += kSampleThreads) {
     const float x = scope.load(place);
     if (x != x || x == INFINITY) is_bad = 1;
-    extremes.take(x, place);
+    extremes.update(x, place);
   }
   is_bad = __syncthreads_or(is_bad);
   const float largest = logit_of_rank(~block_max(m, extremes.best));
@@ -117,9 +117,9 @@ __device__ Result sample(BlockMemory& m, const SampleArgs<T>& args, const Positi
   const SampleChoice& choice = a.choice[row.settings];
   auto* bits = reinterpret_cast<unsigned*>(cache + room.cached);
   if (room.words > 0 && has_penalty(settings, choice) && mark_repeated(a, p, row, b, s, scope, bits)) {
-    scope.penalise(bits, settings.repetition_penalty);
+    scope.penalize(bits, settings.repetition_penalty);
     extremes = Extremes();
-    for (int place = thread_index(); place < scope.size; place += kSampleThreads) extremes.take(scope(place), place);
+    for (int place = thread_index(); place < scope.size; place += kSampleThreads) extremes.update(scope(place), place);
   }
   const int place = choose(m, scope, settings, choice, extremes, a, b, s);
   return {a.column_ids[scope.column_at(place)], logprob_of(scope.raw(place), largest, total), false};

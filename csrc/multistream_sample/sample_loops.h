@@ -31,13 +31,19 @@ struct SampleLoops {
   int64_t (*at_least)(const float* x, int64_t blocks, const float* maxima, float value, int32_t* columns);
 };
 
-const SampleLoops& sample_loops();  // of simd_in_use()
+SX_DECLARE_SIMD(const SampleLoops& sample_loops())
+
+inline const SampleLoops& sample_loops() { return SX_SELECT_SIMD(sample_loops()); }  // of simd_in_use()
 
 // x = z, or u + guidance * (z - u) where u is not null and z not -inf; -inf where not allowed (null: all are).
 template <typename T>
 using LoadLoop = void (*)(float* x, const T* z, const T* u, float guidance, const uint8_t* allowed, int64_t n);
 
+SX_DECLARE_SIMD(template <typename T> LoadLoop<T> load_loop())
+
 template <typename T>
-LoadLoop<T> load_loop();  // of simd_in_use()
+LoadLoop<T> load_loop() {  // of simd_in_use()
+  return SX_SELECT_SIMD(load_loop<T>());
+}
 
 }  // namespace speechlm

@@ -1,4 +1,4 @@
-// Compiled once per instruction set; see common/simd.h.
+// The loops over the columns of a scope, compiled once per instruction set; see common/cpu/simd.h.
 #include "multistream_sample/sample_loops.h"
 
 #include <cstring>
@@ -25,7 +25,7 @@ constexpr int kBytes = 16;
 constexpr int kWide = kBytes / sizeof(float);
 constexpr int64_t kRows = kSampleBlock / kSampleLanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// See choice.h, none of whose functions may be used here.
+// See sampling_math.h, none of whose functions may be used here.
 constexpr double kMagic = 6144.0;
 constexpr int64_t kMagicBits = 0x40b8000000000000;
 
@@ -122,14 +122,14 @@ bool maxima(const float* x, int64_t blocks, float* out, float* largest) {
   Floats top = all(-kInfinity);
   for (int64_t b = 0; b < blocks; ++b) {
     for (int64_t lane = 0; lane < kSampleLanes; lane += kWide) {
-      Floats most = all(-kInfinity);
+      Floats highest = all(-kInfinity);
       for (int64_t row = 0; row < kRows; ++row) {
         const Floats v = load(x + b * kSampleBlock + row * kSampleLanes + lane);
-        most = v > most ? v : most;
+        highest = v > highest ? v : highest;
         is_nan |= v != v;
       }
-      top = most > top ? most : top;
-      store(out + b * kSampleLanes + lane, most);
+      top = highest > top ? highest : top;
+      store(out + b * kSampleLanes + lane, highest);
     }
   }
   *largest = -kInfinity;
@@ -164,8 +164,8 @@ void weights(const float* x, int64_t n, Weighing how, int64_t* out) {
   }
 }
 
-// Writes the columns from `first` on whose bits are set.
-SX_INLINE int64_t take(uint32_t bits, int64_t first, int32_t* columns, int64_t count) {
+// Appends the columns from `first` on whose bits are set.
+SX_INLINE int64_t append(uint32_t bits, int64_t first, int32_t* columns, int64_t count) {
   for (; bits != 0; bits &= bits - 1) columns[count++] = static_cast<int32_t>(first + __builtin_ctz(bits));
   return count;
 }
@@ -177,7 +177,7 @@ int64_t at_least(const float* x, int64_t blocks, const float* maxima, float valu
     for (int64_t lane = 0; lane < kSampleLanes; lane += kWide) any |= load(maxima + b * kSampleLanes + lane) >= value;
     if (bits_of(any) == 0) continue;
     for (int64_t i = b * kSampleBlock; i < (b + 1) * kSampleBlock; i += kWide) {
-      count = take(bits_of(load(x + i) >= value), i, columns, count);
+      count = append(bits_of(load(x + i) >= value), i, columns, count);
     }
   }
   return count;
@@ -201,19 +201,19 @@ void load_columns(float* __restrict x, const T* __restrict z, const T* __restric
 
 }  // namespace
 
-const SampleLoops& sample_loops_of() {
+const SampleLoops& sample_loops() {
   static const SampleLoops table{&maxima, &sums, &weights, &at_least};
   return table;
 }
 
 template <typename T>
-LoadLoop<T> load_loop_of() {
+LoadLoop<T> load_loop() {
   return &load_columns<T>;
 }
 
-template LoadLoop<float> load_loop_of<float>();
-template LoadLoop<BFloat16> load_loop_of<BFloat16>();
-template LoadLoop<Float16> load_loop_of<Float16>();
+template LoadLoop<float> load_loop<float>();
+template LoadLoop<BFloat16> load_loop<BFloat16>();
+template LoadLoop<Float16> load_loop<Float16>();
 
 }  // namespace SX_SIMD
 }  // namespace speechlm

@@ -1,15 +1,15 @@
-// Which streams have content in a request's next row, and where the request stands after it: what both devices share.
+// The state machine of a request, for both devices: which streams have content in its next row, and its next state.
 //
 // Rows are counted from the one in which a stream without delay shows the segment's frame 0. In row j stream s carries
-// frame j - delays[s]: fill before frame 0, content, and fill again from the frame on at which stream 0 said the end.
+// frame j - delays[s]: fill before frame 0, content, and fill again from the frame in which stream 0 ends the segment.
 #pragma once
 
-#include "common/cuda/host_device.h"
+#include "common/host_device.h"
 #include "multistream_sample/multistream_sample.h"
 
 namespace speechlm {
 
-// Where a request stands before the row.
+// The state of a request before the row.
 struct Position {
   int64_t segment, step, row, finish;
   int64_t following;  // frame 0 of the next segment, counted from this one's
@@ -32,15 +32,16 @@ SX_HOST_DEVICE inline Position position_of(const SampleState& a, int64_t b) {
   return p;
 }
 
-// What stream s may say in the row. Whether it has content depends on stream 0's token too: see has_content.
+// The columns that stream s may sample in the row. Whether it has content depends on stream 0's token too: see
+// has_content.
 struct StreamRow {
   int64_t settings;     // index of its settings
   int64_t frame;        // of the segment that it is in
   int64_t limit;        // frames that the segment may have
   int64_t first, last;  // columns of its scope, the end of the segment apart
-  bool is_ahead;        // in the next segment already, where stream 0 has not come
+  bool is_ahead;        // in the next segment already, before stream 0
   bool is_live;         // has a scope, and frame 0 is reached
-  bool may_end;         // stream 0: the end may be said
+  bool may_end;         // stream 0: the end of the segment is allowed
 };
 
 SX_HOST_DEVICE inline StreamRow stream_row(const SampleState& a, const Position& p, int64_t b, int64_t s) {
@@ -78,19 +79,19 @@ SX_HOST_DEVICE inline bool has_content(const StreamRow& r, int64_t s, int64_t en
   return r.is_live && r.frame < (end < 0 ? r.limit : end);
 }
 
-// What `ended` becomes with stream 0's token.
+// `ended` after stream 0's token.
 SX_HOST_DEVICE inline int64_t ended_by(const SampleState& a, const Position& p, const StreamRow& stream0,
                                        int64_t token) {
   return has_content(stream0, 0, p.finish) && token == a.eos_id ? stream0.frame : p.finish;
 }
 
-// The id that the caller gives for this row, or -1.
+// The caller's id for this row, or -1.
 SX_HOST_DEVICE inline int64_t forced_token(const SampleState& a, const Position& p, int64_t b, int64_t s) {
   if (p.done || p.row < 0 || p.row >= a.num_forced) return -1;
   return a.forced[(b * a.num_forced + p.row) * a.num_streams + s];
 }
 
-// What a stream without content says: its fill, or in stream 0 the marker of the segment that comes.
+// The token of a stream without content: its fill, or in stream 0 the marker of the next segment.
 SX_HOST_DEVICE inline int64_t fill_token(const SampleState& a, const Position& p, int64_t b, int64_t s) {
   const int64_t frame = wrapping_subtract(p.step, a.delays[s]);
   if (s == 0 && p.finish >= 0 && p.has_next && frame == p.following - 1 && !p.done) {

@@ -5,7 +5,7 @@
 // Two steps: pairs (table row, place) are sorted by row, then each run of one row is summed. Sums are kept in float
 // (double for double), in the order of (n, s) within pieces and then piece by piece (CPU: kPiece members from the first
 // on; CUDA: chunks of the sorted pairs), and rounded once. So the bits depend neither on threads nor on chance, nor on
-// whether the result is compact, only on which of the two devices it was.
+// whether the result is compact, only on the kind of device.
 #pragma once
 
 #include <vector>

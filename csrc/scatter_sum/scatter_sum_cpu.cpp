@@ -13,7 +13,7 @@
 namespace speechlm {
 namespace {
 
-// Stable; digits that all rows have as zero are skipped.
+// By row, stable; digits that are zero in every row are skipped.
 void radix_sort(std::vector<RowPair>& pairs, int64_t table_rows) {
   constexpr int kBits = 11;
   std::vector<RowPair> other(pairs.size());
@@ -68,7 +68,7 @@ void scatter_sum_cpu(const ScatterSumArgs<T>& a, const SortedPairs& sorted, int 
     for (end = begin + 1; end < M && pairs[end].row == pairs[begin].row;) ++end;
     if (a.rows != nullptr) a.rows[run] = pairs[begin].row;
     const bool is_long = end - begin > kPiece;
-    if (is_long) long_runs.emplace_back(pieces.size(), pieces.size() + (end - begin + kPiece - 1) / kPiece);
+    if (is_long) long_runs.emplace_back(pieces.size(), pieces.size() + ceil_div(end - begin, kPiece));
     for (int64_t b = begin; b < end; b += kPiece) {
       const int64_t out = a.rows != nullptr ? run : static_cast<int64_t>(pairs[begin].row);
       pieces.push_back({b, std::min(end, b + kPiece), out, is_long ? num_partials++ : -1});
@@ -111,11 +111,10 @@ void scatter_sum_cpu(const ScatterSumArgs<T>& a, const SortedPairs& sorted, int 
   });
 }
 
-template SortedPairs sort_pairs_cpu<int32_t>(const EmbedShape&, const EmbedRule&, const int32_t*);
-template SortedPairs sort_pairs_cpu<int64_t>(const EmbedShape&, const EmbedRule&, const int64_t*);
-template void scatter_sum_cpu<float>(const ScatterSumArgs<float>&, const SortedPairs&, int);
-template void scatter_sum_cpu<double>(const ScatterSumArgs<double>&, const SortedPairs&, int);
-template void scatter_sum_cpu<BFloat16>(const ScatterSumArgs<BFloat16>&, const SortedPairs&, int);
-template void scatter_sum_cpu<Float16>(const ScatterSumArgs<Float16>&, const SortedPairs&, int);
+template SortedPairs sort_pairs_cpu(const EmbedShape&, const EmbedRule&, const int32_t*);
+template SortedPairs sort_pairs_cpu(const EmbedShape&, const EmbedRule&, const int64_t*);
+#define SX_INSTANTIATE(T) template void scatter_sum_cpu(const ScatterSumArgs<T>&, const SortedPairs&, int);
+SX_FOR_FLOATS(SX_INSTANTIATE)
+#undef SX_INSTANTIATE
 
 }  // namespace speechlm

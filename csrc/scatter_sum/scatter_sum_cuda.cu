@@ -1,5 +1,5 @@
 // scatter_sum on the GPU: a radix sort of (table row, place), sums over fixed chunks of the sorted pairs, and a second
-// pass that joins the runs which chunk borders cut, in order: no atomics on values, so the bits are the same every
+// pass that joins, in order, the runs that chunk borders cut: no atomics on values, so the bits are the same every
 // time. A compact result has a row per run; a prefix sum over the runs' last pairs numbers them.
 #include "common/cuda/cub.cuh"
 #include "common/cuda/cuda.cuh"
@@ -13,11 +13,11 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kChunk = 128;  // sorted pairs that one block sums
 
-// Where the pieces of the workspace lie.
+// The pieces of the workspace.
 template <typename Acc>
 struct Workspace {
   uint32_t* keys_in;  // after the sort: 1 where a run ends
-  uint32_t* keys;     // sorted table rows; pads and bad ids are V and come last
+  uint32_t* keys;     // sorted table rows; pads and bad ids are V and sort last
   uint32_t* places_in;
   uint32_t* places;  // n * S + s
   uint32_t* run;     // [N * S + 1] runs that end before each pair: the number of the pair's run; last: of all runs
@@ -25,30 +25,25 @@ struct Workspace {
   size_t temp_bytes;
   Acc* partials;  // [chunks, 2, D]: of the run that enters a chunk, and of the one that leaves it
   int64_t chunks;
+  int64_t bytes;  // of all pieces
 
-  static int64_t layout(void* base, const EmbedShape& shape, Workspace& w) {
+  Workspace(void* base, const EmbedShape& shape) {
     const int64_t M = shape.num_rows * shape.num_streams;
-    char* at = static_cast<char*>(base);
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-      char* here = at + used;
-      used += (bytes + 255) / 256 * 256;
-      return static_cast<void*>(here);
-    };
-    w.chunks = (M + kChunk - 1) / kChunk;
-    w.keys_in = static_cast<uint32_t*>(take(4 * (M + 1)));
-    w.keys = static_cast<uint32_t*>(take(4 * M));
-    w.places_in = static_cast<uint32_t*>(take(4 * M));
-    w.places = static_cast<uint32_t*>(take(4 * M));
-    w.run = static_cast<uint32_t*>(take(4 * (M + 1)));
+    BumpAllocator memory(base);
+    chunks = ceil_div(M, kChunk);
+    keys_in = memory.allocate<uint32_t>(M + 1);
+    keys = memory.allocate<uint32_t>(M);
+    places_in = memory.allocate<uint32_t>(M);
+    places = memory.allocate<uint32_t>(M);
+    run = memory.allocate<uint32_t>(M + 1);
     size_t sort = 0, scan = 0;
     sort_pairs<uint32_t, uint32_t>(nullptr, sort, nullptr, nullptr, nullptr, nullptr, M, 0, 32, nullptr);
     exclusive_sum<uint32_t, uint32_t>(nullptr, scan, nullptr, nullptr, M + 1, nullptr);
-    w.temp_bytes = sort > scan ? sort : scan;
-    w.temp = take(static_cast<int64_t>(w.temp_bytes));
+    temp_bytes = sort > scan ? sort : scan;
+    temp = memory.allocate<char>(static_cast<int64_t>(temp_bytes));
     // Last, so that the sort finds the rest without knowing their type.
-    w.partials = static_cast<Acc*>(take(w.chunks * 2 * shape.width * static_cast<int64_t>(sizeof(Acc))));
-    return used;
+    partials = memory.allocate<Acc>(chunks * 2 * shape.width);
+    bytes = memory.used();
   }
 };
 
@@ -154,9 +149,9 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const ScatterSumArgs<T> 
   narrow(acc, a.out[row * D + column]);
 }
 
-int bits_for(int64_t most) {
+int bits_for(int64_t largest) {
   int bits = 1;
-  while (bits < 32 && (most >> bits) > 0) ++bits;
+  while (bits < 32 && (largest >> bits) > 0) ++bits;
   return bits;
 }
 
@@ -169,12 +164,7 @@ void check_shape(const EmbedShape& shape) {
 
 int64_t scatter_sum_workspace(const EmbedShape& shape, bool is_double) {
   check_shape(shape);
-  if (is_double) {
-    Workspace<double> w;
-    return Workspace<double>::layout(nullptr, shape, w);
-  }
-  Workspace<float> w;
-  return Workspace<float>::layout(nullptr, shape, w);
+  return is_double ? Workspace<double>(nullptr, shape).bytes : Workspace<float>(nullptr, shape).bytes;
 }
 
 template <typename Id>
@@ -185,14 +175,14 @@ void sort_pairs_cuda(const EmbedShape& shape, const EmbedRule& rule, const Id* i
   check_shape(shape);
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
-  Workspace<float> w;
-  Workspace<float>::layout(workspace, shape, w);
+  const Workspace<float> w(workspace, shape);
   SX_LAUNCH(keys_kernel<Id>, grid_for(M, kThreads), kThreads, 0, on, shape, rule, ids, w.keys_in, w.places_in);
-  sort_pairs(w.temp, w.temp_bytes, w.keys_in, w.keys, w.places_in, w.places, M, 0, bits_for(shape.table_rows), on);
+  size_t temp_bytes = w.temp_bytes;
+  sort_pairs(w.temp, temp_bytes, w.keys_in, w.keys, w.places_in, w.places, M, 0, bits_for(shape.table_rows), on);
   if (touched != nullptr) {
     const auto none = static_cast<uint32_t>(shape.table_rows);
     SX_LAUNCH(ends_kernel, grid_for(M + 1, kThreads), kThreads, 0, on, w.keys, M, none, w.keys_in);
-    exclusive_sum(w.temp, w.temp_bytes, w.keys_in, w.run, M + 1, on);
+    exclusive_sum(w.temp, temp_bytes, w.keys_in, w.run, M + 1, on);
     SX_LAUNCH(touched_kernel, 1u, 1u, 0, on, w.run + M, touched);
   }
   cuda_check(cudaGetLastError(), "scatter_sum: launch of the sort");
@@ -204,8 +194,7 @@ void scatter_sum_cuda(const ScatterSumArgs<T>& args, void* workspace, int device
   if (M == 0) return;
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
-  Workspace<Accumulator<T>> w;
-  Workspace<Accumulator<T>>::layout(workspace, args.shape, w);
+  const Workspace<Accumulator<T>> w(workspace, args.shape);
   if (args.rows != nullptr) {
     SX_LAUNCH(rows_kernel, grid_for(M, kThreads), kThreads, 0, on, w.keys, w.run, M, args.rows);
   }
@@ -214,9 +203,7 @@ void scatter_sum_cuda(const ScatterSumArgs<T>& args, void* workspace, int device
   const auto dense = fast ? &chunks_kernel<T, kVec, false> : &chunks_kernel<T, 1, false>;
   const auto compact = fast ? &chunks_kernel<T, kVec, true> : &chunks_kernel<T, 1, true>;
   const auto chunks = args.rows != nullptr ? compact : dense;
-  const auto tiles = [&](int per_thread) {
-    return static_cast<unsigned>((D + kThreads * per_thread - 1) / (kThreads * per_thread));
-  };
+  const auto tiles = [&](int per_thread) { return static_cast<unsigned>(ceil_div(D, kThreads * per_thread)); };
   const auto blocks = static_cast<unsigned>(w.chunks);
   if (D > 0) {
     SX_LAUNCH(chunks, dim3(blocks, tiles(fast ? kVec : 1)), kThreads, 0, on, args, w);
@@ -225,13 +212,10 @@ void scatter_sum_cuda(const ScatterSumArgs<T>& args, void* workspace, int device
   cuda_check(cudaGetLastError(), "scatter_sum launch");
 }
 
-template void sort_pairs_cuda<int32_t>(const EmbedShape&, const EmbedRule&, const int32_t*, void*, int64_t*, int,
-                                       void*);
-template void sort_pairs_cuda<int64_t>(const EmbedShape&, const EmbedRule&, const int64_t*, void*, int64_t*, int,
-                                       void*);
-template void scatter_sum_cuda<float>(const ScatterSumArgs<float>&, void*, int, void*);
-template void scatter_sum_cuda<double>(const ScatterSumArgs<double>&, void*, int, void*);
-template void scatter_sum_cuda<BFloat16>(const ScatterSumArgs<BFloat16>&, void*, int, void*);
-template void scatter_sum_cuda<Float16>(const ScatterSumArgs<Float16>&, void*, int, void*);
+template void sort_pairs_cuda(const EmbedShape&, const EmbedRule&, const int32_t*, void*, int64_t*, int, void*);
+template void sort_pairs_cuda(const EmbedShape&, const EmbedRule&, const int64_t*, void*, int64_t*, int, void*);
+#define SX_INSTANTIATE(T) template void scatter_sum_cuda(const ScatterSumArgs<T>&, void*, int, void*);
+SX_FOR_FLOATS(SX_INSTANTIATE)
+#undef SX_INSTANTIATE
 
 }  // namespace speechlm

@@ -69,14 +69,14 @@ void compare(int64_t N, int64_t S, int64_t V, int64_t D, bool scaled, int thread
   (void)threads;
   std::vector<double> workspace(scatter_sum_workspace(forward.shape, sizeof(T) == 8) / sizeof(double) + 64);
   int64_t touched = -1;
-  place_features_cuda(places, 0, nullptr);
+  scatter_slots_cuda(places, 0, nullptr);
   multistream_embed_cuda(forward, 0, nullptr);
   sort_pairs_cuda(forward.shape, rule, ids.data(), workspace.data(), &touched, 0, nullptr);
   scatter_sum_cuda(backward, workspace.data(), 0, nullptr);
   make_compact(touched);
   scatter_sum_cuda(backward, workspace.data(), 0, nullptr);
 #else
-  EXPECT(place_features_cpu(places));
+  EXPECT(scatter_slots_cpu(places));
   multistream_embed_cpu(forward, threads);
   const SortedPairs sorted = sort_pairs_cpu(forward.shape, rule, ids.data());
   EXPECT(sorted.first_bad == -1);
@@ -121,10 +121,10 @@ TEST(multistream_embed_refuses_places) {
     int64_t bad = 0;
     const FeaturePlaces places{static_cast<int64_t>(positions.size()), 4, positions.data(), slots.data(), &bad};
 #ifdef SPEECHLM_CUDA_ON_CPU
-    place_features_cuda(places, 0, nullptr);
+    scatter_slots_cuda(places, 0, nullptr);
     return bad == 0;
 #else
-    return place_features_cpu(places);
+    return scatter_slots_cpu(places);
 #endif
   };
   EXPECT(fits({3, 0, 2}));

@@ -59,8 +59,8 @@ TEST(expect_names_argument_and_value) {
   view.device_index = 1;
   view.sizes = {812, 9};
   view.strides = {9, 1};
-  view.expect("op: ids", {DType::kInt32, DType::kInt64}, Device::kCuda, {-1, 9});
-  const std::string message = testing::error_of([&] { view.expect("op: ids", {DType::kInt32}, Device::kCpu, {-1}); });
+  view.expect("op", "ids", {DType::kInt32, DType::kInt64}, Device::kCuda, {-1, 9});
+  const std::string message = testing::error_of([&] { view.expect("op", "ids", {DType::kInt32}, Device::kCpu, {-1}); });
   EXPECT(message == "op: ids must be on cpu; got int64 [812, 9] on cuda:1");
 }
 

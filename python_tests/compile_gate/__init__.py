@@ -1,10 +1,10 @@
-"""What each CUDA kernel takes of the machine, per architecture: registers, stack, spills and shared memory.
+"""Registers, stack, spills and shared memory of each CUDA kernel, per architecture.
 
-``python -m python_tests.compile_gate`` reads what ptxas said of every ``csrc/*/*_cuda.cu`` when the package was built
-(``cmake/keep_ptxas.sh`` keeps it beside the object), compiles those of which nothing current was kept, and compares
-with the committed table ``kernels.json``; ``--update`` writes the table. It needs nvcc and no GPU. A kernel may take
-more registers up to the next multiple of 8, the grain in which a GPU hands them out; a spill always fails, unless the
-table says otherwise with a ``why``.
+``python -m python_tests.compile_gate`` reads ptxas' report of every ``csrc/*/*_cuda.cu`` from the last build
+(``cmake/keep_ptxas.sh`` keeps it beside the object), compiles the files without a current report, and compares with the
+committed table ``kernels.json``; ``--update`` writes the table. It needs nvcc and no GPU. A kernel may use more
+registers up to the next multiple of 8, the granularity in which a GPU allocates them; a spill always fails, unless the
+table has a ``why`` for it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Usage:
 
 
 class GateError(Exception):
-    """A kernel does not compile, or nvcc says what this reader does not understand."""
+    """A kernel does not compile, or nvcc's output cannot be parsed."""
 
 
 Report = dict[str, dict[str, Usage]]  # kernel -> architecture -> usage
@@ -63,10 +63,10 @@ def nvcc_release(nvcc: str) -> str:
 
 
 def parse_ptxas(text: str) -> dict[str, dict[str, Usage]]:
-    """Read the kernels' usage from what ``ptxas -v`` prints: by architecture, then by mangled name.
+    """Read the kernels' usage from the output of ``ptxas -v``: by architecture, then by mangled name.
 
     Raises:
-        GateError: a kernel without the lines that say what it takes.
+        GateError: a kernel without its usage.
     """
     found: dict[str, dict[str, Usage]] = {}
     name, arch, stack, stores, loads = None, "", 0, 0, 0
@@ -129,7 +129,7 @@ def compile_all(
 
 
 def report_of(printed: list[str]) -> Report:
-    """What ptxas printed, as one report with readable names."""
+    """One report, with readable names, of several outputs of ptxas."""
     report: Report = {}
     for text in printed:
         for arch, kernels in parse_ptxas(text).items():
@@ -140,32 +140,31 @@ def report_of(printed: list[str]) -> Report:
 
 
 def kept(source: Path, build: Path | None = None) -> str | None:
-    """What ptxas said of ``source`` in the last build; None if that is older than the source or a header it may use."""
+    """ptxas' output for ``source`` in the last build; None if that is older than the source or a header."""
     tag = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
     build = build or ROOT / "build" / f"cmake-{tag}"
     inside = source.relative_to(ROOT)
     log = build / "CMakeFiles" / "speechlm_core.dir" / inside.with_name(inside.name + ".o.ptxas")
     if not log.is_file():
         return None
-    headers = [f for folder in (source.parent, ROOT / "csrc" / "common") for f in folder.glob("*.*h")]
-    if any(file.stat().st_mtime > log.stat().st_mtime for file in (source, *headers)):
+    if any(f.stat().st_mtime > log.stat().st_mtime for f in (source, *(ROOT / "csrc").rglob("*.*h"))):
         return None
     text = log.read_text("utf-8", "replace")
     return text if set(parse_ptxas(text)) == set(ARCHITECTURES) else None
 
 
 def own(report: Report) -> Report:
-    """The kernels of this project: those of CUB, which the ops instantiate, are their authors' to tune."""
+    """The kernels of this project, without those that the ops instantiate from CUB."""
     return {kernel: usage for kernel, usage in report.items() if not kernel.startswith(("cub::", "thrust::"))}
 
 
 def budget_of(registers: int) -> int:
-    """Registers that cost no more than these: the next multiple of 8, at most 255."""
+    """The next multiple of 8, at most 255: as many registers cost no more."""
     return min(255, (registers + 7) // 8 * 8)
 
 
 def compare(report: Report, table: dict, release: str) -> list[str]:
-    """What is wrong with ``report``; empty when all is within the table's budget."""
+    """The faults of ``report``; empty if everything is within the table's budget."""
     wrong = []
     same_compiler = table.get("nvcc") == release
     known = table.get("kernels", {})
@@ -209,6 +208,15 @@ def as_table(report: Report, release: str, old: dict) -> dict:
     return {"nvcc": release, "kernels": kernels}
 
 
+def as_text(table: dict) -> str:
+    """The table as JSON with one line for each kernel and architecture, so that a diff shows what changed."""
+    kernels = []
+    for kernel, entries in table["kernels"].items():
+        lines = [f"   {json.dumps(name)}: {json.dumps(value)}" for name, value in entries.items()]
+        kernels.append(f"  {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n  }")
+    return f'{{\n "nvcc": {json.dumps(table["nvcc"])},\n "kernels": {{\n' + ",\n".join(kernels) + "\n }\n}\n"
+
+
 def sources() -> list[Path]:
     """The .cu files of the ops."""
     return sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
@@ -240,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{kernel[:50]:50} {arch:8} {u.registers:9} {u.stack:6} {u.spill_stores + u.spill_loads:7} {u.shared:7}"
             )
     if arguments.update:
-        TABLE.write_text(json.dumps(as_table(report, release, old), indent=1) + "\n", "utf-8")
+        TABLE.write_text(as_text(as_table(report, release, old)), "utf-8")
         print(f"wrote {TABLE.relative_to(ROOT)}")
         return 0
     wrong = compare(report, old, release)

@@ -1,4 +1,4 @@
-"""The gate's reader and judge on text that ptxas printed, and on kernels with a planted spill and a planted growth."""
+"""The gate on output of ptxas, and on kernels with a planted spill and a planted error."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_cub_header_compiles():
         pytest.skip("no nvcc here (CUDA toolkit 12.4 or later)")
     report = gate.compile_all(nvcc, [Path(gate.__file__).with_name("cub_compiles.cu")], targets=("sm_90a",))
     assert any("RadixSort" in kernel for kernel in report) and any("Scan" in kernel for kernel in report)
-    # What the ops take from CUB is not judged; the kernels of the file itself are.
+    # CUB's kernels are not judged; the kernels of the file itself are.
     assert not any("RadixSort" in kernel or "Scan" in kernel for kernel in gate.own(report))
 
 

@@ -1,7 +1,12 @@
 """The ops' CUDA kernels compiled for the CPU, and a context in which the ops use them.
 
 ``load()`` builds the module (seconds when nothing changed); ``kernels_on_cpu(module, seed)`` makes every op run its
-CUDA code on CPU tensors. What the shim shows, and what it cannot, is told in docs/testing.md.
+CUDA code on CPU tensors. docs/testing.md lists the faults that the shim finds and those that it cannot.
+
+    include/    in place of CUDA's own headers, and of csrc's that says where tensors are
+    kernel/     names that device code uses: indices, barriers, vectors, atomics, warp operations
+    runtime/    fibers, launches, and the checks of every load and store
+    selftest/   kernels with planted faults, for test_shim.py
 """
 
 from __future__ import annotations
@@ -55,18 +60,20 @@ def tool(name: str) -> str:
     return found
 
 
-def build(folder: Path, target: str, **options: str) -> Path:
-    """Configure and build a target of this folder's CMakeLists.txt; returns the build folder."""
+def build(folder: Path, target: str, source: Path = HERE, **options: str) -> Path:
+    """Configure and build a target of a CMakeLists.txt, by default this folder's; returns the build folder.
+
+    Raises:
+        BuildError: it does not compile; the message has the compiler's output.
+    """
     import pybind11
 
-    options = {"PYBIND11_INCLUDE_DIR": pybind11.get_include(), "Python_EXECUTABLE": sys.executable} | options
-    configure = [
-        tool("cmake"),
-        f"-S{HERE}",
-        f"-B{folder}",
-        "-GNinja",
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-    ]
+    options = {
+        "CMAKE_MAKE_PROGRAM": tool("ninja"),
+        "PYBIND11_INCLUDE_DIR": pybind11.get_include(),
+        "Python_EXECUTABLE": sys.executable,
+    } | options
+    configure = [tool("cmake"), f"-S{source}", f"-B{folder}", "-GNinja"]
     configure += [f"-D{k}={v}" for k, v in options.items()]
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):  # one test process builds, the others wait for it
@@ -94,7 +101,7 @@ def load() -> ModuleType:
 
 
 class _Native:
-    """Stands where the ops expect ``speechlm_ext._C``: each call may touch the memory of its own arguments only."""
+    """Replaces ``speechlm_ext._C`` in the ops: each call may touch the memory of its own arguments only."""
 
     def __init__(self, shim: ModuleType, real: Any) -> None:
         self._shim, self._real = shim, real
@@ -129,7 +136,7 @@ def kernels_on_cpu(shim: ModuleType, seed: int = 0) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     overrides = torch.library.Library("speechlm_ext", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that a kernel is overridden, which is what is meant
+        warnings.simplefilter("ignore")  # torch warns of an overridden kernel, which is intended
         for op, (module, function) in CUDA_ENTRIES.items():
             entry = getattr(importlib.import_module(module), function)
             overrides.impl(op, entry, "CPU", allow_override=True)

@@ -2,8 +2,8 @@
 #include <pybind11/stl.h>
 
 #include "bind.h"
-#include "cuda_on_cpu/device.h"
-#include "cuda_on_cpu/selftest.h"
+#include "cuda_on_cpu/kernel/device.h"
+#include "cuda_on_cpu/selftest/selftest.h"
 
 namespace py = pybind11;
 

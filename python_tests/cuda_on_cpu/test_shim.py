@@ -1,5 +1,4 @@
-"""The shim itself: right kernels give right values in every order of threads, and every planted fault is found at its
-line, in every order too."""
+"""The shim: right kernels give right values, and planted faults are found at their line, in any order of threads."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import pytest
 
 from python_tests import cuda_on_cpu
 
-SOURCE = cuda_on_cpu.HERE / "selftest.cu"
+SOURCE = cuda_on_cpu.HERE / "selftest" / "selftest.cu"
 BLOCK = 96
 
 RIGHT = {
@@ -45,7 +44,7 @@ RIGHT = {
     "cub": [2.0, 3.0, 0.0, 1.0, 0.0, 5.0, 9.0, 12.0],
     "sixteen_bits": [1.0, 1.0 + 2**-7, 1.0, 1.0 + 2**-10, math.inf, 2.0**-24],
 }
-#: What the message must say.
+#: Pattern of the message.
 WRONG = {
     "missing_barrier": "read of shared memory that no thread|race on shared memory",
     "missing_second_barrier": "race on shared memory",
@@ -124,7 +123,7 @@ def test_a_seed_gives_one_order_and_another_another(shim):
 def test_kernels_and_shim_under_address_and_undefined_sanitizers(monkeypatch):
     folder = cuda_on_cpu.BUILD.with_name("cuda-on-cpu-asan")
     cuda_on_cpu.build(folder, "programs", SHIM_SANITIZE="address,undefined")
-    # The threads of a kernel that ended with a fault are dropped as they stand, and what they held with them.
+    # The fibers of a kernel that ended with a fault are dropped, with the memory that they hold.
     monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
     done = subprocess.run([str(folder / "selftest"), *RIGHT], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,14 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from python_tests.cuda_on_cpu import ROOT, tool
+from python_tests import cuda_on_cpu
+from python_tests.cuda_on_cpu import ROOT
 
 FLAGS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "thread": "-fsanitize=thread",
 }
 LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
-#: Planted fault -> what the sanitizer must say.
+#: Planted fault -> text of the sanitizer's report.
 PLANTED = {
     "address": {
         "planted_overrun(4)": "heap-buffer-overflow",
@@ -33,29 +34,15 @@ def build(name: str) -> Path:
     """The module with a sanitizer in it.
 
     Raises:
-        subprocess.CalledProcessError: it does not compile.
+        BuildError: it does not compile.
     """
-    import pybind11
-
-    folder = ROOT / "build" / f"sanitize-{name}"
-    settings = {
-        "SPEECHLM_CUDA": "OFF",
-        "SPEECHLM_PLANT_FAULTS": "ON",
-        "PYBIND11_INCLUDE_DIR": pybind11.get_include(),
-        "Python_EXECUTABLE": sys.executable,
-        "CMAKE_CXX_FLAGS": f"{FLAGS[name]} -g -fno-omit-frame-pointer",
-        "CMAKE_MAKE_PROGRAM": tool("ninja"),
-    }
-    configure = [
-        tool("cmake"),
-        f"-S{ROOT}",
-        f"-B{folder}",
-        "-GNinja",
-        *(f"-D{k}={v}" for k, v in settings.items()),
-    ]
-    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(
-        [tool("cmake"), "--build", str(folder), "--target", "_C"], check=True, stdout=subprocess.DEVNULL
+    folder = cuda_on_cpu.build(
+        ROOT / "build" / f"sanitize-{name}",
+        "_C",
+        ROOT,
+        SPEECHLM_CUDA="OFF",
+        SPEECHLM_PLANT_FAULTS="ON",
+        CMAKE_CXX_FLAGS=f"{FLAGS[name]} -g -fno-omit-frame-pointer",
     )
     return next((folder / "lib").glob("_C.*.so"))
 
@@ -77,7 +64,7 @@ def environment(name: str, module: Path) -> dict[str, str]:
         **os.environ,
         "LD_PRELOAD": ":".join(preload),
         "SPEECHLM_TEST_NATIVE": str(module),
-        # Python keeps what it allocated until it exits, and other libraries' threads are not ours to judge.
+        # Python keeps memory until it exits, and the threads of other libraries are out of scope.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66",

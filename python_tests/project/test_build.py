@@ -1,4 +1,4 @@
-"""The native build: what the module needs, what it says of itself, how the build fails, and the C++ tests."""
+"""The native build: libraries that the module needs, its build info, errors of the build, and the C++ tests."""
 
 from __future__ import annotations
 
@@ -80,20 +80,19 @@ def test_cpp_tests():
 
     The build folder is kept, so that a second run compiles only what has changed.
     """
-    build = ROOT / "build" / "cpp-tests"
-    options = {
-        "SPEECHLM_CUDA": "OFF",
-        "SPEECHLM_BUILD_TESTS": "ON",
-        "CMAKE_CXX_FLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -g1",
-        # Half the time: the rooms that the program tests, with the optimization that sanitizers are made for.
-        "SPEECHLM_OPTIMIZE": "-O1",
-        "SPEECHLM_OPS": "delay_pack;multistream_embed;scatter_sum",
-    }
-    done = configure(build, **options)
-    assert done.returncode == 0, done.stderr
-    command = [tool("cmake"), "--build", str(build), "--target", "speechlm_tests"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("cmake", "ninja"):
+        tool(name)
+    build = cuda_on_cpu.build(
+        ROOT / "build" / "cpp-tests",
+        "speechlm_tests",
+        ROOT,
+        SPEECHLM_CUDA="OFF",
+        SPEECHLM_BUILD_TESTS="ON",
+        CMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1",
+        # Half the time: only the tested ops, with the optimization that sanitizers are made for.
+        SPEECHLM_OPTIMIZE="-O1",
+        SPEECHLM_OPS="delay_pack;multistream_embed;scatter_sum",
+    )
     done = subprocess.run([str(build / "speechlm_tests")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"[1-9]\d* passed, 0 failed", done.stdout)

@@ -14,7 +14,7 @@ namespace amx {
 
 namespace {
 
-bool ask() {
+bool request() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
@@ -40,7 +40,7 @@ __attribute__((target("amx-tile"))) void release() { _tile_release(); }
 }  // namespace
 
 bool enable() {
-  static const bool is_granted = ask();
+  static const bool is_granted = request();
   return is_granted;
 }
 

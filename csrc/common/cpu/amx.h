@@ -3,12 +3,12 @@
 
 #include <cstdint>
 
-// SPEECHLM_HAVE_AMX comes from the build: cmake/simd.cmake asks compiler and assembler.
+// SPEECHLM_HAVE_AMX comes from the build: cmake/simd.cmake tries compiler and assembler.
 
 namespace speechlm {
 namespace amx {
 
-// True if it can be used. The first call asks the operating system for it, which it wants once for a process.
+// True if it can be used. The first call requests it from the operating system, which is needed once per process.
 bool enable();
 
 // While one lives, the calling thread's eight tiles are 16 rows of 64 bytes each.

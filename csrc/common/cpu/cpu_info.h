@@ -1,4 +1,4 @@
-// What the processor can do, for run-time dispatch and for `speechlm doctor`.
+// Instruction sets of the processor, for run-time dispatch and for `speechlm doctor`.
 #pragma once
 
 #include <string>
@@ -6,7 +6,7 @@
 
 namespace speechlm {
 
-// Names of the instruction sets that matter here and that this processor has, e.g. {"avx2", "fma"}.
+// Names of those of interest that this processor has, e.g. {"avx2", "fma"}.
 std::vector<std::string> cpu_features();
 
 }  // namespace speechlm

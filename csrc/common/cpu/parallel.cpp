@@ -2,8 +2,8 @@
 
 #include <dlfcn.h>
 
-// ThreadSanitizer does not see how an OpenMP runtime hands work over and takes it back, since that is not compiled with
-// it: a sanitized build tells it.
+// ThreadSanitizer does not see how an OpenMP runtime hands work over and takes it back, since the runtime is not
+// compiled with it: a sanitized build announces both.
 #ifdef __SANITIZE_THREAD__
 extern "C" void __tsan_acquire(void* address);
 extern "C" void __tsan_release(void* address);
@@ -20,7 +20,7 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 std::atomic<GompParallel> gomp_parallel{nullptr};
 
-// MKL lies inside libtorch_cpu on x86. Sets the calling thread's number of threads (0: the global one), gives the old.
+// MKL is part of libtorch_cpu on x86. Sets the calling thread's number of threads (0: the global one), returns the old.
 using MklThreads = int (*)(int);
 
 std::atomic<MklThreads> mkl_threads{nullptr};
@@ -28,7 +28,8 @@ std::atomic<MklThreads> mkl_threads{nullptr};
 }  // namespace
 
 std::string use_openmp_of(const std::string& library_path) {
-  // RTLD_NOLOAD: only what is loaded already. dlsym on a handle searches that library, then its dependencies in order.
+  // RTLD_NOLOAD: only a library that is loaded already. dlsym on a handle searches that library, then its dependencies
+  // in order.
   if (void* handle = dlopen(library_path.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
     gomp_parallel = reinterpret_cast<GompParallel>(dlsym(handle, "GOMP_parallel"));
     mkl_threads = reinterpret_cast<MklThreads>(dlsym(handle, "MKL_Set_Num_Threads_Local"));

@@ -13,6 +13,8 @@
 #include <functional>
 #include <string>
 
+#include "common/host_device.h"
+
 namespace speechlm {
 
 // Finds the OpenMP runtime of an already loaded library (libtorch_cpu.so). Returns the runtime's file, "" for none.
@@ -43,15 +45,15 @@ template <typename Body>
 void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
   if (n <= 0) return;
   grain = std::max<int64_t>(grain, 1);
-  const int64_t most = (n + grain - 1) / grain;
-  threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), most));
+  const int64_t max_chunks = ceil_div(n, grain);
+  threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), max_chunks));
   if (threads == 1) {
     body(int64_t{0}, n);
     return;
   }
   // Four chunks a thread evens out cores that other programs slow down.
-  const int64_t chunks = std::min<int64_t>(most, int64_t{threads} * 4);
-  const int64_t size = (n + chunks - 1) / chunks;
+  const int64_t chunks = std::min<int64_t>(max_chunks, int64_t{threads} * 4);
+  const int64_t size = ceil_div(n, chunks);
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;
@@ -69,6 +71,12 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
     }
   });
   if (failed) std::rethrow_exception(error);
+}
+
+inline void atomic_min(std::atomic<int64_t>& least, int64_t value) {
+  int64_t seen = least;
+  while (value < seen && !least.compare_exchange_weak(seen, value)) {
+  }
 }
 
 }  // namespace speechlm

@@ -1,5 +1,5 @@
 // bfloat16 and float16 on the CPU: storage of 16 bits, arithmetic in float, rounding to nearest even. Written without
-// branches on memory and without denormal floats, so that compilers vectorise it and flush-to-zero modes change
+// branches on memory and without denormal floats, so that compilers vectorize it and flush-to-zero modes change
 // nothing. CUDA kernels use it as well.
 #pragma once
 
@@ -30,7 +30,14 @@ SX_SMALL_FLOAT_FN To bits_as(From from) {
   return to;
 }
 
-// The type that sums are kept in.
+// Types of a tensor of floats, for explicit instantiations: SX_FOR_FLOATS(SX_INSTANTIATE).
+#define SX_FOR_FLOATS(X) \
+  X(float)               \
+  X(double)              \
+  X(BFloat16)            \
+  X(Float16)
+
+// The type of sums.
 template <typename T>
 struct AccumulatorOf {
   using type = float;

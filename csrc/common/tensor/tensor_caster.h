@@ -1,5 +1,5 @@
-// The one pybind11 caster through which tensors reach the kernels. It reads a torch.Tensor by its Python attributes,
-// so this module needs no torch headers and one build serves every torch.
+// The pybind11 caster through which tensors reach the kernels. It reads a torch.Tensor by its Python attributes, so
+// this module needs no torch headers and one build serves every torch.
 //
 // Anything is accepted here; TensorView::expect then refuses it by the argument's name, which a caster does not know.
 #pragma once
@@ -10,9 +10,6 @@
 #include <cstring>
 
 #include "common/tensor/tensor_view.h"
-#ifdef SPEECHLM_CUDA_ON_CPU
-#include "cuda_on_cpu/device.h"
-#endif
 
 namespace speechlm {
 
@@ -26,7 +23,7 @@ inline DType dtype_from_name(const char* text) {  // "torch.int32"
   return DType::kOther;
 }
 
-// Attributes are looked up by names that are made once: a small op's call is as short as a few dozen look-ups.
+// Attribute names, made once: a small op's call takes no longer than a few dozen look-ups.
 struct AttributeNames {
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* get_device = PyUnicode_InternFromString("get_device");
@@ -97,13 +94,7 @@ inline TensorView view_of(pybind11::handle source) {
     return view;  // "another device": its pointer may not even exist (meta)
   }
   view.data = reinterpret_cast<void*>(called(source, names.data_ptr).cast<uintptr_t>());
-#ifdef SPEECHLM_CUDA_ON_CPU
-  view.device = Device::kCuda;
-  view.device_index = 0;
-  int64_t span = view.numel() > 0 ? 1 : 0;  // elements up to the last one
-  for (int64_t d = 0; d < view.rank() && span > 0; ++d) span += (view.sizes[d] - 1) * view.strides[d];
-  cuda_on_cpu::allow_memory(view.data, span * size_of(view.dtype));
-#endif
+  place(view);
   return view;
 }
 

@@ -1,12 +1,15 @@
-// TensorView: what the kernels know of a tensor. No torch, no Python: tensor_caster.h fills one from a torch.Tensor.
+// TensorView: pointer, dtype, device and shape of a tensor. No torch, no Python: tensor_caster.h fills one from a
+// torch.Tensor.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "common/check.h"
+#include "common/tensor/placement.h"
 
 namespace speechlm {
 
@@ -52,13 +55,6 @@ inline int64_t size_of(DType dtype) {
   return 0;
 }
 
-// The tests run the CUDA kernels on tensors of the CPU; then the two devices are one.
-#ifdef SPEECHLM_CUDA_ON_CPU
-inline constexpr bool kOneDevice = true;
-#else
-inline constexpr bool kOneDevice = false;
-#endif
-
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kOther;
@@ -101,28 +97,30 @@ struct TensorView {
     return text;
   }
 
-  // Checks every property that a contiguous-memory kernel relies on; `name` is the argument's name, with the op:
-  // "delay_pack: ids". A size of -1 in `shape` matches anything.
-  const TensorView& expect(const char* name, std::initializer_list<DType> dtypes, Device on,
+  // Checks every property that a contiguous-memory kernel relies on. Errors name the op and the argument. A size of -1
+  // in `shape` matches anything.
+  const TensorView& expect(const char* op, const char* name, std::initializer_list<DType> dtypes, Device on,
                            std::initializer_list<int64_t> shape) const {
-    SX_CHECK(not_a_tensor.empty(), name, " must be a torch.Tensor; got ", describe());
-    SX_CHECK(device == on || kOneDevice, name, " must be on ", name_of(on), "; got ", describe());
-    bool dtype_ok = false;
-    std::string wanted;
-    for (DType d : dtypes) {
-      dtype_ok = dtype_ok || d == dtype;
-      wanted += (wanted.empty() ? "" : " or ") + std::string(name_of(d));
+    SX_CHECK(not_a_tensor.empty(), op, ": ", name, " must be a torch.Tensor; got ", describe());
+    SX_CHECK(device == on || kOneDevice, op, ": ", name, " must be on ", name_of(on), "; got ", describe());
+    SX_CHECK(std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end(), op, ": ", name, " must be ",
+             names_of(dtypes), "; got ", describe());
+    SX_CHECK(rank() == static_cast<int64_t>(shape.size()), op, ": ", name, " must have ", shape.size(),
+             " dimensions; got ", describe());
+    for (size_t d = 0; d < shape.size(); ++d) {
+      const int64_t size = shape.begin()[d];
+      SX_CHECK(size < 0 || sizes[d] == size, op, ": ", name, " must have size ", size, " in dimension ", d, "; got ",
+               describe());
     }
-    SX_CHECK(dtype_ok, name, " must be ", wanted, "; got ", describe());
-    SX_CHECK(rank() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(), " dimensions; got ",
-             describe());
-    size_t d = 0;
-    for (int64_t size : shape) {
-      SX_CHECK(size < 0 || sizes[d] == size, name, " must have size ", size, " in dimension ", d, "; got ", describe());
-      ++d;
-    }
-    SX_CHECK(is_contiguous(), name, " must be contiguous; got ", describe(), " with other strides");
+    SX_CHECK(is_contiguous(), op, ": ", name, " must be contiguous; got ", describe(), " with other strides");
     return *this;
+  }
+
+ private:
+  static std::string names_of(std::initializer_list<DType> dtypes) {
+    std::string text;
+    for (DType dtype : dtypes) text += (text.empty() ? "" : " or ") + std::string(name_of(dtype));
+    return text;
   }
 };
 

@@ -1,20 +1,19 @@
 // Sums, maxima and prefix sums of a block's threads, and the shared memory that the kernel's steps use in turn.
 #pragma once
 
-#include "common/cuda/cuda.cuh"
+#include "common/cuda/warp.cuh"
 
 namespace speechlm {
 
-using Wide = unsigned long long;  // what atomic operations take
+using Wide = unsigned long long;  // the type of 64-bit atomics
 
 constexpr int kSampleThreads = 256;
 constexpr int kSampleWarps = kSampleThreads / 32;
-constexpr int kMostListed = 1024;  // buckets of a histogram, and columns that are compared with each other
-constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kMaxListed = 1024;  // buckets of a histogram, and columns that are compared with each other
 
 struct BlockMemory {
-  Wide amounts[kMostListed];
-  Wide ranks[kMostListed];
+  Wide amounts[kMaxListed];
+  Wide ranks[kMaxListed];
   Wide warps[kSampleWarps];
   Wide found, before;
   unsigned count;
@@ -23,12 +22,6 @@ struct BlockMemory {
 };
 
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
-
-__device__ inline Wide warp_sum(Wide value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
-  return value;
-}
 
 // The sum of all threads' values, in every thread.
 __device__ inline Wide block_sum(BlockMemory& m, Wide value) {
@@ -42,11 +35,7 @@ __device__ inline Wide block_sum(BlockMemory& m, Wide value) {
 }
 
 __device__ inline Wide block_max(BlockMemory& m, Wide value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    const Wide other = __shfl_xor_sync(kFullWarp, value, step);
-    value = other > value ? other : value;
-  }
+  value = warp_reduce(value, [](Wide a, Wide b) { return b > a ? b : a; });
   if (thread_index() % 32 == 0) m.warps[thread_index() / 32] = value;
   __syncthreads();
   for (int w = 0; w < kSampleWarps; ++w) value = m.warps[w] > value ? m.warps[w] : value;
@@ -58,7 +47,7 @@ __device__ inline Wide block_max(BlockMemory& m, Wide value) {
 __device__ inline Wide warp_prefix(Wide value) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const Wide other = __shfl_up_sync(kFullWarp, value, step);
+    const Wide other = __shfl_up_sync(kFullMask, value, step);
     if (thread_index() % 32 >= step) value += other;
   }
   return value;
@@ -79,10 +68,10 @@ __device__ inline Wide block_prefix(BlockMemory& m, Wide value, Wide& total) {
   return before;
 }
 
-// Adds to a histogram; slot -1: nothing. All lanes of a warp come here together: where they agree, one of them adds.
+// Adds to a histogram; slot -1: nothing. All lanes of a warp must call it: if their slots agree, one of them adds.
 __device__ inline void add_to(Wide* histogram, int slot, Wide amount) {
-  const int first = __shfl_sync(kFullWarp, slot, 0);
-  if (__all_sync(kFullWarp, slot == first)) {
+  const int first = __shfl_sync(kFullMask, slot, 0);
+  if (__all_sync(kFullMask, slot == first)) {
     const Wide sum = warp_sum(amount);
     if (thread_index() % 32 == 0 && slot >= 0) atomicAdd(&histogram[slot], sum);
   } else if (slot >= 0) {

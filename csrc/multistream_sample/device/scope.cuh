@@ -1,17 +1,17 @@
-// The logits of a stream's scope as a block of threads sees them, by place: the columns that may be said, in order. The
-// first places lie in shared memory.
+// The logits of a stream's scope for a block of threads, by place: the allowed columns, in order. The first places are
+// cached in shared memory.
 #pragma once
 
 #include <cmath>
 
-#include "multistream_sample/choice.h"
 #include "multistream_sample/device/block.cuh"
+#include "multistream_sample/sampling_math.h"
 #include "multistream_sample/state_machine.h"
 
 namespace speechlm {
 
-// e^x for x <= 0, within 2 units in the last place; 0 below -87 and for NaN. To the bit what the CPU computes: products
-// and sums round one by one.
+// e^x for x <= 0, within 2 units in the last place; 0 below -87 and for NaN. Equal to the CPU's to the bit:
+// products and sums round one by one.
 __device__ inline float exponential_of(float x) {
   const float kept = x > -87.0f ? x : -87.0f;
   const float shifted = __fadd_rn(__fmul_rn(kept, 1.44269504088896341f), 12582912.0f);
@@ -71,12 +71,12 @@ class BlockScope {
   }
 
   __device__ int64_t column_at(int place) const { return place == end_place_ ? end_ : first_ + place - shift_; }
-  // Of a column that may be said.
+  // Of an allowed column.
   __device__ int place_of(int64_t column) const {
     return end_place_ >= 0 && column == end_ ? end_place_ : static_cast<int>(column - first_) + shift_;
   }
 
-  // From memory; what the cache has room for is kept there.
+  // From memory; the first places are kept in the cache.
   __device__ float load(int place) {
     const float x = read(place);
     if (place < cached_) cache_[place] = x;
@@ -88,11 +88,11 @@ class BlockScope {
   // After the penalty.
   __device__ float operator()(int place) const {
     const float x = raw(place);
-    return repeated_ != nullptr && (repeated_[place / 32] >> place % 32 & 1u) != 0 ? penalised(x, penalty_) : x;
+    return repeated_ != nullptr && (repeated_[place / 32] >> place % 32 & 1u) != 0 ? penalized(x, penalty_) : x;
   }
 
-  // Bits of the places to penalise.
-  __device__ void penalise(const unsigned* repeated, float penalty) {
+  // Bits of the places to penalize.
+  __device__ void penalize(const unsigned* repeated, float penalty) {
     repeated_ = repeated;
     penalty_ = penalty;
   }

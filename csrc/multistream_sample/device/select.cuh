@@ -1,10 +1,10 @@
 // Top-k and top-p by a block of threads without sorting, and the draw in column order.
 //
 // Columns are ranked by (logit, then the lower column); a column's rank is a number of 64 bits that grows from the best
-// one on. What top-k and top-p keep are the ranks up to a border: the k-th column's, or that of the column in which the
-// sum of the weights reaches the limit. A histogram over the distance from the maximum says in which bucket the border
-// lies; the columns of that bucket, few as a rule, are compared with each other. Where they are many (ties), digits of
-// the rank tell them apart until they are few.
+// one on. Top-k and top-p keep the ranks up to a border: the k-th column's, or that of the column in which the
+// sum of the weights reaches the limit. A histogram over the distance from the maximum finds the bucket of the border;
+// the columns of that bucket, few as a rule, are compared with each other. If they are many (ties), digits of the rank
+// split them until they are few.
 #pragma once
 
 #include "multistream_sample/device/scope.cuh"
@@ -25,12 +25,12 @@ struct Buckets {
 
   __device__ Buckets(float largest_, float smallest) : largest(largest_) {
     const float range = largest_ - smallest;
-    const float steps = static_cast<float>(kMostListed) / range;
+    const float steps = static_cast<float>(kMaxListed) / range;
     scale = range > 0 && steps < INFINITY ? steps : 0.0f;
   }
   __device__ int operator()(float x) const {
     const float steps = (largest - x) * scale;
-    constexpr auto kLast = static_cast<float>(kMostListed - 1);
+    constexpr auto kLast = static_cast<float>(kMaxListed - 1);
     return static_cast<int>(steps < kLast ? steps : kLast);
   }
 };
@@ -50,7 +50,7 @@ __device__ Wide find_border(BlockMemory& m, const BlockScope<T>& scope, const Bu
     if (thread == 0) m.count = 0;
     __syncthreads();
   };
-  clear(kMostListed);
+  clear(kMaxListed);
   for (int first = 0; first < scope.size; first += kSampleThreads) {
     const int place = first + thread;
     const float x = place < scope.size ? scope(place) : 0.0f;
@@ -58,7 +58,7 @@ __device__ Wide find_border(BlockMemory& m, const BlockScope<T>& scope, const Bu
   }
   __syncthreads();
   Wide before;
-  const int bucket = locate<kMostListed / kSampleThreads>(m, m.amounts, target, before);
+  const int bucket = locate<kMaxListed / kSampleThreads>(m, m.amounts, target, before);
   Wide prefix = 0;
   int shift = 64;  // members of the bucket agree with the border in the bits from here on
   const auto is_member = [&](int place, float x) {
@@ -70,15 +70,15 @@ __device__ Wide find_border(BlockMemory& m, const BlockScope<T>& scope, const Bu
       const int place = first + thread;
       const float x = place < scope.size ? scope(place) : 0.0f;
       const bool is_in = place < scope.size && is_member(place, x);
-      const unsigned lanes = __ballot_sync(kFullWarp, is_in);
+      const unsigned lanes = __ballot_sync(kFullMask, is_in);
       unsigned begin = 0;
       if (thread % 32 == 0 && lanes != 0) begin = atomicAdd(&m.count, static_cast<unsigned>(__popc(lanes)));
-      begin = __shfl_sync(kFullWarp, begin, 0);
+      begin = __shfl_sync(kFullMask, begin, 0);
       const unsigned slot = begin + static_cast<unsigned>(__popc(lanes & ((1u << thread % 32) - 1u)));
-      if (is_in && slot < kMostListed) m.ranks[slot] = rank_of(x, place);
+      if (is_in && slot < kMaxListed) m.ranks[slot] = rank_of(x, place);
     }
     __syncthreads();
-    if (m.count <= kMostListed) break;
+    if (m.count <= kMaxListed) break;
     const int next = shift - (shift == 32 ? 16 : 8);  // a place has fewer than 24 bits
     clear(kSampleThreads);
     for (int first = 0; first < scope.size; first += kSampleThreads) {
@@ -152,12 +152,12 @@ __device__ int draw(BlockMemory& m, const BlockScope<T>& scope, const Weigher& w
     Wide sum = m.before;
     for (int place = static_cast<int>(m.found) * length + lane;; place += 32) {
       const Wide reached = sum + warp_prefix(weight_at(place));
-      const unsigned lanes = __ballot_sync(kFullWarp, reached > target);
+      const unsigned lanes = __ballot_sync(kFullMask, reached > target);
       if (lanes != 0) {
         if (lane == __ffs(static_cast<int>(lanes)) - 1) m.place = place;
         break;
       }
-      sum = __shfl_sync(kFullWarp, reached, 31);
+      sum = __shfl_sync(kFullMask, reached, 31);
     }
   }
   __syncthreads();

@@ -1,0 +1,96 @@
+// kmeans_assign on the GPU, first step: rows to float16 codes and their error bounds, a warp per row. Bytes that must
+// move: the rows once, their codes once.
+#include <cmath>
+
+#include "common/cuda/warp.cuh"
+#include "kmeans_assign/kmeans_assign.h"
+
+namespace speechlm {
+namespace {
+
+constexpr int kThreads = 256;
+
+// A product of float16 codes sums F exact terms in float, in an order and with a rounding of the hardware's own:
+// blocks of terms are aligned to the largest and cut off, which loses at most 2^-22 of the sum of magnitudes a term.
+__device__ inline double product_error(int64_t width) { return 0x1p-22 * static_cast<double>(width + 8); }
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const KmeansQuantizeArgs<T> a) {
+  const auto lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
+  const double unit = *a.unit;
+  for (int64_t n = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; n < a.num_rows; n += warps) {
+    const T* x = a.x + n * a.width;
+    uint16_t* codes = a.codes + n * a.padded_width;
+    double squares = 0, largest = 0, check = 0;  // 0 * x is 0, or NaN where x is not finite
+    for (int64_t f = lane; f < a.width; f += 32) {
+      const auto v = static_cast<double>(widen(x[f]));
+      const double value = v - a.centre[f];
+      check += 0 * v;
+      squares += value * value;
+      largest = fmax(largest, fabs(value));
+    }
+    check = warp_sum(check);
+    squares = warp_sum(squares);
+    largest = warp_reduce(largest, [](double a, double b) { return fmax(a, b); });
+    const bool is_finite = check == 0;
+    // Squares that overflow or lose digits say nothing.
+    const bool fits = is_finite && squares < 1e300 && (largest == 0 || largest > 1e-140);
+    double residuals = 0, hats = 0;
+    const bool has_codes = fits && largest > 0;
+    const double scale = has_codes ? exp2(floor(log2(largest)) - 13) : 1.0;  // a code is at most 2^14
+    for (int64_t f = lane; f < a.padded_width; f += 32) {
+      Float16 code{0};
+      if (has_codes && f < a.width) {
+        const double value = static_cast<double>(widen(x[f])) - a.centre[f];
+        narrow(static_cast<float>(value / scale), code);
+        const double hat = static_cast<double>(widen(code)) * scale;
+        residuals += (value - hat) * (value - hat);
+        hats += hat * hat;
+      }
+      codes[f] = code.bits;
+    }
+    residuals = warp_sum(residuals);
+    hats = warp_sum(hats);
+    if (lane != 0) continue;
+    RowTerms r;
+    if (!is_finite) {
+      r.eta = static_cast<float>(NAN);
+    } else if (!fits) {
+      r.eta = static_cast<float>(INFINITY);
+    } else {
+      const double norm = sqrt(squares), hat = sqrt(hats) * (1 + 0x1p-40);
+      const double size = fmax(unit, norm), beta = fmax(unit / size, kMinBeta);
+      constexpr double kSlack = kFloatSlack * 0x1p-24, kUp = 1 + 0x1p-20;
+      r.alpha = static_cast<float>(scale / size);
+      r.beta_low = r.beta_high = static_cast<float>(beta);
+      if (a.exact) {
+        const double residual = sqrt(residuals) * (1 + 0x1p-40) + norm * 0x1p-50;
+        r.beta_low = static_cast<float>(fmax(beta * (1 - kSlack), kMinBeta));
+        r.beta_high = static_cast<float>(beta * (1 + kSlack));
+        r.rho = static_cast<float>((residual + 2 * (kSlack + product_error(a.width)) * hat) / size * kUp);
+        r.hat = static_cast<float>(hat / size * kUp);
+        const double direct = 0x1p-52 * static_cast<double>(a.width + 8) * (norm / unit) * (norm / size);
+        r.eta = static_cast<float>(direct * kUp + kFloatFloor);
+      }
+    }
+    a.terms[n] = r;
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void kmeans_quantize_rows_cuda(const KmeansQuantizeArgs<T>& args, int device, void* stream) {
+  if (args.num_rows == 0) return;
+  const DeviceGuard guard(device);
+  SX_LAUNCH(quantize_rows_kernel<T>, grid_for(args.num_rows, kThreads / 32), kThreads, 0,
+            static_cast<cudaStream_t>(stream), args);
+  cuda_check(cudaGetLastError(), "kmeans_assign: launch of the codes");
+}
+
+#define SX_INSTANTIATE(T) template void kmeans_quantize_rows_cuda<T>(const KmeansQuantizeArgs<T>&, int, void*);
+SX_FOR_FLOATS(SX_INSTANTIATE)
+#undef SX_INSTANTIATE
+
+}  // namespace speechlm

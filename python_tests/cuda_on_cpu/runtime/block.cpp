@@ -1,0 +1,308 @@
+#include "cuda_on_cpu/runtime/block.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <map>
+#include <sstream>
+#include <stdexcept>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr size_t kShared = 228 * 1024;  // an H100's largest, with room for the gaps between arrays
+constexpr size_t kBetween = 64;         // bytes after each array that belong to none
+
+Block* g_running = nullptr;
+
+// Stacks are kept for the next block and launch.
+char* stack_of(int index) {
+  static std::vector<char*> stacks;
+  while (static_cast<int>(stacks.size()) <= index) {
+    void* memory =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("cuda_on_cpu: no memory for the stacks of a block's threads");
+    mprotect(memory, 4096, PROT_NONE);  // a stack that overflows must not run into the next
+    stacks.push_back(static_cast<char*>(memory));
+  }
+  return stacks[index];
+}
+
+}  // namespace
+
+int Quiet::depth = 0;
+
+Block* running() { return g_running; }
+
+Block::Block(const char* kernel, const Site& site, dim3 grid, dim3 block, size_t dynamic_bytes,
+             void (*call)(const void*), const void* arguments, std::mt19937_64& random)
+    : kernel_(kernel),
+      launched_at_(site),
+      grid_(grid),
+      block_(block),
+      dynamic_bytes_(dynamic_bytes),
+      call_(call),
+      arguments_(arguments),
+      random_(random),
+      shadow_(static_cast<int>(block.x * block.y * block.z), kShared) {
+  num_threads_ = static_cast<int>(block.x * block.y * block.z);
+  threads_.resize(num_threads_);
+  for (int t = 0; t < num_threads_; ++t) threads_[t].stack = stack_of(t);
+}
+
+void Block::run(uint3 index) {
+  const Quiet quiet;
+  shadow_.reset(num_threads_);
+  arrays_.clear();
+  used_ = 0;
+  done_ = at_barrier_ = 0;
+  collectives_.assign((num_threads_ + kWarp - 1) / kWarp, {});
+  if (dynamic_bytes_ > 0) shared(this, dynamic_bytes_, 128, "dynamic shared memory");
+  for (int t = 0; t < num_threads_; ++t) {
+    Thread& thread = threads_[t];
+    thread.state = Thread::State::kReady;
+    thread.copies.clear();
+    thread.copy_group = 0;
+    thread.fake_stack = nullptr;
+    thread.self.linear = t;
+    thread.self.thread_idx = {t % block_.x, t / block_.x % block_.y, t / (block_.x * block_.y)};
+    thread.self.block_idx = index;
+    thread.self.block_dim = block_;
+    thread.self.grid_dim = grid_;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack + 4096;
+    thread.context.uc_stack.ss_size = kStackBytes - 4096;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, &Block::entry, 0);
+  }
+  g_running = this;
+  // Whole warps or single lanes first, as the seed will have it: some faults need the one order, some the other.
+  const bool by_warp = random_() & 1;
+  std::vector<int> ready;
+  while (done_ < num_threads_ && error_.empty()) {
+    ready.clear();
+    for (int t = 0; t < num_threads_; ++t) {
+      if (threads_[t].state == Thread::State::kReady) ready.push_back(t);
+    }
+    if (ready.empty()) {
+      report_stuck();
+      break;
+    }
+    std::shuffle(ready.begin(), ready.end(), random_);
+    if (by_warp) {
+      const int warp = ready.front() / kWarp;
+      std::stable_partition(ready.begin(), ready.end(), [&](int t) { return t / kWarp == warp; });
+    }
+    for (const int t : ready) {
+      if (threads_[t].state == Thread::State::kReady && error_.empty()) switch_to(t);
+    }
+  }
+  g_running = nullptr;
+  current_ = -1;
+  if (!error_.empty()) throw std::runtime_error(error_);
+}
+
+void Block::entry() {
+  Block* block = g_running;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &block->host_stack_, &block->host_stack_size_);
+#endif
+  Quiet::depth = 0;
+  block->call_(block->arguments_);
+  Quiet::depth = 1;
+  if (!block->current().copies.empty()) {
+    fault("the thread ends with asynchronous copies that it never waited for", Site{});
+  }
+  block->current().state = Thread::State::kDone;
+  ++block->done_;
+  block->switch_back(true);
+}
+
+void Block::switch_to(int index) {
+  current_ = index;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(&host_fake_stack_, threads_[index].stack + 4096, kStackBytes - 4096);
+#endif
+  swapcontext(&host_, &threads_[index].context);
+  Quiet::depth = 1;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(host_fake_stack_, nullptr, nullptr);
+#endif
+}
+
+void Block::switch_back([[maybe_unused]] bool finished) {
+  Thread& thread = current();
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(finished ? nullptr : &thread.fake_stack, host_stack_, host_stack_size_);
+#endif
+  thread.quiet = Quiet::depth;
+  swapcontext(&thread.context, &host_);
+  Quiet::depth = thread.quiet;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(thread.fake_stack, &host_stack_, &host_stack_size_);
+#endif
+}
+
+void Block::wait(Thread::State state, const Site& site) {
+  current().state = state;
+  current().waits_at = site;
+  switch_back(false);
+}
+
+int Block::barrier(Vote vote, int predicate, const Site& site) {
+  if (done_ > 0) {
+    fault(concat("block barrier after ", done_, " of ", num_threads_, " threads have left the kernel"), site);
+  }
+  if (at_barrier_ > 0 && !(barrier_site_ == site)) {
+    fault(concat("divergent block barriers: other threads of the block wait at ", barrier_site_.text()), site);
+  }
+  barrier_site_ = site;
+  vote_ = vote;
+  Thread& thread = current();
+  thread.result = predicate != 0;
+  if (++at_barrier_ == num_threads_) {
+    finish_barrier();
+    // The last thread to arrive resumes in turn, not at once: any thread may be the first after a barrier.
+    thread.waits_at = site;
+    switch_back(false);
+  } else {
+    wait(Thread::State::kAtBarrier, site);
+  }
+  return current().result;
+}
+
+void Block::finish_barrier() {
+  int count = 0;
+  for (const Thread& thread : threads_) count += thread.result;
+  const int result = vote_ == Vote::kCount ? count
+                     : vote_ == Vote::kAnd ? count == num_threads_
+                     : vote_ == Vote::kOr  ? count > 0
+                                           : 0;
+  for (Thread& thread : threads_) {
+    thread.result = result;
+    thread.state = Thread::State::kReady;
+  }
+  at_barrier_ = 0;
+  shadow_.clocks.block_barrier();
+}
+
+uint64_t Block::collective(WarpOp op, unsigned mask, uint64_t value, int argument, const Site& site) {
+  Thread& thread = current();
+  const int lane = thread.self.lane(), warp = thread.self.warp();
+  const int lanes = std::min(kWarp, num_threads_ - warp * kWarp);
+  const unsigned exist = lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1;
+  if (!(mask >> lane & 1)) {
+    fault(concat(name_of(op), ": lane ", lane, " calls it with a mask that does not name it (", hex(mask), ")"), site);
+  }
+  if (mask & ~exist) {
+    fault(concat(name_of(op), ": the mask ", hex(mask), " names lanes that the warp of ", lanes, " does not have"),
+          site);
+  }
+  auto& open = collectives_[warp];
+  size_t which = 0;
+  while (which < open.size() && !(open[which].mask & mask)) ++which;
+  if (which == open.size()) {
+    open.emplace_back();
+    open.back().op = op;
+    open.back().mask = mask;
+    open.back().site = site;
+  }
+  Collective& slot = open[which];
+  if (slot.op != op || slot.mask != mask || !(slot.site == site)) {
+    fault(concat(name_of(op), " with mask ", hex(mask), ": other lanes of the warp wait at ", slot.site.text(), " in ",
+                 name_of(slot.op), " with mask ", hex(slot.mask)),
+          site);
+  }
+  slot.arrived |= 1u << lane;
+  slot.value[lane] = value;
+  slot.argument[lane] = argument;
+  if (slot.arrived == mask) {
+    finish_collective(warp, which);
+    thread.waits_at = site;
+    switch_back(false);
+  } else {
+    wait(Thread::State::kAtCollective, site);
+  }
+  return current().collective_result;
+}
+
+void Block::finish_collective(int warp, size_t which) {
+  const Collective slot = collectives_[warp][which];
+  collectives_[warp].erase(collectives_[warp].begin() + static_cast<std::ptrdiff_t>(which));
+  if (slot.op == WarpOp::kSync) shadow_.clocks.warp_sync(warp, slot.mask);
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!(slot.mask >> lane & 1)) continue;
+    Thread& thread = threads_[warp * kWarp + lane];
+    thread.collective_result = result_of(slot, lane);
+    thread.state = Thread::State::kReady;
+  }
+}
+
+void* Block::shared(const void* tag, size_t bytes, size_t align, const char* name) {
+  for (const SharedArray& array : arrays_) {
+    if (array.tag == tag) return shadow_.data() + array.begin;
+  }
+  align = std::max<size_t>(align, 16);
+  const size_t begin = (used_ + align - 1) / align * align;
+  if (begin + bytes > shadow_.size()) {
+    fault(concat("shared memory is full: ", name, " wants ", bytes, " bytes beside the ", used_, " in use"), Site{});
+  }
+  arrays_.push_back({tag, begin, bytes, name});
+  shadow_.open(begin, bytes);
+  used_ = begin + bytes + kBetween;
+  return shadow_.data() + begin;
+}
+
+void* Block::dynamic() {
+  if (dynamic_bytes_ == 0) fault("dynamic shared memory is used, but the launch asked for none", launched_at_);
+  return shared(this, dynamic_bytes_, 128, "dynamic shared memory");
+}
+
+const SharedArray* Block::array_at(size_t offset) const {
+  const SharedArray* nearest = nullptr;
+  for (const SharedArray& array : arrays_) {
+    if (array.begin <= offset) nearest = &array;
+  }
+  return nearest;
+}
+
+void Block::fail(const std::string& what, const std::string& where) {
+  const Self& me = current().self;
+  const auto index = [](auto v) { return concat("(", v.x, ", ", v.y, ", ", v.z, ")"); };
+  error_ = concat("cuda_on_cpu: ", what, "\n  at ", where, "\n  in ", kernel_, ", block ", index(me.block_idx),
+                  ", thread ", index(me.thread_idx), ", launched at ", launched_at_.text());
+  switch_back(true);
+  std::abort();  // the block never runs a thread again
+}
+
+void Block::report_stuck() {
+  error_ = concat("cuda_on_cpu: the block cannot go on: ", lanes_waiting_at(), "\n  in ", kernel_, ", launched at ",
+                  launched_at_.text());
+}
+
+std::string Block::lanes_waiting_at() const {
+  std::map<std::string, int> waiting;
+  for (const Thread& thread : threads_) {
+    if (thread.state == Thread::State::kAtBarrier) ++waiting["the block barrier at " + thread.waits_at.text()];
+    if (thread.state == Thread::State::kDone) ++waiting["the end of the kernel"];
+  }
+  for (size_t warp = 0; warp < collectives_.size(); ++warp) {
+    for (const Collective& slot : collectives_[warp]) {
+      const std::string text = concat(name_of(slot.op), " at ", slot.site.text(), " (warp ", warp, ", mask ",
+                                      hex(slot.mask), ", missing ", hex(slot.mask & ~slot.arrived), ")");
+      waiting[text] += __builtin_popcount(slot.arrived);
+    }
+  }
+  std::string out;
+  for (const auto& [where, count] : waiting) {
+    out += concat(out.empty() ? "" : "; ", count, count == 1 ? " thread" : " threads", " at ", where);
+  }
+  return out;
+}
+
+}  // namespace cuda_on_cpu
