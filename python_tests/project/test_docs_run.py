@@ -60,6 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The reader's folder: recordings, a manifest, the recipes."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copy(folder / "recipes" / "own_folder.yaml", folder / "recipe.yaml")
     shutil.copytree(SPEECH, folder / "data")
     soundfile.write(folder / "in.wav", *soundfile.read(SPEECH / "digits-3.flac"))
     rows = (SPEECH / "manifest.jsonl").read_text("utf-8").splitlines()[:6]

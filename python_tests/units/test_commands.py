@@ -166,7 +166,7 @@ def test_fit_goes_on_after_an_interruption(whole, tmp_path, monkeypatch, stage, 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stop)
         assert kmeans(*FIT_WORDS, "--output_dir", tmp_path) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "rerun the same command to resume" in capsys.readouterr().err
     assert (tmp_path / "features" / "shard-00000.npy").is_file()
     assert (tmp_path / "features" / "shard-00002.npy").is_file() == (stage == "iterations")
     first = (tmp_path / "features" / "shard-00000.npy").stat().st_mtime_ns
