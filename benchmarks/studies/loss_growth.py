@@ -1,6 +1,6 @@
 """How time and memory of multistream_loss grow with rows, vocabulary and streams: ``make bench-growth``.
 
-Prints two tables in Markdown and draws ``docs/ops/multistream_loss_growth.svg``: forward and backward in float32 on the
+Prints two tables in Markdown and draws ``docs/ops/multistream_loss_growth.png``: forward and backward in float32 on the
 CPU, against ESPnet-SpeechLM's way (see ``ops/bench_multistream_loss.py``), the better of two runs of each in turn.
 """
 
@@ -19,7 +19,7 @@ from benchmarks.common.harness import peak_bytes, seconds_of  # noqa: E402
 from benchmarks.ops.bench_multistream_loss import Shape, eager, make_inputs, one_by_one  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 
-PICTURE = Path(__file__).resolve().parents[2] / "docs/ops/multistream_loss_growth.svg"
+PICTURE = Path(__file__).resolve().parents[2] / "docs/ops/multistream_loss_growth.png"
 ROWS, VOCABULARIES, STREAMS = (512, 2048, 4096), (13_192, 62_670, 113_870), (1, 2, 3, 5, 9, 17)
 D = 576
 CODES = (5_000, 13_192)
@@ -68,7 +68,6 @@ def draw(by_streams: dict[int, dict[str, Measured]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "speechlm_ext"
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.2), layout="constrained")
     for index, (panel, unit, scale) in enumerate(zip(axes, ("seconds", "MiB"), (1, 2**20), strict=True)):
         for name, label, colour in (
@@ -85,7 +84,7 @@ def draw(by_streams: dict[int, dict[str, Measured]]) -> None:
     axes[0].set_title("time", loc="left")
     axes[1].set_title("memory beyond inputs and gradients", loc="left")
     axes[0].legend(frameon=False)
-    figure.savefig(PICTURE, metadata={"Date": None})
+    figure.savefig(PICTURE, dpi=160)
 
 
 def main() -> None:
