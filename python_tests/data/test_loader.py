@@ -69,23 +69,20 @@ def test_delays_are_the_recipes(make_folder: MakeFolder) -> None:
         PackLoader(config(PLAIN, delays=[0, 1]), folder)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop_at", [0, 1, 13, 40])
-def test_resume_is_exact_at_any_point(make_folder: MakeFolder, stop_at: int, workers: int) -> None:
+def test_resume_is_exact_at_any_point(make_folder: MakeFolder, stop_at: int) -> None:
     folder = make_folder(random_rows(40))
     whole = list(islice(PackLoader(config(MIXED), folder), 50))
-    first = PackLoader(config(MIXED), folder, num_workers=workers)
+    first = PackLoader(config(MIXED), folder)
     begun = list(islice(first, stop_at))
     state = first.packs_consumed
-    first.close()
     assert state == stop_at
     # Resume on three ranks as far as whole steps go, then alone.
-    rest = PackLoader(config(MIXED), folder, packs_consumed=state, num_workers=workers)
+    rest = PackLoader(config(MIXED), folder, packs_consumed=state)
     got = begun + list(islice(rest, 50 - stop_at))
     assert all(same(a, b) for a, b in zip(whole, got, strict=True))
     rest.packs_consumed = 3
     assert same(next(rest), whole[3])
-    rest.close()
     other_world = PackLoader(config(MIXED), folder, rank=1, world=3, packs_consumed=state)
     assert same(next(other_world), PackLoader(config(MIXED), folder).load(state + 1))
 

@@ -7,21 +7,17 @@ data, and a run resumes exactly, at once, and on any number of ranks.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from speechlm_ext.data.batch import Sample, SequencePacker
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import SampleTable, TaskUse
 from speechlm_ext.data.sequence import LossWeights, content_ids, speech_modality
 from speechlm_ext.data.tokens.folder import Tokens, open_tokens
-from speechlm_ext.errors import ConfigError, PlanError
+from speechlm_ext.errors import ConfigError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops import PackedBatch
 from speechlm_ext.tasks import TaskTemplate
@@ -54,7 +50,6 @@ class PackLoader:
         rank: int = 0,
         world: int = 1,
         packs_consumed: int = 0,
-        num_workers: int = 0,
     ) -> None:
         """Open the data and make the plan.
 
@@ -63,26 +58,18 @@ class PackLoader:
             tokens: folders instead of ``cfg.tokens``, opened or by path.
             rank, world: this process, and the number of processes.
             packs_consumed: starting position: packs consumed by all ranks together.
-            num_workers: threads that prepare batches ahead; 0 prepares each on request.
 
         Raises:
             PlanError, ShardError, LayoutMismatchError, ConfigError: the data or the settings are impossible.
         """
         if world < 1 or not 0 <= rank < world:
             raise ConfigError(f"rank must be in [0, world), got rank {rank} of {world}.")
-        if num_workers < 0:
-            raise ConfigError(f"num_workers must be >= 0, got {num_workers}.")
         self.corpus = open_tokens(tokens if tokens is not None else cfg.tokens, cfg.delays)
         self.layout: TokenLayout = self.corpus.layout
         self.samples: SampleTable = build_samples(self.corpus, cfg)
         self.plan = PackPlan(self.samples, cfg.seed, cfg.budget, overlong=cfg.overlong)
         self.cfg, self.rank, self.world = cfg, rank, world
         self._packer = SequencePacker(self.layout, cfg.loss)
-        self._prompts: tuple[int, np.ndarray] | None = None
-        self._pool = ThreadPoolExecutor(num_workers, "pack-loader") if num_workers else None
-        self._depth = 2 * num_workers
-        self._ahead: deque[Future[PackedBatch]] = deque()
-        self._consumed = 0
         self.packs_consumed = packs_consumed
 
     @property
@@ -94,9 +81,6 @@ class PackLoader:
     def packs_consumed(self, value: int) -> None:
         if value < 0:
             raise ConfigError(f"packs_consumed must be >= 0, got {value}.")
-        for future in self._ahead:
-            future.cancel()
-        self._ahead.clear()
         self._consumed = int(value)
 
     @property
@@ -137,22 +121,11 @@ class PackLoader:
         }
         return sha256_json(content)
 
-    @property
-    def epoch(self) -> float:
-        """Epochs consumed, with the fraction."""
-        return self._consumed / self.plan.packs_per_epoch
-
     def __iter__(self) -> Iterator[PackedBatch]:
         return self
 
     def __next__(self) -> PackedBatch:
-        if self._pool is None:
-            batch = self.load(self._consumed + self.rank)
-        else:
-            while len(self._ahead) <= self._depth:
-                pack = self._consumed + len(self._ahead) * self.world + self.rank
-                self._ahead.append(self._pool.submit(self.load, pack))
-            batch = self._ahead.popleft().result()
+        batch = self.load(self._consumed + self.rank)
         self._consumed += self.world
         return batch
 
@@ -161,40 +134,24 @@ class PackLoader:
         epoch, index = self.plan.locate(pack)
         draw = self.plan.draw(epoch)
         return self._packer.pack(
-            [self._sample(int(i), epoch, draw) for i in self.plan.epoch_packs(epoch)[index]]
+            [read_sample(self.samples, int(i), epoch, draw) for i in self.plan.epoch_packs(epoch)[index]]
         )
 
     def describe(self, pack: int) -> list[SampleInfo]:
         """The samples of a pack, in their order."""
         epoch, index = self.plan.locate(pack)
-        lengths = self.plan.lengths(epoch)
+        lengths, draw = self.plan.lengths(epoch), self.plan.draw(epoch)
         out = []
         for i in self.plan.epoch_packs(epoch)[index].tolist():
             utterance = int(self.samples.utterance[i])
             prompt = None
             if self.samples.needs_prompt(i):
-                prompt = self.corpus.utterance(int(self._prompt_of(epoch)[utterance]))["id"]
+                prompt = self.corpus.utterance(int(self.samples.prompts(epoch, draw)[utterance]))["id"]
             template = self.samples.templates[self.samples.task[i]]
             out.append(
                 SampleInfo(self.corpus.utterance(utterance)["id"], template.name, int(lengths[i]), prompt)
             )
         return out
-
-    def close(self) -> None:
-        """Stop the threads that prepare batches."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _prompt_of(self, epoch: int) -> np.ndarray:
-        cached = self._prompts
-        if cached is None or cached[0] != epoch:
-            # Two threads may compute this at an epoch's start; the results are equal, so no lock is needed.
-            cached = self._prompts = (epoch, self.samples.prompts(epoch, self.plan.draw(epoch)))
-        return cached[1]
-
-    def _sample(self, sample: int, epoch: int, draw: int) -> Sample:
-        prompts = self._prompt_of(epoch) if self.samples.needs_prompt(sample) else None
-        return read_sample(self.samples, sample, prompts, epoch, draw)
 
 
 @dataclass(frozen=True)
@@ -236,41 +193,34 @@ def iter_eval(
     cfg = PlanConfig(tasks=[use], seed=seed, prompt_frames=prompt_frames, task_file=task_file)
     corpus = open_tokens(tokens)
     samples = build_samples(corpus, cfg)
-    prompts = samples.prompts(0)
     lengths = samples.lengths(0)
     weights = loss or LossWeights()
     group: list[int] = []
     rows = 0
     for i in range(len(samples) if limit is None else min(limit, len(samples))):
         if group and rows + lengths[i] > budget:
-            yield _eval_batch(samples, group, weights, prompts)
+            yield _eval_batch(samples, group, weights)
             group, rows = [], 0
         group.append(i)
         rows += int(lengths[i])
     if group:
-        yield _eval_batch(samples, group, weights, prompts)
+        yield _eval_batch(samples, group, weights)
 
 
-def _eval_batch(
-    samples: SampleTable, group: list[int], weights: LossWeights, prompts: np.ndarray
-) -> EvalBatch:
-    found = [read_sample(samples, i, prompts, 0, 0) for i in group]
+def _eval_batch(samples: SampleTable, group: list[int], weights: LossWeights) -> EvalBatch:
+    found = [read_sample(samples, i, epoch=0, draw=0) for i in group]
     utterances = [dict(sample.utterance) for sample in found]
     batch = SequencePacker(samples.corpus.layout, weights).pack(found)
     return EvalBatch(batch, [u["id"] for u in utterances], utterances)
 
 
-def read_sample(
-    samples: SampleTable, sample: int, prompts: np.ndarray | None, epoch: int, draw: int
-) -> Sample:
-    """A sample with its data in an epoch; ``prompts``: for each utterance the index of its speaker prompt."""
+def read_sample(samples: SampleTable, sample: int, epoch: int, draw: int) -> Sample:
+    """A sample with its data and its speaker prompt in an epoch."""
     corpus = samples.corpus
     number = int(samples.utterance[sample])
     prompt = None
     if samples.needs_prompt(sample):
-        if prompts is None:
-            raise PlanError(f"sample {sample} needs a speaker prompt.")
-        other = int(prompts[number])
+        other = int(samples.prompts(epoch, draw)[number])
         frames = content_ids(speech_modality(corpus.layout), corpus.utterance(other), corpus.layout, None)
         prompt = frames[samples.crop(sample, other, epoch, draw)]
     return Sample(samples.templates[samples.task[sample]], corpus.utterance(number), prompt)

@@ -94,6 +94,7 @@ class SampleTable:
             PlanError: an unknown task, data set or factor, a task that the layout cannot hold, or one without data.
         """
         self.corpus, self.seed, self.prompt_frames = corpus, seed, prompt_frames
+        self._drawn: tuple[tuple[int, int], np.ndarray] | None = None
         self.templates = [self._template(use, templates) for use in uses]
         if not uses:
             raise PlanError(f"no task was given; name one or more of {self._feasible(templates)}.")
@@ -184,6 +185,8 @@ class SampleTable:
 
     def prompts(self, epoch: int, draw: int = 0) -> np.ndarray:
         """Index of the utterance that prompts each one in an epoch, int64 over the corpus; its own where none can."""
+        if self._drawn is not None and self._drawn[0] == (epoch, draw):
+            return self._drawn[1]
         pool = self._pool
         rng = np.random.default_rng([self.seed, epoch, draw, 1])
         pool = pool[np.lexsort((rng.random(len(pool)), self.corpus.speaker[pool]))]
@@ -194,6 +197,7 @@ class SampleTable:
             last = np.append(first[1:], len(pool)) - 1
             following[pool[:-1]] = pool[1:]
             following[pool[last]] = pool[first]
+        self._drawn = ((epoch, draw), following)
         return following
 
     def crop(self, sample: int, prompt: int, epoch: int, draw: int = 0) -> slice:

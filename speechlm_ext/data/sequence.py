@@ -50,21 +50,25 @@ class LossWeights:
 
     def of_streams(self, modality: str, layout: TokenLayout) -> np.ndarray:
         """Weight of one frame of ``modality`` content in each stream, float32 ``[S]``; 0 where the stream is pad."""
-        out = np.zeros(layout.num_streams, np.float32)
-        for s, span in enumerate(layout.content_ranges(modality)):
-            if span is not None:
-                out[s] = self._of_interval(span, layout)
-        return out
+        kinds = content_kinds(modality, layout)
+        return np.array([0 if kind is None else self.of_kind(kind, layout) for kind in kinds], np.float32)
 
     def of_end(self, modality: str, layout: TokenLayout) -> float:
         """Weight of the token that ends a target: that of one frame of it, so that stopping is learned as well as
         content, whatever the weights of the modalities."""
         return self.special * float(self.of_streams(modality, layout).sum())
 
-    def _of_interval(self, span: tuple[int, int], layout: TokenLayout) -> float:
-        if layout.num_codebooks and layout.interval("codec")[0] <= span[0] < layout.interval("codec")[1]:
-            return self.codec / layout.num_codebooks
-        return self.ssl if layout.has("ssl") and span == layout.interval("ssl") else self.text
+    def of_kind(self, kind: str, layout: TokenLayout) -> float:
+        """Weight of one token of a kind: ``text``, ``ssl`` or ``codec``."""
+        return self.codec / layout.num_codebooks if kind == "codec" else float(getattr(self, kind))
+
+
+def content_kinds(modality: str, layout: TokenLayout) -> list[str | None]:
+    """Per stream the kind of its ids in ``modality`` content: text, ssl or codec; None where it is pad."""
+    names = {(i.start, i.end): i.name.rstrip("0123456789") for i in layout.intervals}
+    kinds = {"codec": "codec", "ssl": "ssl"}
+    ranges = layout.content_ranges(modality)
+    return [None if span is None else kinds.get(names[span], "text") for span in ranges]
 
 
 def speech_modality(layout: TokenLayout) -> str:

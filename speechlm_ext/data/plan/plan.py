@@ -8,7 +8,6 @@ drawn again. Both are pure functions of seed and epoch.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -102,7 +101,6 @@ class PackPlan:
         self.packs_per_epoch = self._count_packs()
         """P, the same in every epoch."""
         self._cache: dict[int, tuple[list[np.ndarray], int]] = {}
-        self._lock = threading.Lock()
 
     def epoch_packs(self, epoch: int) -> list[np.ndarray]:
         """The packs of an epoch: for each its sample indices in order, int64."""
@@ -122,13 +120,9 @@ class PackPlan:
 
     # ---- packing ------------------------------------------------------------------------------------------------
     def _epoch(self, epoch: int) -> tuple[list[np.ndarray], int]:
-        with self._lock:
-            if epoch not in self._cache:
-                while len(self._cache) > 1:
-                    # Workers are at most a few packs apart, so the present epoch and its neighbor are enough.
-                    self._cache.pop(min(self._cache))
-                self._cache[epoch] = self._make(epoch)
-            return self._cache[epoch]
+        if epoch not in self._cache:
+            self._cache = {epoch: self._make(epoch)}
+        return self._cache[epoch]
 
     def _count_packs(self) -> int:
         """P: the maximum over a few epochs, and a little more for epochs that were not tried."""

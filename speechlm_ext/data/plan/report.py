@@ -9,7 +9,7 @@ import numpy as np
 
 from speechlm_ext.data.plan.plan import PackPlan, PlanConfig, build_samples
 from speechlm_ext.data.samples import SampleCounts, SampleTable
-from speechlm_ext.data.sequence import LossWeights, content_length
+from speechlm_ext.data.sequence import LossWeights, content_kinds, content_length
 from speechlm_ext.data.tokens.folder import TokenCorpus
 from speechlm_ext.errors import PlanError
 from speechlm_ext.layout import TokenLayout
@@ -137,16 +137,6 @@ def _frames(
     return [int((content_length(e.modality, columns, layout) * copies).sum()) for e, _ in template.entries]
 
 
-def _streams_of(modality: str, layout: TokenLayout) -> Counter[str]:
-    """Number of streams of each kind that a frame of ``modality`` fills."""
-    kinds: Counter[str] = Counter()
-    for span in layout.content_ranges(modality):
-        if span is not None:
-            name = next(i.name for i in layout.intervals if i.start == span[0])
-            kinds["codec" if name.startswith("codec") else "ssl" if name == "ssl" else "text"] += 1
-    return kinds
-
-
 def _tokens_and_loss(
     template: TaskTemplate, frames: list[int], copies: int, layout: TokenLayout, weights: LossWeights
 ) -> tuple[Counter[str], dict[str, float]]:
@@ -156,14 +146,9 @@ def _tokens_and_loss(
     markers = weights.special * (1 + len(template.entries)) if everything else 0.0
     tokens = Counter(special=copies * (2 + len(template.entries) + len(template.targets)))
     loss = {kind: 0.0 for kind in KINDS} | {"special": (ends + markers) * copies}
-    per_token = {
-        "text": weights.text,
-        "ssl": weights.ssl,
-        "codec": weights.codec / max(layout.num_codebooks, 1),
-    }
     for (entry, is_target), length in zip(template.entries, frames, strict=True):
-        for kind, streams in _streams_of(entry.modality, layout).items():
-            tokens[kind] += streams * length
+        for kind in filter(None, content_kinds(entry.modality, layout)):
+            tokens[kind] += length
             if is_target or everything:
-                loss[kind] += streams * length * per_token[kind]
+                loss[kind] += length * weights.of_kind(kind, layout)
     return tokens, loss
