@@ -61,10 +61,10 @@ BAD = {
     "empty": ("", "expected a YAML list of task templates, got NoneType"),
     "missing-key": (
         "- {name: x, id: 112, kind: k, targets: [[text, text_bpe]]}",
-        "must have exactly the keys",
+        "task 0: key 'conditions' is missing",
     ),
-    "extra-key": (ROW.replace("}", ", more: 1}"), "must have exactly the keys"),
-    "not-a-mapping": ("- 3", "task 0: a task must have exactly the keys .* got int"),
+    "extra-key": (ROW.replace("}", ", more: 1}"), "task 0: unknown key 'more', expected name, id, kind"),
+    "not-a-mapping": ("- 3", "task 0: the whole should be an object, got 3"),
     "unknown-field": (
         ROW.replace("[text,", "[video,"),
         "task 0: a task's condition or target must have .*'video'",

@@ -145,7 +145,7 @@ REFUSED = {
     "plan": "another pack plan",
     "width": "does not fit the model",
     "damaged": "optimizer.safetensors is damaged or truncated",
-    "unverified": "damaged or truncated; use an older",
+    "unverified": "damaged or truncated: use an older",
     "flipped": "model.safetensors is damaged or truncated",
     "old": "is not finite. The run had diverged",
     "exists": "already holds",

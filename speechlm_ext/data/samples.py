@@ -161,11 +161,7 @@ class SampleTable:
         # The longest other utterance of the speaker: the longest, or the second longest for the longest itself.
         pool = self._pool[np.lexsort((self.speech_lengths[self._pool], self.corpus.speaker[self._pool]))]
         speaker = self.corpus.speaker[pool]
-        last = (
-            np.flatnonzero(np.append(speaker[1:] != speaker[:-1], True))
-            if len(pool)
-            else np.zeros(0, np.int64)
-        )
+        last = np.flatnonzero(np.append(speaker[1:] != speaker[:-1], True))[: len(pool)]
         group = np.searchsorted(speaker[last], speaker)
         longest = np.zeros(len(self.corpus), np.int64)
         longest[pool] = self.speech_lengths[pool[last]][group]

@@ -100,67 +100,39 @@ class MultiStreamHead(nn.Module):
             frames: hidden states of the other streams of a multi-scale model.
         """
         settings = self.settings
-        options: dict[str, Any] = {
-            "z_loss": settings.z_loss,
-            "label_smoothing": settings.label_smoothing,
-            "softcap": settings.softcap,
-            "reduction": reduction,
-            "recompute": settings.recompute,
-            "bias": self.bias,
-        }
-        if frames is None:
-            return multistream_loss(
-                hidden_ND,
-                self.weight,
-                targets_NS,
-                loss_weight_NS,
-                scopes=self.scopes,
-                row_scope=self.row_scope(targets_NS, loss_weight_NS),
-                heads=self.heads,
-                stream_embed=self.stream_vectors(),
-                **options,
-            )
-        rows = self._frame_rows(hidden_ND, targets_NS, loss_weight_NS, frames)
+        inputs, options, rows = self._op_arguments(hidden_ND, targets_NS, loss_weight_NS, frames)
         out = multistream_loss(
-            rows.hidden_MD,
-            self.weight,
-            rows.targets_MS,
-            rows.weight_MS,
-            scopes=rows.scopes,
-            row_scope=rows.kind_M,
+            *inputs,
+            z_loss=settings.z_loss,
+            label_smoothing=settings.label_smoothing,
+            reduction=reduction,
+            recompute=settings.recompute,
             **options,
         )
-        return out if out.token_nll is None else out._replace(token_nll=rows.unroll(out.token_nll))
+        if rows is None or out.token_nll is None:
+            return out
+        return out._replace(token_nll=rows.unroll(out.token_nll))
 
     def logprobs(
         self, hidden_ND: Tensor, targets_NS: Tensor, mask_NS: Tensor, frames: Frames | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies; see :func:`speechlm_ext.ops.multistream_logprobs`."""
+        inputs, options, rows = self._op_arguments(hidden_ND, targets_NS, mask_NS, frames)
+        logprobs, entropy = multistream_logprobs(*inputs, **options)
+        return (logprobs, entropy) if rows is None else (rows.unroll(logprobs), rows.unroll(entropy))
+
+    def _op_arguments(
+        self, hidden_ND: Tensor, targets_NS: Tensor, weight_NS: Tensor, frames: Frames | None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any], FrameRows | None]:
+        """Inputs and options of both ops, and the rows of a multi-scale batch."""
+        options: dict[str, Any] = {"bias": self.bias, "softcap": self.settings.softcap}
         if frames is None:
-            return multistream_logprobs(
-                hidden_ND,
-                self.weight,
-                targets_NS,
-                mask_NS,
-                scopes=self.scopes,
-                row_scope=self.row_scope(targets_NS, mask_NS),
-                heads=self.heads,
-                stream_embed=self.stream_vectors(),
-                bias=self.bias,
-                softcap=self.settings.softcap,
-            )
-        rows = self._frame_rows(hidden_ND, targets_NS, mask_NS, frames)
-        logprobs_MS, entropy_MS = multistream_logprobs(
-            rows.hidden_MD,
-            self.weight,
-            rows.targets_MS,
-            rows.weight_MS,
-            scopes=rows.scopes,
-            row_scope=rows.kind_M,
-            bias=self.bias,
-            softcap=self.settings.softcap,
-        )
-        return rows.unroll(logprobs_MS), rows.unroll(entropy_MS)
+            options |= {"scopes": self.scopes, "row_scope": self.row_scope(targets_NS, weight_NS)}
+            options |= {"heads": self.heads, "stream_embed": self.stream_vectors()}
+            return (hidden_ND, self.weight, targets_NS, weight_NS), options, None
+        rows = self._frame_rows(hidden_ND, targets_NS, weight_NS, frames)
+        options |= {"scopes": rows.scopes, "row_scope": rows.kind_M}
+        return (rows.hidden_MD, self.weight, rows.targets_MS, rows.weight_MS), options, rows
 
     def _frame_rows(
         self, hidden_ND: Tensor, targets_NS: Tensor, weight_NS: Tensor, frames: Frames

@@ -9,29 +9,28 @@ every value in it is finite.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from speechlm_ext.errors import CheckpointError, TrainingError
-from speechlm_ext.model.config import CONFIG_NAME
 from speechlm_ext.model.files.digests import verify_digests, write_digests
-from speechlm_ext.model.files.model_folder import METADATA
+from speechlm_ext.model.files.model_folder import write_model_files
+from speechlm_ext.model.files.weights import read_tensors
 from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.training.engine import from_rank_0
 from speechlm_ext.training.optimizer_state import MOMENTS, gather_state
-from speechlm_ext.training.state import TrainerState, read_state
 from speechlm_ext.utils.files.checkpoint_folders import (
-    LATEST,
     STATE_NAME,
     checkpoint_name,
     incomplete_name,
-    latest_checkpoint,
     list_checkpoints,
     point_latest,
     publish,
@@ -40,22 +39,43 @@ from speechlm_ext.utils.files.checkpoint_folders import (
     step_of,
 )
 from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, make_folder, storage_error
+from speechlm_ext.utils.files.json_shape import SIZE, Range, check_shape, read_shaped
 from speechlm_ext.utils.files.run_folders import MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME
 from speechlm_ext.utils.finite import first_not_finite, is_finite, require_finite
-
-__all__ = [
-    "LATEST",
-    "STATE_NAME",
-    "TrainerState",
-    "checkpoint_name",
-    "latest_checkpoint",
-    "list_checkpoints",
-    "read_state",
-]
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 #: Every file of a checkpoint, besides the tokenizers' and the digests.
 FILES = (*MODEL_FILES, OPTIMIZER_NAME, STATE_NAME)
+_HINT = "use an older checkpoint of the run."
+_AMOUNT = Range(float, 0, sys.float_info.max)
+_STATE = {
+    "step": SIZE,
+    "packs_consumed": SIZE,
+    "optimizer_step": _AMOUNT,
+    "plan": str,
+    "seconds": _AMOUNT,
+    "meter?": dict | None,
+    "totals?": Any,
+}
+_METER = {"steps": SIZE, "seconds": _AMOUNT, "ranks": list[list[float]]}
+
+
+@dataclass
+class TrainerState:
+    """State of a run besides weights and moments."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    packs_consumed: int = 0
+    """Packs that all processes together have consumed: the loader's whole state."""
+    optimizer_step: float = 0.0
+    """AdamW's own step counter, which its bias correction uses."""
+    plan: str = ""
+    """Fingerprint of the pack plan that ``packs_consumed`` counts in."""
+    seconds: float = 0.0
+    """Training time so far, in seconds."""
+    meter: dict[str, Any] | None = None
+    """Sums of the log interval under way; see :class:`speechlm_ext.training.meter.Meter`."""
 
 
 def save_checkpoint(engine: Any, model: SpeechLMModel, state: TrainerState, root: Path, keep: int) -> Path:
@@ -113,14 +133,9 @@ def _write(
         make_folder(folder.parent)
         recover(folder.parent)
         temporary.mkdir()
-        with atomic_path(temporary / WEIGHTS_NAME) as path:
-            save_file(weights, path, metadata=METADATA)
+        write_model_files(model, weights, temporary)
         with atomic_path(temporary / OPTIMIZER_NAME) as path:
             save_file(moments, path)
-        model.layout.save(temporary)
-        if model.tokenizers is not None:
-            model.tokenizers.save(temporary / TOKENIZERS_NAME)
-        atomic_write_json(temporary / CONFIG_NAME, model.config.to_dict())
         atomic_write_json(temporary / STATE_NAME, asdict(state))
         write_digests(temporary, FILES, (TOKENIZERS_NAME,))
         publish(folder)
@@ -176,27 +191,33 @@ def verify_files(folder: Path) -> None:
     verify_digests(folder, FILES, (TOKENIZERS_NAME,))
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def read_state(folder: Path) -> TrainerState:
+    """Read ``trainer_state.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint that can be trained on.
+    """
+    path = folder / STATE_NAME
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"checkpoint {folder} does not exist; nothing was started. Give a folder step-… of a run."
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is not a training checkpoint: it has no {STATE_NAME}. An exported model folder can be "
+            f"generated from, but to train on it needs the optimizer's state."
+        )
+    record = read_shaped(path, _STATE, CheckpointError, _HINT)
+    record.pop("totals", None)  # of older versions
+    meter = record.get("meter")
     try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"checkpoint {path.parent} has no {path.name}: it is incomplete; use an older one."
-        ) from None
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): damaged or truncated; use an older checkpoint."
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
-
-
-def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    hint = (
-        "The run had diverged when it was saved: resume from an older checkpoint (--resume PATH), or delete this one, "
-        "so that the same command takes the one before it."
-    )
-    require_finite(tensors, CheckpointError, f"{path} cannot be resumed from", hint)
+        if meter is not None:
+            check_shape(meter, _METER, "meter")
+            if len({len(sums) for sums in meter["ranks"]}) != 1 or [] in meter["ranks"]:
+                raise ValueError("meter.ranks: expected a list of equal length for each rank")
+    except ValueError as problem:
+        raise CheckpointError(f"{path} is damaged: {problem}; {_HINT}") from None
+    return TrainerState(**record)
 
 
 def load_weights(model: SpeechLMModel, folder: Path) -> dict[str, Tensor]:
@@ -205,17 +226,8 @@ def load_weights(model: SpeechLMModel, folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: missing, damaged, not finite, or of other shapes.
     """
-    weights = _load_tensors(folder / WEIGHTS_NAME)
-    _require_finite(weights, folder / WEIGHTS_NAME)
     named = dict(model.named_parameters())
-    if set(named) != set(weights) or any(named[n].shape != w.shape for n, w in weights.items()):
-        odd = sorted(set(named) ^ set(weights)) or [
-            n for n, w in weights.items() if named[n].shape != w.shape
-        ]
-        raise CheckpointError(
-            f"checkpoint {folder} does not fit the model of this configuration: first difference at {odd[0]!r}. "
-            f"Use the run's own settings (config.yaml in its folder)."
-        )
+    weights = _read_tensors(folder / WEIGHTS_NAME, {name: p.shape for name, p in named.items()})
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(weights[name])
@@ -229,14 +241,24 @@ def read_moments(model: SpeechLMModel, folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the optimizer file is missing, damaged, not finite, or of another model.
     """
-    path = folder / OPTIMIZER_NAME
-    moments = _load_tensors(path)
     shapes = {f"{key}.{name}": p.shape for name, p in model.named_parameters() for key in MOMENTS}
-    for name, shape in shapes.items():
-        if name not in moments or moments[name].shape != shape:
-            found = list(moments[name].shape) if name in moments else "none"
-            raise CheckpointError(
-                f"{path} belongs to another model: expected {name!r} of shape {list(shape)}, got {found}."
-            )
-    _require_finite(moments, path)
-    return moments
+    return _read_tensors(folder / OPTIMIZER_NAME, shapes)
+
+
+def _read_tensors(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The finite tensors of exactly these names and shapes."""
+    tensors = read_tensors(path, "use an older checkpoint.")
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    odd = next((name for name in [*shapes, *found] if shapes.get(name) != found.get(name)), None)
+    if odd is not None:
+        sizes = [list(group[odd]) if odd in group else "none" for group in (shapes, found)]
+        raise CheckpointError(
+            f"{path} does not fit the model of this configuration but another model: expected {odd!r} of shape "
+            f"{sizes[0]}, got {sizes[1]}. Use the run's own settings (config.yaml in its folder)."
+        )
+    hint = (
+        "The run had diverged when it was saved: resume from an older checkpoint (--resume PATH), or delete this one, "
+        "so that the same command takes the one before it."
+    )
+    require_finite(tensors, CheckpointError, f"{path} cannot be resumed from", hint)
+    return tensors

@@ -11,7 +11,9 @@ import yaml
 
 from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.model.config import FrameTransformerConfig, LossSettings
+from speechlm_ext.model.backbone.body import backbone_settings
+from speechlm_ext.model.config import FrameTransformerConfig, LossSettings, ModelConfig
+from speechlm_ext.utils.options import check_positive
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,17 @@ class ModelSettings:
             )
         if self.frame_transformer is not None:
             self.frame_transformer.check()
+
+    def model_config(self) -> ModelConfig:
+        """The configuration of the model. Raises :class:`ConfigError` for a backbone that cannot be used."""
+        return ModelConfig(
+            self.llama() if self.backbone is None else backbone_settings(self.backbone),
+            loss=self.loss,
+            tie_head=self.tie_head,
+            heads=self.heads,
+            frame_transformer=self.frame_transformer,
+            verify_backbone=self.verify_backbone,
+        )
 
     def llama(self) -> dict[str, object]:
         """The transformers configuration of the model from scratch."""
@@ -157,9 +170,9 @@ class TrainConfig:
     """Write TensorBoard files beside the JSONL log, if tensorboard is installed."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulation", "save_every", "keep_checkpoints", "log_every", "processes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_positive(
+            self, "steps", "accumulation", "save_every", "keep_checkpoints", "log_every", "processes"
+        )
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}.")
         if self.precision not in ("fp32", "bf16"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -87,25 +89,28 @@ class RunLog:
         except OSError as error:
             raise storage_error(error, self.path) from error
         if tensorboard:
-            try:
+            with self._board_errors():
                 self.board = Board(run_dir / "tensorboard", step)
-            except ImportError:
-                logger.warning(
-                    "tensorboard is not installed: only %s is written (pip install tensorboard)", self.path
-                )
-            except OSError as error:
-                self._leave_board(error)
         self.bar = tqdm(
             total=total, initial=step, unit="step", desc="train", disable=None, dynamic_ncols=True
         )
 
-    def _leave_board(self, error: OSError) -> None:
-        self.board = None
-        logger.warning(
-            "TensorBoard's files cannot be written (%s): training continues without them, %s has all numbers",
-            error.strerror or error,
-            self.path,
-        )
+    @contextlib.contextmanager
+    def _board_errors(self) -> Iterator[None]:
+        """Block after whose failure training continues without TensorBoard."""
+        try:
+            yield
+        except ImportError:
+            logger.warning(
+                "tensorboard is not installed: only %s is written (pip install tensorboard)", self.path
+            )
+        except OSError as error:
+            self.board = None
+            logger.warning(
+                "TensorBoard's files cannot be written (%s): training continues without them, %s has all numbers",
+                error.strerror or error,
+                self.path,
+            )
 
     def advance(self) -> None:
         """Move the bar by one step."""
@@ -132,9 +137,7 @@ class RunLog:
                 if key != "step":
                     values[f"{key}/{name}" if name else key] = number
         try:
-            rest = memoryview(json_line(row).encode())
-            while rest:
-                rest = rest[self.file.write(rest) :]
+            _write_all(self.file, json_line(row).encode())
         except OSError as error:
             raise storage_error(error, self.path) from error
         if self.bar is not None and not self.bar.disable:
@@ -142,10 +145,8 @@ class RunLog:
         else:
             logger.info("step %d  %s", row["step"], _summary(row))
         if self.board is not None:
-            try:
+            with self._board_errors():
                 self.board.add(row["step"], values)
-            except OSError as error:
-                self._leave_board(error)
 
     def close(self) -> None:
         """Close the files and the bar.
@@ -156,15 +157,20 @@ class RunLog:
         if self.bar is not None:
             self.bar.close()
         if self.board is not None:
-            try:
+            with self._board_errors():
                 self.board.close()
-            except OSError as error:
-                self._leave_board(error)
         if self.file is not None:
             try:
                 self.file.close()
             except OSError as error:
                 raise storage_error(error, self.path) from error
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    """Write all of ``data``: an unbuffered file takes a part where the disk has room for no more."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _summary(row: Mapping[str, Any]) -> str:
@@ -216,10 +222,8 @@ class Board:
         self._records.write(event.SerializeToString())
 
     def write(self, data: bytes) -> None:
-        """Write a whole record; an unbuffered file takes a part where the disk has room for no more."""
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        """Write a whole record."""
+        _write_all(self._file, data)
 
     def close(self) -> None:
         """Close the file. Raises ``OSError``."""

@@ -95,8 +95,7 @@ class TrainLoop:
         engine, meter = self.engine, self.meter
         batches = [next(self.packs).to(meter.device) for _ in range(self.config.accumulation)]
         weight = torch.stack([b.loss_weight.sum() for b in batches]).double().sum()
-        if self.world > 1:
-            torch.distributed.all_reduce(weight)
+        torch.distributed.all_reduce(weight)
         step_weight = max(float(weight), 1e-12)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr

@@ -53,8 +53,7 @@ class Meter:
     def loss_of_step(self) -> float:
         """The newest step's loss over all processes; they wait for each other."""
         loss = self.step_loss.clone()
-        if distributed.get_world_size() > 1:
-            distributed.all_reduce(loss)
+        distributed.all_reduce(loss)
         return float(loss)
 
     def add(self, out: Any, step_weight: float, positions: int) -> None:
@@ -69,10 +68,7 @@ class Meter:
     def gather(self) -> Tensor:
         """float64 ``[processes, 2 + 4 S]``: every process's sums, on every process, on the CPU."""
         parts = [torch.empty_like(self.sums) for _ in range(distributed.get_world_size())]
-        if len(parts) > 1:
-            distributed.all_gather(parts, self.sums)
-        else:
-            parts = [self.sums]
+        distributed.all_gather(parts, self.sums)
         return torch.stack(parts).cpu()
 
     def means(self, names: Sequence[str]) -> dict[str, Any]:

@@ -17,18 +17,15 @@ def gather_state(engine: Any, model: SpeechLMModel) -> tuple[dict[str, Tensor], 
 
     All in float32 on the CPU of rank 0; the dicts of other ranks are empty. All ranks call it.
     """
-    rank = torch.distributed.get_rank()
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     _link_moments(engine)
     for name, parameter in model.named_parameters():
         # Gathering is collective: every rank takes part, rank 0 keeps the result.
-        weight = _full_parameter(engine, parameter)
-        parts = {key: _full_moment(engine, parameter, key) for key in MOMENTS}
-        if rank == 0:
-            weights[name] = weight.detach().float().cpu().clone().contiguous()
-            for key, value in parts.items():
-                moments[f"{key}.{name}"] = value.detach().float().cpu().clone().contiguous()
+        weight, *parts = _gather(engine, parameter)
+        if torch.distributed.get_rank() == 0:
+            weights[name] = _copy(weight)
+            moments.update({f"{key}.{name}": _copy(part) for key, part in zip(MOMENTS, parts, strict=True)})
     counters = _step_counters(engine)
     return weights, moments, float(counters[0]) if counters else 0.0
 
@@ -42,7 +39,12 @@ def load_optimizer(
 ) -> None:
     """Set moments, step counter and fp32 masters of a new engine from a checkpoint; all ranks call it."""
     inner = _torch_optimizer(engine)
-    _make_moments(engine)
+    # ZeRO would create its moments in its first step: the flat fp32 partitions of ZeRO 1 and 2, and those of ZeRO 3.
+    for group in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        for flat in getattr(engine.optimizer, group, ()):
+            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+            inner.state[flat] = {"step": torch.tensor(0.0), **zeros}
+    _link_moments(engine)
     for name, parameter in model.named_parameters():
         parts = {key: moments[f"{key}.{name}"] for key in MOMENTS}
         if not _is_partitioned(engine):
@@ -60,19 +62,6 @@ def load_optimizer(
         counter.fill_(optimizer_step)
 
 
-def _make_moments(engine: Any) -> None:
-    """Create ZeRO's moments, which it would create in its first step."""
-    inner = _torch_optimizer(engine)
-    # The flat fp32 partitions of ZeRO 1 and 2, and those of ZeRO 3.
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        for flat in getattr(engine.optimizer, name, ()):
-            inner.state[flat] = {
-                "step": torch.tensor(0.0),
-                **{key: torch.zeros_like(flat) for key in MOMENTS},
-            }
-    _link_moments(engine)
-
-
 def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The innermost torch optimizer, below DeepSpeed's wrappers."""
     optimizer = engine.optimizer
@@ -85,20 +74,19 @@ def _is_partitioned(engine: Any) -> bool:
     return not isinstance(engine.optimizer, torch.optim.Optimizer)
 
 
-def _full_parameter(engine: Any, parameter: Tensor) -> Tensor:
+def _gather(engine: Any, parameter: Tensor) -> list[Tensor]:
+    """A parameter and its moments, whole."""
     if not _is_partitioned(engine):
-        return parameter.detach()
-    from deepspeed.utils import safe_get_full_fp32_param
+        state = _torch_optimizer(engine).state[parameter]
+        return [parameter, *(state[key] for key in MOMENTS)]
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    return safe_get_full_fp32_param(parameter)
+    parts = [safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
+    return [safe_get_full_fp32_param(parameter), *parts]
 
 
-def _full_moment(engine: Any, parameter: Tensor, key: str) -> Tensor:
-    if not _is_partitioned(engine):
-        return _torch_optimizer(engine).state[parameter][key]
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    return safe_get_full_optimizer_state(parameter, key)
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().clone().contiguous()
 
 
 def _link_moments(engine: Any) -> None:

@@ -18,20 +18,12 @@ from speechlm_ext.data.plan.report import PlanReport, format_report, make_report
 from speechlm_ext.data.tokens.folder import open_tokens
 from speechlm_ext.errors import PlanError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.model import ModelConfig, SpeechLMModel
-from speechlm_ext.model.backbone.body import backbone_settings
+from speechlm_ext.model import SpeechLMModel
 from speechlm_ext.model.backbone.proof import probe_backbone
 from speechlm_ext.training.config import ModelSettings, TrainConfig
 
 #: Minimum number of rows of logits that the loss holds at a time.
 _LOGIT_ROWS = 512
-#: Settings that a plan also takes under ``model``, and their names in a training recipe.
-_OLD_NAMES = {
-    "precision": "precision",
-    "zero_stage": "zero_stage",
-    "world": "processes",
-    "activation_checkpointing": "activation_checkpointing",
-}
 
 
 @dataclass(frozen=True)
@@ -66,10 +58,10 @@ class PlanCommandConfig(TrainConfig):
     """Print JSON instead of a table."""
 
     def __post_init__(self) -> None:
-        for old, new in _OLD_NAMES.items():
-            value = getattr(self.model, old)
+        for name in ("precision", "zero_stage", "world", "activation_checkpointing"):
+            value = getattr(self.model, name)
             if value is not None:
-                object.__setattr__(self, new, value)
+                object.__setattr__(self, "processes" if name == "world" else name, value)
         super().__post_init__()
 
 
@@ -115,18 +107,9 @@ def run_plan(config: PlanCommandConfig) -> tuple[PlanReport, MemoryEstimate]:
 
 def empty_model(settings: ModelSettings, layout: TokenLayout) -> SpeechLMModel:
     """The model with weights that have shapes but no memory (device ``meta``). Raises :class:`ConfigError`."""
-    backbone = settings.llama() if settings.backbone is None else backbone_settings(settings.backbone)
-    config = ModelConfig(
-        backbone,
-        loss=settings.loss,
-        tie_head=settings.tie_head,
-        heads=settings.heads,
-        frame_transformer=settings.frame_transformer,
-        verify_backbone=settings.verify_backbone,
-    )
-    probe_backbone(
-        backbone, verify=settings.verify_backbone
-    )  # computes, so not on device meta; kept for the model
+    config = settings.model_config()
+    # It computes, so not on device meta; the result is kept for the model.
+    probe_backbone(config.backbone, verify=config.verify_backbone)
     with torch.device("meta"):
         return SpeechLMModel(config, layout)
 

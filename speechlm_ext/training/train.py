@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.errors import CheckpointError, ConfigError, StorageError
-from speechlm_ext.model import ModelConfig, SpeechLMModel
-from speechlm_ext.model.backbone.body import backbone_settings
+from speechlm_ext.model import SpeechLMModel
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig, to_yaml
 from speechlm_ext.training.engine import build_engine, together
@@ -39,21 +39,9 @@ def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLMModel:
         CheckpointError: the backbone cannot be loaded.
     """
     settings = config.model
-    backbone = settings.llama() if settings.backbone is None else backbone_settings(settings.backbone)
     torch.manual_seed(config.seed)
-    model = SpeechLMModel(
-        ModelConfig(
-            backbone,
-            tasks=tuple(loader.tasks),
-            loss=settings.loss,
-            tie_head=settings.tie_head,
-            heads=settings.heads,
-            frame_transformer=settings.frame_transformer,
-            verify_backbone=settings.verify_backbone,
-        ),
-        loader.layout,
-        loader.tokenizers,
-    )
+    model_config = replace(settings.model_config(), tasks=tuple(loader.tasks))
+    model = SpeechLMModel(model_config, loader.layout, loader.tokenizers)
     if settings.backbone is not None:
         model.load_backbone(settings.backbone)
         logger.info("backbone %s: %s", settings.backbone, model.describe_backbone())

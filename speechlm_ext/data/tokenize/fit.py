@@ -35,7 +35,7 @@ from speechlm_ext.tokenizers import (
     require_equal_rates,
 )
 from speechlm_ext.utils.files.io import atomic_write_json
-from speechlm_ext.utils.files.json_text import parse_json
+from speechlm_ext.utils.files.json_shape import read_shaped
 
 FOLDER = "tokenizers"
 RECORD = "fit.json"
@@ -57,13 +57,11 @@ def get_tokenizers(cfg: TokenizeConfig, utterances: Sequence[Utterance]) -> Toke
         return _copy_tokenizers(Path(cfg.tokenizers), out)
     key = _fit_key(cfg, utterances)
     if record.is_file():
-        try:
-            found = parse_json(record.read_bytes())["inputs_sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{record} is damaged ({error}); choose another output_dir, or delete {out}."
-            ) from None
-        if found != key:
+        way_out = f"choose another output_dir, or delete {out}."
+        if (
+            read_shaped(record, {"inputs_sha256": str, "...": Any}, ConfigError, way_out)["inputs_sha256"]
+            != key
+        ):
             raise ConfigError(
                 f"the tokenizers in {folder} were fitted on another manifest or with other settings. Choose another "
                 f"output_dir, or keep these tokenizers with --tokenizers {folder}."

@@ -9,7 +9,7 @@ from typing import Literal
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.tokenizers import RVQConfig, SSLConfig, TextConfig
 from speechlm_ext.tokenizers.encoders.spec import SAMPLE_RATE, EncoderSpec
-from speechlm_ext.utils.options import take_old_name
+from speechlm_ext.utils.options import check_positive, take_old_name
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ class TokenizeConfig:
 
     def __post_init__(self) -> None:
         take_old_name(self, "out", "output_dir", needed="the token folder to write")
-        if self.rows_per_shard < 1:
-            raise ConfigError(f"rows_per_shard must be >= 1, got {self.rows_per_shard}.")
+        check_positive(self, "rows_per_shard")
         self.part  # noqa: B018 - checks ``shard``
 
     @property

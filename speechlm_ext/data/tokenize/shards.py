@@ -15,18 +15,70 @@ from typing import Any
 from tqdm import tqdm
 
 from speechlm_ext.data.manifest import Rejected, Utterance
-from speechlm_ext.data.recordings import RecordingPool
-from speechlm_ext.data.tokenize.encode import Encoder
+from speechlm_ext.data.recordings import RecordingPool, read_wave
 from speechlm_ext.data.tokenize.fit import FOLDER
 from speechlm_ext.data.tokens.format import read_head, write_index, write_shard
 from speechlm_ext.data.tokens.index import INDEX, shard_name
-from speechlm_ext.errors import ManifestError, ShardError
+from speechlm_ext.errors import AudioError, ConfigError, ManifestError, ShardError, TokenizerError
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.tokenizers import TokenizerSet
 from speechlm_ext.utils.files.io import atomic_write_text
 from speechlm_ext.utils.files.json_text import json_line
 from speechlm_ext.utils.hashing import sha256_json
 
 REJECTED = "rejected.jsonl"
+Row = dict[str, Any]
+
+
+class Encoder:
+    """Turns an utterance into a shard row; the worker of a :class:`~speechlm_ext.data.recordings.RecordingPool`."""
+
+    def __init__(self, tokenizers: TokenizerSet, resample: bool = True) -> None:
+        self.tokenizers, self.resample = tokenizers, resample
+        rates = {t.sample_rate for t in (tokenizers.ssl, tokenizers.codec) if t is not None}
+        if len(rates) > 1:
+            raise ConfigError(f"ssl and codec tokenizers must share a sampling rate, got {sorted(rates)} Hz.")
+        self.sample_rate: int | None = next(iter(rates), None)
+
+    @classmethod
+    def load(cls, folder: Path, resample: bool) -> Encoder:
+        """Load the tokenizers of a folder and the models they need. Raises :class:`TokenizerError`."""
+        tokenizers = TokenizerSet.load(folder)
+        tokenizers.prepare()
+        return cls(tokenizers, resample)
+
+    def __call__(self, utterance: Utterance) -> Row:
+        """All tokens that the tokenizers give for an utterance.
+
+        Raises:
+            SpeechLMError: audio or text that cannot be used.
+        """
+        names = ("id", "dataset", "speaker", "lang", "text")
+        row: Row = {name: getattr(utterance, name) for name in names}
+        if utterance.text is not None and self.tokenizers.text is not None:
+            row["text_bpe"] = self.tokenizers.text.encode(utterance.text)
+        if utterance.audio is not None:
+            wave, rate = read_wave(utterance, self.sample_rate, self.resample)
+            row["duration"] = len(wave) / rate
+            ssl, codec = self.tokenizers.ssl, self.tokenizers.codec
+            if ssl is not None and codec is not None:
+                both = self.tokenizers.encode_codec_ssl(wave)
+                row["ssl"], row["codec"] = both[:, :1], both[:, 1:]
+            elif ssl is not None:
+                row["ssl"] = ssl.encode(wave)
+            elif codec is not None:
+                row["codec"] = codec.encode(wave)
+        for name in ("text_bpe", "ssl", "codec"):
+            if name in row and len(row[name]) == 0:
+                length = f" ({row['duration']:.3f} s)" if name != "text_bpe" else ""
+                raise (TokenizerError if name == "text_bpe" else AudioError)(
+                    f"gives no {name} tokens{length}; it is empty or too short. Leave it out, or give --skip-bad."
+                )
+        if not any(name in row for name in ("text_bpe", "ssl", "codec")):
+            raise TokenizerError(
+                "no tokenizer fits it: it has only text or only audio, which has no tokenizer here."
+            )
+        return row
 
 
 @dataclass(frozen=True)
@@ -108,7 +160,7 @@ class ShardWriter:
         )
         with pool, tqdm(total=total, unit="utt", desc="tokenize", disable=None) as bar:
             for number in numbers:
-                rows: list[dict[str, Any]] = []
+                rows: list[Row] = []
                 rejected: list[dict[str, Any]] = []
                 for item in pool(self.groups[number]):
                     if isinstance(item, Rejected):

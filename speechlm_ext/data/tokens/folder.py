@@ -213,11 +213,6 @@ class TokenCorpus:
         pair = np.where(local < 0, -1, self.dataset.astype(np.int64) * max(len(names), 1) + local)
         self.speaker = np.where(pair < 0, -1, np.unique(pair, return_inverse=True)[1] - int((pair < 0).any()))
 
-    @classmethod
-    def open(cls, paths: Sequence[str | Path]) -> TokenCorpus:
-        """Open the folders; errors are those of :meth:`TokenFolder.open` and :class:`LayoutMismatchError`."""
-        return cls([TokenFolder.open(p) for p in paths])
-
     def __len__(self) -> int:
         return int(self._start[-1])
 

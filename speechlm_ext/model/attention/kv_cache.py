@@ -117,7 +117,7 @@ class KVCache:
         for slot in slots:
             for store in self.stores():
                 store[slot, :held] = store[source, :held]
-            self._set(slot, held)
+            self.restore(slot, held)
 
     def reorder(self, parents: Sequence[int]) -> None:
         """Copy the rows of slot ``parents[i]`` to slot i, for all slots at once."""
@@ -126,23 +126,20 @@ class KVCache:
         for store in self.stores():
             store[: len(index), :num_used] = store[index, :num_used]
         for slot, held in enumerate([self.held[p] for p in parents]):
-            self._set(slot, held)
+            self.restore(slot, held)
 
     def clear(self, slot: int) -> None:
         """Zero a slot's rows: values that are not finite would reach other rows through a weight of 0."""
         for store in self.stores():
             store[slot, : self.held[slot]] = 0
-        self._set(slot, 0)
+        self.restore(slot, 0)
 
     def truncate(self, slot: int, length: int) -> None:
         """Keep the first ``length`` rows of a slot."""
-        self._set(slot, min(length, self.held[slot]))
+        self.restore(slot, min(length, self.held[slot]))
 
     def restore(self, slot: int, length: int) -> None:
-        """Undo :meth:`truncate` to ``length`` rows; nothing may have overwritten them."""
-        self._set(slot, length)
-
-    def _set(self, slot: int, length: int) -> None:
+        """Count ``length`` rows in a slot, such as those before :meth:`truncate` if nothing has overwritten them."""
         self.held[slot] = length
         self.lengths[slot] = length
 
@@ -169,7 +166,7 @@ class KVCache:
         for slot, start, length in zip(
             self._prefill.slots, self._prefill.starts, self._prefill.lengths, strict=True
         ):
-            self._set(slot, start + length)
+            self.restore(slot, start + length)
         self._prefill = None
 
     def begin_step(self, num_active: int, num_keys: int | None = None, max_rows: int | None = None) -> Tensor:

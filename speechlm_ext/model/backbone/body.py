@@ -143,11 +143,8 @@ def stable_rope_length(config: PretrainedConfig) -> int | None:
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 def _check_length(config: PretrainedConfig, longest: int) -> int | None:
-    """:func:`stable_rope_length`, compared with the longest sequence of a call.
-
-    Raises:
-        ConfigError: the sequence is longer: all sequences of the call would get other rotary embeddings.
-    """
+    """:func:`stable_rope_length`; raises :class:`ConfigError` where a sequence of the call is longer: all would get
+    other rotary embeddings."""
     limit = stable_rope_length(config)
     if limit is not None and longest > limit:
         raise ConfigError(
@@ -164,12 +161,7 @@ def _run(body: nn.Module, embedded: Tensor, position: Tensor, **where: Any) -> T
 
 
 def run_packed(body: nn.Module, embedded_ND: Tensor, position_N: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Last hidden states ``[N, D]`` of a packed row.
-
-    Args:
-        embedded_ND: float ``[N, D]``.
-        position_N: int ``[N]``, restarting at 0 in each segment.
-        cu_seqlens: int32 ``[n+1]`` segment bounds.
+    """Last hidden states ``[N, D]`` of a packed row; see :meth:`SpeechLMModel.hidden`.
 
     Raises:
         ConfigError: a segment exceeds :func:`stable_rope_length`; as in :func:`run_prefill` and :func:`run_step`.
@@ -183,13 +175,7 @@ def run_packed(body: nn.Module, embedded_ND: Tensor, position_N: Tensor, cu_seql
 def run_prefill(
     body: nn.Module, embedded_ND: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]
 ) -> Tensor:
-    """Hidden states ``[N, D]`` of rows appended to ``slots``, in one packed forward.
-
-    Args:
-        embedded_ND: float ``[N, D]``, one request after the other.
-        cache: updated in place.
-        slots, lengths: of each request; the lengths sum to N.
-    """
+    """Hidden states ``[N, D]`` of rows appended to ``slots``; see :meth:`SpeechLMModel.prefill`."""
     num_rows = (cache.held[slot] + length for slot, length in zip(slots, lengths, strict=True))
     _check_length(body.config, max(num_rows, default=0))
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -202,13 +188,7 @@ def run_prefill(
 
 
 def run_step(body: nn.Module, embedded_BD: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
-    """Hidden states ``[B, D]`` of one more row for each of the first B slots.
-
-    Args:
-        embedded_BD: float ``[B, D]``.
-        cache: updated in place.
-        num_keys: number of keys that attention reads; None: those of the longest slot, the new row included.
-    """
+    """Hidden states ``[B, D]`` of one more row of each slot; see :meth:`SpeechLMModel.step_hidden`."""
     # With num_keys some slots may be padding of the step: they count rows that no request has.
     longest = 0 if num_keys is not None else cache.longest(len(embedded_BD)) + 1
     limit = _check_length(body.config, longest)

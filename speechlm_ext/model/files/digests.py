@@ -6,6 +6,7 @@ relative, so a folder may be copied or moved. Hashing runs at about 1.4 GB/s per
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -15,8 +16,7 @@ from typing import Any, Literal
 
 from speechlm_ext.errors import CheckpointError
 from speechlm_ext.utils.files.io import atomic_write_json, sha256_file, storage_error
-from speechlm_ext.utils.files.json_shape import SHA256, check_shape
-from speechlm_ext.utils.files.json_text import read_json
+from speechlm_ext.utils.files.json_shape import SHA256, Range, read_shaped
 
 DIGESTS_NAME = "digests.json"
 VERSION = 1
@@ -27,10 +27,11 @@ _WAY_OUT = (
 logger = logging.getLogger("speechlm_ext")
 
 
-def _files_below(folder: Path, name: str) -> Iterator[str]:
-    """Files of ``folder/name``, relative to ``folder``; hidden ones and READMEs aside."""
-    for where, folders, files in os.walk(folder / name):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+def _expand(folder: Path, names: Collection[str], folders: Collection[str]) -> Iterator[str]:
+    """``names``, and all files below ``folders`` but hidden ones and READMEs; relative to ``folder``."""
+    yield from names
+    for where, below, files in itertools.chain.from_iterable(os.walk(folder / part) for part in folders):
+        below[:] = [f for f in below if not f.startswith(".")]
         for file in files:
             if not file.startswith((".", "README")):
                 yield (Path(where) / file).relative_to(folder).as_posix()
@@ -58,9 +59,8 @@ def write_digests(folder: Path, names: Collection[str], folders: Collection[str]
     Raises:
         StorageError: a file cannot be read or the digests cannot be written.
     """
-    every = [*names, *(name for part in folders for name in _files_below(folder, part))]
     digests: dict[str, str] = {}
-    for name, found in _sha256_of(folder, sorted(every)).items():
+    for name, found in _sha256_of(folder, sorted(_expand(folder, names, folders))).items():
         if isinstance(found, OSError):
             raise storage_error(found, folder / name) from found
         digests[name] = found
@@ -89,7 +89,7 @@ def verify_digests(folder: Path, names: Collection[str], folders: Collection[str
                 DIGESTS_NAME,
             )
         return
-    for name in [*names, *(name for part in folders for name in _files_below(folder, part))]:
+    for name in _expand(folder, names, folders):
         if name not in digests and (folder / name).is_file():
             raise CheckpointError(
                 f"{folder / name} has no digest in {DIGESTS_NAME}: it was put into the folder later, or is left from "
@@ -109,26 +109,19 @@ def verify_digests(folder: Path, names: Collection[str], folders: Collection[str
 
 
 #: Shape of ``digests.json``.
-_SHAPE = {"version": int, "algorithm": Literal["sha256"], "files": dict[str, SHA256]}
+_SHAPE = {"version": Range(int, VERSION, VERSION), "algorithm": Literal["sha256"], "files": dict[str, SHA256]}
 
 
 def _read(folder: Path) -> dict[str, str]:
     path = folder / DIGESTS_NAME
-    record = read_json(path, CheckpointError, _WAY_OUT)
-    try:
-        check_shape(record, {"version": int, "...": Any})
-        if record["version"] > VERSION:
-            raise CheckpointError(
-                f"{path}: version {record['version']} is not {VERSION}; use a newer release."
-            )
-        check_shape(record, _SHAPE)
-        if record["version"] < VERSION or not record["files"] or not all(map(_is_inside, record["files"])):
-            raise ValueError(f"expected version {VERSION}, and names of files in this folder")
-    except CheckpointError:
-        raise
-    except ValueError as problem:
-        raise CheckpointError(f"{path} is damaged: {problem}; {_WAY_OUT}.") from None
-    return record["files"]
+    hint = f"{_WAY_OUT}."
+    version = read_shaped(path, {"version": int, "...": Any}, CheckpointError, hint)["version"]
+    if version > VERSION:
+        raise CheckpointError(f"{path}: version {version} is not {VERSION}; use a newer release.")
+    files = read_shaped(path, _SHAPE, CheckpointError, hint)["files"]
+    if not files or not all(map(_is_inside, files)):
+        raise CheckpointError(f"{path} is damaged: expected names of files in this folder; {hint}")
+    return files
 
 
 def _is_inside(name: str) -> bool:

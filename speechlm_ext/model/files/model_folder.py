@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from speechlm_ext.errors import CheckpointError, file_errors
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model.config import ModelConfig
 from speechlm_ext.model.files.digests import verify_digests, write_digests
-from speechlm_ext.model.files.weights import check_sizes
+from speechlm_ext.model.files.weights import check_sizes, read_tensors
 from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.utils.files.io import atomic_path, atomic_write_json
 from speechlm_ext.utils.files.run_folders import CONFIG_NAME, MODEL_FILES, TOKENIZERS_NAME, WEIGHTS_NAME
 from speechlm_ext.utils.finite import require_finite
 
 Model = TypeVar("Model", bound=SpeechLMModel)
-#: Of the weights file. One entry: safetensors writes several in any order, and files of equal weights would differ.
-METADATA = {"format": "pt"}
 
 
 def save_model(model: SpeechLMModel, folder: str | Path) -> None:
@@ -36,13 +34,19 @@ def save_model(model: SpeechLMModel, folder: str | Path) -> None:
     require_finite(state, CheckpointError, f"the model was not saved to {folder}", "Nothing was written.")
     if model.config.tie_head:
         state.pop("head.weight")
+    write_model_files(model, state, folder)
+    write_digests(folder, MODEL_FILES, () if model.tokenizers is None else (TOKENIZERS_NAME,))
+
+
+def write_model_files(model: SpeechLMModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the files of a model folder without their digests. Raises :class:`StorageError`."""
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
-        save_file(state, temporary, metadata=METADATA)
+        # One entry: safetensors writes several in any order, and files of equal weights would differ.
+        save_file(weights, temporary, metadata={"format": "pt"})
     model.layout.save(folder)
     if model.tokenizers is not None:
         model.tokenizers.save(folder / TOKENIZERS_NAME)
     atomic_write_json(folder / CONFIG_NAME, model.config.to_dict())
-    write_digests(folder, MODEL_FILES, () if model.tokenizers is None else (TOKENIZERS_NAME,))
 
 
 def load_model(
@@ -89,12 +93,7 @@ def load_model(
     ):
         model = kind(config, layout, tokenizers)
     check_revision(model, folder)
-    try:
-        state = load_file(weights)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}: the folder is incomplete.") from None
-    except Exception as error:  # safetensors raises its own type for damaged files
-        raise CheckpointError(f"{weights} cannot be read ({error}); it is damaged or truncated.") from None
+    state = read_tensors(weights, "copy it again.")
     if verify:
         hint = "Its training had diverged when it was saved: use an older checkpoint."
         require_finite(state, CheckpointError, f"{weights} cannot be used", hint)

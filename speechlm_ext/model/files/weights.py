@@ -1,12 +1,15 @@
-"""Checks a model's sizes against the header of its weights file, before memory is allocated."""
+"""Reads weights files, and checks a model's sizes against their headers, before memory is allocated."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from speechlm_ext.errors import CheckpointError, foreign_errors
 
@@ -30,15 +33,8 @@ def check_sizes(path: Path, backbone: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the file is missing or damaged, or a size is larger than any in it; names both.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path.parent} has no {path.name}: the folder is incomplete.")
-    with foreign_errors(
-        CheckpointError, f"{path} cannot be read", "It is damaged or truncated: copy it again."
-    ):
-        if path.is_dir():  # which the library reports in its own way on each system
-            raise IsADirectoryError("it is a folder")
-        with safe_open(path, framework="pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    with _reading(path, "copy it again."), safe_open(path, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
     largest = max([len(shapes), *(size for shape in shapes for size in shape)])
     for name in _SIZES:
         value = backbone.get(name)
@@ -47,3 +43,19 @@ def check_sizes(path: Path, backbone: Mapping[str, Any]) -> None:
                 f"{path} does not fit config.json beside it: backbone.{name} is {value:g}, but no weight has more than "
                 f"{largest} rows or columns. Copy the folder again."
             )
+
+
+def read_tensors(path: Path, way_out: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises :class:`CheckpointError`: it is missing or damaged."""
+    with _reading(path, way_out):
+        return load_file(path)
+
+
+@contextlib.contextmanager
+def _reading(path: Path, way_out: str) -> Iterator[None]:
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} has no {path.name}: the folder is incomplete; {way_out}")
+    with foreign_errors(CheckpointError, f"{path} cannot be read", f"It is damaged or truncated: {way_out}"):
+        if path.is_dir():  # which the library reports in its own way on each system
+            raise IsADirectoryError("it is a folder")
+        yield
