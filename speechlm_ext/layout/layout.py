@@ -124,11 +124,8 @@ class TokenLayout:
         special = dict(BASE_SPECIAL)
         for task in (builtin_tasks() if tasks is None else tasks).values():
             special[f"task:{task.name}"] = task.id
-        default = "+".join(
-            ([f"ssl{ssl}"] if ssl is not None else [])
-            + ([f"codec{len(codec)}x{codec[0]}"] if codec else [])
-            + ([f"text{text}"] if text is not None else [])
-        )
+        parts = {"ssl": ssl, "codec": f"{len(codec)}x{codec[0]}" if codec else None, "text": text}
+        default = "+".join(f"{label}{size}" for label, size in parts.items() if size is not None)
         return cls(
             name=name or default or "special",
             streams=tuple(streams),

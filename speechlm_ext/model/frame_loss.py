@@ -50,16 +50,9 @@ def frame_rows(
     kind_N: Tensor | None,
     scopes: list[Any],
 ) -> FrameRows:
-    """The rows of a batch for the op.
+    """The rows of a batch for the op, from those of stream 0 and the ``frames`` with the streams' vectors in them.
 
-    Args:
-        hidden_ND: of stream 0.
-        targets_NS: rows of the head's weight.
-        weight_NS: their weights, or a bool mask.
-        frames: hidden states of the other streams, with the streams' vectors in them, for every position that has a
-            weight there.
-        kind_N: int64, which content each position is of; None: all of the first.
-        scopes: of every content and stream in turn.
+    ``kind_N`` is the content of each position (None: all of the first), ``scopes`` those of every content and stream.
     """
     S = targets_NS.shape[1]
     hidden_RED, rows_R = frames.hidden_RED, frames.rows_R

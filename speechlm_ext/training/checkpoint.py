@@ -79,17 +79,9 @@ class TrainerState:
 
 
 def save_checkpoint(engine: Any, model: SpeechLMModel, state: TrainerState, root: Path, keep: int) -> Path:
-    """Write ``root/step-…``; all ranks call it, rank 0 writes.
+    """Write ``root/step-…``, remove all but the newest ``keep`` checkpoints, and return the new folder.
 
-    Args:
-        engine: the DeepSpeed engine.
-        model: its module.
-        state: progress of the run; gets AdamW's step counter.
-        root: folder of checkpoints.
-        keep: number of newest checkpoints to keep.
-
-    Returns:
-        The checkpoint's folder.
+    All ranks call it, rank 0 writes; ``state`` gets AdamW's step counter.
 
     Raises:
         TrainingError: a weight or moment is not finite, on every rank; older checkpoints are untouched.
@@ -150,13 +142,7 @@ def _write(
 
 
 def diverged(root: Path, step: int, reason: str) -> TrainingError:
-    """The error of a run whose numbers are not finite any more; it names the checkpoints to resume from.
-
-    Args:
-        root: the run's folder of checkpoints, whose values are read.
-        step: step of the numbers.
-        reason: the numbers, in words.
-    """
+    """The error of a run whose numbers are not finite any more; it names the checkpoints in ``root`` to resume from."""
     found = list_checkpoints(root)
     good = next((folder for folder in reversed(found) if _is_finite_on_disk(folder)), None)
     bad = [folder.name for folder in found if good is None or (step_of(folder) or 0) > (step_of(good) or 0)]

@@ -188,14 +188,7 @@ class Board:
     """One event file of TensorBoard, each record written and flushed at once.
 
     ``SummaryWriter`` writes from a thread of its own: there a full disk ends in a traceback, and the training loop
-    notices it some lines later or at its end.
-
-    Args:
-        folder: made if it is missing.
-        step: steps done; later values of an earlier file are not shown.
-
-    Raises:
-        ImportError: tensorboard is not installed. OSError: the file cannot be written.
+    notices it some lines later or at its end. Values of an earlier file after ``step`` are not shown.
     """
 
     def __init__(self, folder: Path, step: int) -> None:

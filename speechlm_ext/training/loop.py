@@ -28,16 +28,8 @@ logger = logging.getLogger("speechlm_ext")
 
 
 class TrainLoop:
-    """Takes the steps of a run, from ``state`` to its last.
-
-    Args:
-        config: the run's settings.
-        engine: the DeepSpeed engine around ``model``.
-        model, loader: the model and its packs, at the state's place in the data.
-        state, meter: changed as the run proceeds.
-        log: lines and progress.
-        root: folder of checkpoints.
-    """
+    """Takes the steps of a run, from ``state`` to its last; ``loader`` is at the state's place in the data, and
+    ``root`` is the folder of checkpoints. ``state`` and ``meter`` change as the run proceeds."""
 
     def __init__(
         self,

@@ -20,12 +20,7 @@ LOSS, WEIGHT, COUNT, CORRECT = range(4)
 
 
 class Meter:
-    """Sums of one process over a log interval.
-
-    Args:
-        num_streams: S.
-        device: of the sums, and of the model.
-    """
+    """Sums of one process over a log interval, on the model's device."""
 
     def __init__(self, num_streams: int, device: torch.device) -> None:
         self.num_streams, self.device = num_streams, device

@@ -115,12 +115,7 @@ def empty_model(settings: ModelSettings, layout: TokenLayout) -> SpeechLMModel:
 
 
 def estimate_memory(model: SpeechLMModel, config: TrainConfig) -> MemoryEstimate:
-    """Memory of one training step on packs of ``config.data.budget`` rows.
-
-    Args:
-        model: its shapes are read, so it may be an :func:`empty_model`.
-        config: gives precision, ZeRO stage, number of processes and pack size.
-    """
+    """Memory of one training step on packs of ``config.data.budget`` rows; ``model`` may be an :func:`empty_model`."""
     body, layout, rows = model.backbone.config, model.layout, config.data.budget
     bytes_per_value = 2 if config.precision == "bf16" else 4
     count = model.num_parameters()

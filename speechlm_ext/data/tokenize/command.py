@@ -53,11 +53,7 @@ def run_tokenize(cfg: TokenizeConfig) -> TokenizeResult:
 
 
 def _make_layout(cfg: TokenizeConfig, tokenizers: TokenizerSet) -> TokenLayout:
-    """The folder's layout, with the special tokens of the user's tasks, written into it.
-
-    Raises:
-        LayoutMismatchError: the folder holds tokens of another layout.
-    """
+    """The folder's layout, with the special tokens of the user's tasks, written into it."""
     out = Path(cfg.output_dir)
     layout = tokenizers.make_layout(delays=None if cfg.delays is None else as_list(cfg.delays))
     if cfg.task_file is not None:

@@ -173,12 +173,7 @@ class ShardWriter:
     def finish(
         self, rejected: Sequence[Rejected], *, num_made: int, num_kept: int, merge: bool
     ) -> TokenizeResult:
-        """Write ``rejected.jsonl`` and the index once all shards exist.
-
-        Args:
-            rejected: bad lines of the manifests.
-            num_made, num_kept: shards that this run made, and that it found.
-            merge: require that all shards exist, and write the index again.
+        """Write ``rejected.jsonl`` and the index once all shards exist; ``merge`` writes the index again.
 
         Raises:
             ShardError: with ``merge``, a shard is missing. ManifestError: every item is bad.

@@ -41,15 +41,7 @@ class AttentionCache(Protocol):
 
 
 def choose_attention(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
-    """The attention kernel for packed rows, and the reason for it.
-
-    Args:
-        device: where the model runs.
-        dtype: the dtype of its activations.
-
-    Returns:
-        ``(name, reason)`` with name ``flash-attn``, ``varlen_attn`` or ``sdpa``.
-    """
+    """The attention kernel for packed rows, ``flash-attn``, ``varlen_attn`` or ``sdpa``, and the reason for it."""
     return _choose(torch.device(device).type, dtype)
 
 

@@ -49,12 +49,7 @@ def _sha256_of(folder: Path, names: Collection[str]) -> dict[str, str | OSError]
 
 
 def write_digests(folder: Path, names: Collection[str], folders: Collection[str] = ()) -> None:
-    """Write ``digests.json`` of a folder whose other files are complete.
-
-    Args:
-        folder: the model folder.
-        names: its files.
-        folders: folders in it, each with all its files.
+    """Write ``digests.json`` over a folder's complete files ``names`` and all files of ``folders`` in it.
 
     Raises:
         StorageError: a file cannot be read or the digests cannot be written.

@@ -22,16 +22,9 @@ _SIZES = (
 
 
 def check_sizes(path: Path, backbone: Mapping[str, Any]) -> None:
-    """Raise :class:`CheckpointError` for a configuration whose sizes exceed those of its weights.
+    """Raise :class:`CheckpointError` for a missing or damaged file, or a configuration with larger sizes than its own.
 
     A damaged number could otherwise take all memory or time. Loading the weights compares every size exactly.
-
-    Args:
-        path: the safetensors file.
-        backbone: the backbone's configuration.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or a size is larger than any in it; names both.
     """
     with _reading(path, "copy it again."), safe_open(path, framework="pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
