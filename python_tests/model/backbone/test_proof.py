@@ -199,7 +199,7 @@ def test_rows_beyond_which_rotary_embeddings_change_are_refused(tmp_path: Path) 
         right = model.hidden(*rows_of(torch.arange(9)))
         cache = model.new_cache(2, 64)
         model.prefill(ids[:8], cache, [0], [8])
-        cache._set(1, 40)
+        cache.restore(1, 40)
         torch.testing.assert_close(model.step_hidden(ids[8:9].repeat(2, 1), cache, 64)[0], right[8])
 
 
