@@ -24,8 +24,9 @@ from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.data.recordings import RecordingPool, find_audio
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.features.sampling import sample_size, sampled_rows, write_sample
+from speechlm_ext.kmeans.counter_rng import sampled_rows
 from speechlm_ext.kmeans.features.sources import FeatureSource, ShardSource, open_source
+from speechlm_ext.kmeans.fit.scan import default_block_rows
 from speechlm_ext.tokenizers.encoders.build import build_encoder
 from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder
 from speechlm_ext.units.inspect import PLOT, describe_units, write_plot
@@ -173,7 +174,13 @@ def _check_options(cfg: FitConfig) -> None:
     else:
         of_recordings = ["resample", "skip_bad", *(["frames_per_token"] if cfg.encoder is None else [])]
         refuse_options(cfg, of_recordings, "for recordings; leave it out, or give --audio")
-    sample_size(1, cfg.share, cfg.max_frames)
+    if not 0 < cfg.share <= 1:
+        raise ConfigError(
+            f"share must be in (0, 1], got {cfg.share:g}; 0.1 keeps about every tenth frame.",
+            argument="share",
+        )
+    if cfg.max_frames is not None and cfg.max_frames < 1:
+        raise ConfigError(f"max_frames must be at least 1, got {cfg.max_frames}.", argument="max_frames")
 
 
 def _claim(cfg: FitConfig, out: Path, utterances: Sequence[Utterance], shards: FeatureSource | None) -> None:
@@ -214,13 +221,25 @@ def _with_plain_paths(settings: dict[str, Any]) -> dict[str, Any]:
 # ---- features ----------------------------------------------------------------------------------------------
 def _sample_shards(cfg: FitConfig, out: Path, source: FeatureSource) -> FeatureSource:
     """The shards as they are, or a sample of them, written once so that no iteration reads the rest."""
-    num_samples = sample_size(source.num_rows, cfg.share, cfg.max_frames)
-    if num_samples == source.num_rows:
+    num_rows, width = source.num_rows, source.num_features
+    num_samples = min(max(1, round(cfg.share * num_rows)), cfg.max_frames or num_rows)
+    if num_samples == num_rows:
         return source
     path = out / FEATURES / "sample.npy"
-    if not path.is_file():
-        with tqdm(total=source.num_rows, unit="row", desc="sample", disable=None) as bar:
-            write_sample(source, num_samples, cfg.seed, path, bar.update)
+    if path.is_file():
+        return open_source(path)
+    dtype = np.float64 if source.dtype == torch.float64 else np.float32
+    bar = tqdm(total=num_rows, unit="row", desc="sample", disable=None)
+    with bar, atomic_path(path) as temporary:
+        sample_MF = np.lib.format.open_memmap(temporary, "w+", dtype, (num_samples, width))
+        num_written = 0
+        for first, block in source.blocks(0, num_rows, default_block_rows(width)):
+            rows = sampled_rows(num_rows, num_samples, cfg.seed, start=first, end=first + len(block))
+            sample_MF[num_written : num_written + len(rows)] = block.numpy()[rows - first]
+            num_written += len(rows)
+            bar.update(len(block))
+        assert num_written == num_samples
+        sample_MF.flush()
     return open_source(path)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speechlm_ext.kmeans.fit.fixed_point import add_cluster_sums, exact_sum, grid_step, to_grid
+from speechlm_ext.kmeans.fit.fixed_point import exact_sum, grid_step, to_grid
 from speechlm_ext.kmeans.fit.scan import Data
 from speechlm_ext.kmeans.fit.state import State, Step
 from speechlm_ext.ops import CentroidIndex, kmeans_assign
@@ -108,7 +108,7 @@ def assign_pass(
     farthest = Farthest(num_clusters, width, data.work_dtype, data.device)
     for first, block in data.blocks(name):
         labels, squared = kmeans_assign(block, index, return_distance=True)
-        add_cluster_sums(block, labels, sums, counts, data.grid)
+        data.grid.add_sums(block, labels, sums, counts)
         inertia += to_grid(squared.nan_to_num(nan=0.0).double(), step).sum()
         if with_farthest:
             farthest.add(block, labels, squared)

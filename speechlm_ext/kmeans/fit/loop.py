@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
 from speechlm_ext.kmeans.fit.lloyd import assign_pass, lloyd_step
 from speechlm_ext.kmeans.fit.minibatch import Batches, minibatch_step, update_stopping
 from speechlm_ext.kmeans.fit.scan import Data
 from speechlm_ext.kmeans.fit.seeding import initial_centers, subsample
-from speechlm_ext.kmeans.fit.state import Best, State
+from speechlm_ext.kmeans.fit.state import Best, Checkpoint, State
 from speechlm_ext.kmeans.settings import Settings
 
 _LOG = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.kmeans.counter_rng import row_keys
-from speechlm_ext.kmeans.fit.fixed_point import add_cluster_sums, exact_sum, grid_step, to_grid
+from speechlm_ext.kmeans.fit.fixed_point import exact_sum, grid_step, to_grid
 from speechlm_ext.kmeans.fit.lloyd import squared_distance_bound
 from speechlm_ext.kmeans.fit.scan import Data
 from speechlm_ext.kmeans.fit.state import State, Step
@@ -123,7 +123,7 @@ def minibatch_step(data: Data, settings: Settings, state: State, block: Tensor, 
     sums = torch.zeros(num_clusters, width, dtype=torch.float64, device=data.device)
     counts = torch.zeros(num_clusters, dtype=torch.int64, device=data.device)
     labels, squared = kmeans_assign(block, state.centers.to(data.work_dtype), return_distance=True)
-    add_cluster_sums(block, labels, sums, counts, data.grid)
+    data.grid.add_sums(block, labels, sums, counts)
     step = grid_step(squared_distance_bound(data, state.centers), data.num_rows)
     inertia = to_grid(squared.nan_to_num(nan=0.0).double(), step).sum()
     data.ranks.sum_(sums, counts, inertia)

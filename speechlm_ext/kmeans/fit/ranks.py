@@ -64,19 +64,18 @@ class Ranks:
         """All ranks' ``[n_i, ...]`` concatenated in rank order; ``n_i`` may differ and may be 0."""
         if self.size == 1:
             return tensor
-        lengths = self._all([tensor.shape[0]])
+        lengths = self.gather_int(tensor.shape[0])
         padded = tensor.new_zeros(max(lengths), *tensor.shape[1:], device=_device())
         padded[: tensor.shape[0]] = tensor
         parts = [torch.empty_like(padded) for _ in lengths]
         distributed.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).to(tensor.device)
 
-    def shares(self, num_rows: int) -> list[int]:
-        """The number of rows of each rank."""
-        return [num_rows] if self.size == 1 else self._all([num_rows])
-
-    def _all(self, values: list[int]) -> list[int]:
-        mine = torch.tensor(values, device=_device())
+    def gather_int(self, value: int) -> list[int]:
+        """All ranks' values, in rank order."""
+        if self.size == 1:
+            return [value]
+        mine = torch.tensor([value], device=_device())
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         distributed.all_gather(parts, mine)
         return torch.cat(parts).tolist()
@@ -97,9 +96,7 @@ class Ranks:
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """All ranks' bytes, in rank order."""
-        if self.size == 1:
-            return [data]
-        lengths = self._all([len(data)])
+        lengths = self.gather_int(len(data))
         mine = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
         return [part.numpy().tobytes() for part in self.gather(mine).split(lengths)]
 

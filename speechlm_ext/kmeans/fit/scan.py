@@ -138,7 +138,7 @@ def scan(
             f"features: the ranks have different ones (width, is float64): {heads}; all rows of a fit come from one "
             "encoder and layer."
         )
-    shares = ranks.shares(source.num_rows)
+    shares = ranks.gather_int(source.num_rows)
     num_rows = sum(shares)
     low = torch.full((source.num_features,), torch.inf, dtype=torch.float64, device=device)
     high, dropped = -low, torch.zeros((), dtype=torch.int64, device=device)
