@@ -31,16 +31,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def row_keys(seed: int, purpose: str, rows: Tensor) -> Tensor:
-    """A pseudo-random int64 key per index.
-
-    Args:
-        seed: any integer.
-        purpose: makes the draws of different callers independent.
-        rows: int64 ``[n]`` indices, e.g. global row numbers.
-
-    Returns:
-        int64 ``[n]``, uniform over all 64-bit patterns, different for different indices.
-    """
+    """Pseudo-random int64 keys ``[n]`` of different ``rows`` (int64 ``[n]``), without ties; one draw per ``purpose``."""
     base = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8]
     z = rows * _GOLDEN + int.from_bytes(base, "little", signed=True)
     z = (z ^ _shift(z, 30)) * _MIX_1

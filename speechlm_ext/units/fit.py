@@ -121,11 +121,7 @@ class FitConfig:
 
 @says_conversions()
 def run_fit(cfg: FitConfig) -> int:
-    """Fit as configured; see :class:`FitConfig`.
-
-    Raises:
-        SpeechLMError: an unusable setting, recording or shard; the message names it.
-    """
+    """The exit code of a fit. Raises :class:`SpeechLMError`: an unusable setting, recording or shard."""
     _check_options(cfg)
     device = resolve_device(cfg.device, ConfigError)
     out = Path(cfg.output_dir)
@@ -253,8 +249,9 @@ def _encode_recordings(
         share = min(share, cfg.max_frames / estimated_frames(utterances, encoder.frame_rate))
     size = _RECORDINGS_PER_SHARD
     groups = [utterances[i : i + size] for i in range(0, len(utterances), size)]
-    todo = [number for number in range(len(groups)) if not _is_done(folder, number)]
-    total = sum(len(groups[number]) for number in todo)
+    shards = [folder / f"shard-{number:05d}.npy" for number in range(len(groups))]
+    todo = [(shard, group) for shard, group in zip(shards, groups, strict=True) if not _is_done(shard)]
+    total = sum(len(group) for _, group in todo)
     pool = RecordingPool(
         partial(FrameEncoder, encoder.spec, None, device, cfg.resample),
         skip_bad=cfg.skip_bad,
@@ -262,9 +259,9 @@ def _encode_recordings(
         num_items=total,
     )
     with pool, tqdm(total=total, unit="utt", desc="encode", disable=None) as bar:
-        for number in todo:
+        for shard, group in todo:
             parts, rejected, num_frames = [], [], 0
-            for utterance, features in zip(groups[number], pool(groups[number]), strict=True):
+            for utterance, features in zip(group, pool(group), strict=True):
                 bar.update()
                 if isinstance(features, Rejected):
                     rejected.append(asdict(features))
@@ -274,14 +271,13 @@ def _encode_recordings(
                 num_samples = math.floor(share * num_frames) - math.floor(share * num_before)
                 purpose = f"sample/{utterance.id}"
                 parts.append(features[sampled_rows(len(features), num_samples, cfg.seed, purpose=purpose)])
-            shard = _shard(folder, number)
             has_rows = any(len(part) for part in parts)
             if has_rows:
                 with atomic_path(shard) as temporary:
                     np.save(temporary, np.concatenate(parts))
             record = {"rejected": rejected, "sha256": sha256_file(shard) if has_rows else None}
-            atomic_write_json(_done(folder, number), record)  # last: the shard is complete
-    records = [_read_done(_done(folder, number)) for number in range(len(groups))]
+            atomic_write_json(_done(shard), record)  # last: the shard is complete
+    records = [_read_done(_done(shard)) for shard in shards]
     all_rejected = [Rejected(**item) for record in records for item in record["rejected"]]
     write_rejected(out, all_rejected, len(utterances), cfg.skip_bad)
     if not any(folder.glob("shard-*.npy")):
@@ -292,17 +288,13 @@ def _encode_recordings(
     return open_source(folder)
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.npy"
+def _done(shard: Path) -> Path:
+    return shard.with_name(f"done-{shard.stem.removeprefix('shard-')}.json")
 
 
-def _done(folder: Path, number: int) -> Path:
-    return folder / f"done-{number:05d}.json"
-
-
-def _is_done(folder: Path, number: int) -> bool:
+def _is_done(shard: Path) -> bool:
     """Whether a shard is complete. Raises :class:`KMeansError`: it was damaged since."""
-    shard, done = _shard(folder, number), _done(folder, number)
+    done = _done(shard)
     if not done.is_file():
         return False
     sha256 = _read_done(done).get("sha256")

@@ -21,10 +21,9 @@ _HINT = "It is damaged or truncated: write it again."
 
 
 def open_npy(path: Path, name: str = "feature shard", shape: str = "[n, F]") -> np.ndarray:
-    """A ``.npy`` file of two-dimensional floats, mapped into memory; ``name`` and ``shape`` for messages.
+    """A ``.npy`` file of floats with two dimensions, mapped; ``name`` and ``shape`` are for messages.
 
-    Raises:
-        KMeansError: unreadable, of another type or shape, or with more bytes than its header describes.
+    Raises :class:`KMeansError`: unreadable, of another type or shape, or with more bytes than its header describes.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -79,12 +78,7 @@ def how_to_reshape(num_dims: int) -> str:
 class ParquetRows:
     """A Parquet file with a column of float lists, all of one length; sliced like an array ``[n, F]``.
 
-    Args:
-        path: the file.
-        column: its column of lists or fixed-size lists of float16, float32 or float64.
-
-    Raises:
-        KMeansError: unreadable, no such column, another type, lists that are missing or differ in length.
+    Raises :class:`KMeansError`: unreadable, no such column, another type, lists that are missing or differ in length.
     """
 
     def __init__(self, path: Path, column: str) -> None:

@@ -29,15 +29,7 @@ from speechlm_ext.ops.kmeans_assign.sums import kmeans_sums
 
 
 def grid_step(bound: Tensor, count: int) -> Tensor:
-    """The step g of the grid for fewer than ``2^52`` summands.
-
-    Args:
-        bound: float64, any shape, >= 0: maximum magnitude of the summands.
-        count: maximum number of summands, over all blocks and ranks.
-
-    Returns:
-        float64 powers of two, shaped as ``bound``.
-    """
+    """The step g for ``count`` < 2^52 summands of magnitude ``bound`` (float64, any shape) at most."""
     exponent = torch.frexp(bound).exponent.to(torch.int64)  # bound < 2^exponent, or both are 0
     exponent = exponent + (max(1, count.bit_length()) - 52)
     # 2^e from its bits: pow() need not be exact. The clamp keeps it a normal number.

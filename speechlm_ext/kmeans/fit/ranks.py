@@ -25,13 +25,9 @@ class Ranks:
 
     @classmethod
     def join(cls, wanted: bool | Literal["auto"]) -> Ranks:
-        """The ranks of ``torch.distributed``'s default group.
+        """The default group's ranks; one process if ``wanted`` is False, or "auto" and there is no group.
 
-        Args:
-            wanted: True requires it, False ignores it, ``"auto"`` joins where it is initialized.
-
-        Raises:
-            KMeansError: it is required and not initialized.
+        Raises :class:`KMeansError`: it is True and there is none.
         """
         ready = distributed.is_available() and distributed.is_initialized()
         if wanted is True and not ready:
@@ -81,11 +77,7 @@ class Ranks:
         return torch.cat(parts).tolist()
 
     def raise_any(self, error: Exception | None) -> None:
-        """Raise an error of any rank on every rank, so that none waits for one that has stopped.
-
-        Raises:
-            Exception: ``error`` itself on the rank where it occurred; elsewhere a KMeansError with that rank's number.
-        """
+        """Raise an error of any rank on every rank (KMeansError on the others), so that none waits for it."""
         text = b"" if error is None else f"rank {self.rank}: {error}".encode()
         texts = self.gather_bytes(text)
         if error is not None:

@@ -107,13 +107,7 @@ def _split(state: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class Checkpoint:
-    """The checkpoint of one fit.
-
-    Args:
-        folder: created at the first write.
-        ranks: of the fit.
-        settings, data: of the fit, as JSON values; a checkpoint of others is refused.
-    """
+    """The checkpoint of a fit of ``settings`` and ``data`` (JSON values); one of others is refused."""
 
     def __init__(
         self, folder: str | Path, ranks: Ranks, settings: Mapping[str, Any], data: Mapping[str, Any]
@@ -123,11 +117,7 @@ class Checkpoint:
         self.identity = json.loads(json.dumps({"settings": dict(settings), "data": dict(data)}))
 
     def load(self, device: torch.device) -> State | None:
-        """The state to resume from; None if there is no checkpoint yet.
-
-        Raises:
-            CheckpointError: damaged, or of other settings or data; on every rank.
-        """
+        """The state to resume from, None without a checkpoint. Raises :class:`CheckpointError` on every rank."""
         head, blob, error = b"", b"", None
         if self.ranks.rank == 0:
             try:
@@ -179,12 +169,7 @@ class Checkpoint:
                     )
 
     def save(self, state: State) -> None:
-        """Write the state.
-
-        Raises:
-            KMeansError: a centroid is not finite. StorageError: it cannot be written. In both cases the previous
-                checkpoint is untouched.
-        """
+        """Write the state; on KMeansError (not finite) or StorageError the previous checkpoint is untouched."""
         error: Exception | None = None
         if self.ranks.rank == 0:
             try:
