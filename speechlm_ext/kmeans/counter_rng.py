@@ -31,7 +31,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def row_keys(seed: int, purpose: str, rows: Tensor) -> Tensor:
-    """Pseudo-random int64 keys ``[n]`` of different ``rows`` (int64 ``[n]``), without ties; one draw per ``purpose``."""
+    """Pseudo-random int64 keys ``[n]`` without ties for different ``rows`` (int64 ``[n]``) and ``purpose``."""
     base = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8]
     z = rows * _GOLDEN + int.from_bytes(base, "little", signed=True)
     z = (z ^ _shift(z, 30)) * _MIX_1
