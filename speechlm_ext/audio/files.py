@@ -113,11 +113,7 @@ class _Stream(soundfile.SoundFile):
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
-    """The open file; if its header has length 0, with the length of its samples.
-
-    Raises:
-        AudioError: libsndfile cannot open or read it.
-    """
+    """The open file; if its header has length 0, with the length of its samples."""
     try:
         size = data_size(path)
         source: Path | io.BytesIO = path

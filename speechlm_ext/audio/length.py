@@ -29,14 +29,9 @@ _logged: set[str] = set()
 
 
 def check_length(path: Path, file: soundfile.SoundFile, num_read: int) -> None:
-    """Compare the samples read with the counts of the file.
+    """Compare ``num_read`` samples per channel, all of ``file``, with the counts of the file.
 
-    Args:
-        file: of the path, read to its end.
-        num_read: samples read, per channel.
-
-    Raises:
-        AudioError: more than 10 ms are missing; less is a warning in the log.
+    More than 10 ms missing is an :class:`AudioError`, less a warning in the log.
     """
     if file.format == "OGG":
         _check_ogg(path)
@@ -61,11 +56,7 @@ def warn_once(text: str) -> None:
 
 
 def _pcm_promise(path: Path, file: soundfile.SoundFile, num_read: int) -> tuple[int, str]:
-    """Number of samples that the header counts, and the reason; ``num_read`` if it promises none.
-
-    Raises:
-        AudioError: the file ends before its samples.
-    """
+    """Number of samples that the header counts, and the reason; ``num_read`` if it promises none."""
     size = data_size(path)
     if size is not None and size.declared is not None and size.declared > size.available:
         if num_read == 0:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from python_tests.generation.conftest import make_model, make_wave
-from python_tests.generation.tools import make_layout, make_prompt, random_content
+from python_tests.generation.tools import decode, make_layout, make_prompt, random_content
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
-from speechlm_ext.generation.engine.engine import Engine, decode
+from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.requests import results_folder as records
 from speechlm_ext.generation.requests.prompt import build_prompt

@@ -171,12 +171,7 @@ class GenerationResult:
 
 
 def check_request(request: GenerationRequest, template: TaskTemplate) -> None:
-    """Compare a request's fields and settings with its task.
-
-    Raises:
-        GenerationError: a condition is missing, a field is given that the task does not take, or settings that do not
-            apply to the task.
-    """
+    """Raise :class:`GenerationError` unless a request's fields and settings apply to its task."""
     where, settings = f"request {request.id!r} (task {template.name})", request.settings
     needed = [FIELD_NAMES[field] for field in sorted({e.field for e in template.conditions})]
     for name in needed:
