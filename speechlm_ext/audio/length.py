@@ -6,6 +6,7 @@ read is compared with the container's own counts.
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 
@@ -24,8 +25,6 @@ _MP3_SILENCE = 4608
 UNKNOWN_FRAMES = 1 << 62
 _MAX_PAGE = 65307  # bytes of an Ogg page
 _COPY_AGAIN = "copy it again; or, if this is all there is, rewrite it, e.g. by ffmpeg -i OLD NEW.wav"
-#: Warnings about files, each logged once in a process.
-_logged: set[str] = set()
 
 
 def check_length(path: Path, file: soundfile.SoundFile, num_read: int) -> None:
@@ -48,11 +47,10 @@ def check_length(path: Path, file: soundfile.SoundFile, num_read: int) -> None:
     warn_once(f"{message}; it is read to its end.")
 
 
+@functools.cache
 def warn_once(text: str) -> None:
     """Log a warning once in a process."""
-    if text not in _logged:
-        _logged.add(text)
-        logger.warning("%s", text)
+    logger.warning("%s", text)
 
 
 def _pcm_promise(path: Path, file: soundfile.SoundFile, num_read: int) -> tuple[int, str]:

@@ -99,7 +99,8 @@ def test_records_keep_all_results(model, tmp_path):
     )
     (result,) = generate(model, [request])
     folder = records.ResultsFolder(tmp_path, "m", "h")
-    record = folder.add(request, result)
+    folder.add(request, result)
+    record = folder.records[result.id]
     paths = [record["audio"], *[one["audio"] for one in record["alternatives"]]]
     assert len(set(paths)) == 3 and all((tmp_path / path).is_file() for path in paths)
     for one, kept in zip(result.alternatives, record["alternatives"], strict=True):

@@ -206,11 +206,7 @@ class Engine:
             self._slots.link()
 
     def run(self, jobs: Iterable[DecodeJob]) -> Iterator[tuple[DecodeJob, Decoded]]:
-        """Decode requests as slots allow and yield each as it ends.
-
-        Args:
-            jobs: taken one by one when there is room, so a generator may make them.
-        """
+        """Decode jobs, taken one by one when there is room, and yield each as it ends."""
         source, waiting = iter(jobs), None
         while True:
             free, joining = self.num_free, list[DecodeJob]()

@@ -28,10 +28,7 @@ def check_one_row(settings: SamplingSettings, where: str) -> None:
 
 
 class Session:
-    """One slot that keeps its rows from prompt to prompt.
-
-    Args:
-        model: in eval mode.
+    """One slot of a model in eval mode that keeps its rows from prompt to prompt.
 
     Attributes:
         cached_RS: int64 ``[R, S]``, the delayed rows whose keys and values are in the cache.

@@ -57,11 +57,7 @@ class StreamChunk:
 
 
 def request_of(request: GenerationRequest | None, fields: dict[str, Any]) -> GenerationRequest:
-    """A request from keywords: those of :class:`GenerationRequest`, with ``id`` optional, and sampling settings.
-
-    Raises:
-        GenerationError: keywords together with a request, unknown ones, or values that cannot be used.
-    """
+    """A request from keywords: those of :class:`GenerationRequest`, with ``id`` optional, and sampling settings."""
     if request is not None:
         if fields:
             raise GenerationError(
@@ -166,11 +162,7 @@ class ChunkDecoder:
 
 
 def make_chunk_decoder(modality: str, tokenizers: TokenizerSet) -> ChunkDecoder:
-    """The decoder of a target of ``modality``.
-
-    Raises:
-        TokenizerError: the codec cannot decode a stream.
-    """
+    """The decoder of a target of ``modality``."""
     if modality == "text_bpe" and tokenizers.text is not None:
         return TextDecoder(tokenizers.text)
     if modality in ("codec", "codec_ssl") and tokenizers.codec is not None:
@@ -179,11 +171,7 @@ def make_chunk_decoder(modality: str, tokenizers: TokenizerSet) -> ChunkDecoder:
 
 
 class AudioDecoder(ChunkDecoder):
-    """Codec codes to samples.
-
-    Args:
-        skip: columns before the codec's.
-    """
+    """Codec codes to samples; ``skip`` columns precede the codec's."""
 
     def __init__(self, tokenizers: TokenizerSet, skip: int) -> None:
         self._decoder, self._skip = tokenizers.stream_codec(), skip
@@ -210,11 +198,7 @@ class TextDecoder(ChunkDecoder):
         self._emitted = ""
 
     def push(self, ids: np.ndarray, end: bool = False) -> dict[str, Any]:
-        """See :class:`ChunkDecoder`.
-
-        Raises:
-            GenerationError: at the end, the tokenizer has changed text that is already emitted.
-        """
+        """See :class:`ChunkDecoder`."""
         self._ids += ids[:, 0].tolist()
         text = str(self._tokenizer.decode(np.asarray(self._ids, np.int32)[:, None])) if self._ids else ""
         ready = text if end else text.rstrip(_REPLACEMENT)
