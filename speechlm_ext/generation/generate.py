@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -85,21 +85,17 @@ class _Try(NamedTuple):
     number: int
 
 
+@dataclass(eq=False)
 class _Batch:
     """The requests of one call on their way to results. With ``best_of`` or ``n_best`` a request has several tries."""
 
-    def __init__(
-        self,
-        model: SpeechLMModel,
-        requests: Sequence[GenerationRequest],
-        batch_size: int,
-        on_result: Callable[[int, GenerationResult], None] | None,
-        bar: tqdm,
-    ) -> None:
-        self.model, self.requests, self.batch_size = model, requests, batch_size
-        self.results: dict[int, GenerationResult] = {}
-        self._on_result, self._bar = on_result, bar
-        self._tries: dict[int, dict[int, GenerationResult]] = {}
+    model: SpeechLMModel
+    requests: Sequence[GenerationRequest]
+    batch_size: int
+    on_result: Callable[[int, GenerationResult], None] | None
+    bar: tqdm
+    results: dict[int, GenerationResult] = field(default_factory=dict)
+    tries: dict[int, dict[int, GenerationResult]] = field(default_factory=dict)
 
     @property
     def num_slots(self) -> int:
@@ -152,10 +148,10 @@ class _Batch:
         """Take in a decoded try; the last one completes its request."""
         index, number = job.key
         seconds = time.perf_counter() - job.start_time
-        tries = self._tries.setdefault(index, {})
+        tries = self.tries.setdefault(index, {})
         tries[number] = make_result(job.prompt, decoded, seconds, self.model)
         if len(tries) == self.requests[index].settings.num_tries:
-            del self._tries[index]
+            del self.tries[index]
             self._finish(index, self.merge_tries(index, [tries[n] for n in range(len(tries))]))
 
     def merge_tries(self, index: int, tries: list[GenerationResult]) -> GenerationResult:
@@ -173,9 +169,9 @@ class _Batch:
 
     def _finish(self, index: int, result: GenerationResult) -> None:
         self.results[index] = result
-        self._bar.update()
-        if self._on_result is not None:
-            self._on_result(index, result)
+        self.bar.update()
+        if self.on_result is not None:
+            self.on_result(index, result)
 
 
 def make_result(prompt: Prompt, decoded: Decoded, seconds: float, model: SpeechLMModel) -> GenerationResult:
