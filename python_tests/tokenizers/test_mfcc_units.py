@@ -15,7 +15,7 @@ from speechlm_ext.kmeans import KMeans
 from speechlm_ext.kmeans.counter_rng import row_keys
 from speechlm_ext.tokenizers import MFCCKMeans, SSLConfig, load_tokenizer
 from speechlm_ext.tokenizers.centroids import fit
-from speechlm_ext.tokenizers.encoders.mfcc import MFCC, deltas
+from speechlm_ext.tokenizers.encoders.build import MFCC, deltas
 from speechlm_ext.tokenizers.encoders.spec import average_frames
 
 

@@ -101,12 +101,12 @@ def _from_result(
             "lang": request.get("lang") or (found.lang if found else None) or lang,
             "dataset": found.dataset if found else "",
             "task": row["task"],
-            "ids": {"file": _relative(results, out), "id": row["id"]},
+            "ids": {"file": os.path.relpath(results, out), "id": row["id"]},
             "finished": row["finished"],
             "settings": row["settings"],
             "model": row["model"],
         }
-        audio = None if row["audio"] is None else _relative(results.parent / row["audio"], out)
+        audio = None if row["audio"] is None else os.path.relpath(results.parent / row["audio"], out)
         failed = row["finished"] == "failed"
         text, source = request["text"], request["audio"]
     except (KeyError, TypeError, AttributeError) as error:
@@ -197,7 +197,7 @@ def _waiting(kind: str, utterance: Utterance, path: Path, status: str, out: Path
         None,
         lang=utterance.lang or lang,
         dataset=utterance.dataset,
-        audio=_relative(path, out) if status == WAITING else None,
+        audio=os.path.relpath(path, out) if status == WAITING else None,
         skipped=status,
     )
 
@@ -212,7 +212,3 @@ def read_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
         return read_wave(utterance, sample_rate, resample=True)[0]
     except AudioError as error:
         raise AudioError(f"{utterance.where}: {error}") from None
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path, folder)

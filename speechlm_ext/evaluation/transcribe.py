@@ -44,12 +44,12 @@ class TranscriptCache:
     def __init__(self, out: Path, scorer: dict[str, Any]) -> None:
         self._path = out / PARTIAL
         self._scorer = json.dumps(scorer, sort_keys=True)
-        self._texts: dict[str, str] = {}
+        self.texts: dict[str, str] = {}
         data = self._path.read_bytes() if self._path.is_file() else b""
         for _, line in split_lines(data):
             try:
                 row = parse_json(line)
-                self._texts[row["clip"]] = row["text"]
+                self.texts[row["clip"]] = row["text"]
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when a run was killed: transcribed again
         self._at_line_start = not data or data.endswith(b"\n")
@@ -60,13 +60,9 @@ class TranscriptCache:
         digest.update(np.ascontiguousarray(wave).tobytes())
         return digest.hexdigest()
 
-    def get(self, key: str) -> str | None:
-        """The transcript under ``key``, or None."""
-        return self._texts.get(key)
-
     def add(self, key: str, text: str) -> None:
         """Store a transcript. Raises :class:`StorageError`."""
-        self._texts[key] = text
+        self.texts[key] = text
         line = ("" if self._at_line_start else "\n") + json_line({"clip": key, "text": text})
         try:
             with open(self._path, "a", encoding="utf-8") as file:
@@ -144,11 +140,7 @@ def _transcribe_cached(
 ) -> dict[int, str | Exception]:
     """The transcript of each clip, from the cache if it is there; new ones are added to it."""
     keys = {i: cache.key(wave, langs[i]) for i, wave in waves.items()}
-    found: dict[int, str | Exception] = {}
-    for i, key in keys.items():
-        text = cache.get(key)
-        if text is not None:
-            found[i] = text
+    found: dict[int, str | Exception] = {i: cache.texts[k] for i, k in keys.items() if k in cache.texts}
     new = _transcribe(scorer, {i: wave for i, wave in waves.items() if i not in found}, langs)
     for i, result in new.items():
         if isinstance(result, str):

@@ -16,8 +16,7 @@ import torch
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.tokenizers.base import register_tokenizer
 from speechlm_ext.tokenizers.centroids import extract_features, fit, sample_rows
-from speechlm_ext.tokenizers.encoders.mfcc import NUM_FEATURES
-from speechlm_ext.tokenizers.encoders.signal import SignalEncoder
+from speechlm_ext.tokenizers.encoders.build import NUM_FEATURES, SignalEncoder
 from speechlm_ext.tokenizers.encoders.spec import EncoderSpec
 from speechlm_ext.tokenizers.units import KMeansUnits
 from speechlm_ext.utils.device import one_thread
