@@ -14,8 +14,7 @@ from speechlm_ext.utils.files.yaml_text import parse_yaml
 def check_config_files(options: Sequence[str]) -> None:
     """Check the files that ``--config`` names among a verb's options; a missing file is left to the parser.
 
-    Raises:
-        ConfigError: a folder, not UTF-8, not YAML, or not a mapping of settings.
+    Raises :class:`ConfigError`: a folder, not UTF-8, not YAML, or not a mapping of settings.
     """
     for word, following in zip(options, [*options, ""][1:], strict=True):
         name, equals, value = word.partition("=")

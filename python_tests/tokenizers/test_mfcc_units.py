@@ -124,8 +124,8 @@ def test_fit_is_k_means_from_a_plain_start():
     start = some[plus_plus(some, 6, seed=3, purpose="k-means++/0")]
     assert len(start.unique(dim=0)) == 6
     want = KMeans(6, init=start, max_iter=5, tol=0.0).fit(x)
-    assert torch.equal(found.centroids_KF, want.cluster_centers_)
-    assert torch.equal(found.labels_N, want.labels_.long())
+    assert torch.equal(found.cluster_centers_, want.cluster_centers_)
+    assert torch.equal(found.labels_, want.labels_)
     with pytest.raises(KMeansError, match="6 clusters need at least as many rows, got 5"):
         fit(x[:5], 6, seed=0, iterations=5)
 

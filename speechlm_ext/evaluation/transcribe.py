@@ -34,12 +34,7 @@ WAITING = "not transcribed yet"
 
 
 class TranscriptCache:
-    """Transcripts by what they depend on: samples, language and the scorer's settings.
-
-    Args:
-        out: folder of the evaluation; :data:`PARTIAL` in it is read and appended to.
-        scorer: the scorer's settings as plain data.
-    """
+    """Transcripts by what they depend on: samples, language and the scorer's settings."""
 
     def __init__(self, out: Path, scorer: dict[str, Any]) -> None:
         self._path = out / PARTIAL
@@ -77,16 +72,8 @@ def transcribe_records(
 ) -> list[Record]:
     """The records, with the transcript in each that is :data:`WAITING`, or the reason why it has none.
 
-    Every transcript is stored at once, so that an interrupted evaluation resumes.
-
-    Args:
-        records: their audio paths are relative to ``out``.
-        scorer: None leaves every waiting record without a transcript.
-        no_scorer: reason for a missing scorer.
-        out: folder of the evaluation.
-
-    Raises:
-        StorageError: a transcript cannot be stored.
+    Every transcript is stored at once, so that an interrupted evaluation resumes. Audio paths are relative to ``out``.
+    Without a scorer the reason is ``no_scorer``. Raises :class:`StorageError`: a transcript cannot be stored.
     """
     if scorer is None:
         return [replace(r, skipped=no_scorer) if r.skipped == WAITING else r for r in records]

@@ -117,11 +117,7 @@ def write_artifact(
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """Content of ``tokenizer.json``, checked: ``kind, version, config, sha256``.
-
-    Raises:
-        TokenizerError: missing, not JSON, or of another version.
-    """
+    """Content of ``tokenizer.json``, checked. Raises :class:`TokenizerError`."""
     path = Path(folder) / FILE_NAME
     hint = "so it is not a tokenizer's description; save the tokenizer again, or copy its folder again."
     try:
@@ -145,11 +141,7 @@ def read_file(folder: str | Path, name: str) -> bytes:
 
 
 def require_fingerprint(folder: str | Path, stored: str, computed: str, expected: str) -> None:
-    """Refuse an artifact that changed after it was saved. Raises :class:`TokenizerError`.
-
-    Args:
-        expected: content that the folder should have, for the message.
-    """
+    """Refuse an artifact that changed after it was saved. Raises :class:`TokenizerError`."""
     if stored != computed:
         raise TokenizerError(
             f"{folder}: not {expected} as it was saved: content does not match its own sha256 ({computed[:12]}…, "

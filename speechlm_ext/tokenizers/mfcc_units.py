@@ -104,7 +104,7 @@ class MFCCKMeans(KMeansUnits):
         scale_F = x_NF.std(0, correction=0).clamp_min(1e-5)
         normalized_NF = (x_NF - mean_F) / scale_F
         fitted = fit(normalized_NF, config.num_clusters, seed=seed, iterations=config.fit_iterations)
-        return cls(config, mean_F, scale_F, fitted.centroids_KF)
+        return cls(config, mean_F, scale_F, fitted.cluster_centers_)
 
     def features(self, wave: np.ndarray) -> torch.Tensor:
         """See `KMeansUnits`: normalized MFCCs."""

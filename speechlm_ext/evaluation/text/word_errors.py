@@ -175,16 +175,10 @@ def _add_readings(graph: Graph, start: int, end: int, digits: str, lang: str) ->
 
 
 def best_reading(reference: Sequence[str], hypothesis: str, lang: str = "en") -> list[str]:
-    """The words of ``hypothesis`` in the reading that has the fewest word errors against ``reference``.
+    """The words of a hypothesis in the reading with the fewest word errors against ``reference``.
 
-    Args:
-        reference: normalized words, see :func:`normalize`.
-        hypothesis: raw text of a model.
-        lang: language tag of number words.
-
-    Returns:
-        The words of the best path through :func:`reading_graph`; of equal paths the one with fewer words. Beyond
-        :data:`MAX_CELLS` (thousands of digits against thousands of words) the hypothesis is read like a reference.
+    They are the best path through :func:`reading_graph`; of equal paths the one with fewer words. Beyond
+    :data:`MAX_CELLS` (thousands of digits against thousands of words) the hypothesis is read like a reference.
     """
     graph = reading_graph(hypothesis, lang)
     if all(len(edges) <= 1 for edges in graph):

@@ -156,11 +156,9 @@ class RVQKMeansCodec(ArrayTokenizer):
         residual_NF = x_NF - mean_F
         books = []
         for stage in range(c.num_codebooks):
-            book_KF, codes_N = fit(
-                residual_NF, c.codebook_size, seed=seed + stage, iterations=c.fit_iterations
-            )
-            books.append(book_KF)
-            residual_NF = residual_NF - book_KF[codes_N]
+            fitted = fit(residual_NF, c.codebook_size, seed=seed + stage, iterations=c.fit_iterations)
+            books.append(fitted.cluster_centers_)
+            residual_NF = residual_NF - fitted.cluster_centers_[fitted.labels_.long()]
         return cls(c, mean_F, torch.stack(books))
 
     def encode(self, x: np.ndarray) -> np.ndarray:

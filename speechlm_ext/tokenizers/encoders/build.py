@@ -25,12 +25,9 @@ _NUM_CEPSTRA = 13
 def build_encoder(
     spec: EncoderSpec | str, *, frames_per_token: int = 1, device: str | torch.device = "cpu"
 ) -> FeatureEncoder:
-    """Make the encoder that ``spec`` names.
+    """Make the encoder that ``spec`` names, on ``device`` if it is a model; without one it runs on the CPU.
 
-    Args:
-        spec: as a string (see :mod:`.spec`) or parsed.
-        frames_per_token: with a string, frames averaged to one.
-        device: where a model runs; ``mfcc`` and ``log-mel`` always run on the CPU.
+    With a string, ``frames_per_token`` frames are averaged to one.
 
     Raises:
         ConfigError: an encoder that is not known.

@@ -48,15 +48,9 @@ _WORDS = {
 
 
 def check_shape(value: Any, shape: Any, where: str = "") -> None:
-    """Compare JSON data with a shape.
+    """Compare JSON data with a shape; ``where`` is its path inside the file.
 
-    Args:
-        value: the result of :func:`json.loads`.
-        shape: see the module's text.
-        where: path of ``value`` inside the file, for messages.
-
-    Raises:
-        ValueError: the first difference: path of the key, expected shape, and value.
+    Raises ``ValueError`` with the first difference: path of the key, expected shape, and value.
     """
     if shape is Any:
         return
@@ -90,13 +84,7 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
 
 
 def read_shaped(path: str | Path, shape: Any, error: type[SpeechLMError], hint: str) -> Any:
-    """Read a JSON file of a known shape.
-
-    Args:
-        path: the file.
-        shape: see the module's text.
-        error: class of the errors.
-        hint: remedy for a damaged file; the end of the message.
+    """Read a JSON file of a known shape; ``hint`` is the remedy for a damaged file.
 
     Raises:
         FileNotFoundError: the file is missing; the caller says what that means.
@@ -111,11 +99,7 @@ def read_shaped(path: str | Path, shape: Any, error: type[SpeechLMError], hint: 
 
 
 def build(cls: Callable[..., T], value: Any, where: str = "") -> T:
-    """Check the shape of an object and make a dataclass of it, with nested dataclasses.
-
-    Raises:
-        ValueError: as :func:`check_shape`. Errors of the class's own checks pass.
-    """
+    """Check the shape of an object and make a dataclass of it, nested ones too. Raises ``ValueError``."""
     check_shape(value, cls, where)
     return _build(cls, value)
 

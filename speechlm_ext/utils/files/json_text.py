@@ -19,15 +19,11 @@ from speechlm_ext.errors import SpeechLMError
 
 
 def parse_json(text: str | bytes, *, allow_nan: bool = False) -> Any:
-    """Parse one JSON text strictly.
-
-    Args:
-        text: a JSON text; bytes must be UTF-8.
-        allow_nan: accept ``NaN``, ``Infinity`` and ``-Infinity``, as :func:`json.dumps` writes them.
+    """Parse one JSON text, bytes in UTF-8, strictly.
 
     Raises:
         ValueError: not UTF-8, not JSON, nested too deeply, a key that occurs twice in an object, or a number that is
-            not finite. Callers add file and line to the message.
+            not finite (unless ``allow_nan``). Callers add file and line to the message.
     """
     if isinstance(text, bytes):
         try:
@@ -45,13 +41,7 @@ def parse_json(text: str | bytes, *, allow_nan: bool = False) -> Any:
 
 
 def read_json(path: str | Path, error: type[SpeechLMError], hint: str, *, allow_nan: bool = False) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: the file.
-        error: class of the errors.
-        hint: remedy for a damaged file; the end of the message.
-        allow_nan: as in :func:`parse_json`.
+    """Read a JSON file; ``hint`` is the remedy for a damaged one.
 
     Raises:
         FileNotFoundError: the file is missing; the caller says what that means.
@@ -113,11 +103,7 @@ class JsonLine:
         return f"{self.path}:{self.number}"
 
     def value(self) -> Any:
-        """The JSON value, in which NaN and infinities may occur; readers check numbers by key.
-
-        Raises:
-            ValueError: not JSON; the message has no place in it.
-        """
+        """The JSON value, NaN and infinities included. Raises ``ValueError``: not JSON."""
         return parse_json(self.text, allow_nan=True)
 
     def object(self) -> dict[str, Any]:
@@ -136,16 +122,9 @@ def json_lines(path: Path, data: bytes) -> Iterator[JsonLine]:
 def read_json_lines(
     path: Path, what: str, error: type[SpeechLMError], *, all_utf8: bool = True
 ) -> list[JsonLine]:
-    """Read a file of JSON lines, without parsing them.
+    """Read a file of JSON lines, without parsing them; ``what`` is its kind, e.g. ``manifest``.
 
-    Args:
-        path: the file.
-        what: its kind, for messages, e.g. ``manifest``.
-        error: the class of errors raised.
-        all_utf8: refuse the file if any line is not UTF-8; otherwise that is the line's own problem.
-
-    Raises:
-        SpeechLMError: of class ``error``: the file cannot be read, or is not UTF-8.
+    Raises ``error``: the file cannot be read, or with ``all_utf8`` a line is not UTF-8; else the line has the problem.
     """
     try:
         data = path.read_bytes()
