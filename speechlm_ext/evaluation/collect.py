@@ -38,14 +38,8 @@ def collect(cfg: EvaluateConfig, scorer: AsrScorer | None, no_scorer: str | None
     All inputs are checked before the first transcription. An item that fails later (an unreadable recording, a language
     that the scorer does not know, an error of its ASR model) has the reason in ``skipped``; the others are unaffected.
 
-    Args:
-        scorer: transcribes speech; None skips it.
-        no_scorer: reason for a missing scorer.
-
-    Raises:
-        RecordError: a results file is malformed, or an ``asr`` result has no reference in the manifests.
-        StorageError: the folder cannot be made.
-        ManifestError: a manifest that cannot be used, or one id for different utterances of two manifests.
+    Raises :class:`RecordError`: a results file is malformed, or an ``asr`` result has no reference in the manifests;
+    :class:`ManifestError`: a manifest cannot be used, or has an id of another; :class:`StorageError`.
     """
     assert cfg.output_dir is not None
     out = Path(cfg.output_dir)

@@ -158,7 +158,7 @@ class RVQKMeansCodec(ArrayTokenizer):
         for stage in range(c.num_codebooks):
             fitted = fit(residual_NF, c.codebook_size, seed=seed + stage, iterations=c.fit_iterations)
             books.append(fitted.cluster_centers_)
-            residual_NF = residual_NF - fitted.cluster_centers_[fitted.labels_.long()]
+            residual_NF = residual_NF - fitted.cluster_centers_[torch.as_tensor(fitted.labels_).long()]
         return cls(c, mean_F, torch.stack(books))
 
     def encode(self, x: np.ndarray) -> np.ndarray:
