@@ -14,7 +14,7 @@ from speechlm_ext.errors import SpeechLMError
 def is_finite(tensor: Tensor) -> bool:
     """Whether every value is finite.
 
-    Minimum and maximum are a hundred times as fast as ``isfinite().all()`` on a CPU.
+    Minimum and maximum propagate NaN, need no memory, and are a hundred times as fast as ``isfinite().all()`` on a CPU.
     """
     if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         return True

@@ -174,7 +174,7 @@ def _check_plain(value: Any, kind: Any, where: str) -> None:
     ok = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if kind is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        ok = is_number and abs(value) <= sys.float_info.max
+        ok = is_number and abs(value) <= sys.float_info.max  # false for NaN, too
     if not ok:
         raise _unexpected(where, _WORDS.get(kind, str(kind)), value)
     if kind is str:
