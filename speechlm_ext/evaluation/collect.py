@@ -39,7 +39,7 @@ def collect(cfg: EvaluateConfig, scorer: AsrScorer | None, no_scorer: str | None
     that the scorer does not know, an error of its ASR model) has the reason in ``skipped``; the others are unaffected.
 
     Raises :class:`RecordError`: a results file is malformed, or an ``asr`` result has no reference in the manifests;
-    :class:`ManifestError`: a manifest cannot be used, or two have one id for different utterances; :class:`StorageError`.
+    :class:`ManifestError`: a manifest cannot be used, or two use one id; :class:`StorageError`: no folder.
     """
     assert cfg.output_dir is not None
     out = Path(cfg.output_dir)
