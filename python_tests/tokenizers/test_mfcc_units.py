@@ -132,4 +132,4 @@ def test_fit_is_k_means_from_a_plain_start():
 
 def test_fewer_distinct_frames_than_clusters():
     x = torch.zeros(20, 3)
-    assert torch.equal(fit(x, 5, seed=0, iterations=5).centroids_KF, torch.zeros(5, 3))
+    assert torch.equal(fit(x, 5, seed=0, iterations=5).cluster_centers_, torch.zeros(5, 3))
