@@ -26,7 +26,7 @@ import torch
 from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.features.sampling import sampled_rows
+from speechlm_ext.kmeans.counter_rng import sampled_rows
 from speechlm_ext.ops import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.artifact import ArrayTokenizer
 from speechlm_ext.tokenizers.base import register_tokenizer
