@@ -39,9 +39,6 @@ def read_requests(path: str | Path, defaults: dict[str, Any]) -> list[Line]:
 
     Returns:
         One entry per line that is not blank, in order; ids are unique.
-
-    Raises:
-        GenerationError: the file is missing, empty or not UTF-8.
     """
     path = Path(path)
     lines = read_json_lines(path, "requests file", GenerationError)
