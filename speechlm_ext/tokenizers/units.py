@@ -271,12 +271,7 @@ def _require_same(units: EncoderKMeans, encoder: FeatureEncoder, *, compare_path
 
 
 def averaged_encoder(encoder: str, frames_per_token: int) -> FeatureEncoder:
-    """The encoder, averaged to one feature frame per ``frames_per_token`` frames of 10 ms.
-
-    Raises:
-        ConfigError: that is no whole number of the encoder's frames.
-        TokenizerError: the encoder cannot be loaded.
-    """
+    """The encoder, averaged to one feature frame per ``frames_per_token`` frames of 10 ms."""
     built = build_encoder(encoder)
     count = built.frame_rate * frames_per_token / 100
     if count < 1 or count != int(count):

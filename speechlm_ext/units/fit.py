@@ -38,9 +38,8 @@ from speechlm_ext.units.output_folder import (
 )
 from speechlm_ext.units.recordings import FrameEncoder, estimated_frames, num_processes
 from speechlm_ext.utils.device import resolve_device
-from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, sha256_file
+from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, sha256_file, sha256_json
 from speechlm_ext.utils.files.json_shape import SHA256, read_shaped
-from speechlm_ext.utils.hashing import sha256_json
 from speechlm_ext.utils.options import refuse_options, take_old_name
 from speechlm_ext.utils.text import counted
 

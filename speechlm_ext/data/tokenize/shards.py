@@ -22,9 +22,8 @@ from speechlm_ext.data.tokens.format import read_head, write_index, write_shard
 from speechlm_ext.data.tokens.index import INDEX, shard_name
 from speechlm_ext.errors import ManifestError, ShardError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.utils.files.io import atomic_write_text
+from speechlm_ext.utils.files.io import atomic_write_text, sha256_json
 from speechlm_ext.utils.files.json_text import json_line
-from speechlm_ext.utils.hashing import sha256_json
 
 REJECTED = "rejected.jsonl"
 

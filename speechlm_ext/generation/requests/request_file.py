@@ -11,7 +11,7 @@ from typing import Any
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.requests.request import GenerationRequest
-from speechlm_ext.utils.files.json_lines import JsonLine, read_json_lines
+from speechlm_ext.utils.files.json_text import JsonLine, read_json_lines
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,9 @@ from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.requests.request import RECORDINGS, GenerationRequest, GenerationResult
 from speechlm_ext.generation.requests.request_file import RejectedRequest
-from speechlm_ext.utils.files.io import atomic_write_text, sha256_file, storage_error
-from speechlm_ext.utils.files.json_lines import json_lines
+from speechlm_ext.utils.files.io import atomic_write_text, sha256_file, sha256_json, storage_error
 from speechlm_ext.utils.files.json_shape import check_shape
-from speechlm_ext.utils.files.json_text import json_line
-from speechlm_ext.utils.hashing import sha256_json
+from speechlm_ext.utils.files.json_text import json_line, json_lines
 from speechlm_ext.utils.names import file_name
 
 RESULTS = "results.jsonl"
