@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin
 
 from speechlm_ext.errors import ConfigError, SpeechLMError, foreign_errors
 from speechlm_ext.utils.console import make_output_safe
@@ -36,61 +36,21 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "doctor": Verb(
-        "speechlm_ext.doctor",
-        "DoctorConfig",
-        "run_doctor",
-        "installed versions, compiled kernels and choices",
-    ),
-    "tokenize": Verb(
-        "speechlm_ext.data.tokenize.command",
-        "TokenizeConfig",
-        "run_tokenize",
-        "recordings and texts -> token shards",
-    ),
-    "plan": Verb(
-        "speechlm_ext.training.plan",
-        "PlanCommandConfig",
-        "run_plan",
-        "data, steps and memory of a training run, before it starts",
-    ),
-    "train": Verb(
-        "speechlm_ext.training", "TrainConfig", "run_train", "train a model on token shards, or resume a run"
-    ),
-    "generate": Verb(
-        "speechlm_ext.generation.commands.generate",
-        "GenerateConfig",
-        "run_generate",
-        "text or speech from a model",
-    ),
-    "evaluate": Verb(
-        "speechlm_ext.evaluation.evaluate",
-        "EvaluateConfig",
-        "run_evaluate",
-        "scores of a model, or of stored records",
-    ),
-    "kmeans fit": Verb(
-        "speechlm_ext.units.fit", "FitConfig", "run_fit", "K-Means units from recordings or feature shards"
-    ),
-    "kmeans assign": Verb(
-        "speechlm_ext.units.assign",
-        "AssignConfig",
-        "run_assign",
-        "recordings or feature shards -> unit labels",
-    ),
-    "kmeans inspect": Verb(
-        "speechlm_ext.units.inspect",
-        "InspectConfig",
-        "run_inspect",
-        "contents of a K-Means artifact, and the use of its units",
-    ),
-    "layout": Verb(
-        "speechlm_ext.layout.diff",
-        "LayoutConfig",
-        "run_layout",
-        "show a token layout, or the first difference of two",
-    ),
-}
+    name: Verb(f"speechlm_ext.{module}", config, f"run_{name.split()[-1]}", text)
+    for name, module, config, text in (
+        ("doctor", "doctor", "DoctorConfig", "installed versions, compiled kernels and choices"),
+        ("tokenize", "data.tokenize.command", "TokenizeConfig", "recordings and texts -> token shards"),
+        ("plan", "training.plan", "PlanCommandConfig", "data, steps and memory of a training run, before it starts"),
+        ("train", "training", "TrainConfig", "train a model on token shards, or resume a run"),
+        ("generate", "generation.commands.generate", "GenerateConfig", "text or speech from a model"),
+        ("evaluate", "evaluation.evaluate", "EvaluateConfig", "scores of a model, or of stored records"),
+        ("kmeans fit", "units.fit", "FitConfig", "K-Means units from recordings or feature shards"),
+        ("kmeans assign", "units.assign", "AssignConfig", "recordings or feature shards -> unit labels"),
+        ("kmeans inspect", "units.inspect", "InspectConfig",
+         "contents of a K-Means artifact, and the use of its units"),
+        ("layout", "layout.diff", "LayoutConfig", "show a token layout, or the first difference of two"),
+    )
+}  # fmt: skip
 #: First words of the verbs that have two.
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
 _HELP = ("-h", "--help")
@@ -126,12 +86,16 @@ def build_parser(name: str) -> Any:
     """The argument parser of one verb."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-    from speechlm_ext.config import OneLineErrors
-
     _use_strict_yaml()
 
-    class Parser(OneLineErrors, ArgumentParser):
+    class Parser(ArgumentParser):
         """Reads configuration files as UTF-8 in every locale; an unusable setting is an error on one line."""
+
+        def error(self, message: str, *_: Any) -> NoReturn:
+            line = " ".join(str(message).split()).rstrip(".")
+            end = f"'{self.prog} --help' explains the settings."
+            print(f"speechlm: error: {line[:1000]}. {end}", file=sys.stderr)
+            sys.exit(2)
 
         def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
             if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
@@ -277,9 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             values = parser.parse_args(options)
         values.pop("config", None)
         refuse_nan(values)
-        config = getattr(importlib.import_module(verb.module), verb.config)
-        settings = parser.instantiate(values)
-        result = getattr(importlib.import_module(verb.module), verb.function)(config(**vars(settings)))
+        module, settings = importlib.import_module(verb.module), parser.instantiate(values)
+        result = getattr(module, verb.function)(getattr(module, verb.config)(**vars(settings)))
     except SpeechLMError as error:
         print(f"speechlm: error: {error.for_command_line()}", file=sys.stderr)
         return 2

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from speechlm_ext.errors import ConfigError, foreign_errors
 from speechlm_ext.utils.files.yaml_text import parse_yaml
 
 
-class OneLineErrors:
-    """Mixin for an argument parser: a mistake gives one line and exit code 2, without the list of all options."""
-
-    prog: str
-
-    def error(self, message: str, *_: Any) -> NoReturn:
-        """End the process with exit code 2 and ``message`` on one line."""
-        line = " ".join(str(message).split()).rstrip(".")
-        print(f"speechlm: error: {line[:1000]}. '{self.prog} --help' explains the settings.", file=sys.stderr)
-        sys.exit(2)
-
-
 def check_config_files(options: Sequence[str]) -> None:
     """Check the files that ``--config`` names among a verb's options; a missing file is left to the parser.
 
-    Raises:
-        ConfigError: a folder, not UTF-8, not YAML, or not a mapping of settings.
+    Raises :class:`ConfigError`: a folder, not UTF-8, not YAML, or not a mapping of settings.
     """
     for word, following in zip(options, [*options, ""][1:], strict=True):
         name, equals, value = word.partition("=")

@@ -77,16 +77,15 @@ def _cpu() -> dict[str, Any]:
 def _cuda() -> dict[str, Any]:
     import torch
 
-    devices = []
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        devices.append(
-            {
-                "name": properties.name,
-                "capability": f"sm_{properties.major}{properties.minor}",
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-            }
-        )
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    devices = [
+        {
+            "name": device.name,
+            "capability": f"sm_{device.major}{device.minor}",
+            "memory_gib": round(device.total_memory / 2**30, 1),
+        }
+        for device in found
+    ]
     return {"torch_cuda": torch.version.cuda, "available": torch.cuda.is_available(), "devices": devices}
 
 

@@ -85,15 +85,10 @@ class StorageError(SpeechLMError, OSError):
 
 @contextlib.contextmanager
 def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterator[None]:
-    """Turn any exception of this block into one :class:`SpeechLMError`.
+    """Turn any exception of this block into one ``error``: ``where`` it came from, why, and a ``hint``.
 
     For blocks that read a user's input: a file, a line, a text. A :class:`SpeechLMError` passes unchanged, and so does
     an exception that is not about the input: no memory, interruption, a failing assertion.
-
-    Args:
-        error: the class that is raised.
-        where: origin of the input: file, line, id.
-        hint: what to do; the message's last part.
     """
     try:
         yield
@@ -110,13 +105,9 @@ def foreign_errors(error: type[SpeechLMError], where: str, hint: str) -> Iterato
 
 @contextlib.contextmanager
 def file_errors(error: type[SpeechLMError], path: object, what: str, hint: str) -> Iterator[None]:
-    """Name a file or folder in every error of the block that reads its content.
+    """Name the file or folder in every error of the block that reads it.
 
-    Args:
-        error: the class that is raised.
-        path: the file or folder.
-        what: the problem, e.g. ``"not a SentencePiece tokenizer"``.
-        hint: what to do.
+    ``what`` is the problem, e.g. ``"not a SentencePiece tokenizer"``, and ``hint`` the remedy.
     """
     with foreign_errors(error, f"{path}: {what}", hint):
         try:

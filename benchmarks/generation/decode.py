@@ -30,7 +30,7 @@ from benchmarks.generation.espnet_loop import decode_one
 from benchmarks.generation.models import build, tts_prompt
 from benchmarks.gpu_check.report import decode_table
 from speechlm_ext import SpeechLM
-from speechlm_ext.generation.engine.engine import Engine, decode
+from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.utils.console import make_output_safe
 
@@ -135,7 +135,9 @@ def check(model: SpeechLM, frames: int = 5) -> None:
         (segment,) = prompt.segments
         greedy = dataclasses.replace(segment, settings=dataclasses.replace(segment.settings, greedy=True))
         prompts.append(dataclasses.replace(prompt, segments=(greedy,)))
-    for prompt, decoded in zip(prompts, decode(model, prompts), strict=True):
+    jobs = [DecodeJob(prompt.id, prompt) for prompt in prompts]
+    for job, decoded in Engine(model, len(jobs)).run(jobs):
+        prompt = job.prompt
         rows_RS = torch.from_numpy(decoded.rows_RS[len(prompt.frames_PS) :])
         said_RS = decode_one(model, prompt, greedy=True).cpu()
         if not torch.equal(rows_RS, said_RS[: len(rows_RS)]) or bool(said_RS[len(rows_RS) :, 1:].any()):

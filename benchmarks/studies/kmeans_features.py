@@ -5,7 +5,7 @@ The folder holds pairs ``NAME.npy`` (float [N, F], from ``speechlm kmeans fit --
 fit from the same start for the same number of iterations: ours, and scikit-learn's KMeans (lloyd). Printed as a table
 in Markdown, and written as JSON:
 
-- PNMI and purities of our labels against the phones (speechlm_ext/evaluation/unit_quality.py),
+- PNMI and purities of our labels against the phones (benchmarks/studies/unit_quality.py),
   and PNMI of scikit-learn's
 - agreement with kmeans_assign, on our centroids: share of rows with the same label by scikit-learn's predict, and by
   the float64 argmin; the latter must be 1, or the script fails
@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import speechlm_ext as sx  # noqa: E402
-from speechlm_ext.evaluation.unit_quality import unit_quality  # noqa: E402
+from benchmarks.studies.unit_quality import unit_quality  # noqa: E402
 from speechlm_ext.kmeans import KMeans  # noqa: E402
 from speechlm_ext.ops import CentroidIndex  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402

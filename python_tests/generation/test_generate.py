@@ -8,11 +8,10 @@ import torch
 
 from python_tests.data.sequence_oracle import assemble
 from python_tests.generation.conftest import make_model, make_wave
-from python_tests.generation.tools import make_layout, make_prompt, random_content
+from python_tests.generation.tools import decode, make_layout, make_prompt, random_content
 from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import AudioError, GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
-from speechlm_ext.generation.engine.engine import decode
 from speechlm_ext.generation.requests.encode_fields import raw_content
 from speechlm_ext.generation.requests.prompt import build_prompt
 from speechlm_ext.ops import delay_pack

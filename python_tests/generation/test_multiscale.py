@@ -14,10 +14,10 @@ from python_tests.generation.live import test_stream
 from python_tests.generation.live.test_chat import talk
 from python_tests.generation.live.test_stream import SETTINGS, TTS
 from python_tests.generation.test_generate import CHAIN
-from python_tests.generation.tools import make_layout, make_prompt, random_content
+from python_tests.generation.tools import decode, make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
-from speechlm_ext.generation.engine.engine import Engine, decode
+from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.live import stream as stream_room
 from speechlm_ext.generation.live.chat import Chat

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from speechlm_ext.generation.engine.engine import Engine
+from speechlm_ext.generation.engine.rows import Decoded
+from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.requests.encode_fields import content_frames
 from speechlm_ext.generation.requests.prompt import Prompt, Segment, special_frame
 from speechlm_ext.generation.requests.request import SamplingSettings
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.tasks import builtin_tasks
 
 
@@ -157,3 +161,29 @@ class ScriptedHead:
                 logits = torch.where(hit, torch.tensor(float(value)), logits)
             out.append(logits)
         return torch.cat(out, dim=1)
+
+
+def decode(
+    model: SpeechLMModel,
+    prompts: Sequence[Prompt],
+    forced_targets: Sequence[np.ndarray] | None = None,
+    num_slots: int | None = None,
+) -> list[Decoded]:
+    """Decode prompts together.
+
+    Args:
+        model: a :class:`SpeechLMModel` in eval mode.
+        prompts: any mix of tasks and lengths.
+        forced_targets: for each prompt the content int64 ``[T, S]`` (layout ids) to force instead of sampling;
+            ``logprob_TS`` and ``end_logprob`` of the results then are those of that content.
+        num_slots: rows decoded at once; default all.
+
+    Returns:
+        One :class:`Decoded` per prompt, in order. A request whose logits are not finite is ``failed``; the others are
+        unaffected.
+    """
+    targets: Sequence[np.ndarray | None] = forced_targets or [None] * len(prompts)
+    engine = Engine(model, num_slots or max(sum(p.num_slots for p in prompts), 1))
+    jobs = [DecodeJob(n, p, t) for n, (p, t) in enumerate(zip(prompts, targets, strict=True))]
+    found = {job.key: decoded for job, decoded in engine.run(jobs)}
+    return [found[job.key] for job in jobs]

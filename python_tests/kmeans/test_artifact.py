@@ -18,9 +18,8 @@ from safetensors.torch import save_file
 import speechlm_ext as sx
 from speechlm_ext.errors import KMeansError
 from speechlm_ext.importers import kmeans_centroids as convert
-from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
 from speechlm_ext.kmeans.fit.ranks import Ranks
-from speechlm_ext.kmeans.fit.state import State
+from speechlm_ext.kmeans.fit.state import Checkpoint, State
 from speechlm_ext.kmeans.usage import draw_usage, usage
 
 joblib = pytest.importorskip("joblib", reason="models of scikit-learn need joblib: pip install scikit-learn")
@@ -223,8 +222,8 @@ def test_refusals_of_the_converter(x, tmp_path, capsys):
         ("nowhere.npy", "cannot be read"),
         ("object.npy", r"cannot be read \(it holds Python objects\); such arrays are refused.* Save numbers"),
         ("no-object.npy", "cannot be read .*No such file"),
-        ("flat.npy", r"expected float \[K, F\], got torch.float64 \[4\]"),
-        ("ints.npy", "got torch.int64"),
+        ("flat.npy", r"centroids .*expected float16, float32 or float64 \[K, F\], got float64 \[4\]"),
+        ("ints.npy", r"\[K, F\], got int64 \[2, 2\]"),
         ("nan.npy", "row 1 is not finite"),
     ):
         with pytest.raises(KMeansError, match=message):

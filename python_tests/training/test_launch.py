@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import yaml
 from python_tests.training.tiny import config
 from speechlm_ext.errors import TrainingError
 from speechlm_ext.training import run_train
+from speechlm_ext.training.launch import init_distributed
 
 
 def test_a_run_of_two_processes_is_torchruns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +35,12 @@ def test_a_run_of_two_processes_is_torchruns(tmp_path: Path, monkeypatch: pytest
         run_train(settings)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     assert commands[0][1:-1] == [*torchrun, "-m", "speechlm_ext.cli", "train", "--config"]
+
+
+def test_a_single_process_leaves_its_children_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a training run started by them would bind to the same port, or take itself for one of several."""
+    names = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    rank, world, _ = init_distributed()
+    assert (rank, world) == (0, 1) and not names & set(os.environ)

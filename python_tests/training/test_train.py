@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from python_tests.generation.tools import make_prompt
+from python_tests.generation.tools import decode, make_prompt
 from python_tests.training.runs import (
     MULTISCALE_WAYS,
     REFUSED,
@@ -32,7 +32,6 @@ from speechlm_ext import SpeechLM
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.data.tokens.folder import TokenFolder
 from speechlm_ext.generation import SamplingSettings
-from speechlm_ext.generation.engine.engine import decode
 from speechlm_ext.generation.requests.encode_fields import content_frames
 from speechlm_ext.training.train import build_model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.utils.files.json_lines import read_json_lines
+from speechlm_ext.utils.files.json_text import read_json_lines
 
 
 def test_every_line_has_its_place_and_its_own_problem(tmp_path: Path) -> None:

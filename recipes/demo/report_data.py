@@ -12,8 +12,7 @@ from speechlm_ext.data.manifest import Utterance, read_manifest
 from speechlm_ext.evaluation.records import Record, read_records
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.training.log import read_log
-from speechlm_ext.utils.files.json_lines import json_lines
-from speechlm_ext.utils.files.json_text import parse_json
+from speechlm_ext.utils.files.json_text import json_lines, parse_json
 from speechlm_ext.utils.files.yaml_text import parse_yaml
 
 LANGUAGES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "ru": "Russian"}

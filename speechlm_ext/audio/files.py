@@ -61,11 +61,7 @@ def read_audio(
 
 
 def audio_seconds(path: str | Path) -> float:
-    """Length of a recording in seconds by its header, without decoding; of an mp3 without a header an estimate.
-
-    Raises:
-        AudioError: the file is missing, empty or unreadable.
-    """
+    """Length of a recording in seconds by its header, without decoding; of an mp3 without a header an estimate."""
     path = _existing(path)
     if path.suffix.lower() == ".g722":
         return path.stat().st_size * 2 / 16000  # four bits a sample
@@ -77,12 +73,7 @@ def audio_seconds(path: str | Path) -> float:
 
 
 def write_wav(path: str | Path, wave: np.ndarray, sample_rate: int) -> None:
-    """Write ``wave [T]`` as a 16-bit PCM wav file, atomically; values outside [-1, 1] are clipped.
-
-    Raises:
-        AudioError: an unusable waveform.
-        StorageError: the file cannot be written.
-    """
+    """Write ``wave [T]`` as a 16-bit PCM wav file, atomically; values outside [-1, 1] are clipped."""
     wave = check_wave(wave, f"waveform for {path}")
     # Through memory: on a full disk libsndfile raises "System error" only.
     buffer = io.BytesIO()
@@ -113,11 +104,7 @@ class _Stream(soundfile.SoundFile):
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
-    """The open file; if its header has length 0, with the length of its samples.
-
-    Raises:
-        AudioError: libsndfile cannot open or read it.
-    """
+    """The open file; if its header has length 0, with the length of its samples."""
     try:
         size = data_size(path)
         source: Path | io.BytesIO = path

@@ -6,6 +6,7 @@ read is compared with the container's own counts.
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 
@@ -24,19 +25,12 @@ _MP3_SILENCE = 4608
 UNKNOWN_FRAMES = 1 << 62
 _MAX_PAGE = 65307  # bytes of an Ogg page
 _COPY_AGAIN = "copy it again; or, if this is all there is, rewrite it, e.g. by ffmpeg -i OLD NEW.wav"
-#: Warnings about files, each logged once in a process.
-_logged: set[str] = set()
 
 
 def check_length(path: Path, file: soundfile.SoundFile, num_read: int) -> None:
-    """Compare the samples read with the counts of the file.
+    """Compare ``num_read`` samples per channel, all of ``file``, with the counts of the file.
 
-    Args:
-        file: of the path, read to its end.
-        num_read: samples read, per channel.
-
-    Raises:
-        AudioError: more than 10 ms are missing; less is a warning in the log.
+    More than 10 ms missing is an :class:`AudioError`, less a warning in the log.
     """
     if file.format == "OGG":
         _check_ogg(path)
@@ -53,19 +47,14 @@ def check_length(path: Path, file: soundfile.SoundFile, num_read: int) -> None:
     warn_once(f"{message}; it is read to its end.")
 
 
+@functools.cache
 def warn_once(text: str) -> None:
     """Log a warning once in a process."""
-    if text not in _logged:
-        _logged.add(text)
-        logger.warning("%s", text)
+    logger.warning("%s", text)
 
 
 def _pcm_promise(path: Path, file: soundfile.SoundFile, num_read: int) -> tuple[int, str]:
-    """Number of samples that the header counts, and the reason; ``num_read`` if it promises none.
-
-    Raises:
-        AudioError: the file ends before its samples.
-    """
+    """Number of samples that the header counts, and the reason; ``num_read`` if it promises none."""
     size = data_size(path)
     if size is not None and size.declared is not None and size.declared > size.available:
         if num_read == 0:

@@ -6,6 +6,7 @@ Samples are 16-bit PCM, mono, rounded as :func:`speechlm_ext.audio.files.write_w
 from __future__ import annotations
 
 import struct
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,21 +22,14 @@ _MAX_BYTES = 2**32 - 1 - _HEADER
 
 
 def pcm16(wave: np.ndarray) -> bytes:
-    """Little-endian 16-bit PCM of ``wave [n]``, n >= 0; values outside [-1, 1] are clipped.
-
-    Args:
-        wave: floats in [-1, 1] or integer PCM, see :func:`speechlm_ext.audio.waveform.check_wave`.
-
-    Raises:
-        AudioError: unusable samples.
-    """
+    """Little-endian 16-bit PCM of ``wave [n]``, n >= 0, floats or integer PCM; values outside [-1, 1] are clipped."""
     wave = check_wave(wave, "samples to be written") if np.size(wave) else np.zeros(0, np.float32)
     # As libsndfile: round to 32 bits, then keep the upper half.
     wide = np.rint(np.clip(wave, -1.0, 1.0).astype(np.float64) * 2.0**31).astype(np.int64) >> 16
     return np.minimum(wide, 2**15 - 1).astype("<i2").tobytes()
 
 
-class WavStream:
+class WavStream(AbstractContextManager["WavStream"]):
     """A growing wav file. Use it as a context manager.
 
     The header is rewritten after every piece, so that the file is complete for a reader at any time and after a crash.
@@ -43,9 +37,6 @@ class WavStream:
     Args:
         path: overwritten; missing folders are created.
         sample_rate: Hz.
-
-    Raises:
-        StorageError: it cannot be written.
     """
 
     def __init__(self, path: str | Path, sample_rate: int) -> None:
@@ -88,18 +79,11 @@ class WavStream:
         form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
         return head + form + struct.pack("<4sI", b"data", num_bytes)
 
-    def close(self) -> None:
-        """Close the file."""
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def __enter__(self) -> WavStream:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-class RawStream:
+class RawStream(AbstractContextManager["RawStream"]):
     """Samples without a header to a pipe, each piece flushed at once. Same interface as :class:`WavStream`.
 
     Args:
@@ -113,9 +97,7 @@ class RawStream:
     def write(self, wave: np.ndarray) -> None:
         """Send samples ``[n]``: floats in [-1, 1] or integer PCM.
 
-        Raises:
-            AudioError: samples that cannot be used.
-            StorageError: they cannot be written. BrokenPipeError: the reader has closed the pipe.
+        Raises ``BrokenPipeError`` if the reader has closed the pipe.
         """
         try:
             self._file.write(pcm16(wave))
@@ -125,9 +107,6 @@ class RawStream:
         except OSError as error:
             raise StorageError(f"the samples cannot be written: {error.strerror or error}.") from error
         self.num_samples += len(wave)
-
-    def __enter__(self) -> RawStream:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         return None

@@ -79,9 +79,6 @@ def resample_audio(wave: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """Convert ``wave [T]`` from ``rate`` to ``new_rate`` Hz with soxr at its highest quality, as float32.
 
     Integer PCM is scaled as by :func:`check_wave`. Each conversion is counted for :func:`says_conversions`.
-
-    Raises:
-        AudioError: a rate that is not positive, or samples that are neither floats nor PCM.
     """
     if rate <= 0 or new_rate <= 0:
         raise AudioError(f"sampling rates must be positive, got {rate} Hz to {new_rate} Hz.")

@@ -21,7 +21,7 @@ from speechlm_ext.errors import ConfigError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.ops import PackedBatch
 from speechlm_ext.tasks import TaskTemplate
-from speechlm_ext.utils.hashing import sha256_json
+from speechlm_ext.utils.files.io import sha256_json
 
 if TYPE_CHECKING:
     from speechlm_ext.tokenizers import TokenizerSet

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from speechlm_ext.errors import ConfigError, ManifestError
-from speechlm_ext.utils.files.json_lines import JsonLine, read_json_lines
+from speechlm_ext.utils.files.json_text import JsonLine, read_json_lines
 
 KEYS = ("id", "audio", "text", "speaker", "lang", "dataset", "start", "duration")
 

@@ -38,14 +38,8 @@ def collect(cfg: EvaluateConfig, scorer: AsrScorer | None, no_scorer: str | None
     All inputs are checked before the first transcription. An item that fails later (an unreadable recording, a language
     that the scorer does not know, an error of its ASR model) has the reason in ``skipped``; the others are unaffected.
 
-    Args:
-        scorer: transcribes speech; None skips it.
-        no_scorer: reason for a missing scorer.
-
-    Raises:
-        RecordError: a results file is malformed, or an ``asr`` result has no reference in the manifests.
-        StorageError: the folder cannot be made.
-        ManifestError: a manifest that cannot be used, or one id for different utterances of two manifests.
+    Raises :class:`RecordError`: a results file is malformed, or an ``asr`` result has no reference in the manifests;
+    :class:`ManifestError`: a manifest cannot be used, or two use one id; :class:`StorageError`: no folder.
     """
     assert cfg.output_dir is not None
     out = Path(cfg.output_dir)
@@ -101,12 +95,12 @@ def _from_result(
             "lang": request.get("lang") or (found.lang if found else None) or lang,
             "dataset": found.dataset if found else "",
             "task": row["task"],
-            "ids": {"file": _relative(results, out), "id": row["id"]},
+            "ids": {"file": os.path.relpath(results, out), "id": row["id"]},
             "finished": row["finished"],
             "settings": row["settings"],
             "model": row["model"],
         }
-        audio = None if row["audio"] is None else _relative(results.parent / row["audio"], out)
+        audio = None if row["audio"] is None else os.path.relpath(results.parent / row["audio"], out)
         failed = row["finished"] == "failed"
         text, source = request["text"], request["audio"]
     except (KeyError, TypeError, AttributeError) as error:
@@ -197,7 +191,7 @@ def _waiting(kind: str, utterance: Utterance, path: Path, status: str, out: Path
         None,
         lang=utterance.lang or lang,
         dataset=utterance.dataset,
-        audio=_relative(path, out) if status == WAITING else None,
+        audio=os.path.relpath(path, out) if status == WAITING else None,
         skipped=status,
     )
 
@@ -212,7 +206,3 @@ def read_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
         return read_wave(utterance, sample_rate, resample=True)[0]
     except AudioError as error:
         raise AudioError(f"{utterance.where}: {error}") from None
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path, folder)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from speechlm_ext.audio.waveform import says_conversions
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.evaluation.asr.transcripts import remove_partial
 from speechlm_ext.evaluation.collect import collect
 from speechlm_ext.evaluation.config import EvaluateConfig
 from speechlm_ext.evaluation.records import FILE_NAME, Record, read_records, write_records
 from speechlm_ext.evaluation.scores import score_records
+from speechlm_ext.evaluation.transcribe import PARTIAL
 from speechlm_ext.utils.files.io import atomic_write_json
 from speechlm_ext.utils.language import canonical_tag
 from speechlm_ext.utils.options import as_list
@@ -57,7 +57,7 @@ def run_evaluate(cfg: EvaluateConfig) -> int:
     if cfg.results:
         records, scores["judge"] = _make_records(cfg)
         write_records(cfg.output_dir / FILE_NAME, records)
-        remove_partial(cfg.output_dir)
+        (cfg.output_dir / PARTIAL).unlink(missing_ok=True)
         scores["errors"] = score_records(records)
         # Hours of transcription are not lost if the model fails.
         _write(cfg.output_dir, scores)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from speechlm_ext.data.sequence import LossWeights
-from speechlm_ext.errors import CheckpointError, LayoutMismatchError
+from speechlm_ext.errors import CheckpointError, LayoutMismatchError, PlanError
 from speechlm_ext.tasks import resolve_task
 
 if TYPE_CHECKING:
@@ -98,8 +98,6 @@ def perplexity(
         PlanError: a named task has no data here.
         CheckpointError: the model's log-probabilities are not finite.
     """
-    from speechlm_ext.errors import PlanError
-
     corpus = open_for(model.layout, tokens)
     out = {}
     for task in tasks if tasks is not None else [t.name for t in model.tasks]:

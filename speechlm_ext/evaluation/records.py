@@ -14,8 +14,7 @@ from typing import Any
 
 from speechlm_ext.errors import SpeechLMError
 from speechlm_ext.utils.files.io import atomic_write_text
-from speechlm_ext.utils.files.json_lines import read_json_lines
-from speechlm_ext.utils.files.json_text import json_line
+from speechlm_ext.utils.files.json_text import json_line, read_json_lines
 
 FILE_NAME = "records.jsonl"
 VERSION = 1
@@ -65,14 +64,10 @@ class Record:
     """Why there is no hypothesis."""
     version: int = field(default=VERSION)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:
     """Write records as JSON lines, atomically. Raises :class:`StorageError`."""
-    atomic_write_text(path, "".join(json_line(r.to_dict()) for r in records))
+    atomic_write_text(path, "".join(json_line(asdict(r)) for r in records))
 
 
 def read_records(path: str | Path) -> list[Record]:

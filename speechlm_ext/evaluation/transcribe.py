@@ -1,12 +1,14 @@
-"""Transcripts of the speech in records."""
+"""Transcripts of the speech in records, kept on disk, so that an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -14,18 +16,55 @@ from tqdm import tqdm
 from speechlm_ext.audio.files import read_audio
 from speechlm_ext.errors import SpeechLMError
 from speechlm_ext.evaluation.asr.scorer import SAMPLE_RATE
-from speechlm_ext.evaluation.asr.transcripts import TranscriptCache
 from speechlm_ext.evaluation.records import Record
+from speechlm_ext.utils.files.io import storage_error
+from speechlm_ext.utils.files.json_text import json_line, parse_json, split_lines
 
 if TYPE_CHECKING:
     from speechlm_ext.evaluation.asr.scorer import AsrScorer
 
 log = logging.getLogger(__name__)
 
+#: Transcripts so far; the file is removed once the records hold them.
+PARTIAL = "judge.partial.jsonl"
 #: Clips transcribed in one call, after which their transcripts are stored.
 BATCH_SIZE = 8
 #: ``skipped`` of a record until it is transcribed.
 WAITING = "not transcribed yet"
+
+
+class TranscriptCache:
+    """Transcripts by what they depend on: samples, language and the scorer's settings."""
+
+    def __init__(self, out: Path, scorer: dict[str, Any]) -> None:
+        self._path = out / PARTIAL
+        self._scorer = json.dumps(scorer, sort_keys=True)
+        self.texts: dict[str, str] = {}
+        data = self._path.read_bytes() if self._path.is_file() else b""
+        for _, line in split_lines(data):
+            try:
+                row = parse_json(line)
+                self.texts[row["clip"]] = row["text"]
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off when a run was killed: transcribed again
+        self._at_line_start = not data or data.endswith(b"\n")
+
+    def key(self, wave: np.ndarray, lang: str) -> str:
+        """The key of a clip, float32 ``[T]``."""
+        digest = hashlib.sha256(f"{self._scorer}\n{lang}\n".encode("utf-8", "backslashreplace"))
+        digest.update(np.ascontiguousarray(wave).tobytes())
+        return digest.hexdigest()
+
+    def add(self, key: str, text: str) -> None:
+        """Store a transcript. Raises :class:`StorageError`."""
+        self.texts[key] = text
+        line = ("" if self._at_line_start else "\n") + json_line({"clip": key, "text": text})
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise storage_error(error, self._path) from error
+        self._at_line_start = True
 
 
 def transcribe_records(
@@ -33,16 +72,8 @@ def transcribe_records(
 ) -> list[Record]:
     """The records, with the transcript in each that is :data:`WAITING`, or the reason why it has none.
 
-    Every transcript is stored at once, so that an interrupted evaluation resumes.
-
-    Args:
-        records: their audio paths are relative to ``out``.
-        scorer: None leaves every waiting record without a transcript.
-        no_scorer: reason for a missing scorer.
-        out: folder of the evaluation.
-
-    Raises:
-        StorageError: a transcript cannot be stored.
+    Every transcript is stored at once, so that an interrupted evaluation resumes. Audio paths are relative to ``out``.
+    Without a scorer the reason is ``no_scorer``. Raises :class:`StorageError`: a transcript cannot be stored.
     """
     if scorer is None:
         return [replace(r, skipped=no_scorer) if r.skipped == WAITING else r for r in records]
@@ -96,11 +127,7 @@ def _transcribe_cached(
 ) -> dict[int, str | Exception]:
     """The transcript of each clip, from the cache if it is there; new ones are added to it."""
     keys = {i: cache.key(wave, langs[i]) for i, wave in waves.items()}
-    found: dict[int, str | Exception] = {}
-    for i, key in keys.items():
-        text = cache.get(key)
-        if text is not None:
-            found[i] = text
+    found: dict[int, str | Exception] = {i: cache.texts[k] for i, k in keys.items() if k in cache.texts}
     new = _transcribe(scorer, {i: wave for i, wave in waves.items() if i not in found}, langs)
     for i, result in new.items():
         if isinstance(result, str):

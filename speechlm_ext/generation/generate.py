@@ -6,11 +6,13 @@ its own result; the others are unaffected.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from speechlm_ext.audio.waveform import says_conversions
@@ -18,10 +20,10 @@ from speechlm_ext.errors import GenerationError, SpeechLMError
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.rows import Decoded, failed_result
 from speechlm_ext.generation.engine.slots import DecodeJob
-from speechlm_ext.generation.requests.prompt import build_prompt, require_tokenizers
+from speechlm_ext.generation.requests.encode_fields import content_columns, raw_content
+from speechlm_ext.generation.requests.prompt import Prompt, build_prompt, require_tokenizers
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.requests.settings import check_integer
-from speechlm_ext.generation.results import decode_content, failed_request, make_result
 from speechlm_ext.generation.search import best_of
 from speechlm_ext.generation.search.beam import beam_search
 from speechlm_ext.model.lm import SpeechLMModel
@@ -83,21 +85,17 @@ class _Try(NamedTuple):
     number: int
 
 
+@dataclass(eq=False)
 class _Batch:
     """The requests of one call on their way to results. With ``best_of`` or ``n_best`` a request has several tries."""
 
-    def __init__(
-        self,
-        model: SpeechLMModel,
-        requests: Sequence[GenerationRequest],
-        batch_size: int,
-        on_result: Callable[[int, GenerationResult], None] | None,
-        bar: tqdm,
-    ) -> None:
-        self.model, self.requests, self.batch_size = model, requests, batch_size
-        self.results: dict[int, GenerationResult] = {}
-        self._on_result, self._bar = on_result, bar
-        self._tries: dict[int, dict[int, GenerationResult]] = {}
+    model: SpeechLMModel
+    requests: Sequence[GenerationRequest]
+    batch_size: int
+    on_result: Callable[[int, GenerationResult], None] | None
+    bar: tqdm
+    results: dict[int, GenerationResult] = field(default_factory=dict)
+    tries: dict[int, dict[int, GenerationResult]] = field(default_factory=dict)
 
     @property
     def num_slots(self) -> int:
@@ -126,7 +124,7 @@ class _Batch:
         try:
             prompt = build_prompt(request, self.model)
         except SpeechLMError as error:
-            self._finish(index, failed_request(request, error))
+            self._finish(index, GenerationResult(request.id, request.task, "failed", error=str(error)))
             return []
         return [
             DecodeJob(_Try(index, number), prompt.with_seed_offset(number), prompt.target_TS)
@@ -150,10 +148,10 @@ class _Batch:
         """Take in a decoded try; the last one completes its request."""
         index, number = job.key
         seconds = time.perf_counter() - job.start_time
-        tries = self._tries.setdefault(index, {})
+        tries = self.tries.setdefault(index, {})
         tries[number] = make_result(job.prompt, decoded, seconds, self.model)
         if len(tries) == self.requests[index].settings.num_tries:
-            del self._tries[index]
+            del self.tries[index]
             self._finish(index, self.merge_tries(index, [tries[n] for n in range(len(tries))]))
 
     def merge_tries(self, index: int, tries: list[GenerationResult]) -> GenerationResult:
@@ -171,6 +169,62 @@ class _Batch:
 
     def _finish(self, index: int, result: GenerationResult) -> None:
         self.results[index] = result
-        self._bar.update()
-        if self._on_result is not None:
-            self._on_result(index, result)
+        self.bar.update()
+        if self.on_result is not None:
+            self.on_result(index, result)
+
+
+def make_result(prompt: Prompt, decoded: Decoded, seconds: float, model: SpeechLMModel) -> GenerationResult:
+    """The ids and log-probabilities of a decoded request; :func:`decode_content` adds text and waveform."""
+    result = GenerationResult(
+        prompt.id,
+        prompt.template.name,
+        decoded.finished,
+        modality=prompt.modality,
+        num_given=prompt.num_given if len(prompt.segments) == 1 else 0,
+        seconds=seconds,
+        settings=prompt.segments[-1].settings,
+    )
+    if decoded.error is not None:
+        return replace(result, error=decoded.error)
+    modalities = [segment.modality for segment in prompt.segments]
+    frames = (*decoded.intermediate, decoded.content_TS)
+    *intermediate, ids = (raw_content(f, m, model.layout) for f, m in zip(frames, modalities, strict=True))
+    logprobs = content_columns(decoded.logprob_TS, prompt.modality, model.layout)
+    logprob, num_scored = decoded.logprob, decoded.num_scored
+    if prompt.target_TS is not None:  # nothing was sampled, and everything is scored
+        new = logprobs[prompt.num_given :]
+        logprob, num_scored = float(new.sum(dtype=np.float64)) + decoded.end_logprob, new.size + 1
+        if not math.isfinite(logprob):
+            message = f"request {result.id!r}: the model's logits are not finite."
+            return replace(result, finished="failed", error=message)
+    return replace(
+        result,
+        ids=ids,
+        chain=tuple(intermediate),
+        logprob=logprob,
+        num_scored=num_scored,
+        logprobs=logprobs,
+        end_logprob=None if math.isnan(decoded.end_logprob) else decoded.end_logprob,
+        text=prompt.target_text,
+    )
+
+
+def decode_content(result: GenerationResult, model: SpeechLMModel) -> GenerationResult:
+    """The result with the text or waveform of its ids; SSL units alone have neither. A failure is in the result."""
+    tokenizers, ids = model.tokenizers, result.ids
+    assert tokenizers is not None
+    if result.finished == "failed" or ids is None:
+        return result
+    try:
+        if result.modality == "text_bpe" and tokenizers.text is not None:
+            return replace(result, text=str(tokenizers.text.decode(ids)))
+        if result.modality in ("codec", "codec_ssl") and tokenizers.codec is not None:
+            codes = ids[:, 1:] if result.modality == "codec_ssl" else ids
+            wav = tokenizers.decode_codec(codes) if len(codes) else np.zeros(0, np.float32)
+            return replace(
+                result, wav=np.asarray(wav, dtype=np.float32), sample_rate=tokenizers.codec.sample_rate
+            )
+        return result
+    except SpeechLMError as error:
+        return replace(result, finished="failed", error=f"request {result.id!r}: {error}")

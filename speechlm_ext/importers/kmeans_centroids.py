@@ -22,7 +22,7 @@ import torch
 from speechlm_ext.errors import KMeansError, SpeechLMError
 from speechlm_ext.kmeans.artifact import Fitted
 from speechlm_ext.kmeans.estimator import KMeans
-from speechlm_ext.kmeans.features.shards import npy_problem
+from speechlm_ext.kmeans.features.shards import open_npy
 from speechlm_ext.utils.console import make_output_safe
 from speechlm_ext.utils.files.io import sha256_file
 
@@ -69,16 +69,7 @@ def from_centroids(
 
 def from_npy(path: str | Path, *, features: Mapping[str, Any] | None = None) -> KMeans:
     """Centroids from a ``.npy`` file ``[K, F]``; nothing is unpickled. Raises :class:`KMeansError`."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except Exception as error:  # a damaged header is evaluated as Python, and raises anything
-        raise KMeansError(
-            f"centroids {path} cannot be read {npy_problem(path, error)}. Expected: the output of "
-            "numpy.save('centroids.npy', model.cluster_centers_)."
-        ) from None
-    if not isinstance(array, np.ndarray):
-        raise KMeansError(f"centroids {path}: expected a .npy array [K, F], got a .npz archive.")
-    return from_centroids(array, features=features)
+    return from_centroids(np.array(open_npy(Path(path), "centroids", "[K, F]")), features=features)
 
 
 def from_joblib(

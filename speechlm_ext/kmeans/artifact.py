@@ -73,12 +73,7 @@ def json_features(features: Any) -> dict[str, Any]:
 
 
 def write(folder: str | Path, fitted: Fitted) -> None:
-    """Write a fitted model.
-
-    Raises:
-        KMeansError: a number that is not finite; the folder is untouched.
-        StorageError: it cannot be written.
-    """
+    """Write a fitted model. Raises :class:`KMeansError`: a number is not finite, and nothing is written."""
     tensors = fitted.tensors()
     record = {
         "format": FORMAT,

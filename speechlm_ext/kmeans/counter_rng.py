@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,16 +31,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def row_keys(seed: int, purpose: str, rows: Tensor) -> Tensor:
-    """A pseudo-random int64 key per index.
-
-    Args:
-        seed: any integer.
-        purpose: makes the draws of different callers independent.
-        rows: int64 ``[n]`` indices, e.g. global row numbers.
-
-    Returns:
-        int64 ``[n]``, uniform over all 64-bit patterns, different for different indices.
-    """
+    """Pseudo-random int64 keys ``[n]`` without ties for different ``rows`` (int64 ``[n]``) and ``purpose``."""
     base = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8]
     z = rows * _GOLDEN + int.from_bytes(base, "little", signed=True)
     z = (z ^ _shift(z, 30)) * _MIX_1
@@ -50,3 +42,29 @@ def row_keys(seed: int, purpose: str, rows: Tensor) -> Tensor:
 def uniforms(seed: int, purpose: str, rows: Tensor) -> Tensor:
     """A pseudo-random float64 in [0, 1) per index of ``rows`` (int64 ``[n]``), with 53 random bits."""
     return _shift(row_keys(seed, purpose, rows), 11).to(torch.float64) * 2.0**-53
+
+
+def sampled_rows(
+    num_rows: int,
+    num_samples: int,
+    seed: int,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    purpose: str = "sample",
+) -> np.ndarray:
+    """Numbers in ``[start, end)`` of the ``num_samples`` rows chosen of ``num_rows``, ascending int64.
+
+    Stratified sampling: one row from each of ``num_samples`` strata of consecutive rows, stratum j covering rows
+    ``[j N // M, (j + 1) N // M)``. So the number is exact, every recording is represented by its length, and a range
+    of rows can be sampled independently of the others.
+    """
+    if num_samples == 0:
+        return np.zeros(0, np.int64)
+    end = num_rows if end is None else end
+    first, last = start * num_samples // num_rows, min(num_samples, -(-end * num_samples // num_rows) + 1)
+    strata = np.arange(first, max(first, last), dtype=np.int64)
+    low, high = strata * num_rows // num_samples, (strata + 1) * num_rows // num_samples
+    draws = uniforms(seed, purpose, torch.from_numpy(strata)).numpy()
+    rows = low + np.minimum((draws * (high - low)).astype(np.int64), high - low - 1)
+    return rows[(rows >= start) & (rows < end)]

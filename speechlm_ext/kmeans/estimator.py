@@ -21,12 +21,11 @@ from torch import Tensor
 from speechlm_ext.errors import KMeansError, foreign_errors
 from speechlm_ext.kmeans import artifact
 from speechlm_ext.kmeans.features.sources import FeatureSource, nonfinite_row, open_source
-from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
 from speechlm_ext.kmeans.fit.lloyd import assign_pass
 from speechlm_ext.kmeans.fit.loop import partial_step, run_fit
 from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.fit.scan import Data, default_block_rows, scan
-from speechlm_ext.kmeans.fit.state import State
+from speechlm_ext.kmeans.fit.state import Checkpoint, State
 from speechlm_ext.kmeans.settings import Settings, check_positive_int
 from speechlm_ext.ops import CentroidIndex, kmeans_assign
 from speechlm_ext.utils.device import resolve_device

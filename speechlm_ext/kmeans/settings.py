@@ -18,11 +18,7 @@ _DEFAULT_MAX_ITER = {"lloyd": 300, "minibatch": 100}
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that determines a fit, besides the data; see :class:`~speechlm_ext.kmeans.KMeans` for each field.
-
-    Raises:
-        KMeansError: an impossible value; its ``argument`` is the field.
-    """
+    """The arguments of :class:`~speechlm_ext.kmeans.KMeans` that determine the result, checked."""
 
     n_clusters: int
     algorithm: Literal["lloyd", "minibatch"]
@@ -94,11 +90,7 @@ class Settings:
 
 
 def init_array(init: Any) -> Tensor:
-    """Centroids given as ``init``, as a tensor of any shape.
-
-    Raises:
-        KMeansError: not numbers, or rows of different lengths.
-    """
+    """Centroids given as ``init``, as a tensor. Raises :class:`KMeansError`: no array of numbers."""
     try:
         return torch.as_tensor(init)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -1,8 +1,7 @@
 """Tokenizers: text and sound to ids and back, behind one small protocol."""
 
 from speechlm_ext.tokenizers.base import Tokenizer, load_tokenizer, register_tokenizer
-from speechlm_ext.tokenizers.codecs.config import RVQConfig
-from speechlm_ext.tokenizers.codecs.rvq import RVQKMeansCodec
+from speechlm_ext.tokenizers.codecs.rvq import RVQConfig, RVQKMeansCodec
 from speechlm_ext.tokenizers.mfcc_units import MFCCKMeans, SSLConfig
 from speechlm_ext.tokenizers.set import TokenizerSet, require_equal_rates
 from speechlm_ext.tokenizers.streaming import OverlapDecoder, StreamDecoder

@@ -7,11 +7,10 @@ fixed order; it is the same before saving and after loading, so a layout can nam
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +29,7 @@ ARRAYS_NAME = "arrays.safetensors"
 VERSION = 1
 
 _SHAPE = {"kind": str, "version": int, "config": dict, "sha256": SHA256}
-_COPY_AGAIN = "Copy the whole tokenizer folder again."
+COPY_AGAIN = "Copy the whole tokenizer folder again."
 _Self = TypeVar("_Self", bound="ArrayTokenizer")
 
 
@@ -87,10 +86,10 @@ class ArrayTokenizer(ABC):
             TokenizerError: a file is missing, damaged, of another shape, or not finite.
         """
         record, path = read_record(folder), Path(folder) / ARRAYS_NAME
-        with foreign_errors(TokenizerError, f"{path} cannot be read", _COPY_AGAIN):
+        with foreign_errors(TokenizerError, f"{path} cannot be read", COPY_AGAIN):
             arrays = load_tensors(path.read_bytes())
         require_finite(arrays, TokenizerError, f"{path} cannot be used", "Fit the tokenizer again.")
-        with artifact_errors(folder, f"a tokenizer of kind {cls.kind}"):
+        with file_errors(TokenizerError, folder, f"not a tokenizer of kind {cls.kind}", COPY_AGAIN):
             tokenizer = cls.from_artifact(record["config"], arrays)
         require_fingerprint(folder, record["sha256"], tokenizer.fingerprint, "an artifact")
         return tokenizer
@@ -118,11 +117,7 @@ def write_artifact(
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """Content of ``tokenizer.json``, checked: ``kind, version, config, sha256``.
-
-    Raises:
-        TokenizerError: missing, not JSON, or of another version.
-    """
+    """Content of ``tokenizer.json``, checked. Raises :class:`TokenizerError`."""
     path = Path(folder) / FILE_NAME
     hint = "so it is not a tokenizer's description; save the tokenizer again, or copy its folder again."
     try:
@@ -142,29 +137,11 @@ def read_file(folder: str | Path, name: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TokenizerError(f"{path} cannot be read ({error}). {_COPY_AGAIN}") from None
-
-
-@contextlib.contextmanager
-def artifact_errors(folder: str | Path, expected: str) -> Iterator[None]:
-    """Name the folder in every error of a block that builds a tokenizer from an artifact.
-
-    Args:
-        expected: content that the folder should have, e.g. ``"a SentencePiece tokenizer"``.
-
-    Raises:
-        TokenizerError: any error of the block.
-    """
-    with file_errors(TokenizerError, folder, f"not {expected}", _COPY_AGAIN):
-        yield
+        raise TokenizerError(f"{path} cannot be read ({error}). {COPY_AGAIN}") from None
 
 
 def require_fingerprint(folder: str | Path, stored: str, computed: str, expected: str) -> None:
-    """Refuse an artifact that changed after it was saved. Raises :class:`TokenizerError`.
-
-    Args:
-        expected: content that the folder should have, for the message.
-    """
+    """Refuse an artifact that changed after it was saved. Raises :class:`TokenizerError`."""
     if stored != computed:
         raise TokenizerError(
             f"{folder}: not {expected} as it was saved: content does not match its own sha256 ({computed[:12]}…, "

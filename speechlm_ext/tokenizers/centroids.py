@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,15 +10,6 @@ import torch
 from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import TokenizerError
 from speechlm_ext.kmeans import KMeans
-
-
-class Fitted(NamedTuple):
-    """Result of :func:`fit`."""
-
-    centroids_KF: torch.Tensor
-    """float32 ``[K, F]``."""
-    labels_N: torch.Tensor
-    """int64 ``[N]``: the nearest centroid of each row."""
 
 
 def extract_features(
@@ -32,15 +22,8 @@ def extract_features(
 ) -> torch.Tensor:
     """Features of all recordings of a fit, float32 ``[N, F]`` with ``N >= num_clusters``.
 
-    Args:
-        waves: float32 ``[n]`` waveforms; an iterator is read once.
-        extract: waveform → features ``[T, F]``.
-        frame_rate: features per second.
-        setting: name of the setting ``num_clusters``, for errors.
-
-    Raises:
-        AudioError: a waveform that cannot be used.
-        TokenizerError: fewer frames than clusters.
+    ``setting`` is the name of ``num_clusters`` for errors. Raises :class:`AudioError`: a waveform that cannot be used;
+    :class:`TokenizerError`: fewer frames than clusters.
     """
     parts = [extract(check_wave(wave, f"waveform {i} of the fit")) for i, wave in enumerate(waves)]
     num_frames = sum(map(len, parts))
@@ -60,19 +43,14 @@ def sample_rows(x_NF: torch.Tensor, max_rows: int, seed: int) -> torch.Tensor:
     return x_NF[order[:max_rows]]
 
 
-def fit(x_NF: torch.Tensor, num_clusters: int, *, seed: int, iterations: int) -> Fitted:
-    """Fit ``num_clusters`` centroids to the rows of ``x_NF`` (float ``[N, F]``).
+def fit(x_NF: torch.Tensor, num_clusters: int, *, seed: int, iterations: int) -> KMeans:
+    """K-Means fitted to the rows of ``x_NF``; ``seed`` fixes the result.
 
-    Args:
-        seed: fixes the start and thereby the result.
-        iterations: Lloyd steps; fewer if no centroid moves.
-
-    Raises:
-        KMeansError: fewer rows than clusters.
+    Lloyd stops before ``iterations`` if no centroid moves. Raises :class:`KMeansError`: fewer rows than clusters.
     """
     # The start is plain k-means++, not greedy: a codec from the greedy start used half as many codes in its last stages
     # and had a 6 % larger error on new speech. A subsample suffices, since the start only has to be spread out.
-    model = KMeans(
+    return KMeans(
         num_clusters,
         n_local_trials=1,
         init_size=32 * num_clusters,
@@ -81,6 +59,4 @@ def fit(x_NF: torch.Tensor, num_clusters: int, *, seed: int, iterations: int) ->
         random_state=seed,
         distributed=False,
         progress=False,
-    )
-    labels_N = torch.as_tensor(model.fit_predict(x_NF)).long()
-    return Fitted(model.cluster_centers_, labels_N)
+    ).fit(x_NF)

@@ -16,8 +16,7 @@ import torch
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.tokenizers.base import register_tokenizer
 from speechlm_ext.tokenizers.centroids import extract_features, fit, sample_rows
-from speechlm_ext.tokenizers.encoders.mfcc import NUM_FEATURES
-from speechlm_ext.tokenizers.encoders.signal import SignalEncoder
+from speechlm_ext.tokenizers.encoders.build import NUM_FEATURES, SignalEncoder
 from speechlm_ext.tokenizers.encoders.spec import EncoderSpec
 from speechlm_ext.tokenizers.units import KMeansUnits
 from speechlm_ext.utils.device import one_thread
@@ -105,7 +104,7 @@ class MFCCKMeans(KMeansUnits):
         scale_F = x_NF.std(0, correction=0).clamp_min(1e-5)
         normalized_NF = (x_NF - mean_F) / scale_F
         fitted = fit(normalized_NF, config.num_clusters, seed=seed, iterations=config.fit_iterations)
-        return cls(config, mean_F, scale_F, fitted.centroids_KF)
+        return cls(config, mean_F, scale_F, fitted.cluster_centers_)
 
     def features(self, wave: np.ndarray) -> torch.Tensor:
         """See `KMeansUnits`: normalized MFCCs."""

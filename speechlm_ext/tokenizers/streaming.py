@@ -44,11 +44,7 @@ class StreamDecoder(Protocol):
 
 
 def stream_decoder(codec: Any) -> StreamDecoder:
-    """The stream decoder of a codec.
-
-    Raises:
-        TokenizerError: it has none.
-    """
+    """The stream decoder of a codec. Raises :class:`TokenizerError`: it has none."""
     make = getattr(codec, "stream_decoder", None)
     if make is None:
         raise TokenizerError(
@@ -59,11 +55,7 @@ def stream_decoder(codec: Any) -> StreamDecoder:
 
 
 class CodeBuffer:
-    """Checked codes of a stream, without those that were dropped.
-
-    Args:
-        vocab_sizes: of the codec.
-    """
+    """Checked codes of a stream, without those that were dropped."""
 
     def __init__(self, vocab_sizes: tuple[int, ...]) -> None:
         self.vocab_sizes = vocab_sizes

@@ -26,7 +26,7 @@ import torch
 from speechlm_ext.audio.waveform import check_wave
 from speechlm_ext.errors import ConfigError, TokenizerError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.features.sampling import sampled_rows
+from speechlm_ext.kmeans.counter_rng import sampled_rows
 from speechlm_ext.ops import CentroidIndex, kmeans_assign
 from speechlm_ext.tokenizers.artifact import ArrayTokenizer
 from speechlm_ext.tokenizers.base import register_tokenizer
@@ -271,12 +271,7 @@ def _require_same(units: EncoderKMeans, encoder: FeatureEncoder, *, compare_path
 
 
 def averaged_encoder(encoder: str, frames_per_token: int) -> FeatureEncoder:
-    """The encoder, averaged to one feature frame per ``frames_per_token`` frames of 10 ms.
-
-    Raises:
-        ConfigError: that is no whole number of the encoder's frames.
-        TokenizerError: the encoder cannot be loaded.
-    """
+    """The encoder, averaged to one feature frame per ``frames_per_token`` frames of 10 ms."""
     built = build_encoder(encoder)
     count = built.frame_rate * frames_per_token / 100
     if count < 1 or count != int(count):

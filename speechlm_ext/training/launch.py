@@ -59,10 +59,10 @@ def init_distributed() -> tuple[int, int, torch.device]:
         ``(rank, world, device)``.
     """
     deepspeed = import_deepspeed()
+    alone: dict[str, str] = {}
     if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
-        )
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ.update(alone, LOCAL_RANK="0")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = torch.cuda.is_available()
     if use_cuda:
@@ -71,6 +71,8 @@ def init_distributed() -> tuple[int, int, torch.device]:
         deepspeed.init_distributed(
             dist_backend="nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False
         )
+    for name in alone:  # processes started from this one would take its port, and its rank
+        del os.environ[name]
     device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 

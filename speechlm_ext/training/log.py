@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from speechlm_ext.errors import CheckpointError, TrainingError
 from speechlm_ext.utils.files.io import atomic_write_text, storage_error
-from speechlm_ext.utils.files.json_lines import JsonLine, json_lines
-from speechlm_ext.utils.files.json_text import json_line
+from speechlm_ext.utils.files.json_text import JsonLine, json_line, json_lines
 
 LOG_NAME = "log.jsonl"
 logger = logging.getLogger("speechlm_ext")

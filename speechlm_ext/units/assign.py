@@ -85,11 +85,7 @@ class AssignConfig:
 
 @says_conversions()
 def run_assign(cfg: AssignConfig) -> int:
-    """Assign as configured; see :class:`AssignConfig`.
-
-    Raises:
-        SpeechLMError: an unusable setting, recording, shard or artifact; the message names it.
-    """
+    """The exit code of labelling. Raises :class:`SpeechLMError`: an unusable setting, input or artifact."""
     if (cfg.audio is None) == (cfg.features is None):
         raise ConfigError("give either --audio (recordings) or --features (shards), and not both.")
     device = resolve_device(cfg.device, ConfigError)
@@ -166,8 +162,7 @@ def _read_labels(path: Path, num_rows: int) -> np.ndarray:
 def _write_lines(lengths: Path, labels: np.ndarray, target: Path) -> None:
     """Write a ``.km`` file, if the shard has fairseq's file of lengths, ``STEM.len``: the frames of each recording.
 
-    Raises:
-        KMeansError: lengths that do not add up to the shard's rows.
+    Raises :class:`KMeansError`: lengths that do not add up to the shard's rows.
     """
     if not lengths.is_file():
         return

@@ -24,8 +24,9 @@ from speechlm_ext.data.manifest import Rejected, Utterance
 from speechlm_ext.data.recordings import RecordingPool, find_audio
 from speechlm_ext.errors import ConfigError, KMeansError
 from speechlm_ext.kmeans import KMeans
-from speechlm_ext.kmeans.features.sampling import sample_size, sampled_rows, write_sample
+from speechlm_ext.kmeans.counter_rng import sampled_rows
 from speechlm_ext.kmeans.features.sources import FeatureSource, ShardSource, open_source
+from speechlm_ext.kmeans.fit.scan import default_block_rows
 from speechlm_ext.tokenizers.encoders.build import build_encoder
 from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder
 from speechlm_ext.units.inspect import PLOT, describe_units, write_plot
@@ -37,9 +38,8 @@ from speechlm_ext.units.output_folder import (
 )
 from speechlm_ext.units.recordings import FrameEncoder, estimated_frames, num_processes
 from speechlm_ext.utils.device import resolve_device
-from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, sha256_file
+from speechlm_ext.utils.files.io import atomic_path, atomic_write_json, sha256_file, sha256_json
 from speechlm_ext.utils.files.json_shape import SHA256, read_shaped
-from speechlm_ext.utils.hashing import sha256_json
 from speechlm_ext.utils.options import refuse_options, take_old_name
 from speechlm_ext.utils.text import counted
 
@@ -120,11 +120,7 @@ class FitConfig:
 
 @says_conversions()
 def run_fit(cfg: FitConfig) -> int:
-    """Fit as configured; see :class:`FitConfig`.
-
-    Raises:
-        SpeechLMError: an unusable setting, recording or shard; the message names it.
-    """
+    """The exit code of a fit. Raises :class:`SpeechLMError`: an unusable setting, recording or shard."""
     _check_options(cfg)
     device = resolve_device(cfg.device, ConfigError)
     out = Path(cfg.output_dir)
@@ -173,7 +169,13 @@ def _check_options(cfg: FitConfig) -> None:
     else:
         of_recordings = ["resample", "skip_bad", *(["frames_per_token"] if cfg.encoder is None else [])]
         refuse_options(cfg, of_recordings, "for recordings; leave it out, or give --audio")
-    sample_size(1, cfg.share, cfg.max_frames)
+    if not 0 < cfg.share <= 1:
+        raise ConfigError(
+            f"share must be in (0, 1], got {cfg.share:g}; 0.1 keeps about every tenth frame.",
+            argument="share",
+        )
+    if cfg.max_frames is not None and cfg.max_frames < 1:
+        raise ConfigError(f"max_frames must be at least 1, got {cfg.max_frames}.", argument="max_frames")
 
 
 def _claim(cfg: FitConfig, out: Path, utterances: Sequence[Utterance], shards: FeatureSource | None) -> None:
@@ -214,13 +216,25 @@ def _with_plain_paths(settings: dict[str, Any]) -> dict[str, Any]:
 # ---- features ----------------------------------------------------------------------------------------------
 def _sample_shards(cfg: FitConfig, out: Path, source: FeatureSource) -> FeatureSource:
     """The shards as they are, or a sample of them, written once so that no iteration reads the rest."""
-    num_samples = sample_size(source.num_rows, cfg.share, cfg.max_frames)
-    if num_samples == source.num_rows:
+    num_rows, width = source.num_rows, source.num_features
+    num_samples = min(max(1, round(cfg.share * num_rows)), cfg.max_frames or num_rows)
+    if num_samples == num_rows:
         return source
     path = out / FEATURES / "sample.npy"
-    if not path.is_file():
-        with tqdm(total=source.num_rows, unit="row", desc="sample", disable=None) as bar:
-            write_sample(source, num_samples, cfg.seed, path, bar.update)
+    if path.is_file():
+        return open_source(path)
+    dtype = np.float64 if source.dtype == torch.float64 else np.float32
+    bar = tqdm(total=num_rows, unit="row", desc="sample", disable=None)
+    with bar, atomic_path(path) as temporary:
+        sample_MF = np.lib.format.open_memmap(temporary, "w+", dtype, (num_samples, width))
+        num_written = 0
+        for first, block in source.blocks(0, num_rows, default_block_rows(width)):
+            rows = sampled_rows(num_rows, num_samples, cfg.seed, start=first, end=first + len(block))
+            sample_MF[num_written : num_written + len(rows)] = block.numpy()[rows - first]
+            num_written += len(rows)
+            bar.update(len(block))
+        assert num_written == num_samples
+        sample_MF.flush()
     return open_source(path)
 
 
@@ -234,8 +248,9 @@ def _encode_recordings(
         share = min(share, cfg.max_frames / estimated_frames(utterances, encoder.frame_rate))
     size = _RECORDINGS_PER_SHARD
     groups = [utterances[i : i + size] for i in range(0, len(utterances), size)]
-    todo = [number for number in range(len(groups)) if not _is_done(folder, number)]
-    total = sum(len(groups[number]) for number in todo)
+    shards = [folder / f"shard-{number:05d}.npy" for number in range(len(groups))]
+    todo = [(shard, group) for shard, group in zip(shards, groups, strict=True) if not _is_done(shard)]
+    total = sum(len(group) for _, group in todo)
     pool = RecordingPool(
         partial(FrameEncoder, encoder.spec, None, device, cfg.resample),
         skip_bad=cfg.skip_bad,
@@ -243,9 +258,9 @@ def _encode_recordings(
         num_items=total,
     )
     with pool, tqdm(total=total, unit="utt", desc="encode", disable=None) as bar:
-        for number in todo:
+        for shard, group in todo:
             parts, rejected, num_frames = [], [], 0
-            for utterance, features in zip(groups[number], pool(groups[number]), strict=True):
+            for utterance, features in zip(group, pool(group), strict=True):
                 bar.update()
                 if isinstance(features, Rejected):
                     rejected.append(asdict(features))
@@ -255,14 +270,13 @@ def _encode_recordings(
                 num_samples = math.floor(share * num_frames) - math.floor(share * num_before)
                 purpose = f"sample/{utterance.id}"
                 parts.append(features[sampled_rows(len(features), num_samples, cfg.seed, purpose=purpose)])
-            shard = _shard(folder, number)
             has_rows = any(len(part) for part in parts)
             if has_rows:
                 with atomic_path(shard) as temporary:
                     np.save(temporary, np.concatenate(parts))
             record = {"rejected": rejected, "sha256": sha256_file(shard) if has_rows else None}
-            atomic_write_json(_done(folder, number), record)  # last: the shard is complete
-    records = [_read_done(_done(folder, number)) for number in range(len(groups))]
+            atomic_write_json(_done(shard), record)  # last: the shard is complete
+    records = [_read_done(_done(shard)) for shard in shards]
     all_rejected = [Rejected(**item) for record in records for item in record["rejected"]]
     write_rejected(out, all_rejected, len(utterances), cfg.skip_bad)
     if not any(folder.glob("shard-*.npy")):
@@ -273,17 +287,13 @@ def _encode_recordings(
     return open_source(folder)
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.npy"
+def _done(shard: Path) -> Path:
+    return shard.with_name(f"done-{shard.stem.removeprefix('shard-')}.json")
 
 
-def _done(folder: Path, number: int) -> Path:
-    return folder / f"done-{number:05d}.json"
-
-
-def _is_done(folder: Path, number: int) -> bool:
+def _is_done(shard: Path) -> bool:
     """Whether a shard is complete. Raises :class:`KMeansError`: it was damaged since."""
-    shard, done = _shard(folder, number), _done(folder, number)
+    done = _done(shard)
     if not done.is_file():
         return False
     sha256 = _read_done(done).get("sha256")

@@ -31,11 +31,7 @@ class InspectConfig:
 
 
 def run_inspect(cfg: InspectConfig) -> int:
-    """Print and plot as configured; see :class:`InspectConfig`.
-
-    Raises:
-        KMeansError: no such artifact, or a damaged one. ConfigError: an unusable setting.
-    """
+    """Print and plot; the exit code. Raises :class:`KMeansError` (artifact), :class:`ConfigError`."""
     if cfg.pairs < 0:
         raise ConfigError(f"pairs must be >= 0, got {cfg.pairs}.", argument="pairs")
     folder = Path(cfg.kmeans)
@@ -63,7 +59,7 @@ def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
     ]
     if "weights_sha256" in info:
         lines.append(f"weights       sha256 {info['weights_sha256']}")
-    if not _has_counts(kmeans):
+    if not (kmeans.counts_ > 0).any():  # imported centroids
         return [*lines, "usage         not recorded"]
     used = usage(kmeans.counts_)
     inertia = "not recorded"
@@ -76,11 +72,6 @@ def describe_units(kmeans: KMeans, folder: Path) -> list[str]:
         f"dead          {counted(used.num_dead, 'cluster')} without a frame",
     ]
     return lines
-
-
-def _has_counts(kmeans: KMeans) -> bool:
-    """Whether the rows of the clusters are known; for imported centroids they may not be."""
-    return bool((kmeans.counts_ > 0).any())
 
 
 def nearest_pairs(centroids_KF: torch.Tensor, count: int) -> list[tuple[int, int, float]]:
@@ -109,7 +100,7 @@ def nearest_pairs(centroids_KF: torch.Tensor, count: int) -> list[tuple[int, int
 
 def write_plot(kmeans: KMeans, path: Path) -> None:
     """Draw usage and inertia and print the file, or why there is none."""
-    if not _has_counts(kmeans):
+    if not (kmeans.counts_ > 0).any():
         print("plot          none: the usage of the units is not recorded")
     elif importlib.util.find_spec("matplotlib") is None:
         print("plot          none: it needs matplotlib, pip install 'speechlm_ext[eval]'")

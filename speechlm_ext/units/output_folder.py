@@ -27,18 +27,11 @@ def check_owner(
     written: Sequence[Path],
     free: Collection[str] = (),
 ) -> None:
-    """Refuse an output folder that another command wrote to.
+    """Refuse a folder of another command (:class:`ConfigError`), naming the first difference.
 
-    Args:
-        folder: the output folder.
-        found: the record that the folder holds; None if it has none.
-        record: everything that determines the results of this command.
-        contents: keys of ``record`` that describe the content of files, with the option that names the files.
-        written: paths that the command writes; none may exist in a folder without a record.
-        free: keys that may differ.
-
-    Raises:
-        ConfigError: the folder holds something else; the message names the first difference.
+    ``found`` is the folder's record, None if it has none; ``record`` is this command's, all that determines its
+    results. ``contents`` maps keys that describe the content of files to the option that names the files; ``free`` keys
+    may differ. No path in ``written`` may exist in a folder without a record.
     """
     if found is None:
         foreign = next((path for path in written if path.exists()), None)
@@ -98,8 +91,7 @@ def _recording_key(path: Path) -> list[Any]:
 def write_rejected(out: Path, rejected: Sequence[Rejected], num_items: int, skip_bad: bool) -> None:
     """With ``skip_bad`` write ``rejected.jsonl`` and print how many recordings were skipped.
 
-    Raises:
-        KMeansError: all ``num_items`` were rejected, or some in an earlier run with ``skip_bad`` but not now.
+    Raises :class:`KMeansError`: all were rejected, or some in an earlier run with ``skip_bad`` but not now.
     """
     if not rejected:
         return

@@ -17,14 +17,7 @@ from speechlm_ext.tokenizers.encoders.spec import SAMPLE_RATE, EncoderSpec
 
 
 class FrameEncoder:
-    """Encodes a recording to features, or to units.
-
-    Args:
-        encoder: which encoder.
-        centroids_KF: float ``[K, F]``: return units instead of features.
-        device: where the encoder runs.
-        resample: convert recordings of another sampling rate; otherwise they are rejected.
-    """
+    """Encodes recordings to features or, with ``centroids_KF`` (float ``[K, F]``), to units."""
 
     def __init__(
         self, encoder: EncoderSpec, centroids_KF: np.ndarray | None, device: torch.device, resample: bool
@@ -49,11 +42,7 @@ def num_processes(num_workers: int | None, device: torch.device) -> int | None:
 
 
 def estimated_frames(utterances: Sequence[Utterance], frame_rate: float) -> int:
-    """Upper estimate of the frames of recordings, by their headers or the manifest's durations.
-
-    Raises:
-        AudioError: a recording that cannot be read.
-    """
+    """Upper estimate of the recordings' frames, by headers or the manifest. Raises :class:`AudioError`."""
     total = 0
     for u in utterances:
         assert u.audio is not None

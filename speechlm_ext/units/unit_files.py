@@ -30,12 +30,7 @@ _ROWS_PER_GROUP = 1000
 
 @contextlib.contextmanager
 def unit_writer(form: Format, path: Path) -> Iterator[Write]:
-    """A function ``write(id, units [T])`` that appends to the file ``path``.
-
-    Args:
-        form: ``text``: ``id unit unit …``, as Kaldi and ESPnet read it; ``km``: the same without ids, as fairseq reads
-            it; ``jsonl``: ``{"id": …, "units": […]}``; ``parquet``: columns ``id`` and ``units`` (list of int32).
-    """
+    """A function ``write(id, units [T])`` that appends to a file; formats: see ``AssignConfig.format``."""
     if form == "parquet":
         with pq.ParquetWriter(path, _SCHEMA) as table:
             rows: list[dict[str, Any]] = []

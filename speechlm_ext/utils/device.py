@@ -15,12 +15,7 @@ from speechlm_ext.utils.text import counted
 def resolve_device(device: Any, error: type[SpeechLMError]) -> torch.device:
     """The device of a setting: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU where there is one.
 
-    Args:
-        device: a string or a ``torch.device``.
-        error: class of the error raised.
-
-    Raises:
-        SpeechLMError: of class ``error``: another device, or a GPU that this machine does not have.
+    Raises ``error``: another device, or a GPU that this machine does not have.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", str(device)) is None:

@@ -12,10 +12,9 @@ from speechlm_ext.errors import SpeechLMError
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is a finite number.
+    """Whether every value is finite.
 
-    By minimum and maximum, which propagate NaN: one pass at memory speed without extra memory, on the CPU a hundred
-    times as fast as ``isfinite().all()``.
+    Minimum and maximum propagate NaN, need no memory, and are a hundred times as fast as ``isfinite().all()`` on a CPU.
     """
     if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
@@ -37,16 +36,9 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def require_finite(tensors: Mapping[str, Tensor], error: type[SpeechLMError], what: str, hint: str) -> None:
-    """Refuse tensors with values that are not finite numbers.
+    """Refuse tensors that are not finite.
 
-    Args:
-        tensors: by name.
-        error: class of the error.
-        what: owner of the tensors; the start of the message.
-        hint: consequence and remedy; the end of the message.
-
-    Raises:
-        SpeechLMError: of class ``error``.
+    Raises ``error``, with the tensors' owner ``what`` and the remedy ``hint``.
     """
     found = first_not_finite(tensors)
     if found is not None:

@@ -64,7 +64,7 @@ def _match(tag: str, supported: tuple[str, ...]) -> str | None:
         known = _parse(_WRONG_CODES.get(code, code))
         if known is not None:
             codes.setdefault(known.to_tag(), code)
-    for name in (_name(language, language.territory), language.language):
+    for name in (f"{language.language}-{language.territory}", language.language):
         if name in codes:
             return codes[name]
     import langcodes
@@ -73,10 +73,6 @@ def _match(tag: str, supported: tuple[str, ...]) -> str | None:
         min((langcodes.tag_distance(language.language, name), name) for name in codes) if codes else (9, "")
     )
     return codes[best[1]] if best[0] <= _SAME else None
-
-
-def _name(language: Any, territory: str | None) -> str:
-    return f"{language.language}-{territory}" if territory else language.language
 
 
 @lru_cache(maxsize=1024)

@@ -12,15 +12,10 @@ Value = TypeVar("Value")
 
 
 def take_old_name(settings: Any, old: str, new: str, needed: str | None = None) -> None:
-    """Move a value from a field's old name to its new one; for ``__post_init__`` of frozen settings.
+    """Move a value from the field ``old`` to ``new``; for ``__post_init__`` of frozen settings.
 
-    Args:
-        settings: the dataclass, changed in place.
-        old, new: names of its fields.
-        needed: description of the setting, if a value is required under one of the names.
-
-    Raises:
-        ConfigError: both are set and differ, or a required one is missing.
+    Raises :class:`ConfigError`: both are set and differ, or neither is but the setting, described by ``needed``, is
+    required.
     """
     value = getattr(settings, old)
     if value is None:
@@ -42,12 +37,9 @@ def as_list(value: list[Value] | Value) -> list[Value]:
 
 
 def refuse_options(settings: Any, names: Sequence[str], purpose: str) -> None:
-    """Raises :class:`ConfigError`: one of these settings is not at its default but would have no effect.
+    """Raise :class:`ConfigError` if a setting is changed that would have no effect.
 
-    Args:
-        settings: the dataclass.
-        names: of its fields.
-        purpose: use of the settings, and the way out, e.g. ``"for recordings; leave it out"``.
+    ``purpose`` is their use and the way out, e.g. ``"for recordings; leave it out"``.
     """
     defaults = {field.name: field.default for field in fields(settings)}
     given = [f"--{name}" for name in names if getattr(settings, name) != defaults[name]]
@@ -56,15 +48,7 @@ def refuse_options(settings: Any, names: Sequence[str], purpose: str) -> None:
 
 
 def check_positive(settings: object, *names: str) -> None:
-    """Require attributes that are numbers of at least 1.
-
-    Args:
-        settings: object with the attributes, e.g. a config in its ``__post_init__``.
-        names: of the attributes.
-
-    Raises:
-        ConfigError: the first attribute below 1, by class and name.
-    """
+    """Raise :class:`ConfigError` for the first of these attributes that is below 1."""
     for name in names:
         value = getattr(settings, name)
         if value < 1:

@@ -8,12 +8,6 @@ _DELAY = 2.0
 
 
 def stage_bar(what: str | None, total: int, *, unit: str = "row", progress: bool | None) -> tqdm:
-    """A bar that is removed when it ends.
-
-    Args:
-        what: description; None shows no bar.
-        total: units of work.
-        progress: True or False; None: only on a terminal.
-    """
+    """A bar that is removed when it ends; ``progress=None`` shows it on a terminal only."""
     hide = True if what is None or progress is False else (None if progress is None else False)
     return tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False, delay=_DELAY, disable=hide)

@@ -9,14 +9,7 @@ MAX_LAYERS = 10_000
 
 
 def check_num_layers(settings: Mapping[str, Any]) -> None:
-    """Refuse an absurd number of layers: building them would take forever before missing weights are noticed.
-
-    Args:
-        settings: a configuration as plain data.
-
-    Raises:
-        ValueError: naming the key.
-    """
+    """Refuse an absurd number of layers, which would take forever to build. Raises ``ValueError``."""
     for key, value in settings.items():
         if "layer" in key and isinstance(value, int) and abs(value) > MAX_LAYERS:
             raise ValueError(f"{key} is {str(value)[:40]}, more than {MAX_LAYERS}")

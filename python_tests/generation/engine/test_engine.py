@@ -9,13 +9,13 @@ import pytest
 
 from python_tests.generation.tools import (
     ScriptedModel,
+    decode,
     make_layout,
     make_prompt,
     random_content,
     shift,
     training_frames,
 )
-from speechlm_ext.generation.engine.engine import decode
 from speechlm_ext.generation.requests.request import SamplingSettings
 from speechlm_ext.tasks import builtin_tasks
 

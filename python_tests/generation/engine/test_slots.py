@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from python_tests.generation.conftest import make_model
-from python_tests.generation.tools import ScriptedModel, make_layout, make_prompt, random_content
+from python_tests.generation.tools import ScriptedModel, decode, make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine import graphs
-from speechlm_ext.generation.engine.engine import Engine, decode
+from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.requests.request import SamplingSettings
 from speechlm_ext.ops import delay_pack

@@ -31,7 +31,7 @@ def talk(chat, forget):
         elif content is not None:
             chat.say(audio=content)
         if forget:
-            chat._session.forget()
+            chat._session.cached_RS = chat._session.cached_RS[:0]
         results.append(chat.reply(modality, SAMPLED))
     return results
 

@@ -23,7 +23,7 @@ from speechlm_ext.generation import GenerationRequest, SamplingSettings, StreamC
 from speechlm_ext.generation.commands.generate import GenerateConfig, run_generate
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.live import stream as stream_room
-from speechlm_ext.generation.live.incremental import TextDecoder
+from speechlm_ext.generation.live.stream import TextDecoder
 from speechlm_ext.tokenizers import HuggingFaceText, SentencePieceText, TextConfig, TokenizerSet
 
 DELAYS = [None, (0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 3, 2), (2, 3, 2, 4)]

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from python_tests.generation.conftest import make_model, make_wave
-from python_tests.generation.tools import make_layout, make_prompt, random_content
+from python_tests.generation.tools import decode, make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, generate
-from speechlm_ext.generation.engine.engine import decode
 from speechlm_ext.generation.requests.encode_fields import raw_content
 from speechlm_ext.generation.requests.prompt import build_prompt
 from speechlm_ext.generation.requests.request import SamplingSettings

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from python_tests.generation.conftest import make_model, make_wave
-from python_tests.generation.tools import make_layout, make_prompt, random_content
+from python_tests.generation.tools import decode, make_layout, make_prompt, random_content
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
-from speechlm_ext.generation.engine.engine import Engine, decode
+from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.requests import results_folder as records
 from speechlm_ext.generation.requests.prompt import build_prompt
@@ -99,7 +99,8 @@ def test_records_keep_all_results(model, tmp_path):
     )
     (result,) = generate(model, [request])
     folder = records.ResultsFolder(tmp_path, "m", "h")
-    record = folder.add(request, result)
+    folder.add(request, result)
+    record = folder.records[result.id]
     paths = [record["audio"], *[one["audio"] for one in record["alternatives"]]]
     assert len(set(paths)) == 3 and all((tmp_path / path).is_file() for path in paths)
     for one, kept in zip(result.alternatives, record["alternatives"], strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from speechlm_ext.kmeans.counter_rng import row_keys, uniforms
-from speechlm_ext.kmeans.fit.fixed_point import Grid, add_cluster_sums, exact_sum, grid_step, to_grid
+from speechlm_ext.kmeans.fit.fixed_point import Grid, exact_sum, grid_step, to_grid
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 3e-300])
@@ -57,7 +57,7 @@ def test_cluster_sums_against_float64(dtype):
     for parts in ((3000,), (1, 2, 997, 2000), (1500, 1500)):
         sums, counts = torch.zeros(5, 7, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
         for block, label in reversed(list(zip(x.split(parts), labels.split(parts), strict=True))):
-            add_cluster_sums(block, label.int(), sums, counts, grid)
+            grid.add_sums(block, label.int(), sums, counts)
         results.append((sums, counts))
     for sums, counts in results[1:]:
         assert torch.equal(sums, results[0][0]) and torch.equal(counts, results[0][1])
@@ -73,7 +73,7 @@ def test_rows_that_are_left_out_may_be_nan():
     x = torch.tensor([[1.0], [float("nan")], [3.0]])
     sums, counts = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     grid = Grid.build(torch.tensor([1.0]).double(), torch.tensor([3.0]).double(), 3)
-    add_cluster_sums(x, torch.tensor([0, -1, 0]), sums, counts, grid)
+    grid.add_sums(x, torch.tensor([0, -1, 0], dtype=torch.int32), sums, counts)
     assert float(grid.offset + sums / 2) == 2.0 and counts.tolist() == [2]
 
 

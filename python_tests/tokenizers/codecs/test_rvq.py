@@ -13,7 +13,7 @@ from python_tests.assets import waves
 from python_tests.tokenizers.codecs.griffin_lim import quantizer_input, synthesize
 from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
 from speechlm_ext.tokenizers import RVQConfig, RVQKMeansCodec, load_tokenizer
-from speechlm_ext.tokenizers.codecs.rvq_search import beam_search
+from speechlm_ext.tokenizers.codecs.rvq_search import beam_search, search_tables
 from speechlm_ext.tokenizers.encoders.mel import MelConfig, MelSpectrogram
 
 
@@ -173,11 +173,11 @@ def test_beam_search_is_greedy_at_one_and_exhaustive_when_wide():
     greedy_first = torch.cdist(x_NF, books_SKF[0]).argmin(1)
     greedy_second = torch.cdist(x_NF - books_SKF[0][greedy_first], books_SKF[1]).argmin(1)
     expected = torch.stack([greedy_first, greedy_second], 1)
-    assert torch.equal(beam_search(x_NF, books_SKF, beam=1, chunk=7), expected)
+    assert torch.equal(beam_search(x_NF, books_SKF, search_tables(books_SKF), beam=1, chunk=7), expected)
     sums = (books_SKF[0][:, None] + books_SKF[1][None]).flatten(0, 1)
     best = torch.cdist(x_NF, sums).argmin(1)
     exhaustive = torch.stack([best // 6, best % 6], 1)
-    assert torch.equal(beam_search(x_NF, books_SKF, beam=6), exhaustive)
+    assert torch.equal(beam_search(x_NF, books_SKF, search_tables(books_SKF), beam=6), exhaustive)
 
 
 @pytest.mark.parametrize("beam", [1, 3, 40])
@@ -195,7 +195,9 @@ def test_beam_search_follows_the_residuals(beam):
             grown = [(codes + (k,), rest - c) for codes, rest in partial for k, c in enumerate(book_KF)]
             partial = sorted(grown, key=lambda p: float(p[1].square().sum()))[:beam]
         expected.append(partial[0][0])
-    assert beam_search(x_NF, books_SKF, beam, chunk=7).tolist() == [list(codes) for codes in expected]
+    assert beam_search(x_NF, books_SKF, search_tables(books_SKF), beam, chunk=7).tolist() == [
+        list(codes) for codes in expected
+    ]
 
 
 @pytest.mark.parametrize("n_fft", [640, 1024])

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from python_tests.assets import waves
 from python_tests.tokenizers.encoders import models as hf_models
 from speechlm_ext.errors import AudioError, ConfigError, TokenizerError
-from speechlm_ext.tokenizers.encoders.build import build_encoder
+from speechlm_ext.tokenizers.encoders.build import MFCC, build_encoder
 from speechlm_ext.tokenizers.encoders.huggingface import OVERLAP, WINDOW, HFEncoder, windows
 from speechlm_ext.tokenizers.encoders.mel import MelConfig, MelSpectrogram
-from speechlm_ext.tokenizers.encoders.mfcc import MFCC
 from speechlm_ext.tokenizers.encoders.spec import EncoderSpec, FeatureEncoder
 from speechlm_ext.tokenizers.encoders.weights import weights_sha256
 

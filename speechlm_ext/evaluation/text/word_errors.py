@@ -175,16 +175,10 @@ def _add_readings(graph: Graph, start: int, end: int, digits: str, lang: str) ->
 
 
 def best_reading(reference: Sequence[str], hypothesis: str, lang: str = "en") -> list[str]:
-    """The words of ``hypothesis`` in the reading that has the fewest word errors against ``reference``.
+    """The words of a hypothesis in the reading with the fewest word errors against ``reference``.
 
-    Args:
-        reference: normalized words, see :func:`normalize`.
-        hypothesis: raw text of a model.
-        lang: language tag of number words.
-
-    Returns:
-        The words of the best path through :func:`reading_graph`; of equal paths the one with fewer words. Beyond
-        :data:`MAX_CELLS` (thousands of digits against thousands of words) the hypothesis is read like a reference.
+    They are the best path through :func:`reading_graph`; of equal paths the one with fewer words. Beyond
+    :data:`MAX_CELLS` (thousands of digits against thousands of words) the hypothesis is read like a reference.
     """
     graph = reading_graph(hypothesis, lang)
     if all(len(edges) <= 1 for edges in graph):
@@ -227,15 +221,10 @@ def best_reading(reference: Sequence[str], hypothesis: str, lang: str = "en") ->
     return [word for words in reversed(path) for word in words]
 
 
-def normalize_pair(reference: str, hypothesis: str, lang: str = "en") -> tuple[list[str], list[str]]:
-    """The scored words of reference and hypothesis."""
-    words, read = _pair(reference, hypothesis, lang)
-    return list(words), list(read)
-
-
 # Word errors, character errors and the demo's report need the same pairs.
 @lru_cache(maxsize=4096)
 def _pair(reference: str, hypothesis: str, lang: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The scored words of reference and hypothesis."""
     words = normalize(reference, lang)
     return tuple(words), tuple(best_reading(words, hypothesis, lang))
 
@@ -250,16 +239,12 @@ def _warn_unknown(lang: str) -> None:
         )
 
 
-def _languages(lang: str | Sequence[str], count: int) -> list[str]:
-    return [lang] * count if isinstance(lang, str) else list(lang)
-
-
 def _count(refs: Sequence[str], hyps: Sequence[str], lang: str | Sequence[str], unit: str) -> ErrorCounts:
     try:
         import jiwer
     except ImportError:
         raise SpeechLMError("scoring needs jiwer; install it: pip install 'speechlm_ext[eval]'") from None
-    languages = _languages(lang, len(refs))
+    languages = [lang] * len(refs) if isinstance(lang, str) else list(lang)
     if not refs or len(refs) != len(hyps) or len(refs) != len(languages):
         raise ConfigError(
             f"{unit} errors: expected as many hypotheses and languages as references and at least one, got "
@@ -322,7 +307,7 @@ def align(reference: str, hypothesis: str, lang: str = "en") -> list[tuple[str, 
     """
     import jiwer
 
-    ref, hyp = normalize_pair(reference, hypothesis, lang)
+    ref, hyp = _pair(reference, hypothesis, lang)
     if not ref:
         return [("insert", "", word) for word in hyp]
     out: list[tuple[str, str, str]] = []

@@ -20,7 +20,7 @@ from speechlm_ext.generation.requests.results_folder import ResultsFolder
 from speechlm_ext.generation.requests.settings import SamplingSettings
 from speechlm_ext.utils.console import argument_text
 from speechlm_ext.utils.files.io import atomic_write_text, sha256_file
-from speechlm_ext.utils.files.run_folders import find_model_folder
+from speechlm_ext.utils.files.run_folders import WEIGHTS_NAME, find_model_folder
 
 if TYPE_CHECKING:
     from speechlm_ext.model.lm import SpeechLMModel
@@ -164,14 +164,7 @@ class GenerateConfig:
 
 
 def run_generate(cfg: GenerateConfig) -> int:
-    """Generate what the config asks for.
-
-    Returns:
-        0, or 1 if requests of a file failed; their records hold the errors.
-
-    Raises:
-        SpeechLMError: the model or the requests cannot be read, or the single request failed.
-    """
+    """Generate what the config asks for; 1 if requests of a file failed, whose records hold the errors."""
     settings = SamplingSettings(**cfg.sampling())
     cfg = dataclasses.replace(cfg, model=find_model_folder(cfg.model))
     if cfg.requests is not None:
@@ -232,8 +225,6 @@ def load_model(cfg: GenerateConfig) -> SpeechLMModel:
 
 
 def _run_file(cfg: GenerateConfig, lines: list[Line]) -> int:
-    from speechlm_ext.utils.files.run_folders import WEIGHTS_NAME
-
     assert cfg.output_dir is not None
     model = load_model(cfg)
     folder = ResultsFolder(
@@ -251,11 +242,13 @@ def _run_file(cfg: GenerateConfig, lines: list[Line]) -> int:
         todo = [r for r in requests if not folder.is_done(r)]
         if len(todo) < len(requests):
             print(f"{len(requests) - len(todo)} of {len(lines)} requests are already done.", file=sys.stderr)
-
-        def keep(index: int, result: GenerationResult) -> None:
-            folder.add(todo[index], result)
-
-        generate(model, todo, cfg.batch_size, progress=True, on_result=keep)
+        generate(
+            model,
+            todo,
+            cfg.batch_size,
+            progress=True,
+            on_result=lambda n, result: folder.add(todo[n], result),
+        )
         path = folder.close(lines)
     finally:
         folder.release()

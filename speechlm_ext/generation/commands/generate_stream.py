@@ -27,18 +27,7 @@ CUT_NOTE = "note: the model did not end the result; it was cut at the maximum le
 def run_stream(
     model: SpeechLMModel, request: GenerationRequest, output: Path | None, chunk_frames: int
 ) -> int:
-    """Generate and write one request.
-
-    Args:
-        output: for speech a wav file, or ``-`` for raw 16-bit samples on standard output; text is printed piece by
-            piece and, if a file is given, written there at the end.
-
-    Returns:
-        0, or 1 if the reader of standard output closed it.
-
-    Raises:
-        SpeechLMError: the request is rejected, or fails on the way; everything before the failure is written.
-    """
+    """Generate one request and write it piece by piece; 1 if the reader of standard output closed it."""
     start = time.perf_counter()
     chunks = stream(model, request, chunk_frames)
     try:

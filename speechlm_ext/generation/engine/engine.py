@@ -22,10 +22,8 @@ import torch
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine import sampler_state as states
 from speechlm_ext.generation.engine.graphs import Calls, StepGraphs
-from speechlm_ext.generation.engine.prefill import prefill
 from speechlm_ext.generation.engine.rows import Decoded, read_decoded
-from speechlm_ext.generation.engine.slots import DecodeJob, Slot, SlotTable, make_slots
-from speechlm_ext.generation.requests.prompt import Prompt
+from speechlm_ext.generation.engine.slots import DecodeJob, Slot, SlotTable, make_slots, prefill
 from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.ops import SampledStep, multistream_sample
 from speechlm_ext.ops.multistream_sample.decode_state import Progress
@@ -82,9 +80,6 @@ class Engine:
         Args:
             num_cached: leading prompt rows of the first job that its slot has in the cache already (earlier turns of a
                 dialogue); they are not prefilled again.
-
-        Raises:
-            GenerationError: there are not enough free slots, or forced content that the target cannot have.
         """
         new = [slot for job in jobs for slot in make_slots(job, self.layout)]
         if len(new) > self.num_free:
@@ -160,14 +155,7 @@ class Engine:
 
     @torch.inference_mode()
     def rows(self, key: Any, first: int = 0) -> np.ndarray:
-        """The decoded rows of a request from row ``first`` on, without its prompt's; synchronizes with a GPU.
-
-        Returns:
-            int64 ``[R, S]``, a copy.
-
-        Raises:
-            GenerationError: no such request is being decoded.
-        """
+        """A copy of a request's decoded rows from row ``first`` on, int64 ``[R, S]``; synchronizes with a GPU."""
         for number, slot in enumerate(self.active):
             if slot.job.key == key and slot.leader is None:
                 state = self._slots.state
@@ -218,11 +206,7 @@ class Engine:
             self._slots.link()
 
     def run(self, jobs: Iterable[DecodeJob]) -> Iterator[tuple[DecodeJob, Decoded]]:
-        """Decode requests as slots allow and yield each as it ends.
-
-        Args:
-            jobs: taken one by one when there is room, so a generator may make them.
-        """
+        """Decode jobs, taken one by one when there is room, and yield each as it ends."""
         source, waiting = iter(jobs), None
         while True:
             free, joining = self.num_free, list[DecodeJob]()
@@ -246,29 +230,3 @@ class Engine:
             for _ in range(self.poll_interval):
                 self.step()
             yield from self.collect()
-
-
-def decode(
-    model: SpeechLMModel,
-    prompts: Sequence[Prompt],
-    forced_targets: Sequence[np.ndarray] | None = None,
-    num_slots: int | None = None,
-) -> list[Decoded]:
-    """Decode prompts together.
-
-    Args:
-        model: a :class:`SpeechLMModel` in eval mode.
-        prompts: any mix of tasks and lengths.
-        forced_targets: for each prompt the content int64 ``[T, S]`` (layout ids) to force instead of sampling;
-            ``logprob_TS`` and ``end_logprob`` of the results then are those of that content.
-        num_slots: rows decoded at once; default all.
-
-    Returns:
-        One :class:`Decoded` per prompt, in order. A request whose logits are not finite is ``failed``; the others are
-        unaffected.
-    """
-    targets: Sequence[np.ndarray | None] = forced_targets or [None] * len(prompts)
-    engine = Engine(model, num_slots or max(sum(p.num_slots for p in prompts), 1))
-    jobs = [DecodeJob(n, p, t) for n, (p, t) in enumerate(zip(prompts, targets, strict=True))]
-    found = {job.key: decoded for job, decoded in engine.run(jobs)}
-    return [found[job.key] for job in jobs]

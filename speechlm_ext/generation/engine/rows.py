@@ -95,11 +95,7 @@ def partial_rows(frames_PS: np.ndarray, layout: TokenLayout) -> np.ndarray:
 
 
 def forced_rows(prompt: Prompt, content_TS: np.ndarray, layout: TokenLayout) -> np.ndarray:
-    """All rows after the prefix for a target's remaining content ``[T, S]``: int64 ``[R, S]``.
-
-    Raises:
-        GenerationError: ids outside the target's ranges, or a task with several targets.
-    """
+    """All rows after the prefix for a target's remaining content ``[T, S]``: int64 ``[R, S]``."""
     if len(prompt.segments) > 1:
         raise GenerationError(f"request {prompt.id!r}: content can be forced for tasks with one target only.")
     for s, ids in enumerate(layout.content_ranges(prompt.modality)):

@@ -1,8 +1,8 @@
-"""The active requests side by side in slots ``0`` to ``n - 1``, and the sampler's state of each."""
+"""The active requests side by side in slots ``0`` to ``n - 1``: the sampler's state of each, and the prefill."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,12 @@ from speechlm_ext.generation.engine import sampler_state as states
 from speechlm_ext.generation.engine.rows import forced_rows, partial_rows, prefix_rows
 from speechlm_ext.generation.requests.prompt import Prompt
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.model.attention.kv_cache import KVCache
+from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.ops import DecodeState
+
+#: Maximum number of rows of one prefill forward, which bounds its memory.
+PREFILL_ROWS = 8192
 
 
 @dataclass(eq=False)
@@ -58,11 +63,7 @@ class Slot:
 
 
 def make_slots(job: DecodeJob, layout: TokenLayout) -> list[Slot]:
-    """The slots that a job takes: one, and with guidance a second one without the conditions.
-
-    Raises:
-        GenerationError: forced content that the target cannot have.
-    """
+    """The slots that a job takes: one, and with guidance a second one without the conditions."""
     p = job.prompt
     if job.forced_target is None:
         forced_RS = partial_rows(p.frames_PS, layout)
@@ -141,3 +142,56 @@ class SlotTable:
                 leader = self.active.index(slot.leader)
                 for row in (number, leader):
                     state.source[row], state.guide[row] = leader, number
+
+
+def prefill(
+    model: SpeechLMModel,
+    cache: KVCache,
+    slots: Mapping[int, Slot],
+    active: Sequence[Slot],
+    num_cached: int = 0,
+) -> None:
+    """Fill the cache with all prefix rows of new slots but the last, which the next step feeds.
+
+    Args:
+        slots: the new slots by number.
+        active: the slots before them, whose prefixes are in the cache and can be copied.
+        num_cached: leading rows of the first new slot that its cache has already.
+    """
+    device = next(model.parameters()).device
+    cached = {slot.prefix_key: number for number, slot in enumerate(active)}
+    sources: dict[bytes, int] = {}
+    pending: list[tuple[int, np.ndarray]] = []
+    copies: list[tuple[int, int]] = []
+    for number, slot in slots.items():
+        start, num_cached = num_cached, 0
+        rows_RS = slot.prefix_RS[start:-1]
+        if len(rows_RS) == 0:
+            continue
+        if start == 0 and slot.prefix_key in cached:
+            cache.copy(cached[slot.prefix_key], [number], len(rows_RS))
+        elif slot.prefix_key in sources:
+            copies.append((sources[slot.prefix_key], number))
+        else:
+            sources[slot.prefix_key] = number
+            pending.append((number, rows_RS))
+    for batch in _batches(pending):
+        numbers, rows = zip(*batch, strict=True)
+        ids_NS = torch.from_numpy(np.concatenate(rows)).to(device)
+        model.prefill(ids_NS, cache, list(numbers), list(map(len, rows)))
+    for source, number in copies:
+        cache.copy(source, [number])
+
+
+def _batches(pending: Sequence[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Consecutive slots of at most ``PREFILL_ROWS`` rows together; one of more has a batch of its own."""
+    batch: list[tuple[int, np.ndarray]] = []
+    total = 0
+    for number, rows_RS in pending:
+        if batch and total + len(rows_RS) > PREFILL_ROWS:
+            yield batch
+            batch, total = [], 0
+        batch.append((number, rows_RS))
+        total += len(rows_RS)
+    if batch:
+        yield batch

@@ -22,6 +22,7 @@ from speechlm_ext.generation.requests.settings import Range, SamplingSettings
 from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.utils.text import NO_SPACES
 
+#: The units of agreement: words, and in scripts without spaces grapheme clusters (letter and marks).
 _UNIT = regex.compile(rf"(?={NO_SPACES})\X|(?:(?!{NO_SPACES})\S)+")
 
 
@@ -117,8 +118,8 @@ class Listener:
     def _partial(self, wave: np.ndarray) -> PartialText:
         text = self._transcribe(wave).text or ""
         agreed = _common_words(self._last, text)
-        before = _units(self._stable)
-        if _units(agreed)[: len(before)] == before:
+        before = _UNIT.findall(self._stable)
+        if _UNIT.findall(agreed)[: len(before)] == before:
             self._stable = agreed
         self._last = text
         return PartialText(text, self._stable, len(wave) / self.sample_rate)
@@ -133,15 +134,10 @@ class Listener:
         return result
 
 
-def _units(text: str) -> list[str]:
-    """The units of agreement: words, and in scripts without spaces grapheme clusters (letter and marks)."""
-    return _UNIT.findall(text)
-
-
 def _common_words(first: str, second: str) -> str:
     """The leading units that two texts share, with the second one's spacing."""
     end = 0
-    for a, b in zip(_units(first), _UNIT.finditer(second), strict=False):
+    for a, b in zip(_UNIT.findall(first), _UNIT.finditer(second), strict=False):
         if a != b.group():
             break
         end = b.end()

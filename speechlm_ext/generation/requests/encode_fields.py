@@ -5,8 +5,6 @@ Axes: T frames, C columns of a modality's raw ids, S streams.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,52 +25,30 @@ SPEAKER_FRAMES = 500
 _NEEDS = {"ssl": ("ssl",), "codec": ("codec",), "codec_ssl": ("ssl", "codec"), "spk": ("codec",)}
 
 
-@dataclass(frozen=True, eq=False)
-class Content:
-    """A request's fields in layout ids, each int64 ``[T, S]``."""
-
-    conditions: tuple[np.ndarray, ...]
-    """In the order of the task's conditions."""
-    prefix_TS: np.ndarray | None = None
-    """The beginning of the first target, of a continuation request."""
-    target_TS: np.ndarray | None = None
-    """The whole target, of a request that scores one."""
-
-
 def encode_request(
     request: GenerationRequest, template: TaskTemplate, layout: TokenLayout, tokenizers: TokenizerSet
-) -> Content:
-    """Tokenize a request's fields for its task.
-
-    Raises:
-        GenerationError: a missing tokenizer, a field without tokens, or ids outside the layout's ranges.
-        AudioError, TokenizerError: a recording or text that cannot be used.
-    """
+) -> tuple[list[np.ndarray], np.ndarray | None, np.ndarray | None]:
+    """A request's conditions, continued beginning and target to score, in layout ids int64 ``[T, S]``."""
 
     def encode(name: str, modality: str) -> np.ndarray:
         raw_TC = encode_field(request, name, modality, tokenizers)
         raw_TC = raw_TC[:SPEAKER_FRAMES] if modality == "spk" else raw_TC
         return content_frames(raw_TC, modality, layout, f"request {request.id!r} (task {template.name})")
 
-    conditions = tuple(encode(FIELD_NAMES[e.field], e.modality) for e in template.conditions)
+    conditions = [encode(FIELD_NAMES[e.field], e.modality) for e in template.conditions]
     first, last = template.targets[0], template.targets[-1]
     name = FIELD_NAMES[first.field]
     # An empty text continues nothing, as no text does.
     is_continued = not conditions and getattr(request, name) is not None and request.text != ""
     prefix_TS = encode(name, first.modality) if is_continued else None
     given = request.given_target
-    return Content(conditions, prefix_TS, None if given is None else encode(given, last.modality))
+    return conditions, prefix_TS, None if given is None else encode(given, last.modality)
 
 
 def encode_field(
     request: GenerationRequest, name: str, modality: str, tokenizers: TokenizerSet
 ) -> np.ndarray:
-    """Tokenize field ``name`` of a request as ``modality``: raw ids int32 ``[T, C]``, at least one frame.
-
-    Raises:
-        GenerationError: the model has no tokenizer for it, or there are no tokens.
-        AudioError, TokenizerError: the content cannot be used.
-    """
+    """Tokenize field ``name`` of a request as ``modality``: raw ids int32 ``[T, C]``, at least one frame."""
     where, value = f"request {request.id!r}", getattr(request, name)
     try:
         if modality == "text_bpe" and tokenizers.text is not None:
@@ -91,31 +67,16 @@ def encode_field(
 def _encode_recording(
     request: GenerationRequest, name: str, modality: str, tokenizers: TokenizerSet
 ) -> np.ndarray:
-    where = f"request {request.id!r}"
+    where, source = f"request {request.id!r}", getattr(request, name)
     needs = _NEEDS.get(modality, ())
     if not needs or any(getattr(tokenizers, n) is None for n in needs):
         raise GenerationError(
             f"{where}: the model folder has no tokenizer for {modality}; export it with tokenizers."
         )
     rate = getattr(tokenizers, needs[-1]).sample_rate
-    wave = load_wave(getattr(request, name), rate, f"{where}, {name}", request.audio_rate, request.resample)
-    if modality == "ssl":
-        return tokenizers.ssl.encode(wave)
-    if modality == "codec_ssl" or (modality == "spk" and tokenizers.ssl is not None):
-        return tokenizers.encode_codec_ssl(wave)
-    return tokenizers.codec.encode(wave)
-
-
-def load_wave(
-    source: str | Path | np.ndarray | None, rate: int, where: str, array_rate: int | None, resample: bool
-) -> np.ndarray:
-    """Read a file or take an array as float32 ``[T]`` at ``rate`` Hz.
-
-    Raises:
-        GenerationError: audio of another rate while ``resample`` is False. AudioError: it cannot be used.
-    """
+    where += f", {name}"
     if isinstance(source, np.ndarray):
-        wave, found = check_wave(source, where), array_rate or rate
+        wave, found = check_wave(source, where), request.audio_rate or rate
     elif source is None:
         raise GenerationError(f"{where}: no recording was given.")
     else:
@@ -123,22 +84,21 @@ def load_wave(
             wave, found = read_audio(source)
         except AudioError as error:
             raise AudioError(f"{where}: {error}") from None
-    if found == rate:
-        return wave
-    if not resample:
+    if found != rate and not request.resample:
         raise GenerationError(
             f"{where}: the recording has {found} Hz but the model's tokenizers take {rate} Hz, and resample is false; "
             "convert it, or leave resample out."
         )
-    return resample_audio(wave, found, rate)
+    wave = resample_audio(wave, found, rate)
+    if modality == "ssl":
+        return tokenizers.ssl.encode(wave)
+    if modality == "codec_ssl" or (modality == "spk" and tokenizers.ssl is not None):
+        return tokenizers.encode_codec_ssl(wave)
+    return tokenizers.codec.encode(wave)
 
 
 def content_frames(raw_TC: np.ndarray, modality: str, layout: TokenLayout, where: str) -> np.ndarray:
-    """Raw tokenizer ids ``[T, C]`` as layout frames int64 ``[T, S]``; streams without content hold pad.
-
-    Raises:
-        GenerationError: another number of columns than the modality has, or an id outside its range.
-    """
+    """Raw tokenizer ids ``[T, C]`` as layout frames int64 ``[T, S]``; streams without content hold pad."""
     raw_TC = np.asarray(raw_TC)
     raw_TC = raw_TC[:, None] if raw_TC.ndim == 1 else raw_TC
     streams = content_streams(modality, layout)

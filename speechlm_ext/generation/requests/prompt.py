@@ -85,37 +85,31 @@ class Prompt:
 
 
 def build_prompt(request: GenerationRequest, model: SpeechLMModel) -> Prompt:
-    """Check a request against the model, tokenize its fields and lay out the frames up to the first target.
-
-    Raises:
-        GenerationError: the model has no tokenizers or no such task, fields or settings that the task does not take, a
-            prompt that the context cannot hold, or lengths with which the target can never end.
-        AudioError, TokenizerError: content that cannot be used.
-    """
+    """Check a request against the model, tokenize its fields and lay out the frames up to the first target."""
     tokenizers = require_tokenizers(model)
     template = find_task(request, model.tasks)
     check_request(request, template)
     if request.settings.best_of > 1:
         recognition_task(template, model.tasks, f"request {request.id!r}")
     layout, settings = model.layout, request.settings
-    content = encode_request(request, template, layout, tokenizers)
+    contents, prefix_TS, target_TS = encode_request(request, template, layout, tokenizers)
     start = [special_frame(layout.sos_eos_id, layout), special_frame(layout.task_id(template.name), layout)]
     conditions: list[np.ndarray] = []
-    for entry, frames_TS in zip(template.conditions, content.conditions, strict=True):
+    for entry, frames_TS in zip(template.conditions, contents, strict=True):
         marker = special_frame(layout.marker_id(entry.modality), layout)
         conditions += [marker, frames_TS, pad_frames(layout.max_delay, layout)]
-    prefix_TS = pad_frames(0, layout) if content.prefix_TS is None else content.prefix_TS
+    prefix_TS = pad_frames(0, layout) if prefix_TS is None else prefix_TS
     target = [special_frame(layout.marker_id(template.targets[0].modality), layout), prefix_TS]
     frames_PS = np.concatenate([*start, *conditions, *target])
-    num_content = sum(map(len, content.conditions)) + len(prefix_TS)
+    num_content = sum(map(len, contents)) + len(prefix_TS)
     where = f"request {request.id!r} (task {template.name})"
     lengths = settings
-    if content.target_TS is not None:
+    if target_TS is not None:
         # The end must be neither ruled out nor forced in any frame, or its probability would be 0 or 1.
-        longest = len(content.target_TS) + 1
+        longest = len(target_TS) + 1
         lengths = replace(settings, min_len=longest, max_len=longest, min_len_ratio=None, max_len_ratio=None)
     segments = plan_segments(lengths, template, len(frames_PS), num_content, model, where)
-    if content.target_TS is not None:
+    if target_TS is not None:
         segments = (replace(segments[0], settings=settings.resolved(segments[0].modality), min_new=0),)
     return Prompt(
         request.id,
@@ -124,7 +118,7 @@ def build_prompt(request: GenerationRequest, model: SpeechLMModel) -> Prompt:
         len(prefix_TS),
         segments,
         unconditional_PS=np.concatenate([*start, *target]) if settings.guidance != 1.0 else None,
-        target_TS=content.target_TS,
+        target_TS=target_TS,
         target_text=request.target_text,
     )
 
@@ -145,11 +139,7 @@ def find_task(request: GenerationRequest, tasks: tuple[TaskTemplate, ...]) -> Ta
 
 
 def recognition_task(template: TaskTemplate, tasks: Sequence[TaskTemplate], where: str) -> TaskTemplate:
-    """The trained task that recognizes the speech of ``template``'s target.
-
-    Raises:
-        GenerationError: ``template`` does not turn text into speech, or there is no such task.
-    """
+    """The trained task that recognizes the speech of ``template``'s target."""
     target = template.targets[-1]
     if _TEXT not in template.conditions or target.modality not in ("codec", "codec_ssl", "ssl"):
         raise GenerationError(
@@ -189,10 +179,6 @@ def plan_segments(
     Args:
         num_rows: of the prompt.
         num_content: content frames of the prompt, the unit of ``max_len_ratio``.
-        where: for messages.
-
-    Raises:
-        GenerationError: the context cannot hold the prompt and the shortest targets, or a target can never end.
     """
     layout, context = model.layout, model.max_positions
     settings.check_streams([stream.name for stream in layout.streams], where)

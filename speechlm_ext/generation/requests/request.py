@@ -59,22 +59,22 @@ class GenerationRequest:
         where = f"request {self.id!r}"
         if not isinstance(self.task, str) or not self.task:
             raise GenerationError(f"{where}: task must be a task's name, got {self.task!r}.")
-        for name in ("text", "lang", "target_text"):
+        for name in ("id", "task", "text", "lang", "target_text"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise GenerationError(f"{where}: {name} must be a string, got {type(value).__name__}.")
-        for name in ("id", "task", "text", "lang", "target_text"):
-            _check_unicode(getattr(self, name), name, where)
+            _check_unicode(value, name, where)
         for name in RECORDINGS:
             value = getattr(self, name)
-            if value is not None and not isinstance(value, (str, Path, np.ndarray)):
+            if value is None or isinstance(value, np.ndarray):
+                continue
+            if not isinstance(value, (str, Path)):
                 raise GenerationError(
                     f"{where}: {name} must be a path or a numpy waveform, got {type(value).__name__}."
                 )
-            if isinstance(value, (str, Path)) and "\0" in str(value):
+            if "\0" in str(value):
                 raise GenerationError(f"{where}: {name} has a zero byte in its path: {str(value)!r}.")
-            if isinstance(value, (str, Path)):
-                _check_unicode(str(value), name, where)
+            _check_unicode(str(value), name, where)
         if not isinstance(self.resample, bool):
             raise GenerationError(f"{where}: resample must be true or false, got {self.resample!r}.")
         if self.audio_rate is not None:
@@ -171,12 +171,7 @@ class GenerationResult:
 
 
 def check_request(request: GenerationRequest, template: TaskTemplate) -> None:
-    """Compare a request's fields and settings with its task.
-
-    Raises:
-        GenerationError: a condition is missing, a field is given that the task does not take, or settings that do not
-            apply to the task.
-    """
+    """Raise :class:`GenerationError` unless a request's fields and settings apply to its task."""
     where, settings = f"request {request.id!r} (task {template.name})", request.settings
     needed = [FIELD_NAMES[field] for field in sorted({e.field for e in template.conditions})]
     for name in needed:

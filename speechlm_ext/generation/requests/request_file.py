@@ -11,7 +11,7 @@ from typing import Any
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.requests.request import GenerationRequest
-from speechlm_ext.utils.files.json_lines import JsonLine, read_json_lines
+from speechlm_ext.utils.files.json_text import JsonLine, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,6 @@ def read_requests(path: str | Path, defaults: dict[str, Any]) -> list[Line]:
 
     Returns:
         One entry per line that is not blank, in order; ids are unique.
-
-    Raises:
-        GenerationError: the file is missing, empty or not UTF-8.
     """
     path = Path(path)
     lines = read_json_lines(path, "requests file", GenerationError)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import math
 import os
@@ -24,11 +25,9 @@ from speechlm_ext.audio.files import write_wav
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.requests.request import RECORDINGS, GenerationRequest, GenerationResult
 from speechlm_ext.generation.requests.request_file import RejectedRequest
-from speechlm_ext.utils.files.io import atomic_write_text, sha256_file, storage_error
-from speechlm_ext.utils.files.json_lines import json_lines
+from speechlm_ext.utils.files.io import atomic_write_text, sha256_file, sha256_json, storage_error
 from speechlm_ext.utils.files.json_shape import check_shape
-from speechlm_ext.utils.files.json_text import json_line
-from speechlm_ext.utils.hashing import sha256_json
+from speechlm_ext.utils.files.json_text import json_line, json_lines
 from speechlm_ext.utils.names import file_name
 
 RESULTS = "results.jsonl"
@@ -99,8 +98,14 @@ class ResultsFolder:
         except OSError as error:
             raise storage_error(error, self.folder / RESULTS) from error
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                _acquire(self._lock, self.folder)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise GenerationError(
+                    f"another run is writing into {folder}; wait for it, or use another folder."
+                ) from None
+            except OSError:  # a file system without locks
+                pass
             # A killed run leaves the temporary file that it was writing.
             for path in (*self.folder.glob(f".{RESULTS}.*"), *self.folder.glob("wav/.*.wav")):
                 path.unlink(missing_ok=True)
@@ -135,11 +140,10 @@ class ResultsFolder:
             self._fingerprints[request.id] = fingerprint(request, self._identity)
         return self._fingerprints[request.id]
 
-    def add(self, request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
+    def add(self, request: GenerationRequest, result: GenerationResult) -> None:
         """Write a result's audio and append its record.
 
-        Raises:
-            StorageError: the disk is full; what was written before is intact and the run can be resumed.
+        On a full disk what was written before is intact, and the run can be resumed.
         """
         alternatives = [
             self._outcome(one, result.id, number) for number, one in enumerate(result.alternatives, 2)
@@ -155,7 +159,6 @@ class ResultsFolder:
         except OSError as error:
             raise storage_error(error, path) from error
         self.records[result.id] = record
-        return record
 
     def _outcome(self, result: GenerationResult, request_id: str, number: int = 1) -> dict[str, Any]:
         """The fields of a request's ``number``-th result; writes its audio to ``wav/``."""
@@ -229,17 +232,6 @@ def _rounded(logprobs_TC: np.ndarray) -> list[list[float | None]]:
 _OUTCOME = {"finished?": str, "audio?": str | None, "...": Any}
 #: The fields of a record that this module reads.
 _RECORD = {**_OUTCOME, "id": str, "fingerprint?": str | None, "alternatives?": [_OUTCOME]}
-
-
-def _acquire(lock: int, folder: Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise GenerationError(
-            f"another run is writing into {folder}; wait for it, or use another folder."
-        ) from None
 
 
 def _read(path: Path, partial: bool) -> dict[str, dict[str, Any]]:

@@ -230,11 +230,7 @@ class SamplingSettings:
                 )
 
     def lengths(self, num_content: int, where: str) -> tuple[int, int]:
-        """Minimum and maximum frames of a target, for a prompt of ``num_content`` content frames.
-
-        Raises:
-            GenerationError: a ratio without content, or a minimum above the maximum.
-        """
+        """Minimum and maximum frames of a target, for a prompt of ``num_content`` content frames."""
         low, low_text = self._length("min_len", num_content, where)
         high, high_text = self._length("max_len", num_content, where)
         if self.max_len is None and self.max_len_ratio is None:

@@ -46,9 +46,6 @@ def beam_search(
 
     Returns:
         The results, best first; one ``failed`` result if the logits are not finite.
-
-    Raises:
-        GenerationError: a target of several streams, several targets, or numbers out of range.
     """
     layout, where = model.layout, f"request {prompt.id!r}"
     if len(prompt.segments) != 1:

@@ -20,20 +20,19 @@ SUFFIXES = (".npy", ".parquet")
 _HINT = "It is damaged or truncated: write it again."
 
 
-def open_npy(path: Path) -> np.ndarray:
-    """A ``.npy`` file of float ``[n, F]``, mapped into memory.
+def open_npy(path: Path, name: str = "feature shard", shape: str = "[n, F]") -> np.ndarray:
+    """A ``.npy`` file of floats with two dimensions, mapped; ``name`` and ``shape`` are for messages.
 
-    Raises:
-        KMeansError: unreadable, of another type or shape, or with more bytes than its header describes.
+    Raises :class:`KMeansError`: unreadable, of another type or shape, or with more bytes than its header describes.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header is evaluated as Python, and raises anything
-        raise KMeansError(f"feature shard {path} cannot be read {npy_problem(path, error)}.") from None
+        raise KMeansError(f"{name} {path} cannot be read {_npy_problem(path, error)}.") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or array.itemsize > 8:
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "a .npz archive"
         raise KMeansError(
-            f"feature shard {path}: expected float16, float32 or float64 [n, F], got {got}; convert it first"
+            f"{name} {path}: expected float16, float32 or float64 {shape}, got {got}; convert it first"
             f"{how_to_reshape(getattr(array, 'ndim', 2))}."
         )
     check_npy_size(path, array)
@@ -50,7 +49,7 @@ def check_npy_size(path: Path, array: np.ndarray) -> None:
         )
 
 
-def npy_problem(path: str | Path, error: Exception) -> str:
+def _npy_problem(path: str | Path, error: Exception) -> str:
     """Why ``numpy.load`` refused a file, in parentheses, and the way out.
 
     NumPy's own message recommends to unpickle the file, which would run any code in it.
@@ -79,12 +78,7 @@ def how_to_reshape(num_dims: int) -> str:
 class ParquetRows:
     """A Parquet file with a column of float lists, all of one length; sliced like an array ``[n, F]``.
 
-    Args:
-        path: the file.
-        column: its column of lists or fixed-size lists of float16, float32 or float64.
-
-    Raises:
-        KMeansError: unreadable, no such column, another type, lists that are missing or differ in length.
+    Raises :class:`KMeansError`: unreadable, no such column, another type, lists that are missing or differ in length.
     """
 
     def __init__(self, path: Path, column: str) -> None:

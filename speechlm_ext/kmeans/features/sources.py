@@ -105,11 +105,7 @@ def _list_shards(path: Path) -> list[Path]:
 
 
 class ArraySource:
-    """Rows of an array, in memory or mapped from a file.
-
-    Raises:
-        KMeansError: anything but float ``[N, F]`` with F >= 1.
-    """
+    """Rows of an array. Raises :class:`KMeansError`: anything but float ``[N, F]`` with F >= 1."""
 
     def __init__(self, x: Tensor | np.ndarray) -> None:
         if isinstance(x, torch.Tensor):
@@ -134,14 +130,9 @@ class ArraySource:
 
 
 class ShardSource:
-    """Rows of files, one after the other in the order given.
+    """Rows of ``.npy`` and ``.parquet`` files, one after the other in the order given.
 
-    Args:
-        paths: .npy and .parquet files.
-        column: of the Parquet files.
-
-    Raises:
-        KMeansError: a file that cannot be used (see ``shards.py``), or widths that differ.
+    Raises :class:`KMeansError`: a file that cannot be used (see ``shards.py``), or widths that differ.
     """
 
     def __init__(self, paths: Sequence[Path], column: str = "features") -> None:

@@ -29,15 +29,7 @@ from speechlm_ext.ops.kmeans_assign.sums import kmeans_sums
 
 
 def grid_step(bound: Tensor, count: int) -> Tensor:
-    """The step g of the grid for fewer than ``2^52`` summands.
-
-    Args:
-        bound: float64, any shape, >= 0: maximum magnitude of the summands.
-        count: maximum number of summands, over all blocks and ranks.
-
-    Returns:
-        float64 powers of two, shaped as ``bound``.
-    """
+    """The step g for ``count`` < 2^52 summands of magnitude ``bound`` (float64, any shape) at most."""
     exponent = torch.frexp(bound).exponent.to(torch.int64)  # bound < 2^exponent, or both are 0
     exponent = exponent + (max(1, count.bit_length()) - 52)
     # 2^e from its bits: pow() need not be exact. The clamp keeps it a normal number.
@@ -78,18 +70,9 @@ class Grid:
         """Rows ``[n, F]`` of any float dtype minus the offset, rounded to the grid: float64 ``[n, F]``."""
         return to_grid(x.to(torch.float64) - self.offset, self.step)
 
+    def add_sums(self, x: Tensor, labels: Tensor, sums: Tensor, counts: Tensor) -> None:
+        """Add rows in the grid's range to the sums of their clusters, in place; see :func:`kmeans_sums`.
 
-def add_cluster_sums(x: Tensor, labels: Tensor, sums: Tensor, counts: Tensor, grid: Grid) -> None:
-    """Add the rows of one block to the sums of their clusters, in place and exactly.
-
-    After all blocks ``grid.offset + sums[k] / counts[k]`` is the mean of cluster k, for any order of blocks, rows and
-    threads.
-
-    Args:
-        x: float ``[n, F]``; rows with a label must be in the range that ``grid`` was built for.
-        labels: int32 or int64 ``[n]`` in ``[0, K)``; a row with -1 is skipped.
-        sums: float64 ``[K, F]``, changed.
-        counts: int64 ``[K]``, changed.
-        grid: built for all rows.
-    """
-    kmeans_sums(x, labels.to(torch.int32), grid.offset, grid.step, sums, counts)
+        After all blocks ``offset + sums[k] / counts[k]`` is the mean of cluster k, for any order of blocks and threads.
+        """
+        kmeans_sums(x, labels, self.offset, self.step, sums=sums, counts=counts)

@@ -38,19 +38,10 @@ def greedy_plus_plus(
     trials: int | None = None,
     progress: bool | None = False,
 ) -> Tensor:
-    """Choose ``num_clusters`` of the points.
+    """Choose K of the points: int64 ``[K]`` indices, which repeat where fewer than K points are distinct.
 
-    Args:
-        points: float64 ``[M, F]``, finite, relative to the middle of their range.
-        num_clusters: K <= M.
-        seed, purpose: of the draws (see ``counter_rng.py``).
-        weights: float64 ``[M]`` >= 0: number of rows that a point represents; default 1.
-        trials: points drawn for each centroid, of which the best is taken; default ``2 + floor(ln K)``. 1 is plain
-            k-means++.
-        progress: True or False for a progress bar; None: only on a terminal.
-
-    Returns:
-        int64 ``[K]`` indices. When fewer than K points are distinct, the rest repeat.
+    Points are float64 ``[M, F]``, finite, relative to the middle of their range. A point represents ``weights`` rows
+    (float64 ``[M]``, default 1). ``trials`` points are drawn for each centroid; 1 is plain k-means++.
     """
     num_points = points.shape[0]
     if weights is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speechlm_ext.kmeans.fit.fixed_point import add_cluster_sums, exact_sum, grid_step, to_grid
+from speechlm_ext.kmeans.fit.fixed_point import exact_sum, grid_step, to_grid
 from speechlm_ext.kmeans.fit.scan import Data
 from speechlm_ext.kmeans.fit.state import State, Step
 from speechlm_ext.ops import CentroidIndex, kmeans_assign
@@ -87,14 +87,10 @@ def assign_pass(
     with_farthest: bool = False,
     name: str = "k-means",
 ) -> PassResult:
-    """Assign all rows to their nearest centroids.
+    """Assign all rows to the nearest of ``centers`` ``[K, F]``; ``name`` is of the progress bar.
 
-    Args:
-        data: the rows.
-        centers: ``[K, F]``.
-        labels_out: int32 of this rank's rows, filled with their labels; -1 for rows that are not finite.
-        with_farthest: also find candidates for empty clusters.
-        name: of the progress bar.
+    ``labels_out`` receives int32 labels of this rank's rows, -1 for rows that are not finite; ``with_farthest`` also
+    finds candidates for empty clusters.
     """
     num_clusters, width = centers.shape
     index = CentroidIndex.build(centers.to(data.work_dtype))
@@ -108,7 +104,7 @@ def assign_pass(
     farthest = Farthest(num_clusters, width, data.work_dtype, data.device)
     for first, block in data.blocks(name):
         labels, squared = kmeans_assign(block, index, return_distance=True)
-        add_cluster_sums(block, labels, sums, counts, data.grid)
+        data.grid.add_sums(block, labels, sums, counts)
         inertia += to_grid(squared.nan_to_num(nan=0.0).double(), step).sum()
         if with_farthest:
             farthest.add(block, labels, squared)
@@ -127,13 +123,10 @@ def squared_distance_bound(data: Data, centers: Tensor) -> Tensor:
 
 
 def reseed_empty(data: Data, result: PassResult) -> int:
-    """Give each cluster without rows the farthest row available, in ``result.sums`` and ``.counts``.
+    """Give clusters without rows the farthest rows available, in place; returns their number.
 
     Rows at distance 0, equal to one already taken, or alone in their cluster are skipped: they would make no new
     centroid or another empty cluster. A cluster for which no row is left keeps its centroid.
-
-    Returns:
-        The number of clusters that were without rows.
     """
     empty = (result.counts == 0).nonzero()[:, 0].tolist()
     if not empty:
@@ -177,14 +170,7 @@ def _means(data: Data, result: PassResult, old: Tensor) -> tuple[Tensor, float]:
 
 
 def lloyd_step(data: Data, state: State, *, max_iter: int, tolerance: float) -> Step:
-    """One iteration, in place.
-
-    Args:
-        data: the rows.
-        state: centroids, history and ``done``.
-        max_iter: iterations after which it is done.
-        tolerance: done when the squared shift of all centroids is at most this.
-    """
+    """One iteration, in place; the last at ``max_iter`` or at a squared shift of at most ``tolerance``."""
     name = f"k-means {state.iteration + 1}"
     result = assign_pass(data, state.centers, name=name)
     if bool((result.counts == 0).any()):  # rare: a second pass finds the rows that the empty clusters take

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from speechlm_ext.kmeans.fit.checkpoint import Checkpoint
 from speechlm_ext.kmeans.fit.lloyd import assign_pass, lloyd_step
 from speechlm_ext.kmeans.fit.minibatch import Batches, minibatch_step, update_stopping
 from speechlm_ext.kmeans.fit.scan import Data
 from speechlm_ext.kmeans.fit.seeding import initial_centers, subsample
-from speechlm_ext.kmeans.fit.state import Best, State
+from speechlm_ext.kmeans.fit.state import Best, Checkpoint, State
 from speechlm_ext.kmeans.settings import Settings
 
 _LOG = logging.getLogger(__name__)
@@ -31,16 +30,7 @@ def run_fit(
     checkpoint_every: int = 1,
     with_labels: bool = False,
 ) -> tuple[Best, Tensor | None]:
-    """Fit, or resume from the checkpoint.
-
-    Returns:
-        The best of the starts, and with ``with_labels`` its int32 labels of this rank's rows.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or of another fit.
-        KMeansError: an init that does not fit the data.
-        StorageError: the checkpoint cannot be written.
-    """
+    """Fit or resume: the best start and, if ``with_labels``, its int32 labels of this rank's rows."""
     state = checkpoint.load(data.device) if checkpoint is not None else None
     if state is None:
         state = _start(data, settings, 0, None)
@@ -75,14 +65,7 @@ def run_fit(
 
 
 def partial_step(data: Data, settings: Settings, state: State | None) -> tuple[State, float]:
-    """One mini-batch step with all the rows, which are held in memory.
-
-    Args:
-        state: to continue from; None: the start is chosen among the rows.
-
-    Returns:
-        The new state, and the inertia of the rows before the step, summed over all ranks.
-    """
+    """One step with all rows, after a new start if ``state`` is None: the new state, the inertia before."""
     if state is None:
         centers = initial_centers(data, settings)
         seen = torch.zeros(settings.n_clusters, dtype=torch.float64, device=data.device)

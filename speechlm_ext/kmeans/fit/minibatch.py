@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.kmeans.counter_rng import row_keys
-from speechlm_ext.kmeans.fit.fixed_point import add_cluster_sums, exact_sum, grid_step, to_grid
+from speechlm_ext.kmeans.fit.fixed_point import exact_sum, grid_step, to_grid
 from speechlm_ext.kmeans.fit.lloyd import squared_distance_bound
 from speechlm_ext.kmeans.fit.scan import Data
 from speechlm_ext.kmeans.fit.state import State, Step
@@ -29,13 +29,7 @@ _MIN_SEGMENTS = 32
 
 
 class Batches:
-    """The batches of a fit.
-
-    Args:
-        data: the rows.
-        batch_size: rows of a batch over all ranks.
-        seed: of the order.
-    """
+    """The batches of a fit: ``batch_size`` rows over all ranks, in an order of ``seed`` alone."""
 
     def __init__(self, data: Data, batch_size: int, seed: int) -> None:
         self.data, self.batch_size, self.seed = data, batch_size, seed
@@ -107,23 +101,12 @@ class Batches:
 
 
 def minibatch_step(data: Data, settings: Settings, state: State, block: Tensor, numbers: Tensor) -> Step:
-    """Learn from one batch, in place.
-
-    Args:
-        data: the data that the batch is part of: its ranges, number of rows, ranks.
-        settings: its seed and ``reassignment_ratio``.
-        state: centroids, ``seen`` and the counter of reassignments.
-        block: this rank's rows of the batch, ``[n, F]`` in ``data.work_dtype``.
-        numbers: int64 ``[n]``, their global numbers.
-
-    Returns:
-        The inertia per finite row of the batch before the step, the squared shift, the number of centroids reassigned.
-    """
+    """Learn in place from this rank's rows of a batch, ``[n, F]`` with the global ``numbers`` ``[n]``."""
     num_clusters, width = state.centers.shape
     sums = torch.zeros(num_clusters, width, dtype=torch.float64, device=data.device)
     counts = torch.zeros(num_clusters, dtype=torch.int64, device=data.device)
     labels, squared = kmeans_assign(block, state.centers.to(data.work_dtype), return_distance=True)
-    add_cluster_sums(block, labels, sums, counts, data.grid)
+    data.grid.add_sums(block, labels, sums, counts)
     step = grid_step(squared_distance_bound(data, state.centers), data.num_rows)
     inertia = to_grid(squared.nan_to_num(nan=0.0).double(), step).sum()
     data.ranks.sum_(sums, counts, inertia)

@@ -25,13 +25,9 @@ class Ranks:
 
     @classmethod
     def join(cls, wanted: bool | Literal["auto"]) -> Ranks:
-        """The ranks of ``torch.distributed``'s default group.
+        """The default group's ranks; one process if ``wanted`` is False, or "auto" and there is no group.
 
-        Args:
-            wanted: True requires it, False ignores it, ``"auto"`` joins where it is initialized.
-
-        Raises:
-            KMeansError: it is required and not initialized.
+        Raises :class:`KMeansError`: it is True and there is none.
         """
         ready = distributed.is_available() and distributed.is_initialized()
         if wanted is True and not ready:
@@ -64,29 +60,24 @@ class Ranks:
         """All ranks' ``[n_i, ...]`` concatenated in rank order; ``n_i`` may differ and may be 0."""
         if self.size == 1:
             return tensor
-        lengths = self._all([tensor.shape[0]])
+        lengths = self.gather_int(tensor.shape[0])
         padded = tensor.new_zeros(max(lengths), *tensor.shape[1:], device=_device())
         padded[: tensor.shape[0]] = tensor
         parts = [torch.empty_like(padded) for _ in lengths]
         distributed.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).to(tensor.device)
 
-    def shares(self, num_rows: int) -> list[int]:
-        """The number of rows of each rank."""
-        return [num_rows] if self.size == 1 else self._all([num_rows])
-
-    def _all(self, values: list[int]) -> list[int]:
-        mine = torch.tensor(values, device=_device())
+    def gather_int(self, value: int) -> list[int]:
+        """All ranks' values, in rank order."""
+        if self.size == 1:
+            return [value]
+        mine = torch.tensor([value], device=_device())
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         distributed.all_gather(parts, mine)
         return torch.cat(parts).tolist()
 
     def raise_any(self, error: Exception | None) -> None:
-        """Raise an error of any rank on every rank, so that none waits for one that has stopped.
-
-        Raises:
-            Exception: ``error`` itself on the rank where it occurred; elsewhere a KMeansError with that rank's number.
-        """
+        """Raise an error of any rank on every rank (KMeansError on the others), so that none waits for it."""
         text = b"" if error is None else f"rank {self.rank}: {error}".encode()
         texts = self.gather_bytes(text)
         if error is not None:
@@ -97,9 +88,7 @@ class Ranks:
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """All ranks' bytes, in rank order."""
-        if self.size == 1:
-            return [data]
-        lengths = self._all([len(data)])
+        lengths = self.gather_int(len(data))
         mine = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
         return [part.numpy().tobytes() for part in self.gather(mine).split(lengths)]
 

@@ -86,11 +86,7 @@ class Data:
         return torch.empty(0, self.source.num_features, dtype=self.work_dtype, device=self.device)
 
     def blocks(self, name: str | None = None) -> Iterator[tuple[int, Tensor]]:
-        """One pass over this rank's rows: pairs of a block's first local row number and ``[n, F]`` in ``work_dtype``.
-
-        Args:
-            name: of a progress bar, which appears when the pass takes longer than two seconds.
-        """
+        """One pass, with a progress bar ``name``: first local row and ``[n, F]`` in ``work_dtype`` of a block."""
         dtype, total = self.work_dtype, self.source.num_rows
         with stage_bar(name, total, progress=self.progress) as bar:
             for first, block in self.source.blocks(0, total, self.block_rows):
@@ -117,17 +113,9 @@ def scan(
     block_rows: int | None = None,
     progress: bool | None = None,
 ) -> Data:
-    """Scan all rows.
+    """Scan this rank's rows, which may be none; the options are those of ``KMeans``.
 
-    Args:
-        source: this rank's rows; may be empty on some ranks.
-        nonfinite: a row with a NaN or an infinity is an error that names it, or is dropped.
-        device: where to compute; default where the rows are, the CPU for files.
-        block_rows: rows of a block; default about 32 MiB. Has no effect on results.
-        progress: see :class:`~speechlm_ext.kmeans.KMeans`.
-
-    Raises:
-        KMeansError: no rows, rows that are not finite, values beyond 1e140, or ranks with different widths.
+    Raises :class:`KMeansError`: no rows, rows that are not finite, values beyond 1e140, or ranks with different widths.
     """
     device = device or getattr(source, "device", None) or torch.device("cpu")
     block_rows = block_rows or default_block_rows(source.num_features)
@@ -138,7 +126,7 @@ def scan(
             f"features: the ranks have different ones (width, is float64): {heads}; all rows of a fit come from one "
             "encoder and layer."
         )
-    shares = ranks.shares(source.num_rows)
+    shares = ranks.gather_int(source.num_rows)
     num_rows = sum(shares)
     low = torch.full((source.num_features,), torch.inf, dtype=torch.float64, device=device)
     high, dropped = -low, torch.zeros((), dtype=torch.int64, device=device)

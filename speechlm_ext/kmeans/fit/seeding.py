@@ -33,18 +33,9 @@ _ROUNDS, _MAX_ROUNDS = 5, 40
 
 
 def initial_centers(data: Data, settings: Settings, run: int = 0) -> Tensor:
-    """The start of a fit.
+    """Start number ``run`` of a fit: ``[K, F]`` in ``data.dtype``, the same on every rank.
 
-    Args:
-        data: the rows, at least ``n_clusters`` of them finite.
-        settings: of the fit.
-        run: number of the start, from 0.
-
-    Returns:
-        ``[K, F]`` in ``data.dtype``, the same on every rank. With fewer distinct rows than clusters some are equal.
-
-    Raises:
-        KMeansError: an array of another shape or with a value that is not finite.
+    With fewer distinct rows than clusters some are equal. Raises :class:`KMeansError`: an unusable array as init.
     """
     num_clusters, width, init = settings.n_clusters, data.source.num_features, settings.init
     if not isinstance(init, str):

@@ -102,12 +102,9 @@ class OnlinePhase:
         return out_N
 
     def _iterate(self, X_TF: Tensor, M_TF: Tensor, fixed_N: Tensor, gain_N: Tensor) -> Tensor:
-        """Spectrum after the steps of fast Griffin-Lim.
+        """Spectrum after the steps of fast Griffin-Lim from ``X_TF``, of magnitude ``M_TF``.
 
-        Args:
-            X_TF: initial spectrum, of magnitude ``M_TF``.
-            fixed_N: weighted sound of the fixed frames.
-            gain_N: one over the sum of all squared windows, 0 where the sound is silent.
+        ``fixed_N`` is the weighted sound of the fixed frames, ``gain_N`` one over the sum of all squared windows.
         """
         W, momentum = self.n_fft, self.momentum
         previous_TF: Tensor | None = None

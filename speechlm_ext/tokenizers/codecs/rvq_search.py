@@ -28,11 +28,7 @@ def search_tables(codebooks_SKF: torch.Tensor) -> SearchTables:
 
 
 def beam_search(
-    x_NF: torch.Tensor,
-    codebooks_SKF: torch.Tensor,
-    beam: int,
-    chunk: int = 1024,
-    tables: SearchTables | None = None,
+    x_NF: torch.Tensor, codebooks_SKF: torch.Tensor, tables: SearchTables, beam: int, chunk: int = 1024
 ) -> torch.Tensor:
     """Residual codes of each row, int64 ``[N, S]``, keeping the ``beam`` best partial codes at every stage.
 
@@ -41,11 +37,11 @@ def beam_search(
     a product over F.
 
     Args:
+        tables: :func:`search_tables` of the codebooks.
         beam: 1 is the greedy search.
         chunk: rows at a time, which bounds memory by about ``chunk * (S + 2 * beam) * K`` floats.
-        tables: :func:`search_tables` of the codebooks; None computes them.
     """
-    squares_SK, cross = tables or search_tables(codebooks_SKF)
+    squares_SK, cross = tables
     num_stages, size, _ = codebooks_SKF.shape
     codes = []
     for start in range(0, len(x_NF), chunk):

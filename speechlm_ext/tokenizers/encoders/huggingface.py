@@ -32,9 +32,9 @@ from speechlm_ext.errors import TokenizerError, foreign_errors
 from speechlm_ext.tokenizers.encoders.spec import (
     SAMPLE_RATE,
     EncoderSpec,
+    FeatureEncoder,
     average_frames,
     check_encoder_wave,
-    describe_encoder,
 )
 from speechlm_ext.tokenizers.encoders.weights import load_parts, model_folder, weights_sha256
 from speechlm_ext.utils.device import one_thread
@@ -45,7 +45,7 @@ OVERLAP = 250
 """Frames that a window shares with the next."""
 
 
-class HFEncoder:
+class HFEncoder(FeatureEncoder):
     """A Hugging Face speech encoder up to one hidden state.
 
     On the CPU it runs on one thread, so the features do not depend on the number of cores; use several processes to
@@ -132,7 +132,7 @@ class HFEncoder:
 
     def describe(self) -> dict[str, Any]:
         """See `FeatureEncoder`: with the weights' sha256 and how the input is normalized."""
-        return describe_encoder(self) | {
+        return super().describe() | {
             "model_type": self._config.model_type,
             "weights_sha256": self.weights_sha256,
             "do_normalize": bool(getattr(self._extractor, "do_normalize", False)),

@@ -102,7 +102,13 @@ class FeatureEncoder(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """The encoder's record in artifacts, as JSON: equal descriptions mean equal features."""
-        ...
+        return {
+            "encoder": str(self.spec),
+            "frames_per_token": self.spec.frames_per_token,
+            "sample_rate": self.sample_rate,
+            "frame_rate": self.frame_rate,
+            "num_features": self.num_features,
+        }
 
 
 def check_encoder_wave(wave: np.ndarray, sample_rate: int | None, encoder: FeatureEncoder) -> np.ndarray:
@@ -113,17 +119,6 @@ def check_encoder_wave(wave: np.ndarray, sample_rate: int | None, encoder: Featu
             f"resample it first, e.g. read_audio(path, {encoder.sample_rate})."
         )
     return check_wave(wave, f"waveform for {encoder.spec}")
-
-
-def describe_encoder(encoder: FeatureEncoder) -> dict[str, Any]:
-    """The part of a description that all encoders share."""
-    return {
-        "encoder": str(encoder.spec),
-        "frames_per_token": encoder.spec.frames_per_token,
-        "sample_rate": encoder.sample_rate,
-        "frame_rate": encoder.frame_rate,
-        "num_features": encoder.num_features,
-    }
 
 
 def stack_frames(x_TF: torch.Tensor, count: int) -> torch.Tensor:

@@ -22,10 +22,9 @@ _OPTIONAL = {"masked_spec_embed"}
 
 
 def model_folder(name: str) -> Path:
-    """The model's folder: ``name`` if it is one, else a snapshot of that name from the Hub.
+    """The folder ``name``, else a snapshot of the model of that name from the Hub.
 
-    Raises:
-        TokenizerError: neither a folder nor a model that the Hub can provide, or an incomplete folder.
+    Raises :class:`TokenizerError`: there is neither, or the folder is incomplete.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -89,11 +88,7 @@ def weights_sha256(folder: Path) -> str:
 def load_parts(folder: Path, what: Any) -> tuple[Any, Any, Any]:
     """Config, feature extractor and float32 encoder in evaluation mode, on the CPU.
 
-    Args:
-        what: name of the encoder, for errors.
-
-    Raises:
-        TokenizerError: a file is damaged, the architecture is unknown, or the file lacks a weight.
+    Raises :class:`TokenizerError`: a file is damaged, the architecture is unknown, or the file lacks a weight.
     """
     from transformers.utils import logging
 

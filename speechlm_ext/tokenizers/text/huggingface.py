@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from speechlm_ext.errors import TokenizerError, foreign_errors
+from speechlm_ext.errors import TokenizerError, file_errors, foreign_errors
 from speechlm_ext.tokenizers import artifact
 from speechlm_ext.tokenizers.base import check_ids, check_text, register_tokenizer
 
@@ -63,7 +63,7 @@ class HuggingFaceText:
             raise TokenizerError(
                 f"{folder} holds a slow tokenizer only; convert it to a fast one (tokenizer.json) first."
             )
-        with artifact.artifact_errors(folder, "a Hugging Face tokenizer"):
+        with file_errors(TokenizerError, folder, "not a Hugging Face tokenizer", artifact.COPY_AGAIN):
             return cls(tokenizer.backend_tokenizer.to_str())
 
     def encode(self, x: str) -> np.ndarray:
@@ -92,7 +92,7 @@ class HuggingFaceText:
         # Over the file's own bytes: another release of the library may serialise the same definition differently.
         computed = artifact.content_sha256(cls.kind, record["config"], {_FILE_NAME: definition})
         artifact.require_fingerprint(folder, record["sha256"], computed, "a Hugging Face tokenizer")
-        with artifact.artifact_errors(folder, "a Hugging Face tokenizer"):
+        with file_errors(TokenizerError, folder, "not a Hugging Face tokenizer", artifact.COPY_AGAIN):
             text = cls(definition.decode("utf-8"))
         text._definition = definition
         return text

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from speechlm_ext.errors import ConfigError, TokenizerError, foreign_errors
+from speechlm_ext.errors import ConfigError, TokenizerError, file_errors, foreign_errors
 from speechlm_ext.tokenizers import artifact
 from speechlm_ext.tokenizers.base import check_ids, check_text, register_tokenizer
 from speechlm_ext.utils.files.json_shape import build
@@ -121,7 +121,7 @@ class SentencePieceText:
         # Before the library parses it: its behaviour on damaged bytes is undefined.
         computed = artifact.content_sha256(cls.kind, record["config"], {_MODEL_NAME: model})
         artifact.require_fingerprint(folder, record["sha256"], computed, "a SentencePiece model")
-        with artifact.artifact_errors(folder, "a SentencePiece tokenizer"):
+        with file_errors(TokenizerError, folder, "not a SentencePiece tokenizer", artifact.COPY_AGAIN):
             return cls(model, build(TextConfig, record["config"], "config"))
 
 

@@ -194,11 +194,7 @@ def _clear(folder: Path) -> None:
 
 
 def point_latest(folder: Path) -> None:
-    """Point ``latest`` beside the checkpoint to it: a link, or a text file if the file system has no links.
-
-    Raises:
-        OSError, StorageError: it cannot be written.
-    """
+    """Point ``latest`` beside the checkpoint to it: a link, else a text file. Raises ``OSError``."""
     latest, link = folder.with_name(LATEST), folder.with_name(f".{LATEST}-{os.getpid()}")
     link.unlink(missing_ok=True)
     try:

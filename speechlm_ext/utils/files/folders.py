@@ -35,18 +35,12 @@ class FoundFiles:
 def find_files(
     folder: Path, suffixes: Collection[str], error: type[SpeechLMError], *, recursive: bool = True
 ) -> FoundFiles:
-    """Find the files with given suffixes in a folder.
+    """Find the files with given suffixes, in lower case with their dot, in a folder and its sub-folders.
 
-    A file with several names below the folder, by links, counts once: by its own name, else by the first.
+    A file with several names below the folder, by links, counts once: by its own name, else by the first. Without
+    ``recursive`` sub-folders are counted as left out, and other files are not.
 
-    Args:
-        folder: the folder; the paths found start with it.
-        suffixes: in lower case with their dot; upper case matches too.
-        error: class of the errors.
-        recursive: look into sub-folders too; otherwise they are counted as left out, and other files are not.
-
-    Raises:
-        SpeechLMError: of class ``error``: a folder that cannot be read, or a name that is not Unicode.
+    Raises ``error``: a folder that cannot be read, or a name that is not Unicode.
     """
     found = FoundFiles()
     real: dict[str, Path] = {}

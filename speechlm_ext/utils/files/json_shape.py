@@ -9,7 +9,7 @@ missing.
 
 from __future__ import annotations
 
-import math
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -48,15 +48,9 @@ _WORDS = {
 
 
 def check_shape(value: Any, shape: Any, where: str = "") -> None:
-    """Compare JSON data with a shape.
+    """Compare JSON data with a shape; ``where`` is its path inside the file.
 
-    Args:
-        value: the result of :func:`json.loads`.
-        shape: see the module's text.
-        where: path of ``value`` inside the file, for messages.
-
-    Raises:
-        ValueError: the first difference: path of the key, expected shape, and value.
+    Raises ``ValueError`` with the first difference: path of the key, expected shape, and value.
     """
     if shape is Any:
         return
@@ -66,9 +60,7 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
         if not (isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")):
             raise _unexpected(where, "a sha256 of 64 hex digits", value)
     elif isinstance(shape, list):
-        check_shape(value, list, where)
-        for number, one in enumerate(value):
-            check_shape(one, shape[0], _join(where, number))
+        _check_list(value, list[shape[0]], where)  # type: ignore[valid-type]
     elif isinstance(shape, Range):
         check_shape(value, shape.kind, where)
         if not shape.low <= value <= shape.high:
@@ -92,13 +84,7 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
 
 
 def read_shaped(path: str | Path, shape: Any, error: type[SpeechLMError], hint: str) -> Any:
-    """Read a JSON file of a known shape.
-
-    Args:
-        path: the file.
-        shape: see the module's text.
-        error: class of the errors.
-        hint: remedy for a damaged file; the end of the message.
+    """Read a JSON file of a known shape; ``hint`` is the remedy for a damaged file.
 
     Raises:
         FileNotFoundError: the file is missing; the caller says what that means.
@@ -113,11 +99,7 @@ def read_shaped(path: str | Path, shape: Any, error: type[SpeechLMError], hint: 
 
 
 def build(cls: Callable[..., T], value: Any, where: str = "") -> T:
-    """Check the shape of an object and make a dataclass of it, with nested dataclasses.
-
-    Raises:
-        ValueError: as :func:`check_shape`. Errors of the class's own checks pass.
-    """
+    """Check the shape of an object and make a dataclass of it, nested ones too. Raises ``ValueError``."""
     check_shape(value, cls, where)
     return _build(cls, value)
 
@@ -191,7 +173,8 @@ def _check_list(value: Any, shape: Any, where: str) -> None:
 def _check_plain(value: Any, kind: Any, where: str) -> None:
     ok = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if kind is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        ok = is_number and abs(value) <= sys.float_info.max  # false for NaN, too
     if not ok:
         raise _unexpected(where, _WORDS.get(kind, str(kind)), value)
     if kind is str:
@@ -199,13 +182,6 @@ def _check_plain(value: Any, kind: Any, where: str) -> None:
             value.encode("utf-8")
         except UnicodeEncodeError:
             raise _unexpected(where, "a text without lone surrogates", value) from None
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False
 
 
 def _join(where: str, key: Any) -> str:

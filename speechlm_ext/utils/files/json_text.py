@@ -1,8 +1,9 @@
-"""Strict reading of JSON text and files, and writing of JSON lines and documents.
+"""Strict reading of JSON text, files and lines, and writing of JSON lines and documents.
 
 Stricter than :mod:`json` where leniency loses data: a key that occurs twice in an object is an error (the last value
 would silently win), NaN and infinities are errors (they are not JSON, and few readers accept them), and lines end at a
-line feed only: JSON strings may contain Unicode's line and paragraph separators.
+line feed only: JSON strings may contain Unicode's line and paragraph separators. Each line of a file of JSON lines has
+its place, so that a bad one is named and need not stop the others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,15 +19,11 @@ from speechlm_ext.errors import SpeechLMError
 
 
 def parse_json(text: str | bytes, *, allow_nan: bool = False) -> Any:
-    """Parse one JSON text strictly.
-
-    Args:
-        text: a JSON text; bytes must be UTF-8.
-        allow_nan: accept ``NaN``, ``Infinity`` and ``-Infinity``, as :func:`json.dumps` writes them.
+    """Parse one JSON text, bytes in UTF-8, strictly.
 
     Raises:
         ValueError: not UTF-8, not JSON, nested too deeply, a key that occurs twice in an object, or a number that is
-            not finite. Callers add file and line to the message.
+            not finite (unless ``allow_nan``). Callers add file and line to the message.
     """
     if isinstance(text, bytes):
         try:
@@ -43,13 +41,7 @@ def parse_json(text: str | bytes, *, allow_nan: bool = False) -> Any:
 
 
 def read_json(path: str | Path, error: type[SpeechLMError], hint: str, *, allow_nan: bool = False) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: the file.
-        error: class of the errors.
-        hint: remedy for a damaged file; the end of the message.
-        allow_nan: as in :func:`parse_json`.
+    """Read a JSON file; ``hint`` is the remedy for a damaged one.
 
     Raises:
         FileNotFoundError: the file is missing; the caller says what that means.
@@ -94,6 +86,58 @@ def split_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             yield number, line
+
+
+@dataclass(frozen=True)
+class JsonLine:
+    """A line that is not blank."""
+
+    path: Path
+    number: int
+    """From 1."""
+    text: bytes
+
+    @property
+    def where(self) -> str:
+        """``file:line``, for messages."""
+        return f"{self.path}:{self.number}"
+
+    def value(self) -> Any:
+        """The JSON value, NaN and infinities included. Raises ``ValueError``: not JSON."""
+        return parse_json(self.text, allow_nan=True)
+
+    def object(self) -> dict[str, Any]:
+        """The JSON object. Raises ``ValueError`` as :meth:`value`, and for another value than an object."""
+        value = self.value()
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+        return value
+
+
+def json_lines(path: Path, data: bytes) -> Iterator[JsonLine]:
+    """The lines of a file's content."""
+    return (JsonLine(path, number, text) for number, text in split_lines(data))
+
+
+def read_json_lines(
+    path: Path, what: str, error: type[SpeechLMError], *, all_utf8: bool = True
+) -> list[JsonLine]:
+    """Read a file of JSON lines, without parsing them; ``what`` is its kind, e.g. ``manifest``.
+
+    Raises ``error``: the file cannot be read, or with ``all_utf8`` a line is not UTF-8; else the line has the problem.
+    """
+    try:
+        data = path.read_bytes()
+        if all_utf8:
+            data.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(f"{what} {path} is not UTF-8 (byte {problem.start}); save it as UTF-8.") from None
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise error(
+            f"{what} {path} cannot be read ({reason}); expected a file with one JSON object per line."
+        ) from None
+    return list(json_lines(path, data))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

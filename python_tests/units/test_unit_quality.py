@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.studies.unit_quality import entropy, unit_quality
 from speechlm_ext.errors import ConfigError
-from speechlm_ext.evaluation.unit_quality import entropy, unit_quality
 
 
 def test_a_table_worked_by_hand():
