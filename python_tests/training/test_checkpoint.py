@@ -33,6 +33,9 @@ from speechlm_ext.utils.files.run_folders import find_model_folder
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if torch.distributed.is_initialized():  # by a run in an earlier test of this process
+        yield
+        return
     store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
