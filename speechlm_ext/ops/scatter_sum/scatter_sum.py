@@ -6,6 +6,7 @@ Public functions: ``segment_sum`` and ``scatter_sum_rows``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,18 +112,18 @@ def _scatter_sum_cpu(
 ) -> Tensor:
     out = lazy_zeros(num_rows, values.shape[1], values.dtype)
     if ids.numel():
-        pairs = native.sort_pairs(ids.contiguous(), pad_id, offsets, num_rows)
-        if pairs.first_bad >= 0:
-            _raise_outside("scatter_sum", ids, pairs.first_bad, pad_id, offsets, num_rows)
+        pairs = _sort_cpu("scatter_sum", ids, pad_id, offsets, num_rows)
     if out.numel() and ids.numel():
         native.scatter_sum(values.contiguous(), pairs, scale, out, None, torch.get_num_threads())
     return out
 
 
-def _raise_outside(
-    op: str, ids: Tensor, place: int, pad_id: int | None, offsets: list[int], num_rows: int
-) -> None:
-    n, s = divmod(place, ids.shape[1])
+def _sort_cpu(op: str, ids: Tensor, pad_id: int | None, offsets: list[int], num_rows: int) -> Any:
+    """The native pairs, sorted by row; refuses ids outside the table."""
+    pairs = native.sort_pairs(ids.contiguous(), pad_id, offsets, num_rows)
+    if pairs.first_bad < 0:
+        return pairs
+    n, s = divmod(pairs.first_bad, ids.shape[1])
     value = int(ids[n, s])
     if op == "scatter_sum" and ids.shape[1] == 1 and pad_id is None and not offsets:
         raise OpIndexError(f"segment_sum: segment_ids[{n}] is {value}; it must be in [0, {num_rows})")
@@ -135,9 +136,7 @@ def _raise_outside(
 def _scatter_sum_rows_cpu(
     values: Tensor, ids: Tensor, pad_id: int | None, offsets: list[int], scale: list[float], num_rows: int
 ) -> tuple[Tensor, Tensor]:
-    pairs = native.sort_pairs(ids.contiguous(), pad_id, offsets, num_rows)
-    if pairs.first_bad >= 0:
-        _raise_outside("scatter_sum_rows", ids, pairs.first_bad, pad_id, offsets, num_rows)
+    pairs = _sort_cpu("scatter_sum_rows", ids, pad_id, offsets, num_rows)
     rows = ids.new_empty(pairs.touched, dtype=torch.int64)
     out = empty_in_huge_pages(pairs.touched, values.shape[1], values.dtype)
     native.scatter_sum(values.contiguous(), pairs, scale, out, rows, torch.get_num_threads())
@@ -145,12 +144,7 @@ def _scatter_sum_rows_cpu(
 
 
 def _sort_cuda(
-    values: Tensor,
-    ids: Tensor,
-    pad_id: int | None,
-    offsets: list[int],
-    num_rows: int,
-    touched: Tensor | None,
+    values: Tensor, ids: Tensor, pad_id: int | None, offsets: list[int], num_rows: int, touched: Tensor | None
 ) -> Tensor:
     """The workspace, containing the sorted pairs."""
     is_double = values.dtype == torch.float64
