@@ -151,7 +151,8 @@ def delay_pack(
     if dtype not in ID_DTYPES:
         raise OpError(f"delay_pack: dtype must be int32 or int64; got {dtype}")
     check_fits(shifts[1], "pad_ids", dtype)
-    check_fits(shifts[2], "tail_ids", dtype)
+    if tail_ids is not None:
+        check_fits(shifts[2], "tail_ids", dtype)
     columns = Columns(
         offsets=given.offsets,
         shifts=shifts,
