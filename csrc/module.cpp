@@ -7,7 +7,6 @@
 
 #include "bind.h"
 #include "common/build_info.h"
-#include "common/cpu/cpu_info.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/simd.h"
 
@@ -59,7 +58,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_openmp_of", &speechlm::use_openmp_of, py::arg("library_path"));
   m.def("run_tasks", &run_tasks, py::arg("tasks"), py::arg("threads"), py::arg("small") = false);
   m.def("openmp_runtime", &speechlm::openmp_runtime);
-  m.def("cpu_features", &speechlm::cpu_features);
   m.def("simd_available", &speechlm::simd_available);
   m.def("simd_name", &speechlm::simd_name);
   m.def("use_simd", &speechlm::use_simd, py::arg("name"));

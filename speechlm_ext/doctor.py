@@ -68,7 +68,7 @@ def _cpu() -> dict[str, Any]:
 
     return {
         "machine": platform.machine(),
-        "features": native.cpu_features(),
+        "features": native.simd_available(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }

@@ -8,8 +8,11 @@ from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 from speechlm_ext.ops.kmeans_assign.kmeans_assign import AssignStats, kmeans_assign
 from speechlm_ext.ops.multistream_embed.multistream_embed import multistream_embed
 from speechlm_ext.ops.multistream_loss.arguments import separate_head_rows
-from speechlm_ext.ops.multistream_loss.multistream_logprobs import multistream_logprobs
-from speechlm_ext.ops.multistream_loss.multistream_loss import MultiStreamLoss, multistream_loss
+from speechlm_ext.ops.multistream_loss.multistream_loss import (
+    MultiStreamLoss,
+    multistream_logprobs,
+    multistream_loss,
+)
 from speechlm_ext.ops.multistream_sample.decode_state import DecodeState
 from speechlm_ext.ops.multistream_sample.multistream_sample import SampledStep, multistream_sample
 from speechlm_ext.ops.scatter_sum.scatter_sum import scatter_sum_rows, segment_sum

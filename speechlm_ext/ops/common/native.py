@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ OPENMP_RUNTIME = _find_openmp()
 LIBRARY = torch.library.Library("speechlm_ext", "DEF")
 
 
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ID_DTYPES = (torch.int32, torch.int64)
+
+
 class OpError(SpeechLMError):
     """Tensors or settings that an op does not accept."""
 
@@ -67,15 +71,7 @@ def partition_hint(parameter: Tensor) -> str:
 
 
 def int_list(values: Sequence[int] | Tensor, name: str, length: int | None = None) -> list[int]:
-    """``values`` as a list of ints.
-
-    Args:
-        name: the argument's name with its op, for messages.
-        length: number of values needed; None for any.
-
-    Raises:
-        OpError: values that are not integers, or another number of them.
-    """
+    """``values`` as a list of ints, ``length`` of them unless None; ``name`` is for messages."""
     try:
         out = [operator.index(v) for v in (values.tolist() if isinstance(values, Tensor) else values)]
     except TypeError:
@@ -83,6 +79,22 @@ def int_list(values: Sequence[int] | Tensor, name: str, length: int | None = Non
     if length is not None and len(out) != length:
         raise OpError(f"{name} must have {length} values, one per stream; got {len(out)}")
     return out
+
+
+def float_list(values: Sequence[float], name: str, length: int) -> list[float]:
+    """``values`` as a list of floats, ``length`` of them."""
+    out = [float(v) for v in values]
+    if len(out) != length:
+        raise OpError(f"{name} must have {length} values, one per stream; got {len(out)}")
+    return out
+
+
+def call_kernel(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Call a kernel; an argument that it refuses is an `OpError`."""
+    try:
+        kernel(*arguments)
+    except ValueError as error:
+        raise OpError(str(error)) from None
 
 
 def stream_handle(tensor: Tensor) -> int:

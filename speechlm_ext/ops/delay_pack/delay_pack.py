@@ -17,9 +17,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.delay_pack.arguments import read_arguments
-from speechlm_ext.ops.delay_pack.checks import PerSegment, Specials, SpecialWeight
-from speechlm_ext.ops.delay_pack.op import run_pack
+from speechlm_ext.ops.common.native import ID_DTYPES, OpError
+from speechlm_ext.ops.delay_pack.arguments import (
+    PerSegment,
+    Specials,
+    SpecialWeight,
+    check_fits,
+    read_offsets,
+    read_per_segment,
+    read_segments,
+    read_shifts,
+    read_tail_rows,
+    read_weight,
+)
+from speechlm_ext.ops.delay_pack.op import PackArgs, run_pack
+from speechlm_ext.ops.delay_pack.special_ids import specials
+from speechlm_ext.ops.delay_pack.table import Columns, make_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,24 +143,26 @@ def delay_pack(
         >>> delay_pack([codes], delays=[0, 0, 0], pad_ids=[0, 0, 0], prefix=[8], suffix=[9]).ids.tolist()
         [[8, 0, 0], [1, 2, 3], [4, 5, 6], [9, 0, 0]]
     """
-    ids, weight, args = read_arguments(
-        segments,
-        delays=delays,
-        pad_ids=pad_ids,
-        id_offsets=id_offsets,
-        loss_weight=loss_weight,
-        tail=tail,
-        segment_weight=segment_weight,
-        prefix=prefix,
-        suffix=suffix,
-        prefix_weight=prefix_weight,
-        suffix_weight=suffix_weight,
-        groups=groups,
-        tail_ids=tail_ids,
-        fill_weight=fill_weight,
-        num_ids=num_ids,
-        dtype=dtype,
-        maps=maps,
-        check_ids=check_ids,
+    shifts = read_shifts(delays, pad_ids, tail_ids)
+    S = len(shifts[0])
+    given = read_segments(segments, S)
+    n = given.offsets.shape[0] - 1
+    dtype = given.dtype if dtype is None else dtype
+    if dtype not in ID_DTYPES:
+        raise OpError(f"delay_pack: dtype must be int32 or int64; got {dtype}")
+    check_fits(shifts[1], "pad_ids", dtype)
+    if tail_ids is not None:
+        check_fits(shifts[2], "tail_ids", dtype)
+    columns = Columns(
+        offsets=given.offsets,
+        shifts=shifts,
+        widths=given.widths,
+        specials=specials(prefix, suffix, prefix_weight, suffix_weight, n, dtype),
+        groups=None if groups is None else read_offsets(groups, "delay_pack: groups", "g + 1"),
+        id_offsets=read_per_segment(id_offsets, "id_offsets", n, S),
+        num_ids=read_per_segment(num_ids, "num_ids", n, S),
+        segment_weight=read_per_segment(segment_weight, "segment_weight", n, S, torch.float64),
     )
-    return PackedBatch(*run_pack(ids, weight, args))
+    table, counts = make_table(columns, given.num_frames, read_tail_rows(tail, max(shifts[0])))
+    args = PackArgs(table, counts, float(fill_weight), dtype, bool(maps), bool(check_ids))
+    return PackedBatch(*run_pack(given.ids, read_weight(loss_weight, given.ids), args))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from speechlm_ext.ops.common.dispatch import can_skip_dispatcher
-from speechlm_ext.ops.common.native import LIBRARY, OpError, OpIndexError, native, stream_handle
+from speechlm_ext.ops.common.native import LIBRARY, OpError, OpIndexError, call_kernel, native, stream_handle
 from speechlm_ext.ops.delay_pack.table import Counts, offsets_and_limits, segment_shapes
 
 _ARGS = "Tensor table, SymInt[] counts, float fill_weight, ScalarType dtype, bool maps, bool check_ids) -> Tensor[]"
@@ -70,14 +70,6 @@ def _bad_flag(like: Tensor, args: PackArgs, counts: Counts) -> Tensor | None:
     return torch.zeros(1, dtype=torch.int32, device=like.device)
 
 
-def _call(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Call a kernel; an argument that it refuses is an `OpError`."""
-    try:
-        kernel(*arguments)
-    except ValueError as error:
-        raise OpError(str(error)) from None
-
-
 def _to_device(table: Tensor, device: torch.device) -> Tensor | None:
     """The table in a GPU's memory, copied from page-locked memory without synchronization; None for the CPU."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else None
@@ -89,7 +81,7 @@ def _pack(flat: Tensor, loss_weight: Tensor | None, *arguments: Any) -> list[Ten
     counts = Counts(*args.counts)
     out = _allocate(flat, args, counts)
     bad = _bad_flag(flat, args, counts)
-    _call(
+    call_kernel(
         native.delay_pack,
         flat.contiguous(),
         None if loss_weight is None else loss_weight.contiguous(),
@@ -118,7 +110,7 @@ def _pack_segments_cpu(segments: list[Tensor], loss_weight: list[Tensor], *argum
     weights = [weight.contiguous() for weight in loss_weight]
     out = _allocate(ids[0], args, counts)
     bad = _bad_flag(ids[0], args, counts)
-    _call(
+    call_kernel(
         native.delay_pack_segments,
         [t.data_ptr() for t in ids],
         [t.data_ptr() for t in weights],
@@ -199,7 +191,7 @@ def _unpack(ids: Tensor, cu_seqlens: Tensor, delays: list[int], num_frames: int)
     )
     out = ids.new_empty((num_frames, ids.shape[1]))
     table = _to_device(host_table, ids.device)
-    _call(
+    call_kernel(
         native.delay_unpack,
         ids.contiguous(),
         host_table,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.ops.common.native import OpError, describe, int_list
-from speechlm_ext.ops.delay_pack.checks import Specials, SpecialWeight, check_fits, host_tensor
+from speechlm_ext.ops.delay_pack.arguments import Specials, SpecialWeight, check_fits, host_tensor
 
 
 def specials(

@@ -63,11 +63,7 @@ class Columns(NamedTuple):
 
 
 def make_table(columns: Columns, num_frames: int, tail_rows: int) -> tuple[Tensor, Counts]:
-    """The table and its counts.
-
-    Raises:
-        OpError: groups that do not rise from 0 to n, or more than 2^31 - 1 rows.
-    """
+    """The table and its counts; refuses groups that do not rise from 0 to n, and more than 2^31 - 1 rows."""
     offsets, shifts, widths, specials, groups, *per_segment = columns
     n = offsets.shape[0] - 1
     make = _cached_shift_column if can_skip_dispatcher(offsets) else _shift_column

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import OpError, describe, int_list
-from speechlm_ext.ops.delay_pack.checks import ID_DTYPES, MAX_STREAMS, check_segment, host_tensor
+from speechlm_ext.ops.common.native import ID_DTYPES, OpError, describe, int_list
+from speechlm_ext.ops.delay_pack.arguments import MAX_STREAMS, check_segment, read_offsets
 
 
 def delay_unpack(ids: Tensor, cu_seqlens: Tensor | Sequence[int], *, delays: Sequence[int]) -> list[Tensor]:
@@ -33,9 +33,7 @@ def delay_unpack(ids: Tensor, cu_seqlens: Tensor | Sequence[int], *, delays: Seq
     if len(delays) == 0:
         raise OpError("delay_unpack: delays must have at least one value")
     check_segment("delay_unpack: ids", ids, len(delays))
-    borders = host_tensor(cu_seqlens, torch.int64)
-    if borders.dim() != 1 or len(borders) < 1:
-        raise OpError(f"delay_unpack: cu_seqlens must be [n + 1]; got {describe(cu_seqlens)}")
+    borders = read_offsets(cu_seqlens, "delay_unpack: cu_seqlens")
     if min(delays) < 0:
         raise OpError(f"delay_unpack: delays must be 0 or more rows; got {delays}")
     lengths = (borders.diff() - max(delays)).clamp_(min=0).tolist()

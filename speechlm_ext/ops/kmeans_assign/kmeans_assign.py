@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import LIBRARY, OpError, describe, native, stream_handle
+from speechlm_ext.ops.common.native import FLOAT_DTYPES, LIBRARY, OpError, describe, native, stream_handle
 from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: On a GPU: bytes of the products of a chunk, which should stay in its second-level cache, and of the rounded rows.
 _PRODUCT_BYTES, _CODE_BYTES = 32 << 20, 128 << 20
 
@@ -51,30 +50,10 @@ def kmeans_assign(
     centroids: Tensor | CentroidIndex,
     *,
     mode: _Mode = ...,
-    return_distance: Literal[True],
-    return_stats: Literal[False] = ...,
+    return_distance: bool = ...,
+    return_stats: bool = ...,
     nonfinite: _Nonfinite = ...,
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def kmeans_assign(
-    x: Tensor,
-    centroids: Tensor | CentroidIndex,
-    *,
-    mode: _Mode = ...,
-    return_distance: Literal[False] = ...,
-    return_stats: Literal[True],
-    nonfinite: _Nonfinite = ...,
-) -> tuple[Tensor, AssignStats]: ...
-@overload
-def kmeans_assign(
-    x: Tensor,
-    centroids: Tensor | CentroidIndex,
-    *,
-    mode: _Mode = ...,
-    return_distance: Literal[True],
-    return_stats: Literal[True],
-    nonfinite: _Nonfinite = ...,
-) -> tuple[Tensor, Tensor, AssignStats]: ...
+) -> Any: ...
 def kmeans_assign(
     x: Tensor,
     centroids: Tensor | CentroidIndex,
@@ -83,7 +62,7 @@ def kmeans_assign(
     return_distance: bool = False,
     return_stats: bool = False,
     nonfinite: _Nonfinite = "label",
-) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AssignStats] | tuple[Tensor, Tensor, AssignStats]:
+) -> Any:
     """Label each row with its nearest centroid (squared Euclidean distance).
 
     A product in low precision (bfloat16 and 16-bit integers on the CPU, float16 on a GPU) gives every distance with an
@@ -115,7 +94,7 @@ def kmeans_assign(
         raise OpError(f'{op}: mode must be "exact" or "fast"; got {mode!r}')
     if nonfinite not in ("label", "error"):
         raise OpError(f'{op}: nonfinite must be "label" or "error"; got {nonfinite!r}')
-    if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in _DTYPES:
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
         raise OpError(f"{op}: x must be float [N, F]; got {describe(x)}")
     index = centroids if isinstance(centroids, CentroidIndex) else CentroidIndex.build(centroids)
     if index.wide.shape[1] != x.shape[1]:

@@ -7,25 +7,26 @@ Pads contribute exactly 0 whatever their table row is, and get no gradient. The 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from speechlm_ext.ops.common.dispatch import below_autograd
 from speechlm_ext.ops.common.native import (
+    FLOAT_DTYPES,
+    ID_DTYPES,
     LIBRARY,
     OpError,
     OpIndexError,
     describe,
+    float_list,
     int_list,
     native,
     partition_hint,
     stream_handle,
 )
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTS = (torch.int32, torch.int64)
 #: Streams that fit into a kernel's argument.
 MAX_STREAMS = 64
 
@@ -73,47 +74,25 @@ def multistream_embed(
         OpIndexError: (also an IndexError) an id outside the table, with row, stream and id, or a position outside the
             rows.
     """
-    if not (
-        ids.dim() == 2
-        and ids.dtype in INTS
-        and table.dim() == 2
-        and table.dtype in FLOATS
-        and ids.device == table.device
-        and ids.shape[1] <= MAX_STREAMS
-    ):
-        _raise_bad_inputs(ids, table)
-    if offsets is None:
-        offsets = []
-    else:
-        offsets = int_list(offsets, "multistream_embed: offsets", ids.shape[1])
-    if scale is None:
-        factors = []
-    else:
-        factors = [float(v) for v in scale]
-        if len(factors) != ids.shape[1]:
-            raise OpError(
-                f"multistream_embed: scale must have {ids.shape[1]} values, one per stream; got {len(factors)}"
-            )
+    op = "multistream_embed"
+    if ids.dim() != 2 or ids.dtype not in ID_DTYPES:
+        raise OpError(f"{op}: ids must be int32 or int64 [N, S]; got {describe(ids)}")
+    if table.dim() != 2 or table.dtype not in FLOAT_DTYPES:
+        raise OpError(f"{op}: table must be float [V, D]; got {describe(table)}{partition_hint(table)}")
+    if ids.device != table.device:
+        raise OpError(f"{op}: ids is {describe(ids)} but table is on {table.device}")
+    if ids.shape[1] > MAX_STREAMS:
+        raise OpError(f"{op}: at most {MAX_STREAMS} streams; got {describe(ids)}")
+    starts = [] if offsets is None else int_list(offsets, f"{op}: offsets", ids.shape[1])
+    factors = [] if scale is None else float_list(scale, f"{op}: scale", ids.shape[1])
     if features is not None or feature_positions is not None:
         features = _checked_features(features, feature_positions, table)
-    arguments = (ids, table, pad_id, offsets, factors, features, feature_positions, sparse, check_ids)
+    arguments = (ids, table, pad_id, starts, factors, features, feature_positions, sparse, check_ids)
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # The same result in less time: a decode step is so short that autograd's dispatch counts.
         with below_autograd():
             return _OP(*arguments)
     return _OP(*arguments)
-
-
-def _raise_bad_inputs(ids: Tensor, table: Tensor) -> None:
-    """Raise for the first condition on ids and table that does not hold."""
-    op = "multistream_embed"
-    if ids.dim() != 2 or ids.dtype not in INTS:
-        raise OpError(f"{op}: ids must be int32 or int64 [N, S]; got {describe(ids)}")
-    if table.dim() != 2 or table.dtype not in FLOATS:
-        raise OpError(f"{op}: table must be float [V, D]; got {describe(table)}{partition_hint(table)}")
-    if ids.device != table.device:
-        raise OpError(f"{op}: ids is {describe(ids)} but table is on {table.device}")
-    raise OpError(f"{op}: at most {MAX_STREAMS} streams; got {describe(ids)}")
 
 
 def _checked_features(features: Tensor | None, positions: Tensor | None, table: Tensor) -> Tensor:
@@ -123,11 +102,11 @@ def _checked_features(features: Tensor | None, positions: Tensor | None, table: 
         missing = "features" if features is None else "feature_positions"
         raise OpError(f"{op}: features and feature_positions belong together; {missing} is None")
     width = table.shape[1]
-    if features.dim() != 2 or features.dtype not in FLOATS or features.shape[1] != width:
+    if features.dim() != 2 or features.dtype not in FLOAT_DTYPES or features.shape[1] != width:
         raise OpError(
             f"{op}: features must be float [M, {width}], as wide as the table; got {describe(features)}"
         )
-    if tuple(positions.shape) != (features.shape[0],) or positions.dtype not in INTS:
+    if tuple(positions.shape) != (features.shape[0],) or positions.dtype not in ID_DTYPES:
         raise OpError(
             f"{op}: feature_positions must be int32 or int64 [{features.shape[0]}], one row for each feature; got "
             f"{describe(positions)}"
@@ -143,14 +122,6 @@ LIBRARY.define(
     "Tensor? features, Tensor? feature_positions, bool sparse, bool check_ids) -> Tensor"
 )
 _OP = torch.ops.speechlm_ext.multistream_embed.default
-
-
-def _embed_cpu(*arguments: Any) -> Tensor:
-    return _embed(*arguments, on_cuda=False)
-
-
-def _embed_cuda(*arguments: Any) -> Tensor:
-    return _embed(*arguments, on_cuda=True)
 
 
 def _embed(
@@ -173,7 +144,8 @@ def _embed(
         bad = ids.new_full((2,), ids.numel(), dtype=torch.int64) if check_ids else None
     bad_id, has_bad_positions = native.multistream_embed(
         *(ids.contiguous(), table.contiguous(), pad_id, offsets, scale),
-        *((None, None) if features is None else (features.contiguous(), _int64(positions))),
+        None if features is None else features.contiguous(),
+        None if positions is None else positions.to(torch.int64).contiguous(),
         *(out, slots, bad, torch.get_num_threads(), stream_handle(ids)),
     )
     if bad is not None:  # the kernels leave the initial value if there is nothing bad
@@ -185,11 +157,6 @@ def _embed(
     if bad_id >= 0:
         _raise_bad_id(ids, divmod(bad_id, ids.shape[1]), table.shape[0], offsets)
     return out
-
-
-def _int64(positions: Tensor | None) -> Tensor:
-    assert positions is not None
-    return positions.to(torch.int64).contiguous()
 
 
 def _raise_bad_id(ids: Tensor, place: tuple[int, int], num_rows: int, offsets: Sequence[int]) -> None:
@@ -218,7 +185,9 @@ def _raise_bad_positions(positions: Tensor | None, num_rows: int) -> None:
         seen[n] = m
 
 
-LIBRARY.impl("multistream_embed", _embed_cpu, "CPU")
+_embed_cuda = partial(_embed, on_cuda=True)
+
+LIBRARY.impl("multistream_embed", partial(_embed, on_cuda=False), "CPU")
 LIBRARY.impl("multistream_embed", _embed_cuda, "CUDA")
 
 

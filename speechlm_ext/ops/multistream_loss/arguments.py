@@ -96,7 +96,13 @@ def read_inputs(
         raise OpError(
             f"{_OP}: loss_weight must be float {list(targets.shape)} like targets; got {describe(loss_weight)}"
         )
-    flat = _flat_scopes(sets, heads, weight.shape[0])
+    if heads not in ("shared", "separate"):
+        raise OpError(f'{_OP}: heads must be "shared" or "separate"; got {heads!r}')
+    merged, rows = read_scopes(sets, None if heads == "separate" else weight.shape[0], heads == "separate")
+    if heads == "separate" and rows != weight.shape[0]:
+        raise OpError(
+            f"{_OP}: weight must have {rows} rows, one for each id of each stream's scope; got {weight.shape[0]}"
+        )
     if row_scope is None and len(sets) > 1:
         raise OpError(f"{_OP}: scopes has {len(sets)} kinds of rows; row_scope [N] must give each row's kind")
     if row_scope is not None and (
@@ -120,7 +126,7 @@ def read_inputs(
         targets=targets.to(torch.int64),
         live=loss_weight > 0,
         coef_loss=loss_weight,
-        scopes=flat,
+        scopes=flatten(merged),
         row_scope=None if row_scope is None else row_scope.to(torch.int64),
         stream_embed=stream_embed,
         bias=bias,
@@ -128,18 +134,6 @@ def read_inputs(
         label_smoothing=float(label_smoothing),
         softcap=float(softcap or 0),
     )
-
-
-def _flat_scopes(given: Sequence[GivenScopes], heads: str, vocab: int) -> list[int]:
-    if heads not in ("shared", "separate"):
-        raise OpError(f'{_OP}: heads must be "shared" or "separate"; got {heads!r}')
-    separate = heads == "separate"
-    sets, rows = read_scopes(given, None if separate else vocab, separate)
-    if separate and rows != vocab:
-        raise OpError(
-            f"{_OP}: weight must have {rows} rows, one for each id of each stream's scope; got {vocab}"
-        )
-    return flatten(sets)
 
 
 def read_chunk_bytes(chunk_bytes: int | None) -> int:
@@ -150,11 +144,7 @@ def read_chunk_bytes(chunk_bytes: int | None) -> int:
 
 
 def check_values(inputs: LossInputs) -> None:
-    """Check the values in tensors; on a GPU this synchronizes once.
-
-    Raises:
-        OpError: a weight that is negative or not finite, a row_scope out of range, a live target outside its scope.
-    """
+    """Check the weights, row_scope and live targets; on a GPU this synchronizes once."""
     targets, weight, row_scope, sets = inputs.targets, inputs.coef_loss, inputs.row_scope, inputs.sets
     bad_weight = ~((weight >= 0) & weight.isfinite())
     found = [bad_weight.any()]

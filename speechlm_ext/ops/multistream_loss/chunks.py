@@ -41,11 +41,7 @@ _ONE_PRODUCT = 1.02
 
 
 def loss_pass(inputs: LossInputs, wants: LossWants, chunk_bytes: int = 0) -> LossResult:
-    """The same results as `speechlm_ext.ops.multistream_loss.reference.loss_pass`, with the row kernel.
-
-    Args:
-        chunk_bytes: bytes of logits in a chunk; 0 for the device's default.
-    """
+    """Results of the pass; ``chunk_bytes``: bytes of logits in a chunk, 0 for the device's default."""
     work = _Pass(inputs, wants, chunk_bytes)
     for kind, scopes in enumerate(inputs.sets):
         live = inputs.live_of(kind).contiguous()

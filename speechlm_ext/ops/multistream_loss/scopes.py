@@ -39,17 +39,9 @@ GivenScopes = Sequence[Sequence[tuple[int, int]]]
 def read_scopes(sets: Sequence[GivenScopes], vocab: int | None, separate: bool) -> tuple[ScopeSets, int]:
     """Checked scopes with the weight's rows of each interval.
 
-    Args:
-        sets: per kind of row, per stream, the intervals ``(start, end)``.
-        vocab: number of ids of a shared head; None for separate heads.
-        separate: whether each stream has its own rows.
-
-    Returns:
-        The scopes, and the number of rows that the weight must have: at least (shared) or exactly (separate).
-
-    Raises:
-        OpError: a set with another number of streams than the first, or a scope that is empty, overlaps itself or has
-            ids that the weight has not.
+    ``sets``: per kind of row, per stream, the intervals ``(start, end)``. ``vocab``: ids of a shared head; None for
+    separate heads, where each stream has its own rows. Also returns the number of rows that the weight must have: at
+    least (shared) or exactly (separate).
     """
     op = "multistream_loss"
     ordered = []

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import LIBRARY, OpError, describe, native, stream_handle
+from speechlm_ext.ops.common.native import LIBRARY, OpError, call_kernel, describe, native, stream_handle
 from speechlm_ext.ops.multistream_sample.decode_state import DecodeState
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,26 +100,7 @@ def multistream_sample(
         raise OpError(
             f"multistream_sample: logits is {describe(logits)} but the state is on {state.progress.device}"
         )
-    arguments = (
-        logits.detach(),
-        state.column_ids,
-        state.sampling,
-        state.choice,
-        state.limits,
-        state.request,
-        state.guidance,
-        state.progress,
-        state.forced,
-        state.history,
-        state.history_logprob,
-        state.allowed,
-        state.bounds,
-        state.delays,
-        state.pad_ids,
-        state.eos_id,
-        state.eos_column,
-        state.tail,
-    )
+    arguments = (logits.detach(), *[getattr(state, name) for name in _STATE_FIELDS])
     if streams is None and partial is None:
         return SampledStep(*_OP(*arguments))
     row, first, last = _checked_part(logits, state, streams, partial)
@@ -177,6 +158,7 @@ _STATE = (
     "Tensor(c!) history_logprob, Tensor? allowed, int[] bounds, int[] delays, int[] pad_ids, int eos_id, "
     "int eos_column, int tail"
 )
+_STATE_FIELDS = [argument.split()[1] for argument in _STATE.split(", ")[1:]]
 LIBRARY.define(f"multistream_sample({_STATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 # A separate op, because it completes its arguments; the op for a whole row allocates its results.
 LIBRARY.define(
@@ -191,25 +173,20 @@ _STREAMS_OP = torch.ops.speechlm_ext.multistream_sample_streams.default
 
 def _sample(logits: Tensor, *state: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = _sample_fake(logits, *state)
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    try:
-        native.multistream_sample(logits, *state, *out, torch.get_num_threads(), stream_handle(logits))
-    except ValueError as error:
-        raise OpError(str(error)) from None
+    _run(logits, *state, *out)
     return out
 
 
 def _sample_some(logits: Tensor, *rest: Any) -> None:
     *tensors, first, last = rest  # the state, then the row
+    _run(logits, *tensors, streams=(first, last))
+
+
+def _run(logits: Tensor, *tensors: Any, streams: tuple[int, ...] = ()) -> None:
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    try:
-        native.multistream_sample(
-            logits, *tensors, torch.get_num_threads(), stream_handle(logits), first, last
-        )
-    except ValueError as error:
-        raise OpError(str(error)) from None
+    threads, stream = torch.get_num_threads(), stream_handle(logits)
+    call_kernel(native.multistream_sample, logits, *tensors, threads, stream, *streams)
 
 
 LIBRARY.impl("multistream_sample", _sample, "CPU")

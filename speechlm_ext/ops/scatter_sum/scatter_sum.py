@@ -6,23 +6,24 @@ Public functions: ``segment_sum`` and ``scatter_sum_rows``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from speechlm_ext.ops.common.memory import empty_in_huge_pages, lazy_zeros
 from speechlm_ext.ops.common.native import (
+    FLOAT_DTYPES,
+    ID_DTYPES,
     LIBRARY,
     OpError,
     OpIndexError,
     describe,
+    float_list,
     int_list,
     native,
     stream_handle,
 )
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ID_DTYPES = (torch.int32, torch.int64)
 
 
 def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
@@ -41,9 +42,9 @@ def segment_sum(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tenso
         OpIndexError: (also an IndexError) on the CPU, an id out of range; a GPU ignores such a row.
     """
     op = "segment_sum"
-    if values.dim() != 2 or values.dtype not in _DTYPES:
+    if values.dim() != 2 or values.dtype not in FLOAT_DTYPES:
         raise OpError(f"{op}: values must be float [M, D]; got {describe(values)}")
-    if tuple(segment_ids.shape) != (values.shape[0],) or segment_ids.dtype not in _ID_DTYPES:
+    if tuple(segment_ids.shape) != (values.shape[0],) or segment_ids.dtype not in ID_DTYPES:
         raise OpError(
             f"{op}: segment_ids must be int32 or int64 [{values.shape[0]}]; got {describe(segment_ids)}"
         )
@@ -84,9 +85,9 @@ def scatter_sum_rows(
         OpIndexError: (also an IndexError) on the CPU, an id outside the table; a GPU ignores it.
     """
     op = "scatter_sum_rows"
-    if ids.dim() != 2 or ids.dtype not in _ID_DTYPES:
+    if ids.dim() != 2 or ids.dtype not in ID_DTYPES:
         raise OpError(f"{op}: ids must be int32 or int64 [N, S]; got {describe(ids)}")
-    if values.dim() != 2 or values.dtype not in _DTYPES or values.shape[0] != ids.shape[0]:
+    if values.dim() != 2 or values.dtype not in FLOAT_DTYPES or values.shape[0] != ids.shape[0]:
         raise OpError(f"{op}: values must be float [{ids.shape[0]}, D]; got {describe(values)}")
     if values.device != ids.device:
         raise OpError(f"{op}: ids is {describe(ids)} but values is on {values.device}")
@@ -94,9 +95,7 @@ def scatter_sum_rows(
         raise OpError(f"{op}: num_rows must be 0 or more; got {num_rows}")
     num_streams = ids.shape[1]
     starts = [] if offsets is None else int_list(offsets, f"{op}: offsets", num_streams)
-    factors = [] if scale is None else [float(v) for v in scale]
-    if scale is not None and len(factors) != num_streams:
-        raise OpError(f"{op}: scale must have {num_streams} values, one per stream; got {len(factors)}")
+    factors = [] if scale is None else float_list(scale, f"{op}: scale", num_streams)
     sums, rows = torch.ops.speechlm_ext.scatter_sum_rows(values, ids, pad_id, starts, factors, num_rows)
     return rows, sums
 
@@ -113,18 +112,18 @@ def _scatter_sum_cpu(
 ) -> Tensor:
     out = lazy_zeros(num_rows, values.shape[1], values.dtype)
     if ids.numel():
-        pairs = native.sort_pairs(ids.contiguous(), pad_id, offsets, num_rows)
-        if pairs.first_bad >= 0:
-            _raise_outside("scatter_sum", ids, pairs.first_bad, pad_id, offsets, num_rows)
+        pairs = _sort_cpu("scatter_sum", ids, pad_id, offsets, num_rows)
     if out.numel() and ids.numel():
         native.scatter_sum(values.contiguous(), pairs, scale, out, None, torch.get_num_threads())
     return out
 
 
-def _raise_outside(
-    op: str, ids: Tensor, place: int, pad_id: int | None, offsets: list[int], num_rows: int
-) -> None:
-    n, s = divmod(place, ids.shape[1])
+def _sort_cpu(op: str, ids: Tensor, pad_id: int | None, offsets: list[int], num_rows: int) -> Any:
+    """The native pairs, sorted by row; refuses ids outside the table."""
+    pairs = native.sort_pairs(ids.contiguous(), pad_id, offsets, num_rows)
+    if pairs.first_bad < 0:
+        return pairs
+    n, s = divmod(pairs.first_bad, ids.shape[1])
     value = int(ids[n, s])
     if op == "scatter_sum" and ids.shape[1] == 1 and pad_id is None and not offsets:
         raise OpIndexError(f"segment_sum: segment_ids[{n}] is {value}; it must be in [0, {num_rows})")
@@ -137,9 +136,7 @@ def _raise_outside(
 def _scatter_sum_rows_cpu(
     values: Tensor, ids: Tensor, pad_id: int | None, offsets: list[int], scale: list[float], num_rows: int
 ) -> tuple[Tensor, Tensor]:
-    pairs = native.sort_pairs(ids.contiguous(), pad_id, offsets, num_rows)
-    if pairs.first_bad >= 0:
-        _raise_outside("scatter_sum_rows", ids, pairs.first_bad, pad_id, offsets, num_rows)
+    pairs = _sort_cpu("scatter_sum_rows", ids, pad_id, offsets, num_rows)
     rows = ids.new_empty(pairs.touched, dtype=torch.int64)
     out = empty_in_huge_pages(pairs.touched, values.shape[1], values.dtype)
     native.scatter_sum(values.contiguous(), pairs, scale, out, rows, torch.get_num_threads())
@@ -147,12 +144,7 @@ def _scatter_sum_rows_cpu(
 
 
 def _sort_cuda(
-    values: Tensor,
-    ids: Tensor,
-    pad_id: int | None,
-    offsets: list[int],
-    num_rows: int,
-    touched: Tensor | None,
+    values: Tensor, ids: Tensor, pad_id: int | None, offsets: list[int], num_rows: int, touched: Tensor | None
 ) -> Tensor:
     """The workspace, containing the sorted pairs."""
     is_double = values.dtype == torch.float64
