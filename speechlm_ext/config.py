@@ -1,4 +1,4 @@
-"""Checks of a file of settings before it is parsed: each error is one line that names file and line."""
+"""Checks of configuration files before they are parsed; an error is one line that names file and line."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def _attention() -> dict[str, dict[str, str]]:
 
 
 def _fallbacks() -> list[str]:
-    """Choices that cost speed, each with its reason and the way out."""
+    """Choices that cost speed, each with its reason and the remedy."""
     import torch
 
     from speechlm_ext.ops.common.native import OPENMP_RUNTIME, native

@@ -1,4 +1,4 @@
-"""Errors that a user can cause, each a ``ValueError`` whose message names the way out.
+"""Errors that a user can cause, each a ``ValueError`` whose message says how to fix it.
 
 A message has four parts: the expected value, the given one, its place (the item's name), and what to do. The command
 line prints it as one line and exits with 2; a traceback means a bug of this package.

@@ -107,7 +107,7 @@ def from_rank_0(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Block that ends on every rank or raises on every rank: a rank's own error, or the lowest rank's elsewhere.
 
     Ranks must not wait for each other inside it.

@@ -1,4 +1,4 @@
-"""The run's log: JSON lines always, TensorBoard where installed, a progress bar where a person looks."""
+"""The run's log: JSON lines always, TensorBoard where installed, a progress bar on a terminal."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from speechlm_ext.errors import CheckpointError
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig
-from speechlm_ext.training.engine import from_rank_0, together
+from speechlm_ext.training.engine import from_rank_0, raise_on_all_ranks
 from speechlm_ext.utils.files.checkpoint_folders import latest_checkpoint, recover, step_of
 from speechlm_ext.utils.files.run_folders import find_model_folder
 
@@ -55,14 +55,14 @@ def agree_on_resume(config: TrainConfig, root: Path) -> tuple[Path | None, ckpt.
     """
     rank = torch.distributed.get_rank()
     resume, state = None, ckpt.TrainerState()
-    with together():
+    with raise_on_all_ranks():
         if rank == 0:
             if root.is_dir():
                 recover(root)
             resume = find_resume(config, root)
             state = state if resume is None else ckpt.read_state(resume)
     resume, state = from_rank_0((resume, state))
-    with together():
+    with raise_on_all_ranks():
         if resume is None:
             return None, state
         if rank > 0:

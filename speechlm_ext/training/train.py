@@ -18,7 +18,7 @@ from speechlm_ext.errors import CheckpointError, ConfigError, StorageError
 from speechlm_ext.model import SpeechLMModel
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig, to_yaml
-from speechlm_ext.training.engine import build_engine, together
+from speechlm_ext.training.engine import build_engine, raise_on_all_ranks
 from speechlm_ext.training.launch import init_distributed, launch, set_threads
 from speechlm_ext.training.log import RunLog
 from speechlm_ext.training.loop import TrainLoop
@@ -71,7 +71,7 @@ def run_train(config: TrainConfig) -> Path:
     run_dir = Path(config.run_dir)
     root = run_dir / CHECKPOINTS
     resume, state = agree_on_resume(config, root)
-    with together():
+    with raise_on_all_ranks():
         loader = PackLoader(config.data, rank=rank, world=world, packs_consumed=state.packs_consumed)
         if resume is not None and state.plan != loader.fingerprint:
             raise CheckpointError(
@@ -94,7 +94,7 @@ def run_train(config: TrainConfig) -> Path:
     if weights is not None and moments is not None:
         load_optimizer(engine, model, moments, weights, state.optimizer_step)
         del weights, moments
-    with together():
+    with raise_on_all_ranks():
         if rank == 0:
             atomic_write_text(run_dir / "config.yaml", to_yaml(config))
             loader.layout.save(run_dir)

@@ -39,7 +39,7 @@ def as_list(value: list[Value] | Value) -> list[Value]:
 def refuse_options(settings: Any, names: Sequence[str], purpose: str) -> None:
     """Raise :class:`ConfigError` if a setting is changed that would have no effect.
 
-    ``purpose`` is their use and the way out, e.g. ``"for recordings; leave it out"``.
+    ``purpose`` says what they are for and what to do, e.g. ``"for recordings; leave it out"``.
     """
     defaults = {field.name: field.default for field in fields(settings)}
     given = [f"--{name}" for name in names if getattr(settings, name) != defaults[name]]

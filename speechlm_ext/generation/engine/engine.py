@@ -21,7 +21,7 @@ import torch
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine import sampler_state as states
-from speechlm_ext.generation.engine.graphs import Calls, StepGraphs
+from speechlm_ext.generation.engine.graphs import HeadCalls, StepGraphs
 from speechlm_ext.generation.engine.rows import Decoded, read_decoded
 from speechlm_ext.generation.engine.slots import DecodeJob, Slot, SlotTable, make_slots, prefill
 from speechlm_ext.model.lm import SpeechLMModel
@@ -53,7 +53,7 @@ class Engine:
         self.device = next(model.parameters()).device
         self.poll_interval = poll_interval or (1 if self.device.type == "cpu" else 8)
         self._slots = SlotTable(model.layout, num_slots, self.device)
-        self._calls_for: dict[frozenset[str], Calls] = {}
+        self._calls_for: dict[frozenset[str], HeadCalls] = {}
         self._cache = model.new_cache(num_slots, 64)
         uses_graphs = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
         self._graphs = StepGraphs(self._step, self._cache, num_slots) if uses_graphs else None
@@ -116,7 +116,7 @@ class Engine:
             return self._step(len(self.active), None, self._calls())
         return self._graphs.step(len(self.active), self._calls())
 
-    def _step(self, n: int, num_keys: int | None, calls: Calls) -> SampledStep:
+    def _step(self, n: int, num_keys: int | None, calls: HeadCalls) -> SampledStep:
         """A step of the first n slots, without a synchronization."""
         hidden_nD = self.model.step_hidden(self._row_BS[:n], self._cache, num_keys)
         state = states.slots(self._slots.state, n)
@@ -136,7 +136,7 @@ class Engine:
         self._row_BS[:n] = sampled.tokens
         return sampled
 
-    def _calls(self) -> Calls:
+    def _calls(self) -> HeadCalls:
         """The calls of the head that active requests need, and the products that each of them reads."""
         modalities = frozenset[str]().union(*(slot.modalities for slot in self.active))
         if modalities not in self._calls_for:

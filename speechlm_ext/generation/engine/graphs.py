@@ -19,8 +19,8 @@ from speechlm_ext.ops import SampledStep
 KEYS = 256
 #: For each call of the head in a step, the products that are read (None: all). A model with a frame transformer has one
 #: call for each sampled stream, others one for all.
-Calls = tuple[tuple[bool, ...] | None, ...]
-Size = tuple[int, int, Calls]
+HeadCalls = tuple[tuple[bool, ...] | None, ...]
+Size = tuple[int, int, HeadCalls]
 
 
 class StepGraphs:
@@ -33,7 +33,7 @@ class StepGraphs:
     """
 
     def __init__(
-        self, step: Callable[[int, int, Calls], SampledStep], cache: KVCache, num_slots: int
+        self, step: Callable[[int, int, HeadCalls], SampledStep], cache: KVCache, num_slots: int
     ) -> None:
         self._step, self._cache, self._num_slots = step, cache, num_slots
         self._seen: set[Size] = set()
@@ -44,7 +44,7 @@ class StepGraphs:
         """Drop all graphs; needed when memory that they use is replaced."""
         self._graphs.clear()
 
-    def step(self, num_active: int, calls: Calls) -> SampledStep:
+    def step(self, num_active: int, calls: HeadCalls) -> SampledStep:
         """Run a step for ``num_active`` requests, padded to a captured size."""
         cache = self._cache
         n = min(1 << (num_active - 1).bit_length(), self._num_slots)

@@ -50,7 +50,7 @@ def check_npy_size(path: Path, array: np.ndarray) -> None:
 
 
 def _npy_problem(path: str | Path, error: Exception) -> str:
-    """Why ``numpy.load`` refused a file, in parentheses, and the way out.
+    """Why ``numpy.load`` refused a file, in parentheses, and how to fix it.
 
     NumPy's own message recommends to unpickle the file, which would run any code in it.
     """

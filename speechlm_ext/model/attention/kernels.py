@@ -1,4 +1,4 @@
-"""Attention over packed rows: the one file that decides which kernel runs.
+"""Attention over packed rows, and the choice of its kernel.
 
 Order of choice: flash-attn varlen, torch's ``varlen_attn``, SDPA. The first two read the packed row as
 it is; SDPA gathers the segments into padded groups of similar length, so that its cost follows the
@@ -104,7 +104,7 @@ def packed_attention(
         if not rule.is_plain:
             _log_once(
                 f"attention: SDPA cannot do {replace(rule, window=None).describe()}; these layers compute their scores "
-                "by definition, with those of a group of segments in memory"
+                "by explicit products and softmax, with those of a group of segments in memory"
             )
         return _grouped_sdpa(q_NHE, k_NGE, v_NGF, packing, rule)
     cu, longest = packing.cu_seqlens, packing.max_seqlen

@@ -1,4 +1,4 @@
-"""The encoder of a name, and the encoders without a model: ``mfcc`` and ``log-mel``."""
+"""Builds an encoder from its name; ``mfcc`` and ``log-mel``, which need no model, are here."""
 
 from __future__ import annotations
 
