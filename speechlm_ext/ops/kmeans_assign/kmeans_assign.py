@@ -50,10 +50,30 @@ def kmeans_assign(
     centroids: Tensor | CentroidIndex,
     *,
     mode: _Mode = ...,
-    return_distance: bool = ...,
-    return_stats: bool = ...,
+    return_distance: Literal[True],
+    return_stats: Literal[False] = ...,
     nonfinite: _Nonfinite = ...,
-) -> Any: ...
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def kmeans_assign(
+    x: Tensor,
+    centroids: Tensor | CentroidIndex,
+    *,
+    mode: _Mode = ...,
+    return_distance: Literal[False] = ...,
+    return_stats: Literal[True],
+    nonfinite: _Nonfinite = ...,
+) -> tuple[Tensor, AssignStats]: ...
+@overload
+def kmeans_assign(
+    x: Tensor,
+    centroids: Tensor | CentroidIndex,
+    *,
+    mode: _Mode = ...,
+    return_distance: Literal[True],
+    return_stats: Literal[True],
+    nonfinite: _Nonfinite = ...,
+) -> tuple[Tensor, Tensor, AssignStats]: ...
 def kmeans_assign(
     x: Tensor,
     centroids: Tensor | CentroidIndex,
