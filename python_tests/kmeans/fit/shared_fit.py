@@ -1,4 +1,4 @@
-"""Fits on the shares of two processes: the test's own is rank 0, ``shared_fit.py FOLDER`` is rank 1.
+"""Fits on the shares of two processes: ``shared_fit.py FOLDER RANK`` is one of them.
 
 ``FOLDER/shares.json`` lists which rows of ``FOLDER/x.npy`` each rank holds, several times; results of share list N are
 in ``FOLDER/found.N.RANK``, as safetensors.
@@ -101,4 +101,4 @@ def main(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), 1)
+    main(Path(sys.argv[1]), int(sys.argv[2]))
