@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from speechlm_ext.utils.moved import install
+
 if TYPE_CHECKING:
     from speechlm_ext import ops
     from speechlm_ext.kmeans.estimator import KMeans
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["KMeans", "MultiStreamEmbedding", "SpeechLM", "TokenLayout", "__version__", "ops"]
+
+install()
 
 _LAZY = {
     "ops": ("speechlm_ext.ops", None),
