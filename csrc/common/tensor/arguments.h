@@ -103,8 +103,7 @@ class Expect {
   void* workspace(const TensorView& view, int64_t bytes) const {
     (*this)(view, "workspace", {DType::kUInt8}, {-1});
     SX_CHECK(view.sizes[0] >= bytes, op_, ": workspace must have ", bytes, " bytes; got ", view.describe());
-    SX_CHECK(reinterpret_cast<uintptr_t>(view.data) % 16 == 0, op_,
-             ": workspace must begin at a multiple of 16 bytes");
+    SX_CHECK(reinterpret_cast<uintptr_t>(view.data) % 16 == 0, op_, ": workspace must begin at a multiple of 16 bytes");
     return view.data;
   }
 
