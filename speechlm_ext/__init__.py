@@ -5,7 +5,7 @@
     sx.ops            delay_pack, multistream_embed, multistream_loss, kmeans_assign, multistream_sample
     sx.KMeans         units from features: in memory, streamed, or on many processes
     sx.TokenLayout    which id means what, as versioned data
-    sx.SpeechLM       the model: from_pretrained, save_pretrained, forward
+    sx.SpeechLM       the model: from_pretrained, generate, stream, chat, listen, save_pretrained
     sx.MultiStreamEmbedding  its input table as a module of its own
 """
 
