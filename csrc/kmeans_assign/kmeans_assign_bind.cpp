@@ -204,7 +204,7 @@ void bind_kmeans_assign(py::module_& m) {
         py::arg("stream"));
   m.def("kmeans_rows_cuda", &kmeans_quantize_rows, py::arg("x"), py::arg("centre"), py::arg("unit"), py::arg("exact"),
         py::arg("codes"), py::arg("terms"), py::arg("stream"));
-  m.def("kmeans_settle_cuda", &kmeans_rescore, py::arg("products"), py::arg("x"), py::arg("centroids"),
+  m.def("kmeans_rescore_cuda", &kmeans_rescore, py::arg("products"), py::arg("x"), py::arg("centroids"),
         py::arg("terms"), py::arg("rows"), py::arg("labels"), py::arg("distance").none(true), py::arg("counts"),
         py::arg("stream"));
 }

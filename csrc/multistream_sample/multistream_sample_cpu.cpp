@@ -19,7 +19,7 @@ constexpr int64_t kGrainColumns = 1 << 14;  // fewer are not worth waking a thre
 template <typename T>
 class Sampler {
  public:
-  Sampler(const SampleArgs<T>& args, Scope& scope, std::vector<int32_t>& places)
+  Sampler(const SampleArgs<T>& args, ScopeLogits& scope, std::vector<int32_t>& places)
       : args_(args), a_(args.state), load_(load_loop<T>()), scope_(scope), places_(places) {}
 
   void request(int64_t b) {
@@ -161,7 +161,7 @@ class Sampler {
   const SampleArgs<T>& args_;
   const SampleState& a_;
   LoadLoop<T> load_;
-  Scope& scope_;
+  ScopeLogits& scope_;
   std::vector<int32_t>& places_;
   int64_t first_ = 0, last_ = 0;
   bool has_end_before_ = false, has_end_behind_ = false;
@@ -175,7 +175,7 @@ void multistream_sample_cpu(const SampleArgs<T>& args, int threads) {
   const int64_t columns = std::max<int64_t>(a.bounds[a.end_stream] - a.bounds[a.first_stream], 1);
   const int64_t grain = std::max<int64_t>(1, kGrainColumns / columns);
   parallel_for(a.num_requests, grain, threads, [&](int64_t begin, int64_t end) {
-    thread_local Scope scope;
+    thread_local ScopeLogits scope;
     thread_local std::vector<int32_t> places;
     Sampler<T> sampler(args, scope, places);
     for (int64_t b = begin; b < end; ++b) sampler.request(b);

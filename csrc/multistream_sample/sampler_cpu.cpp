@@ -29,7 +29,7 @@ int64_t reach(const int64_t* weights, int64_t& target) {
 
 }  // namespace
 
-float* Scope::begin(int64_t n) {
+float* ScopeLogits::begin(int64_t n) {
   loops_ = &sample_loops();
   constexpr int64_t kLine = 16;  // floats of a cache line
   grow(memory_, n + 2 * kLine + kSampleBlock + 1);
@@ -41,14 +41,14 @@ float* Scope::begin(int64_t n) {
   return x_;
 }
 
-void Scope::put_first(float x) {
+void ScopeLogits::put_first(float x) {
   *--x_ = x;
   ++size_;
 }
 
-void Scope::put_last(float x) { x_[size_++] = x; }
+void ScopeLogits::put_last(float x) { x_[size_++] = x; }
 
-bool Scope::finish() {
+bool ScopeLogits::finish() {
   blocks_ = ceil_div(size_, kSampleBlock);
   std::fill(x_ + size_, x_ + blocks_ * kSampleBlock, -kInfinity);
   grow(maxima_, blocks_ * kSampleLanes);
@@ -57,13 +57,13 @@ bool Scope::finish() {
   return !has_nan_ && largest_ > -kInfinity && largest_ < kInfinity;
 }
 
-int64_t Scope::total() {
+int64_t ScopeLogits::total() {
   total_ = loops_->sums(x_, blocks_, {largest_, 1.0f}, sums_.data());
   has_total_ = true;
   return total_;
 }
 
-void Scope::penalize(const std::vector<int32_t>& places, float penalty) {
+void ScopeLogits::penalize(const std::vector<int32_t>& places, float penalty) {
   if (places.empty()) return;
   is_penalized_.resize(std::max<size_t>(is_penalized_.size(), size_));
   for (const int32_t place : places) {
@@ -77,18 +77,18 @@ void Scope::penalize(const std::vector<int32_t>& places, float penalty) {
   has_total_ = false;
 }
 
-float Scope::at(int64_t place) const {
+float ScopeLogits::at(int64_t place) const {
   for (const auto& [changed, x] : unpenalized_) {
     if (changed == place) return x;
   }
   return x_[place];
 }
 
-uint64_t Scope::rank_of(int64_t place) const {
+uint64_t ScopeLogits::rank_of(int64_t place) const {
   return uint64_t{~key_of(x_[place])} << 32 | static_cast<uint64_t>(place);
 }
 
-int64_t Scope::choose(const SampleSettings& settings, const SampleChoice& choice, double number) {
+int64_t ScopeLogits::choose(const SampleSettings& settings, const SampleChoice& choice, double number) {
   if (is_greedy(settings, choice)) return first_largest();
   const Weighing how{largest_, settings.temperature};
   const int64_t k = kept_by(choice.top_k, size_), least = min_weight(settings.min_p);
@@ -124,7 +124,7 @@ int64_t Scope::choose(const SampleSettings& settings, const SampleChoice& choice
   return first + reach(weights_.data(), target);
 }
 
-int64_t Scope::first_largest() const {
+int64_t ScopeLogits::first_largest() const {
   int64_t b = 0;
   while (std::find(&maxima_[b * kSampleLanes], &maxima_[b * kSampleLanes] + kSampleLanes, largest_) ==
          &maxima_[b * kSampleLanes] + kSampleLanes) {
@@ -134,7 +134,7 @@ int64_t Scope::first_largest() const {
 }
 
 // At least k columns have this logit or a larger one: k groups of columns have a maximum that does.
-float Scope::bound_of_top_k(int64_t k) {
+float ScopeLogits::bound_of_top_k(int64_t k) {
   const int64_t count = blocks_ * kSampleLanes;
   if (count < k) return -kInfinity;
   // Fewer and larger groups are as good, as long as there are some more than k.
@@ -151,7 +151,7 @@ float Scope::bound_of_top_k(int64_t k) {
 }
 
 // Columns with a smaller logit weigh less than that.
-float Scope::bound_of_weights(Weighing how, double weight) const {
+float ScopeLogits::bound_of_weights(Weighing how, double weight) const {
   constexpr double kMargin = 0.01;  // far more than all roundings of an exponent
   const double below = std::log(weight / static_cast<double>(kOneWeight)) - kMargin;
   const double bound = static_cast<double>(how.largest) + below * static_cast<double>(how.temperature);
@@ -160,7 +160,7 @@ float Scope::bound_of_weights(Weighing how, double weight) const {
 }
 
 // Lists the places with at least this logit, in the order of their columns.
-int64_t Scope::list_from(float bound) {
+int64_t ScopeLogits::list_from(float bound) {
   grow(places_, blocks_ * kSampleBlock);
   int64_t count = loops_->at_least(x_, blocks_, maxima_.data(), bound, places_.data());
   while (places_[count - 1] >= size_) --count;  // the padding of the last block
@@ -168,7 +168,7 @@ int64_t Scope::list_from(float bound) {
 }
 
 // Leaves the k best of the listed places.
-int64_t Scope::keep_best(int64_t count, int64_t k) {
+int64_t ScopeLogits::keep_best(int64_t count, int64_t k) {
   if (count == k) return k;
   ranks_.resize(count);
   for (int64_t i = 0; i < count; ++i) ranks_[i] = rank_of(places_[i]);
@@ -179,7 +179,7 @@ int64_t Scope::keep_best(int64_t count, int64_t k) {
 }
 
 // Weighs the listed places; returns their sum.
-int64_t Scope::weigh(int64_t count, Weighing how) {
+int64_t ScopeLogits::weigh(int64_t count, Weighing how) {
   const int64_t padded = round_up(count, kSampleLanes);
   few_.assign(padded, -kInfinity);
   grow(weights_, padded);
@@ -191,7 +191,7 @@ int64_t Scope::weigh(int64_t count, Weighing how) {
 }
 
 // Draws from the listed places, of which the best that reach `limit` (0: all) and weigh at least `least` are kept.
-int64_t Scope::draw_from_listed(int64_t count, int64_t limit, int64_t least, double number) {
+int64_t ScopeLogits::draw_from_listed(int64_t count, int64_t limit, int64_t least, double number) {
   if (limit > 0) {
     const uint64_t last = border(count, limit);
     for (int64_t i = 0; i < count; ++i) weights_[i] = rank_of(places_[i]) <= last ? weights_[i] : 0;
@@ -204,7 +204,7 @@ int64_t Scope::draw_from_listed(int64_t count, int64_t limit, int64_t least, dou
 
 // Rank of the last of the listed places, best first, that are needed for their weights to reach `limit`. A histogram
 // over the distance from the maximum leaves the few of its bucket.
-uint64_t Scope::border(int64_t count, int64_t limit) {
+uint64_t ScopeLogits::border(int64_t count, int64_t limit) {
   constexpr int32_t kBuckets = 256;
   const float range = largest_ - *std::min_element(few_.begin(), few_.begin() + count);
   const float steps = static_cast<float>(kBuckets - 1) / range;

@@ -11,7 +11,7 @@
 namespace speechlm {
 
 // The logits of a scope in column order, in blocks. One per thread; it keeps its memory.
-class Scope {
+class ScopeLogits {
  public:
   // Makes room for n logits behind one that put_first may add; returns their address.
   float* begin(int64_t n);

@@ -29,7 +29,7 @@ def test_shards_that_were_replaced_are_noticed(features, tmp_path, capsys, monke
     words += ["--share", 0.5] if stage == "sampled" else []
     with monkeypatch.context() as patch:
         if stage != "finished":
-            place = {"sampled": "estimator.run_fit", "iterating": "fit.loop.assign_pass"}[stage]
+            place = {"sampled": "estimator.fit_all_starts", "iterating": "fit.loop.assign_pass"}[stage]
             patch.setattr(
                 f"speechlm_ext.kmeans.{place}",
                 lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt),

@@ -20,7 +20,7 @@ from speechlm_ext.errors import GenerationError, SpeechLMError
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.rows import Decoded, failed_result
 from speechlm_ext.generation.engine.slots import DecodeJob
-from speechlm_ext.generation.requests.encode_fields import content_columns, raw_content
+from speechlm_ext.generation.requests.encode_fields import content_values, raw_content
 from speechlm_ext.generation.requests.prompt import Prompt, build_prompt, require_tokenizers
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
 from speechlm_ext.generation.requests.settings import check_integer
@@ -190,7 +190,7 @@ def make_result(prompt: Prompt, decoded: Decoded, seconds: float, model: SpeechL
     modalities = [segment.modality for segment in prompt.segments]
     frames = (*decoded.intermediate, decoded.content_TS)
     *intermediate, ids = (raw_content(f, m, model.layout) for f, m in zip(frames, modalities, strict=True))
-    logprobs = content_columns(decoded.logprob_TS, prompt.modality, model.layout)
+    logprobs = content_values(decoded.logprob_TS, prompt.modality, model.layout)
     logprob, num_scored = decoded.logprob, decoded.num_scored
     if prompt.target_TS is not None:  # nothing was sampled, and everything is scored
         new = logprobs[prompt.num_given :]

@@ -22,7 +22,7 @@ from speechlm_ext.errors import KMeansError, foreign_errors
 from speechlm_ext.kmeans import artifact
 from speechlm_ext.kmeans.features.sources import FeatureSource, nonfinite_row, open_source
 from speechlm_ext.kmeans.fit.lloyd import assign_pass
-from speechlm_ext.kmeans.fit.loop import partial_step, run_fit
+from speechlm_ext.kmeans.fit.loop import fit_all_starts, partial_step
 from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.fit.scan import Data, default_block_rows, scan
 from speechlm_ext.kmeans.fit.state import Checkpoint, State
@@ -156,7 +156,7 @@ class KMeans:
         store = None
         if checkpoint is not None:
             store = Checkpoint(checkpoint, data.ranks, settings.record(), data.identity())
-        best, labels = run_fit(
+        best, labels = fit_all_starts(
             data,
             settings,
             checkpoint=store,

@@ -126,8 +126,8 @@ class SpeechLMModel(nn.Module):
 
         Args:
             ids_NS: int ``[N, S]`` delayed ids.
-            position_N: int ``[N]``, restarting at 0 in each segment.
-            cu_seqlens: int32 ``[n+1]`` segment bounds.
+            position_N: int ``[N]``, restarting at 0 in each sequence.
+            cu_seqlens: int32 ``[n+1]`` sequence bounds.
 
         Returns:
             float ``[N, D]``.

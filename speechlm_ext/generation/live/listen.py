@@ -18,7 +18,7 @@ from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.live.session import Session, check_one_row
 from speechlm_ext.generation.requests.prompt import build_prompt, find_task, require_tokenizers
 from speechlm_ext.generation.requests.request import GenerationRequest, GenerationResult
-from speechlm_ext.generation.requests.settings import Range, SamplingSettings
+from speechlm_ext.generation.requests.settings import Bounds, SamplingSettings
 from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.utils.text import NO_SPACES
 
@@ -66,7 +66,7 @@ class Listener:
         settings: SamplingSettings | None = None,
     ) -> None:
         self.model, self.tokenizers = model, require_tokenizers(model)
-        seconds = Range(0, is_open=True)
+        seconds = Bounds(0, is_open=True)
         if not seconds.holds(chunk_seconds):
             raise GenerationError(f"chunk_seconds must be {seconds}, got {chunk_seconds!r}.")
         self.settings = settings or SamplingSettings()

@@ -122,10 +122,10 @@ def content_frames(raw_TC: np.ndarray, modality: str, layout: TokenLayout, where
 def raw_content(frames_TS: np.ndarray, modality: str, layout: TokenLayout) -> np.ndarray:
     """Inverse of :func:`content_frames`: layout frames ``[T, S]`` to raw ids int32 ``[T, C]``."""
     starts = [start for start, _ in content_streams(modality, layout).values()]
-    return (content_columns(frames_TS, modality, layout) - np.array(starts)).astype(np.int32)
+    return (content_values(frames_TS, modality, layout) - np.array(starts)).astype(np.int32)
 
 
-def content_columns(values_TS: np.ndarray, modality: str, layout: TokenLayout) -> np.ndarray:
+def content_values(values_TS: np.ndarray, modality: str, layout: TokenLayout) -> np.ndarray:
     """The columns of ``[T, S]`` values in which ``modality`` has content: ``[T, C]``, as raw ids."""
     return values_TS[:, list(content_streams(modality, layout))]
 

@@ -29,7 +29,7 @@ MAX_COUNT = 2**31 - 1
 _WHERE = "sampling settings"
 
 
-class Range(NamedTuple):
+class Bounds(NamedTuple):
     """Values that a setting may have, both ends included."""
 
     low: float
@@ -65,25 +65,25 @@ class Range(NamedTuple):
         return (self.low < value if self.is_open else self.low <= value) and value <= self.high
 
 
-_COUNT = Range(1, is_integer=True)
+_COUNT = Bounds(1, is_integer=True)
 _RANGES = {
-    "temperature": Range(1e-3, 1e3, per_stream=True),
-    "codec_temperature": Range(1e-3, 1e3, or_zero=True),
+    "temperature": Bounds(1e-3, 1e3, per_stream=True),
+    "codec_temperature": Bounds(1e-3, 1e3, or_zero=True),
     "top_k": _COUNT._replace(per_stream=True),
-    "top_p": Range(0, 1, per_stream=True, is_open=True),
-    "min_p": Range(0, 1, per_stream=True),
-    "repetition_penalty": Range(1e-3, 1e3, per_stream=True),
+    "top_p": Bounds(0, 1, per_stream=True, is_open=True),
+    "min_p": Bounds(0, 1, per_stream=True),
+    "repetition_penalty": Bounds(1e-3, 1e3, per_stream=True),
     "repetition_window": _COUNT._replace(per_stream=True),
-    "guidance": Range(0, 1e3),
+    "guidance": Bounds(0, 1e3),
     "beam_size": _COUNT._replace(high=MAX_ROWS),
-    "length_penalty": Range(-10, 10),
-    "seed": Range(0, 2**63 - 1, is_integer=True),
+    "length_penalty": Bounds(-10, 10),
+    "seed": Bounds(0, 2**63 - 1, is_integer=True),
     "n_best": _COUNT._replace(high=MAX_ROWS),
     "best_of": _COUNT._replace(high=MAX_ROWS),
-    "min_len": Range(0, is_integer=True),
-    "min_len_ratio": Range(0, is_open=True),
+    "min_len": Bounds(0, is_integer=True),
+    "min_len_ratio": Bounds(0, is_open=True),
     "max_len": _COUNT,
-    "max_len_ratio": Range(0, is_open=True),
+    "max_len_ratio": Bounds(0, is_open=True),
 }
 #: Settings that may be a list with a value for each stream.
 PER_STREAM = tuple(name for name, values in _RANGES.items() if values.per_stream)
@@ -161,7 +161,7 @@ class SamplingSettings:
         self._check_search()
         self._check_lengths()
 
-    def _check_range(self, name: str, values: Range) -> None:
+    def _check_range(self, name: str, values: Bounds) -> None:
         setting = getattr(self, name)
         if setting is None and getattr(type(self), name) is None:  # the default
             return
@@ -266,6 +266,6 @@ class SamplingSettings:
 
 def check_integer(value: Any, name: str, where: str, low: int) -> None:
     """Raise :class:`GenerationError` unless ``value`` is an integer of at least ``low``."""
-    values = Range(low, is_integer=True)
+    values = Bounds(low, is_integer=True)
     if not values.holds(value):
         raise GenerationError(f"{where}: {name} must be {values}, got {value!r}.")

@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 _LOG_SECONDS = 20.0
 
 
-def run_fit(
+def fit_all_starts(
     data: Data,
     settings: Settings,
     *,

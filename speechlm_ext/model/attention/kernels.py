@@ -1,11 +1,11 @@
 """Attention over packed rows, and the choice of its kernel.
 
 Order of choice: flash-attn varlen, torch's ``varlen_attn``, SDPA. The first two read the packed row as
-it is; SDPA gathers the segments into padded groups of similar length, so that its cost follows the
-segments and not the square of the pack. All three are registered with transformers as one attention
+it is; SDPA gathers the sequences into padded groups of similar length, so that its cost follows the
+sequences and not the square of the pack. All three are registered with transformers as one attention
 implementation, ``speechlm``. Layers whose rule (``scores.py``) a kernel cannot compute run on SDPA; the log says so.
 
-Axes: N packed positions, H heads, G key/value heads, E head size, B segments of a group, T its longest.
+Axes: N packed positions, H heads, G key/value heads, E head size, B sequences of a group, T its longest.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def choose_attention(device: torch.device | str, dtype: torch.dtype) -> tuple[st
 @functools.cache
 def _choose(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     if device_type != "cuda":
-        return "sdpa", f"no CUDA device in use ({device_type}); SDPA over padded groups of segments"
+        return "sdpa", f"no CUDA device in use ({device_type}); SDPA over padded groups of sequences"
     if dtype not in (torch.float16, torch.bfloat16):
         return "sdpa", f"variable-length kernels take fp16 or bf16, not {dtype}; train in bf16 to use them"
     if importlib.util.find_spec("flash_attn") is not None:
@@ -62,7 +62,7 @@ def _choose(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _grouped_sdpa(q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing, rule: ScoreRule) -> Tensor:
-    """Causal attention inside each segment; returns ``[N, H, F]``."""
+    """Causal attention inside each sequence; returns ``[N, H, F]``."""
     unpad = packing.pad()
     heads = (q_NHE.shape[1], k_NGE.shape[1], v_NGF.shape[1])
     rows = torch.cat([rows for rows, _ in packing.groups])
@@ -84,11 +84,11 @@ def _grouped_sdpa(q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing,
 def packed_attention(
     q_NHE: Tensor, k_NGE: Tensor, v_NGF: Tensor, packing: Packing, rule: ScoreRule
 ) -> Tensor:
-    """Causal attention inside each segment of a packed row.
+    """Causal attention inside each sequence of a packed row.
 
     Args:
         q_NHE, k_NGE, v_NGF: float ``[N, H, E]``, ``[N, G, E]``, ``[N, G, F]``; H a multiple of G.
-        packing: the segments.
+        packing: the sequences of the row.
         rule: the layer's scores.
 
     Returns:
@@ -97,14 +97,14 @@ def packed_attention(
     kernel, _ = choose_attention(q_NHE.device, q_NHE.dtype)
     if kernel != "sdpa" and (unsupported := _unsupported(kernel, rule, q_NHE.shape[-1], v_NGF.shape[-1])):
         _log_once(
-            f"attention: {kernel} cannot do {unsupported}; these layers run on SDPA over padded segments"
+            f"attention: {kernel} cannot do {unsupported}; these layers run on SDPA over padded sequences"
         )
         kernel = "sdpa"
     if kernel == "sdpa":
         if not rule.is_plain:
             _log_once(
                 f"attention: SDPA cannot do {replace(rule, window=None).describe()}; these layers compute their scores "
-                "by explicit products and softmax, with those of a group of segments in memory"
+                "by explicit products and softmax, with those of a group of sequences in memory"
             )
         return _grouped_sdpa(q_NHE, k_NGE, v_NGF, packing, rule)
     cu, longest = packing.cu_seqlens, packing.max_seqlen

@@ -1,6 +1,6 @@
-"""Segments of a packed row, and their layout as padded groups of similar length for SDPA.
+"""Sequences of a packed row, and their layout as padded groups of similar length for SDPA.
 
-Axes: N packed positions, B segments of a group, T its longest.
+Axes: N packed positions, B sequences of a group, T its longest.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-#: A padded group takes segments down to this share of its longest one, which bounds padding to 1/3.
+#: A padded group takes sequences down to this share of its longest one, which bounds padding to 1/3.
 GROUP_RATIO = 0.75
 
 
 @dataclass
 class Packing:
-    """Segments of a packed row, prepared once per batch and shared by all layers."""
+    """Sequences of a packed row, prepared once per batch and shared by all layers."""
 
     cu_seqlens: Tensor
-    """int32 ``[n+1]``: segment i is rows ``cu_seqlens[i]`` to ``cu_seqlens[i+1]``."""
+    """int32 ``[n+1]``: sequence i is rows ``cu_seqlens[i]`` to ``cu_seqlens[i+1]``."""
     bounds: list[int]
     """The same on the host."""
     groups: list[tuple[Tensor, int]] = field(default_factory=list)
-    """For SDPA: ``(rows [B*T], T)`` per padded group; a padded slot repeats the segment's last row."""
+    """For SDPA: ``(rows [B*T], T)`` per padded group; a padded slot repeats the sequence's last row."""
     unpad: Tensor | None = None
     """For SDPA: int64 ``[N]``, place of each row in the concatenation of all groups."""
 
@@ -37,7 +37,7 @@ class Packing:
 
     @property
     def max_seqlen(self) -> int:
-        """Rows of the longest segment."""
+        """Rows of the longest sequence."""
         return max((b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)), default=0)
 
     def pad(self) -> Tensor:
@@ -72,7 +72,7 @@ class Gather(torch.autograd.Function):
     """Rows of ``x`` in padded order; each real row appears once among the real slots.
 
     The backward reads only the real slots. That is exact: attention is causal and padding follows
-    every real row of its segment, so no gradient reaches a padded slot.
+    every real row of its sequence, so no gradient reaches a padded slot.
     """
 
     @staticmethod

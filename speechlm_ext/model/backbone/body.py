@@ -164,7 +164,7 @@ def run_packed(body: nn.Module, embedded_ND: Tensor, position_N: Tensor, cu_seql
     """Last hidden states ``[N, D]`` of a packed row; see :meth:`SpeechLMModel.hidden`.
 
     Raises:
-        ConfigError: a segment exceeds :func:`stable_rope_length`; as in :func:`run_prefill` and :func:`run_step`.
+        ConfigError: a sequence exceeds :func:`stable_rope_length`; as in :func:`run_prefill` and :func:`run_step`.
     """
     kernel, _ = choose_attention(embedded_ND.device, embedded_ND.dtype)
     packing = Packing.build(cu_seqlens, kernel)

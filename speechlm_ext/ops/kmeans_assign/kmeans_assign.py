@@ -200,7 +200,7 @@ def _assign_cuda(  # type: ignore[no-untyped-def]
             to = slice(begin + part.start, begin + part.stop)
             z = products[: part.stop - part.start]
             _multiply(z, row_codes[part], codes)
-            native.kmeans_settle_cuda(
+            native.kmeans_rescore_cuda(
                 z, x[to], centroids, terms, row_terms[part], labels[to],
                 distance[to] if want_distance else None, counts, stream,
             )  # fmt: skip
