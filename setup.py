@@ -1,12 +1,16 @@
-"""Builds ``speechlm_ext._C`` by driving CMake and ninja; all metadata is in pyproject.toml.
+"""Builds ``speechlm_ext._C`` by driving CMake and ninja; all metadata but the version is in pyproject.toml.
 
 The build needs a C++17 compiler and the build requirements, nothing else: no torch, no nvcc, no GPU.
-Objects are kept in ``build/cmake-<python tag>``, so a second build compiles only what has changed.
+Objects are kept in ``build/cmake-<python tag>`` (with ``-cpu`` for SPEECHLM_CUDA=OFF), so a second build compiles only
+what has changed.
 
 Settings, from the environment:
     SPEECHLM_CUDA        AUTO (compile the .cu files when nvcc is found), ON, or OFF. Default AUTO.
     SPEECHLM_CUDA_ARCHS  e.g. "80;90a;100" (the default). Architectures that the toolkit does not know are
                          left out with a message; PTX of the newest general one is added.
+    SPEECHLM_GLIBC       the oldest glibc to run on, e.g. 2.28 for manylinux_2_28. Default: this system's.
+    SPEECHLM_LOCAL_VERSION  the wheel's local version: "cpu", or "cu130" for kernels of CUDA 13.0; refused unless it is the
+                         variant that is built. Default: none.
     SPEECHLM_GIT_COMMIT  the commit to record when the sources are no git checkout.
     MAX_JOBS             number of compilers at once. Default: the number of CPUs.
 """
@@ -14,6 +18,7 @@ Settings, from the environment:
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,6 +29,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """The package's version, and after a plus the local one."""
+    public = runpy.run_path(str(ROOT / "speechlm_ext" / "version.py"))["__version__"]
+    local = os.environ.get("SPEECHLM_LOCAL_VERSION", "")
+    return f"{public}+{local}" if local else public
 
 
 def find_tool(name: str) -> str:
@@ -76,9 +88,11 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         tag = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
-        build_dir = ROOT / "build" / f"cmake-{tag}"
-        build_dir.mkdir(parents=True, exist_ok=True)
         env = os.environ
+        cuda = env.get("SPEECHLM_CUDA", "AUTO")
+        # A folder for each, because another mode compiles everything again.
+        build_dir = ROOT / "build" / (f"cmake-{tag}-cpu" if cuda.upper() == "OFF" else f"cmake-{tag}")
+        build_dir.mkdir(parents=True, exist_ok=True)
         configure = [
             find_tool("cmake"),
             f"-S{ROOT}",
@@ -88,8 +102,10 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPYBIND11_INCLUDE_DIR={stable_pybind11_include(build_dir)}",
-            f"-DSPEECHLM_CUDA={env.get('SPEECHLM_CUDA', 'AUTO')}",
+            f"-DSPEECHLM_CUDA={cuda}",
             f"-DSPEECHLM_CUDA_ARCHS={env.get('SPEECHLM_CUDA_ARCHS', '80;90a;100')}",
+            f"-DSPEECHLM_GLIBC={env.get('SPEECHLM_GLIBC', '')}",
+            f"-DSPEECHLM_LOCAL_VERSION={env.get('SPEECHLM_LOCAL_VERSION', '')}",
             f"-DSPEECHLM_GIT_COMMIT={git_commit()}",
         ]
         jobs = env.get("MAX_JOBS") or str(os.cpu_count() or 1)
@@ -108,4 +124,4 @@ class CMakeBuild(build_ext):
         os.replace(partial, target)
 
 
-setup(ext_modules=[Extension("speechlm_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(version=version(), ext_modules=[Extension("speechlm_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

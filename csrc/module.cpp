@@ -64,6 +64,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
     const speechlm::BuildInfo info = speechlm::build_info();
     py::dict out;
+    out["version"] = info.version;
+    out["variant"] = info.variant;
     out["commit"] = info.version_commit;
     out["compiler"] = info.compiler;
     out["cuda_version"] = info.cuda_version;

@@ -14,7 +14,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from speechlm_ext.utils.moved import install
+from speechlm_ext.version import __version__, check_requirements
+
+check_requirements()  # before anything that an old Python or torch could fail at
+
+from speechlm_ext.utils.moved import install  # noqa: E402
 
 if TYPE_CHECKING:
     from speechlm_ext import ops
@@ -23,7 +27,6 @@ if TYPE_CHECKING:
     from speechlm_ext.model.embedding import MultiStreamEmbedding
     from speechlm_ext.speechlm import SpeechLM
 
-__version__ = "0.1.0"
 __all__ = ["KMeans", "MultiStreamEmbedding", "SpeechLM", "TokenLayout", "__version__", "ops"]
 
 install()

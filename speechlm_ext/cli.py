@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin
 
 from speechlm_ext.errors import ConfigError, SpeechLMError, foreign_errors
 from speechlm_ext.utils.console import make_output_safe
+from speechlm_ext.version import __version__
 
 #: Start of the help of a setting's old name.
 OLD_NAME = "Old name of"
@@ -67,9 +68,7 @@ def usage(group: str | None = None) -> str:
 def _without_verb(argv: Sequence[str]) -> int:
     """Print the help, the version, or the error of a command line that names no verb; returns the exit code."""
     if argv[:1] == ["--version"]:
-        from importlib.metadata import version
-
-        print(f"speechlm_ext {version('speechlm_ext')}")
+        print(f"speechlm_ext {__version__}")
         return 0
     group = argv[0] if argv and argv[0] in GROUPS else None
     words = argv[1:] if group else argv

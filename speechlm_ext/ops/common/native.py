@@ -1,7 +1,8 @@
 """The compiled module ``speechlm_ext._C``, and errors, messages and conversions that all ops share.
 
 torch is imported first, so that ``_C`` finds torch's own OpenMP runtime and uses its threads; ``_C`` itself links
-none. There is no silent fallback: without the compiled module, importing the ops fails and says how to build it.
+none. There is no silent fallback: without the compiled module, or with one of another version, importing the ops fails
+and says how to build it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.errors import SpeechLMError
+from speechlm_ext.version import __version__
 
 try:
     from speechlm_ext import _C  # type: ignore[attr-defined]
@@ -26,6 +28,19 @@ except ImportError as error:
     ) from error
 
 native: Any = _C
+
+
+def check_version(built: str | None) -> None:
+    """Raise ImportError unless the compiled module was built from this version, whose functions its callers expect."""
+    if built != __version__:
+        raise ImportError(
+            f"speechlm_ext is {__version__}, but its compiled module {_C.__file__} was built from "
+            f"{built or 'an earlier version'}. Rebuild it: `pip install --no-build-isolation -e .` in the source folder "
+            "(`make build`), or install one wheel: `pip install --force-reinstall --no-deps speechlm_ext`."
+        )
+
+
+check_version(native.build_info().get("version"))
 
 
 def _find_openmp() -> str:
