@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speechlm_ext.ops.common.dispatch import can_skip_dispatcher
 from speechlm_ext.ops.common.native import LIBRARY, OpError, OpIndexError, call_kernel, native, stream_handle
-from speechlm_ext.ops.delay_pack.table import Counts, offsets_and_limits, segment_shapes
+from speechlm_ext.ops.delay_pack.table import Counts, num_rows, offsets_and_limits, segment_shapes
 
 _ARGS = "Tensor table, SymInt[] counts, float fill_weight, ScalarType dtype, bool maps, bool check_ids) -> Tensor[]"
 LIBRARY.define(f"delay_pack(Tensor flat, Tensor? loss_weight, {_ARGS}")
@@ -47,7 +47,7 @@ def run_pack(
 
 
 def _allocate(like: Tensor, args: PackArgs, counts: Counts) -> list[Tensor]:
-    rows, device, int32 = counts.rows, like.device, torch.int32
+    rows, device, int32 = num_rows(counts), like.device, torch.int32
     block = (rows, counts.streams)
     sequences = counts.segments if counts.groups < 0 else counts.groups
     out = [

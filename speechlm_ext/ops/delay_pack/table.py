@@ -35,10 +35,10 @@ class Counts(NamedTuple):
     weight_rows: int
     tail: int
 
-    @property
-    def rows(self) -> int:
-        """Rows of the packed block."""
-        return self.frames + self.specials + self.segments * self.tail
+
+def num_rows(counts: Counts) -> int:
+    """Rows of the packed block. A function: before torch 2.8, torch.compile knows no property of a named tuple."""
+    return counts.frames + counts.specials + counts.segments * counts.tail
 
 
 class Columns(NamedTuple):
@@ -92,9 +92,9 @@ def make_table(columns: Columns, num_frames: int, tail_rows: int) -> tuple[Tenso
         weight_rows=weight_rows,
         tail=tail_rows,
     )
-    if counts.rows > _MAX_ROWS:
+    if num_rows(counts) > _MAX_ROWS:
         raise OpError(
-            f"delay_pack: the block would have {counts.rows} rows, more than cu_seqlens (int32) can hold; "
+            f"delay_pack: the block would have {num_rows(counts)} rows, more than cu_seqlens (int32) can hold; "
             "pack fewer segments at a time"
         )
     return torch.cat(parts), counts

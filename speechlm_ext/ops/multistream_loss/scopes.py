@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def read_scopes(sets: Sequence[GivenScopes], vocab: int | None, separate: bool) 
                         f"{op}: {where}[{s}] has ({start}, {end}), which is not an interval of {ids}"
                     )
             by_start = sorted((int(start), int(end)) for start, end in scope)
-            for (_, end), (start, _) in zip(by_start, by_start[1:], strict=False):
+            for (_, end), (start, _) in pairwise(by_start):
                 if end > start:
                     raise OpError(f"{op}: the intervals of {where}[{s}] overlap: {by_start}")
         ordered.append([[Interval(int(a), int(b), int(a)) for a, b in scope] for scope in scopes])
@@ -186,7 +187,7 @@ def _group(scopes: Scopes, members: Sequence[int]) -> Group:
         begins.append(begins[-1] + -(-interval.num_ids // _ALIGNMENT) * _ALIGNMENT)
 
     def place(interval: Interval) -> tuple[int, int, int]:
-        outer, begin = next((o, b) for o, b in zip(root, begins, strict=False) if _covers([o], [interval]))
+        outer, begin = next((o, b) for o, b in zip(root, begins[:-1], strict=True) if _covers([o], [interval]))
         return interval.start, begin + interval.row - outer.row, interval.num_ids
 
     slices = tuple(tuple(place(interval) for interval in scopes[s]) for s in members)
