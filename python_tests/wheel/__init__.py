@@ -1,0 +1,1 @@
+"""Wheels: built here, their contents, and whether they work beside the torch versions that the package supports."""
