@@ -9,8 +9,8 @@ Settings, from the environment:
     SPEECHLM_CUDA_ARCHS  e.g. "80;90a;100" (the default). Architectures that the toolkit does not know are
                          left out with a message; PTX of the newest general one is added.
     SPEECHLM_GLIBC       the oldest glibc to run on, e.g. 2.28 for manylinux_2_28. Default: this system's.
-    SPEECHLM_LOCAL_VERSION  the wheel's local version: "cpu", or "cu130" for kernels of CUDA 13.0; refused unless it is the
-                         variant that is built. Default: none.
+    SPEECHLM_LOCAL_VERSION  the wheel's local version: "cpu", or "cu130" for kernels of CUDA 13.0; refused unless it
+                         is the variant that is built. Default: none.
     SPEECHLM_GIT_COMMIT  the commit to record when the sources are no git checkout.
     MAX_JOBS             number of compilers at once. Default: the number of CPUs.
 """
@@ -124,4 +124,8 @@ class CMakeBuild(build_ext):
         os.replace(partial, target)
 
 
-setup(version=version(), ext_modules=[Extension("speechlm_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    version=version(),
+    ext_modules=[Extension("speechlm_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

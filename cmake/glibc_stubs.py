@@ -28,7 +28,9 @@ def version_key(name: str) -> Version:
 
 def older_versions(library: Path, wanted: Version) -> dict[str, str]:
     """Symbol -> its newest version up to ``wanted``, for each whose default version is newer than that."""
-    listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
+    )
     default: dict[str, str] = {}
     older: defaultdict[str, list[str]] = defaultdict(list)
     for name, mark, version in re.findall(r" ([\w.]+)(@@?)(GLIBC_[\d.]+)$", listed.stdout, re.MULTILINE):
@@ -69,7 +71,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     stubs = []
     for name in LIBRARIES:
-        found = subprocess.run([options.cc, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            [options.cc, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        )
         symbols = older_versions(Path(found.stdout.strip()), wanted)
         stubs.append(make_stub(symbols, name, options.out, options.cc))
     print(";".join(map(str, stubs)))

@@ -1,8 +1,8 @@
 """``make wheel``: builds a wheel of this Python that installs on every Linux with glibc 2.28 or later.
 
-``python -m python_tests.wheel.build [--variant cpu|cuda] [--out dist]``. The variant is the wheel's local version:
-``0.1.0+cpu``, or ``0.1.0+cu130`` with the kernels of CUDA 13.0. `auditwheel` grants the platform tag; it refuses a module
-that needs a newer glibc or a library from outside. Objects are those of the last build, so that only the link is new.
+``python -m python_tests.wheel.build [--variant cpu|cuda] [--out dist]``. The variant is the wheel's local
+version: ``0.1.0+cpu``, or ``0.1.0+cu130`` with the kernels of CUDA 13.0. `auditwheel` grants the platform tag; it
+refuses a module that needs a newer glibc or a library from outside. Objects of the last build are used again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,15 @@ def build_wheel(variant: str, out: Path) -> Path:
         for folder in stale:
             shutil.rmtree(folder)
     with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as repaired:
-        pip = [sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--no-build-isolation",
+        ]
         run(
             [*pip, "-w", plain, "."],
             SPEECHLM_CUDA=cuda,

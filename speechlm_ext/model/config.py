@@ -12,6 +12,7 @@ from speechlm_ext.utils.files.json_shape import build, check_shape
 from speechlm_ext.utils.files.json_text import read_json
 from speechlm_ext.utils.files.run_folders import CONFIG_NAME
 from speechlm_ext.utils.transformers_config import check_num_layers
+from speechlm_ext.version import __version__
 
 MODEL_TYPE = "speechlm"
 #: Releases before revision 2 left a backbone's sliding windows, attention sinks, soft caps, scales and biases out.
@@ -112,7 +113,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``config.json``."""
-        return {"model_type": MODEL_TYPE, **asdict(self)}
+        return {"model_type": MODEL_TYPE, _RELEASE: __version__, **asdict(self)}
 
     @classmethod
     def load(cls, folder: str | Path) -> ModelConfig:
@@ -132,6 +133,7 @@ class ModelConfig:
             raise CheckpointError(f"{path}: model_type is not {MODEL_TYPE!r}; this is another kind of model.")
         data = {**_OLDER, **data}
         try:
+            check_shape(data.pop(_RELEASE, ""), str, _RELEASE)
             _require_all(data, cls)
             for name, part in (("loss", LossSettings), ("frame_transformer", FrameTransformerConfig)):
                 if data[name] is not None:
@@ -147,6 +149,8 @@ class ModelConfig:
             ) from None
 
 
+#: Key of the release that wrote the file, for people: loading does not depend on it, and older files lack it.
+_RELEASE = "speechlm_ext_version"
 _WAY_OUT = "Copy the folder again, or use another checkpoint."
 #: Values for the keys that ``config.json`` of older releases lacks.
 _OLDER: dict[str, Any] = {"frame_transformer": None, "verify_backbone": True, "revision": 1}

@@ -34,9 +34,9 @@ def check_version(built: str | None) -> None:
     """Raise ImportError unless the compiled module was built from this version, whose functions its callers expect."""
     if built != __version__:
         raise ImportError(
-            f"speechlm_ext is {__version__}, but its compiled module {_C.__file__} was built from "
-            f"{built or 'an earlier version'}. Rebuild it: `pip install --no-build-isolation -e .` in the source folder "
-            "(`make build`), or install one wheel: `pip install --force-reinstall --no-deps speechlm_ext`."
+            f"speechlm_ext is {__version__}, but its compiled module {native.__file__} was built from "
+            f"{built or 'an earlier version'}. Rebuild it: `pip install --no-build-isolation -e .` in the source "
+            "folder (`make build`), or install one wheel: `pip install --force-reinstall --no-deps speechlm_ext`."
         )
 
 

@@ -187,7 +187,9 @@ def _group(scopes: Scopes, members: Sequence[int]) -> Group:
         begins.append(begins[-1] + -(-interval.num_ids // _ALIGNMENT) * _ALIGNMENT)
 
     def place(interval: Interval) -> tuple[int, int, int]:
-        outer, begin = next((o, b) for o, b in zip(root, begins[:-1], strict=True) if _covers([o], [interval]))
+        outer, begin = next(
+            (o, b) for o, b in zip(root, begins[:-1], strict=True) if _covers([o], [interval])
+        )
         return interval.start, begin + interval.row - outer.row, interval.num_ids
 
     slices = tuple(tuple(place(interval) for interval in scopes[s]) for s in members)
