@@ -18,7 +18,7 @@ Settings, from the environment:
 from __future__ import annotations
 
 import os
-import runpy
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parent
 
 def version() -> str:
     """The package's version, and after a plus the local one."""
-    public = runpy.run_path(str(ROOT / "speechlm_ext" / "version.py"))["__version__"]
+    text = (ROOT / "speechlm_ext" / "__init__.py").read_text("utf-8")
+    (public,) = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
     local = os.environ.get("SPEECHLM_LOCAL_VERSION", "")
     return f"{public}+{local}" if local else public
 

@@ -1,8 +1,8 @@
 # The version, from its only place, and the variant of this build: "cpu", or "cu130" with the kernels of CUDA 13.0.
-set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS speechlm_ext/version.py)
-file(STRINGS speechlm_ext/version.py SPEECHLM_VERSION REGEX "^__version__ = ")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS speechlm_ext/__init__.py)
+file(STRINGS speechlm_ext/__init__.py SPEECHLM_VERSION REGEX "^__version__ = ")
 if(NOT SPEECHLM_VERSION MATCHES "^__version__ = \"([^\"]+)\"$")
-  message(FATAL_ERROR "speechlm_ext/version.py must have one line '__version__ = \"…\"'; found '${SPEECHLM_VERSION}'.")
+  message(FATAL_ERROR "speechlm_ext/__init__.py must have one line '__version__ = \"…\"'; found '${SPEECHLM_VERSION}'.")
 endif()
 set(SPEECHLM_VERSION "${CMAKE_MATCH_1}")
 

@@ -12,11 +12,41 @@
 from __future__ import annotations
 
 import importlib
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
-from speechlm_ext.version import __version__, check_requirements
+#: The version's only place: wheels, the compiled module and model folders take it from here, by reading this line.
+__version__ = "0.1.0"
+#: The oldest versions that run the package; pyproject.toml declares the same.
+MIN_PYTHON, MIN_TORCH = (3, 10), (2, 6)
 
-check_requirements()  # before anything that an old Python or torch could fail at
+
+def check_requirements() -> None:
+    """Raise ImportError, in one sentence, for a Python or a torch that is too old. Does not import torch."""
+
+    def dotted(numbers: tuple[int, ...]) -> str:
+        return ".".join(map(str, numbers))
+
+    if sys.version_info < MIN_PYTHON:
+        raise ImportError(
+            f"speechlm_ext {__version__} needs Python {dotted(MIN_PYTHON)} or later, but this is Python "
+            f"{dotted(sys.version_info[:3])} ({sys.executable}): make an environment with a newer Python."
+        )
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        return  # `import torch` will say so
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < MIN_TORCH:
+        raise ImportError(
+            f"speechlm_ext {__version__} needs torch {dotted(MIN_TORCH)} or later, but torch {found} is installed: "
+            f"pip install 'torch>={dotted(MIN_TORCH)}'."
+        )
+
+
+check_requirements()  # before anything that an old Python or torch would fail at
 
 from speechlm_ext.utils.moved import install  # noqa: E402
 

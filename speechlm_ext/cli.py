@@ -19,9 +19,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin
 
+from speechlm_ext import __version__
 from speechlm_ext.errors import ConfigError, SpeechLMError, foreign_errors
 from speechlm_ext.utils.console import make_output_safe
-from speechlm_ext.version import __version__
 
 #: Start of the help of a setting's old name.
 OLD_NAME = "Old name of"

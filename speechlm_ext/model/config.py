@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from speechlm_ext import __version__
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.tasks import TaskTemplate, check_tasks
 from speechlm_ext.utils.files.json_shape import build, check_shape
 from speechlm_ext.utils.files.json_text import read_json
 from speechlm_ext.utils.files.run_folders import CONFIG_NAME
 from speechlm_ext.utils.transformers_config import check_num_layers
-from speechlm_ext.version import __version__
 
 MODEL_TYPE = "speechlm"
 #: Releases before revision 2 left a backbone's sliding windows, attention sinks, soft caps, scales and biases out.

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speechlm_ext import __version__
 from speechlm_ext.errors import SpeechLMError
-from speechlm_ext.version import __version__
 
 try:
     from speechlm_ext import _C  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """``make wheel``: builds a wheel of this Python that installs on every Linux with glibc 2.28 or later.
 
-``python -m python_tests.wheel.build [--variant cpu|cuda] [--out dist]``. The variant is the wheel's local
+``python -m python_tests.project.wheel.build [--variant cpu|cuda] [--out dist]``. The variant is the wheel's local
 version: ``0.1.0+cpu``, or ``0.1.0+cu130`` with the kernels of CUDA 13.0. `auditwheel` grants the platform tag; it
 refuses a module that needs a newer glibc or a library from outside. Objects of the last build are used again.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from python_tests.compile_gate import find_nvcc, nvcc_release
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GLIBC = "2.28"
 PLATFORM = f"manylinux_{GLIBC.replace('.', '_')}_{platform.machine()}"
 

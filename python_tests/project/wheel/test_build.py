@@ -15,7 +15,7 @@ import torch
 from python_tests import cuda_on_cpu
 from speechlm_ext.ops.common.native import OPENMP_RUNTIME, native
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="needs the source tree")
 
 

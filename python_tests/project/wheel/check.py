@@ -1,8 +1,8 @@
 """``make wheel-check``: does a wheel work beside the torch versions that the package supports?
 
-``python -m python_tests.wheel.check WHEEL [--torch 2.6.0 2.13.0] [--require 2.6.0]``. For each version of torch a fresh
-virtual environment gets the wheel, that torch, DeepSpeed and what the tests need. There, on a copy of the tests without
-the package's sources, run: the places of the imported modules (``installed.py``); the values of every op against its
+``python -m python_tests.project.wheel.check WHEEL --torch 2.6.0 2.13.0 [--require 2.6.0]``. For each version of torch
+a fresh virtual environment gets the wheel, that torch, DeepSpeed and what the tests need. There, on a copy of the tests
+without the package's sources, run: the places of the imported modules (``installed.py``); the values of every op against its
 reference, with torch.compile and export; and the command line from recordings to scores, with training and generation.
 
 A torch that cannot be had is reported as skipped, with pip's reason. The exit code is 1 if a check failed, if none ran,
@@ -22,11 +22,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 #: What the tests need, besides the wheel's own requirements and the ``train`` extra.
 NEEDS = ("pytest", "pytest-benchmark", "hypothesis", "filelock", "jiwer", "num2words", "langcodes>=3.5")
 TESTS = (
-    "python_tests/wheel/installed.py",
+    "python_tests/project/wheel/installed.py",
     "python_tests/ops/delay_pack/test_delay_pack.py",
     "python_tests/ops/delay_pack/test_torch.py",
     "python_tests/ops/kmeans_assign/test_kmeans_assign.py",
