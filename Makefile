@@ -11,13 +11,17 @@ WORKERS ?= 2
 TESTS  ?= python_tests
 OP     ?=
 DATA   ?=
+# Of a wheel: cpu or cuda; empty: cuda if there is an nvcc.
+VARIANT ?=
+# Beside which the wheel is checked: the oldest supported, one between, the pinned one.
+TORCH  ?= 2.6.0 2.9.1 2.13.0
 FEATURES ?=
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc python_tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev build demo test test-gpu bench bench-decode bench-first-audio bench-growth bench-exactness bench-features bench-report gpu-check fmt lint compile-gate sanitize doctor clean
+.PHONY: help venv dev build demo test test-gpu bench bench-decode bench-first-audio bench-growth bench-exactness bench-features bench-report gpu-check fmt lint compile-gate sanitize doctor wheel wheel-check clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -123,6 +127,12 @@ sanitize: dev    ## the op tests on kernels built with address, undefined-behavi
 
 doctor: build    ## what is installed, compiled and will be used, and why
 	@$(BIN)/speechlm doctor $(ARGS)
+
+wheel: dev       ## a wheel for every Linux with glibc 2.28 or later, into dist/ (VARIANT=cpu or cuda)
+	@$(BIN)/python -m python_tests.project.wheel.build $(if $(VARIANT),--variant $(VARIANT)) $(ARGS)
+
+wheel-check: dev ## the CPU wheel in fresh environments beside several versions of torch (TORCH="2.6.0 2.13.0")
+	@$(BIN)/python -m python_tests.project.wheel.check --torch $(TORCH) $(ARGS)
 
 clean:           ## remove what was built (.venv and runs stay)
 	rm -rf build dist *.egg-info speechlm_ext/_C*.so $(VENV)/.built

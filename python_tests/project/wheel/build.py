@@ -46,6 +46,13 @@ def run(command: list[str | Path], **more: str) -> None:
         raise WheelError(f"{' '.join(map(str, command))} failed (exit {done.returncode}):\n{tail}")
 
 
+def remove_leftovers() -> None:
+    """Remove what setuptools keeps beside the sources and packs again, even modules that are gone from them."""
+    for pattern in ("build/lib*", "build/bdist*", "speechlm_ext.egg-info"):
+        for folder in ROOT.glob(pattern):
+            shutil.rmtree(folder)
+
+
 def build_wheel(variant: str, out: Path) -> Path:
     """Build the wheel into ``out``, in place of an earlier one of that name; returns its path.
 
@@ -54,10 +61,7 @@ def build_wheel(variant: str, out: Path) -> Path:
     """
     local = local_version(variant)
     cuda = "OFF" if variant == "cpu" else "ON"
-    # setuptools packs all that lies there, also modules that are gone from the sources.
-    for stale in ((ROOT / "build").glob(pattern) for pattern in ("lib*", "bdist*")):
-        for folder in stale:
-            shutil.rmtree(folder)
+    remove_leftovers()
     with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as repaired:
         pip = [
             sys.executable,
@@ -74,6 +78,7 @@ def build_wheel(variant: str, out: Path) -> Path:
             SPEECHLM_LOCAL_VERSION=local,
             SPEECHLM_GLIBC=GLIBC,
         )
+        remove_leftovers()
         (wheel,) = Path(plain).glob("*.whl")
         repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", "--strip"]
         run([*repair, "-w", repaired, wheel])

@@ -1,8 +1,8 @@
 """``make wheel-check``: does a wheel work beside the torch versions that the package supports?
 
-``python -m python_tests.project.wheel.check WHEEL --torch 2.6.0 2.13.0 [--require 2.6.0]``. For each version of torch
+``python -m python_tests.project.wheel.check [WHEEL] --torch 2.6.0 2.13.0 [--require 2.6.0]``. For each version of torch
 a fresh virtual environment gets the wheel, that torch, DeepSpeed and what the tests need. There, on a copy of the tests
-without the package's sources, run: the places of the imported modules (``installed.py``); the values of every op against its
+without the sources, run: the places of the imported modules (``installed.py``); the values of every op against its
 reference, with torch.compile and export; and the command line from recordings to scores, with training and generation.
 
 A torch that cannot be had is reported as skipped, with pip's reason. The exit code is 1 if a check failed, if none ran,
@@ -21,6 +21,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from python_tests.project.wheel.build import WheelError, build_wheel
 
 ROOT = Path(__file__).resolve().parents[3]
 #: What the tests need, besides the wheel's own requirements and the ``train`` extra.
@@ -119,14 +121,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("wheel", type=Path)
+    parser.add_argument(
+        "wheel", type=Path, nargs="?", help="default: the CPU variant of the sources, built first"
+    )
     parser.add_argument("--torch", nargs="+", required=True, help="versions, e.g. 2.6.0 2.13.0")
     parser.add_argument("--require", nargs="*", default=[], help="versions that must not be skipped")
     parser.add_argument("--show", action="store_true", help="print the tests' output as it comes")
     options = parser.parse_args()
-    wheel = options.wheel.resolve()
-    if not wheel.is_file():
-        print(f"wheel-check: there is no wheel {wheel}; `make wheel` builds one", file=sys.stderr)
+    try:
+        wheel = options.wheel.resolve(strict=True) if options.wheel else build_wheel("cpu", ROOT / "dist")
+    except (OSError, WheelError) as error:
+        print(f"wheel-check: {error}", file=sys.stderr)
         return 1
     outcomes = []
     for torch in dict.fromkeys([*options.torch, *options.require]):

@@ -56,9 +56,10 @@ def test_shares_torchs_openmp():
 
 def test_build_info():
     info = native.build_info()
-    assert set(info) == {"commit", "compiler", "cuda_version", "cuda_archs"}
+    assert set(info) == {"version", "variant", "commit", "compiler", "cuda_version", "cuda_archs"}
     assert re.match(r"\w+ \d+\.\d+", info["compiler"])
     if info["cuda_version"]:
+        assert info["variant"] == f"cu{info['cuda_version'].replace('.', '')}"
         assert "80-real" in info["cuda_archs"] and info["cuda_archs"].endswith("-virtual")
 
 
