@@ -8,9 +8,6 @@ from typing import Any
 from speechlm_ext.doctor.driver import Driver, Gpu, find_driver
 from speechlm_ext.doctor.fit import BUILD, build_for, code_for, driver_problem, gpu_problem, parse_codes
 
-#: The first torch with products of 16-bit matrices that give float32 on a GPU.
-_TORCH_WITH_WIDE_PRODUCTS = "2.8"
-
 
 @functools.cache
 def this_driver() -> Driver:
@@ -38,10 +35,14 @@ def find_problems() -> list[str]:
     """Why the GPUs of this machine cannot be used, with the remedy; empty without a GPU."""
     import torch
 
+    from speechlm_ext.ops.common import matmul
+
     info, driver, gpus = _build_info(), this_driver(), visible_gpus()
     found: list[str | None] = []
     if cuda := info["cuda_version"]:
-        remedy = f"use a build with the driver's CUDA major version: in the source folder `CUDACXX=/path/to/nvcc {BUILD}`"
+        remedy = (
+            f"build with an nvcc of its CUDA version in the source folder: `CUDACXX=/path/to/nvcc {BUILD}`"
+        )
         problem = driver_problem("this build", cuda, driver, remedy)
         codes = parse_codes(info["cuda_archs"].split(";"))
         found += [problem] if problem else [
@@ -62,10 +63,9 @@ def find_problems() -> list[str]:
             for gpu in gpus
             if codes
         ]  # fmt: skip
-        if torch.cuda.is_available() and not _has_wide_products():
+        if torch.cuda.is_available() and not matmul.GIVES_FLOAT32:
             found.append(
-                f"torch {torch.__version__} cannot compute the loss in bfloat16 on a GPU: install torch "
-                f"{_TORCH_WITH_WIDE_PRODUCTS} or later"
+                f"the loss in bfloat16 on a GPU needs torch {matmul.FIRST_TORCH}; here is {torch.__version__}"
             )
     return list(dict.fromkeys(problem for problem in found if problem))
 
@@ -98,6 +98,7 @@ def _gpu_fallbacks() -> list[str]:
     import torch
 
     from speechlm_ext.model.attention.kernels import choose_attention
+    from speechlm_ext.ops.common import matmul
 
     found, info = [], _build_info()
     codes = parse_codes(info["cuda_archs"].split(";")) if info["cuda_archs"] else []
@@ -105,29 +106,23 @@ def _gpu_fallbacks() -> list[str]:
         code = code_for(gpu.capability, codes)
         if code is not None and code.is_ptx:
             found.append(
-                f"the kernels for {gpu.name} are compiled by the driver from PTX of {code.name}, each at its first use; "
-                f"it keeps them in ~/.nv/ComputeCache. To have them ready: {build_for(gpu.capability)}"
+                f"the driver compiles the kernels for {gpu.name} from PTX of {code.name}, each at its first use; "
+                f"it keeps the results in ~/.nv/ComputeCache. To have them ready: {build_for(gpu.capability)}"
             )
     kernel, why = choose_attention(torch.device("cuda"), torch.bfloat16)
     if kernel == "sdpa":
         found.append(f"attention in bfloat16 pads sequences to groups of similar length (SDPA): {why}")
-    if not _has_wide_products():
+    if not matmul.GIVES_FLOAT32:
         found.append(
             f"kmeans_assign multiplies in float32 on the GPU: torch {torch.__version__} has no 16-bit product with "
-            f"float32 sums; {_TORCH_WITH_WIDE_PRODUCTS} has"
+            f"float32 sums; {matmul.FIRST_TORCH} has"
         )
-    elif not hasattr(torch.ops.aten.addmm, "dtype_out"):
+    elif not matmul.ADDS_IN_FLOAT32:
         found.append(
             "the loss adds its weight gradient through a float32 copy for each chunk of rows but the first: torch "
             f"{torch.__version__} cannot add 16-bit products to float32 in place; 2.12 can"
         )
     return list(dict.fromkeys(found))
-
-
-def _has_wide_products() -> bool:
-    import torch
-
-    return hasattr(torch.ops.aten.mm, "dtype_out")
 
 
 def _why_no_gpu() -> str:

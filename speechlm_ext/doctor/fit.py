@@ -1,7 +1,7 @@
 """Whether compiled kernels and the machine go together: CUDA and driver, architectures and GPUs.
 
-Compiled code has CMake's names: ``80-real`` is machine code of sm_80, ``100-virtual`` PTX of compute_100, which the driver
-compiles on the machine.
+Compiled code has CMake's names: ``80-real`` is machine code of sm_80, ``100-virtual`` PTX of compute_100, which the
+driver compiles on the machine.
 """
 
 from __future__ import annotations

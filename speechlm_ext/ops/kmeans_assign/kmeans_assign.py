@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops.common.matmul import GIVES_FLOAT32
 from speechlm_ext.ops.common.native import (
     FLOAT_DTYPES,
     LIBRARY,
@@ -219,7 +220,7 @@ def _assign_cuda(  # type: ignore[no-untyped-def]
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out = a bᵀ`` of float16 matrices, summed in float32."""
-    if out.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+    if out.is_cuda and GIVES_FLOAT32:
         torch.ops.aten.mm.dtype_out(a, b.T, torch.float32, out=out)
     else:
         torch.mm(a.float(), b.float().T, out=out)
