@@ -210,7 +210,9 @@ def test_a_stream_is_generate_bit_for_bit(tokenizers, number):
 
 def test_the_first_chunk_comes_after_one_row_and_stopping_frees_it(speaking, monkeypatch):
     steps, engines, step = [], [], Engine.step
-    monkeypatch.setattr(Engine, "step", lambda self: (steps.append(1), engines.append(self), step(self))[2])
+    monkeypatch.setattr(
+        Engine, "step", lambda self, **_: (steps.append(1), engines.append(self), step(self))[2]
+    )
     chunks = speaking.stream(**TTS, min_len=9, max_len=9, seed=1)
     assert len(next(chunks).ids) == 1 and len(steps) == 1
     assert engines[0].num_free == 0

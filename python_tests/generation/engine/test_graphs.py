@@ -149,6 +149,21 @@ def test_the_rows_of_an_earlier_turn_are_kept(recorded):
         engine._graphs.forget()
 
 
+def test_the_rows_of_an_earlier_turn_are_kept_beside_a_short_request(recorded):
+    """Whose steps may have fewer keys than the other one has rows."""
+    layout, rng = make_layout(), np.random.default_rng(11)
+    model = make_model(layout, tasks=TASKS)
+    long, short = tts(layout, rng, words=45, length=12), tts(layout, rng, "short", words=2, length=30)
+    engine = make_engine(model, 2)
+    engine.admit([DecodeJob("long", long)])
+    assert_same(finish(engine)["long"], decode(model, [long])[0])
+    engine._graphs.forget()
+    engine.admit([DecodeJob("long", long), DecodeJob("short", short)], len(long.frames_PS) - 1)
+    found = finish(engine)
+    for name, prompt in (("long", long), ("short", short)):
+        assert_same(found[name], decode(model, [prompt])[0])
+
+
 def test_the_number_of_captures_at_a_start_is_bounded(recorded, monkeypatch):
     monkeypatch.setattr(graphs, "MAX_PREPARED", 3)
     layout, rng = make_layout(), np.random.default_rng(7)
