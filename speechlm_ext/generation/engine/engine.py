@@ -136,8 +136,8 @@ class Engine:
         """Capture the steps that the active requests, which are all new, can reach."""
         lengths = [len(slot.prefix_RS) for slot in self.active]
         fewest = min(slot.job.prompt.num_slots for slot in self.active)
-        # Preparing runs steps. They advance the sampler, whose history the real ones overwrite, and write the cache's row
-        # behind those of an earlier turn; with fewer keys it would be one of them.
+        # Preparing runs steps. They advance the sampler, whose history the real ones overwrite, and write the cache's
+        # row behind those of an earlier turn; with fewer keys it would be one of them.
         progress = self._slots.state.progress.clone()
         rows = range(max(min(lengths), num_cached + 1), max(lengths) + max_rows)
         graphs.prepare(range(fewest, len(self.active) + 1), rows, self._calls())
