@@ -223,6 +223,12 @@ void multistream_sample_cuda(const SampleArgs<T>& args, int device, void* stream
   const DeviceGuard guard(device);
   const auto kernel = &sample_kernel<T>;
   if (bytes + sizeof(BlockMemory) > 48 * 1024) {
+    int most = 0;
+    cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "cudaDeviceGetAttribute");
+    SX_CHECK(bytes + sizeof(BlockMemory) <= static_cast<size_t>(most), "multistream_sample: a stream of ", widest,
+             " columns needs ", bytes + sizeof(BlockMemory), " bytes of shared memory and this GPU has ", most,
+             " for a block; give the stream fewer columns, or set num_rows=0, which is without repetition penalty");
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
                "multistream_sample: shared memory");
   }

@@ -1,6 +1,8 @@
-// scatter_sum on the GPU: a radix sort of (table row, place), sums over fixed chunks of the sorted pairs, and a second
-// pass that joins, in order, the runs that chunk borders cut: no atomics on values, so the bits are the same every
-// time. A compact result has a row per run; a prefix sum over the runs' last pairs numbers them.
+// scatter_sum on the GPU: a radix sort of (table row, place), sums over fixed chunks of the sorted pairs, and passes
+// that join, in order, the runs that chunk borders cut: no atomics on values, so the bits are the same every time.
+// Chunks that lie inside one run are joined in fixed groups first, so that a run over C chunks takes C / kGroup + 2
+// kGroup additions after one another and not C. A compact result has a row per run; a prefix sum over the runs' last
+// pairs numbers them.
 #include "common/cuda/cub.cuh"
 #include "common/cuda/cuda.cuh"
 #include "common/cuda/vec.cuh"
@@ -12,6 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kChunk = 128;  // sorted pairs that one block sums
+constexpr int kGroup = 64;   // chunks that are joined first where all are of one run
 
 // The pieces of the workspace.
 template <typename Acc>
@@ -23,8 +26,9 @@ struct Workspace {
   uint32_t* run;     // [N * S + 1] runs that end before each pair: the number of the pair's run; last: of all runs
   void* temp;
   size_t temp_bytes;
-  Acc* partials;  // [chunks, 2, D]: of the run that enters a chunk, and of the one that leaves it
-  int64_t chunks;
+  Acc* partials;    // [chunks, 2, D]: of the run that enters a chunk, and of the one that leaves it
+  Acc* group_sums;  // [groups, D]: of the run that fills a group and began before it
+  int64_t chunks, groups;
   int64_t bytes;  // of all pieces
 
   Workspace(void* base, const EmbedShape& shape) {
@@ -43,6 +47,8 @@ struct Workspace {
     temp = memory.allocate<char>(static_cast<int64_t>(temp_bytes));
     // Last, so that the sort finds the rest without knowing their type.
     partials = memory.allocate<Acc>(chunks * 2 * shape.width);
+    groups = chunks / kGroup;  // the last chunks may be fewer than a group
+    group_sums = memory.allocate<Acc>(groups * shape.width);
     bytes = memory.used();
   }
 };
@@ -127,6 +133,31 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Whether all pairs of a group are of the run `key`.
+template <typename Acc>
+__device__ bool is_filled(const Workspace<Acc>& w, int64_t group, int64_t M, uint32_t key) {
+  const int64_t begin = group * kGroup * kChunk, end = begin + kGroup * kChunk;
+  return end <= M && w.keys[begin] == key && w.keys[end - 1] == key;
+}
+
+// The sum over a group of chunks that lie inside one run.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    groups_kernel(const ScatterSumArgs<T> a, const Workspace<Accumulator<T>> w) {
+  using Acc = Accumulator<T>;
+  const int64_t M = a.shape.num_rows * a.shape.num_streams, D = a.shape.width;
+  const int64_t group = blockIdx.x;
+  if (group == 0) return;  // no run began before it
+  const uint32_t key = w.keys[group * kGroup * kChunk - 1];
+  if (key == static_cast<uint32_t>(a.shape.table_rows) || !is_filled(w, group, M, key)) return;
+  const int64_t column = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  if (column >= D) return;
+  const Acc* partial = w.partials + group * kGroup * 2 * D + column;
+  Acc acc = partial[0];
+  for (int c = 1; c < kGroup; ++c) acc += partial[c * 2 * D];
+  w.group_sums[group * D + column] = acc;
+}
+
 // The run that leaves a chunk in which it starts, joined with its parts in the chunks behind.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) join_kernel(const ScatterSumArgs<T> a, const Workspace<Accumulator<T>> w) {
@@ -142,8 +173,14 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const ScatterSumArgs<T> 
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   if (column >= D) return;
   Acc acc = w.partials[(static_cast<int64_t>(blockIdx.x) * 2 + 1) * D + column];
-  for (int64_t c = blockIdx.x + 1; c < w.chunks && w.keys[c * kChunk] == key; ++c) {
-    acc += w.partials[c * 2 * D + column];
+  for (int64_t c = blockIdx.x + 1; c < w.chunks && w.keys[c * kChunk] == key;) {
+    if (c % kGroup == 0 && is_filled(w, c / kGroup, M, key)) {
+      acc += w.group_sums[c / kGroup * D + column];
+      c += kGroup;
+    } else {
+      acc += w.partials[c * 2 * D + column];
+      ++c;
+    }
   }
   const int64_t row = a.rows != nullptr ? w.run[end - 1] : key;
   narrow(acc, a.out[row * D + column]);
@@ -207,6 +244,9 @@ void scatter_sum_cuda(const ScatterSumArgs<T>& args, void* workspace, int device
   const auto blocks = static_cast<unsigned>(w.chunks);
   if (D > 0) {
     SX_LAUNCH(chunks, dim3(blocks, tiles(fast ? kVec : 1)), kThreads, 0, on, args, w);
+    if (w.groups > 1) {
+      SX_LAUNCH(groups_kernel<T>, dim3(static_cast<unsigned>(w.groups), tiles(1)), kThreads, 0, on, args, w);
+    }
     SX_LAUNCH(join_kernel<T>, dim3(blocks, tiles(1)), kThreads, 0, on, args, w);
   }
   cuda_check(cudaGetLastError(), "scatter_sum launch");

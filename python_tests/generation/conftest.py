@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from python_tests.generation.engine.recorded_graphs import recorded  # noqa: F401 - a fixture of these folders
 from python_tests.model.tables import init_tables
 from speechlm_ext import SpeechLM
 from speechlm_ext.model import FrameTransformerConfig, ModelConfig

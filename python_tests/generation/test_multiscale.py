@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from python_tests.generation.conftest import FRAME, make_model, make_wave
+from python_tests.generation.engine.recorded_graphs import captures, make_engine
 from python_tests.generation.engine.test_slots import TASKS, prompts_of
 from python_tests.generation.live import test_stream
 from python_tests.generation.live.test_chat import talk
@@ -17,6 +18,7 @@ from python_tests.generation.test_generate import CHAIN
 from python_tests.generation.tools import decode, make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
+from speechlm_ext.generation.engine import graphs
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.live import stream as stream_room
@@ -208,7 +210,9 @@ def test_a_stream_is_generate_bit_for_bit(tokenizers, number):
 
 def test_the_first_chunk_comes_after_one_row_and_stopping_frees_it(speaking, monkeypatch):
     steps, engines, step = [], [], Engine.step
-    monkeypatch.setattr(Engine, "step", lambda self: (steps.append(1), engines.append(self), step(self))[2])
+    monkeypatch.setattr(
+        Engine, "step", lambda self, **_: (steps.append(1), engines.append(self), step(self))[2]
+    )
     chunks = speaking.stream(**TTS, min_len=9, max_len=9, seed=1)
     assert len(next(chunks).ids) == 1 and len(steps) == 1
     assert engines[0].num_free == 0
@@ -268,6 +272,30 @@ def test_several_targets_and_beams(tokenizers):
     speech = make_prompt(layout, "codec_ssl_audiolm", [], settings=GREEDY)
     with pytest.raises(GenerationError, match="targets of one stream"):
         beam_search(model, speech, 2)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_captured_steps_give_the_same(recorded, monkeypatch, live):
+    """Steps with a call for each stream: a request alone, captured before its first row, and a batch as it goes."""
+    monkeypatch.setattr(graphs, "KEYS", 16)
+    layout, model = build(tasks=TASKS)
+    prompts = prompts_of(layout, 9, np.random.default_rng(8))
+    engine = make_engine(model, 3)
+    jobs = [DecodeJob(number, prompt) for number, prompt in enumerate(prompts)]
+    found = {}
+    if live:
+        for job in jobs:
+            engine.admit([job])
+            before = captures(recorded)
+            while engine.active:
+                engine.step()
+                found |= {done.key: decoded for done, decoded in engine.collect()}
+            assert captures(recorded) == before
+    else:
+        found = {job.key: decoded for job, decoded in engine.run(jobs)}
+    assert "replay" in recorded and captures(recorded)
+    for number, prompt in enumerate(prompts):
+        np.testing.assert_array_equal(found[number].rows_RS, decode(model, [prompt])[0].rows_RS)
 
 
 @pytest.mark.cuda

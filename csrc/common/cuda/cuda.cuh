@@ -1,12 +1,13 @@
-// CUDA's runtime, launches and errors, for every .cu file. The three macros replace the CUDA syntax that a host C++
-// compiler cannot read; a cuda_runtime.h that lets .cu files compile as C++ has its own.
+// CUDA's runtime, launches, devices and errors, for every .cu file. The three macros replace the CUDA syntax that a
+// host C++ compiler cannot read; a cuda_runtime.h that lets .cu files compile as C++ has its own.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "common/check.h"
+#include "common/cuda/device_guard.cuh"
+#include "common/cuda/error.cuh"
 #include "common/host_device.h"
 
 #ifndef SX_LAUNCH
@@ -20,34 +21,6 @@
 #endif
 
 namespace speechlm {
-
-inline void cuda_check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    cudaGetLastError();  // clear it, or the next launch would report this one again
-    throw std::runtime_error(concat("speechlm_ext: ", what, ": ", cudaGetErrorString(status)));
-  }
-}
-
-// Makes `device` current for a launch and puts the old one back, as torch expects.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) {
-      cuda_check(cudaSetDevice(device), "cudaSetDevice");
-      changed_ = true;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 // Blocks for n items, within the limits of every device; kernels loop with a grid stride over the rest.
 inline unsigned grid_for(int64_t items, int64_t per_block) {

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <utility>
 
+#include "cuda_on_cpu/kernel/driver.h"
 #include "cuda_on_cpu/kernel/fault.h"
 
 struct uint3 {
@@ -58,6 +59,7 @@ void launch(const char* name, const Site& site, dim3 grid, dim3 block, size_t dy
   const auto call = [](const void* p) {
     std::apply(static_cast<const Call*>(p)->first, static_cast<const Call*>(p)->second);
   };
+  note_launch();
   run_grid(name, site, grid, block, dynamic_bytes, call, &copy, sizeof(copy));
 }
 

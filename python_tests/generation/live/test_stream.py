@@ -108,7 +108,7 @@ def test_chunks_come_as_soon_as_their_rows_are_there(tokenizers, delays, chunk_f
     layout = tokenizers.make_layout("t", delays=delays)
     model, steps = make_model(layout, tokenizers, num_layers=1), []
     step = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda self: (steps.append(1), step(self))[1])
+    monkeypatch.setattr(Engine, "step", lambda self, **_: (steps.append(1), step(self))[1])
     needed = []
     for chunk in model.stream(**TTS, max_len=10, min_len=10, seed=1, chunk_frames=chunk_frames):
         needed.append((chunk.first_frame + len(chunk.ids), len(steps)))

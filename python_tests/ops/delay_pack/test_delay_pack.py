@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speechlm_ext as sx
-from speechlm_ext.ops.delay_pack import reference
+from speechlm_ext.ops.common.native import OpError
+from speechlm_ext.ops.delay_pack import op, reference
 
 FIELDS = ("ids", "labels", "loss_weight", "position", "cu_seqlens", "segment_map", "stream_map")
 
@@ -338,8 +339,24 @@ def test_batch_moves_as_a_whole():
     assert sx.ops.delay_pack([IDS], **GOOD).to("meta").stream_map is None
 
 
+def test_a_capturing_stream_is_refused(monkeypatch):
+    """Before anything is pinned or copied, which would spoil the capture."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(OpError, match="cannot be captured in a CUDA graph.*before the capture"):
+        op._to_device(torch.zeros(3, dtype=torch.int64), torch.device("cuda"))
+    assert op._to_device(torch.zeros(3, dtype=torch.int64), torch.device("cpu")) is None
+
+
 @pytest.mark.cuda
-def test_cuda_uses_the_current_stream_and_captures():
+def test_cuda_refuses_a_capture():
+    flat = torch.randint(1, 50, (500, 9), device="cuda")
+    with pytest.raises(OpError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        sx.ops.delay_pack([flat], delays=list(range(9)), pad_ids=[0] * 9)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.cuda
+def test_cuda_uses_the_current_stream():
     flat = torch.randint(1, 50, (500, 9), device="cuda")
     settings = dict(delays=list(range(9)), pad_ids=[0] * 9)
     expected = reference.delay_pack([flat], **settings)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
 import speechlm_ext as sx
+from python_tests.conftest import CUDA_ON_CPU, on_device
 from python_tests.ops.multistream_embed.cases import DTYPES, SETTINGS, assert_no_worse, make_ids, rule_of
 from speechlm_ext.ops.multistream_embed.reference import multistream_embed as embed_reference
 from speechlm_ext.ops.scatter_sum import reference
@@ -52,6 +55,35 @@ def test_sparse_gradient_is_the_dense_one(scale, width, dtype, device):
     assert torch.equal(sparse.values(), dense[rows])
     dense[rows] = 0
     assert not dense.any()
+
+
+@pytest.mark.parametrize("start", [0, 1, 128, 5000])
+@pytest.mark.parametrize("count", [64 * 128 * 3 + 77, 64 * 128])
+def test_one_id_very_often(count, start, device):
+    """Whole numbers, of which every order has the same sum."""
+    ids = torch.cat([torch.arange(start) % 3, torch.full((count,), 4), torch.tensor([5, 5])])[:, None]
+    values = torch.randint(-9, 10, (len(ids), 2)).float()
+    rows, sums = sx.ops.scatter_sum_rows(values.to(device), ids.to(device), 6, pad_id=None)
+    want = torch.zeros(6, 2).index_add_(0, ids[:, 0], values)
+    assert torch.equal(rows.cpu(), ids.unique()) and torch.equal(sums.cpu(), want[ids.unique()])
+
+
+def test_long_runs_are_joined_in_groups(request):
+    """To the bit: sums of 128 pairs, of 64 such sums that lie inside the run, and of what is left, each in order."""
+    chunk, group = 128, 64 * 128
+    count = 3 * group + 300
+    values = torch.randn(count, 1)
+    with on_device(CUDA_ON_CPU, request.node) as device:
+        ids = torch.zeros(count, 1, dtype=torch.int64, device=device)
+        _, sums = sx.ops.scatter_sum_rows(values, ids, 1, pad_id=None)
+
+    def in_order(parts):
+        return functools.reduce(torch.add, parts)
+
+    partials = [in_order(part.unbind()) for part in values[:, 0].split(chunk)]
+    groups = [in_order(partials[n * 64 : n * 64 + 64]) for n in (1, 2)]
+    assert torch.equal(sums[0, 0], in_order(partials[:64] + groups + partials[3 * 64 :]))
+    assert not torch.equal(sums[0, 0], in_order(partials)), "another order would not be seen"
 
 
 def test_rows_are_the_same_for_any_number_of_threads():

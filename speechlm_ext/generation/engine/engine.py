@@ -21,7 +21,9 @@ import torch
 
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine import sampler_state as states
-from speechlm_ext.generation.engine.graphs import HeadCalls, StepGraphs
+from speechlm_ext.generation.engine.capture import GraphCapture
+from speechlm_ext.generation.engine.graphs import KEYS, HeadCalls, StepGraphs, whole_keys
+from speechlm_ext.generation.engine.memory import free_bytes, rows_at_start
 from speechlm_ext.generation.engine.rows import Decoded, read_decoded
 from speechlm_ext.generation.engine.slots import DecodeJob, Slot, SlotTable, make_slots, prefill
 from speechlm_ext.model.lm import SpeechLMModel
@@ -55,10 +57,25 @@ class Engine:
         self._slots = SlotTable(model.layout, num_slots, self.device)
         self._calls_for: dict[frozenset[str], HeadCalls] = {}
         self._cache = model.new_cache(num_slots, 64)
-        uses_graphs = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
-        self._graphs = StepGraphs(self._step, self._cache, num_slots) if uses_graphs else None
+        on_gpu = self.device.type == "cuda"
+        self._graphs: StepGraphs | None = None
+        if on_gpu if cuda_graphs is None else cuda_graphs:
+            capture = GraphCapture(self.device) if on_gpu else None
+            self._graphs = StepGraphs(self._step, self._cache, num_slots, capture)
         self._frame_cache = model.new_frame_cache(num_slots) if model.frame is not None else None
         self._row_BS = torch.zeros(num_slots, self.layout.num_streams, dtype=torch.int64, device=self.device)
+        if on_gpu:
+            self._allocate_cache()
+
+    @torch.inference_mode()
+    def _allocate_cache(self) -> None:
+        """Allocate the cache's rows up front; see ``memory.py``."""
+        # One row of one slot allocates every layer, of whatever size the backbone's are.
+        self.model.step_hidden(self._row_BS[:1], self._cache)
+        self._cache.truncate(0, 0)
+        free = free_bytes(self.device)
+        rows = rows_at_start(self._cache.row_bytes, self.num_slots, self.model.max_positions, free, KEYS)
+        self._cache.reserve(rows)
 
     @property
     def active(self) -> list[Slot]:
@@ -72,7 +89,7 @@ class Engine:
 
     # ---- in -----------------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def admit(self, jobs: Sequence[DecodeJob], num_cached: int = 0) -> None:
+    def admit(self, jobs: Sequence[DecodeJob], num_cached: int = 0, prepare: bool = True) -> None:
         """Prefill requests and let them join the next step.
 
         Equal prompts, the tries of one request, are prefilled once while one of them is being decoded.
@@ -80,6 +97,8 @@ class Engine:
         Args:
             num_cached: leading prompt rows of the first job that its slot has in the cache already (earlier turns of a
                 dialogue); they are not prefilled again.
+            prepare: on a GPU, if no other request is being decoded, first capture the steps that these can reach
+                (``graphs.py``), so that no later step takes longer than others.
         """
         new = [slot for job in jobs for slot in make_slots(job, self.layout)]
         if len(new) > self.num_free:
@@ -88,33 +107,56 @@ class Engine:
         for job in jobs:
             job.start_time = start_time
         before, columns = list(self.active), self._slots.columns
+        graphs = self._graphs
         # Rows that are decoded before the next completion check count as well.
         max_rows = max(slot.max_rows(self.layout.max_delay) for slot in new) + self.poll_interval
-        is_moved = self._slots.add(new, max_rows)
+        longest = max(len(slot.prefix_RS) for slot in new) - min(self.layout.delays) + self.layout.max_delay
+        num_rows = whole_keys(longest + max_rows) if graphs is not None else longest + max_rows
+        # The state is replaced if it must grow, which costs all graphs: with them it has as many rows as the cache.
+        state_rows = (
+            max(max_rows, self._cache.num_rows) if graphs is not None and graphs.captures else max_rows
+        )
+        is_moved = self._slots.add(new, state_rows)
         if self._slots.columns is not columns:
             self._head, self._calls_for = self.model.scope_head(self._slots.columns.ranges), {}
             self._head.reserve(self.num_slots)
-        if self._graphs is not None and is_moved:
-            self._graphs.forget()  # they hold addresses
+        if graphs is not None and is_moved:
+            graphs.forget()  # they hold addresses
         numbered = dict(enumerate(new, first))
-        for number, slot in numbered.items():
+        for number in numbered:
             self._cache.restore(number, num_cached if number == first else 0)
+        self._cache.reserve(num_rows)  # now, not in the middle of a stream
+        if graphs is not None and graphs.captures and prepare and not before:
+            self._prepare(graphs, max_rows, num_cached)
+        for number, slot in numbered.items():
             self._row_BS[number] = torch.from_numpy(slot.prefix_RS[-1])
-        if self.device.type == "cpu":  # memory that is never written costs nothing there
-            longest = max(len(slot.prefix_RS) for slot in new) - min(self.layout.delays)
-            self._cache.reserve(longest + self.layout.max_delay + max_rows)
         prefill(self.model, self._cache, numbered, before, num_cached)
+
+    def _prepare(self, graphs: StepGraphs, max_rows: int, num_cached: int) -> None:
+        """Capture the steps that the active requests, which are all new, can reach."""
+        lengths = [len(slot.prefix_RS) for slot in self.active]
+        fewest = min(slot.job.prompt.num_slots for slot in self.active)
+        # Preparing runs steps. They advance the sampler, whose history the real ones overwrite, and write the cache's
+        # row behind those of an earlier turn; with fewer keys it would be one of them.
+        progress = self._slots.state.progress.clone()
+        rows = range(max(min(lengths), num_cached + 1), max(lengths) + max_rows)
+        graphs.prepare(range(fewest, len(self.active) + 1), rows, self._calls())
+        self._slots.state.progress.copy_(progress)
 
     # ---- steps --------------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def step(self) -> SampledStep:
+    def step(self, may_capture: bool = False) -> SampledStep:
         """Decode one row of every active request; :meth:`collect` returns those that are done.
 
         The tensors may have more rows than there are requests, and the next step may overwrite them.
+
+        Args:
+            may_capture: a step of a new size may be captured as a CUDA graph, which takes the time of several steps;
+                not while somebody listens.
         """
         if self._graphs is None:
             return self._step(len(self.active), None, self._calls())
-        return self._graphs.step(len(self.active), self._calls())
+        return self._graphs.step(len(self.active), self._calls(), may_capture)
 
     def _step(self, n: int, num_keys: int | None, calls: HeadCalls) -> SampledStep:
         """A step of the first n slots, without a synchronization."""
@@ -224,9 +266,9 @@ class Engine:
                 joining.append(waiting)
                 waiting = None
             if joining:
-                self.admit(joining)
+                self.admit(joining, prepare=False)
             if not self.active:
                 return
             for _ in range(self.poll_interval):
-                self.step()
+                self.step(may_capture=True)
             yield from self.collect()

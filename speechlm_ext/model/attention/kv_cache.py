@@ -96,6 +96,11 @@ class KVCache:
     def stores(self) -> list[Tensor]:
         return [*self.keys.values(), *self.values.values()]
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of one slot in all layers that have memory."""
+        return sum(store[0, 0].numel() * store.element_size() for store in self.stores())
+
     # ---- slots --------------------------------------------------------------------------------------------------
     def reserve(self, num_rows: int) -> None:
         """Grow every slot to at least ``num_rows`` rows, at least doubling; existing rows are kept."""

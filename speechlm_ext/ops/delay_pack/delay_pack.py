@@ -132,7 +132,8 @@ def delay_pack(
 
     Raises:
         OpError: (a ValueError) a wrong dtype, device, rank or number of streams; offsets that fall or do not end at ΣT;
-            a negative delay; a pad id that the dtype cannot hold; more than 2^31 - 1 rows.
+            a negative delay; a pad id that the dtype cannot hold; more than 2^31 - 1 rows; a CUDA stream that is
+            capturing a graph.
         OpIndexError: (also an IndexError) an id outside ``num_ids``, or that ``dtype`` cannot hold; the message names
             segment, frame, stream and id.
 

@@ -71,8 +71,20 @@ def _bad_flag(like: Tensor, args: PackArgs, counts: Counts) -> Tensor | None:
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor | None:
-    """The table in a GPU's memory, copied from page-locked memory without synchronization; None for the CPU."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else None
+    """The table in a GPU's memory, copied from page-locked memory without synchronization; None for the CPU.
+
+    Raises:
+        OpError: the current stream is capturing.
+    """
+    if device.type != "cuda":
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        # A replay would copy from page-locked memory that has long been another call's.
+        raise OpError(
+            "delay_pack and delay_unpack cannot be captured in a CUDA graph: each call copies its table from "
+            "the host. Call them before the capture, or in the data loader."
+        )
+    return table.pin_memory().to(device, non_blocking=True)
 
 
 def _pack(flat: Tensor, loss_weight: Tensor | None, *arguments: Any) -> list[Tensor]:

@@ -27,7 +27,7 @@ def delay_unpack(ids: Tensor, cu_seqlens: Tensor | Sequence[int], *, delays: Seq
 
     Raises:
         OpError: (a ValueError) a wrong dtype, rank or number of streams; ``cu_seqlens`` that do not start at 0, fall,
-            or do not end at N.
+            or do not end at N; a CUDA stream that is capturing a graph.
     """
     delays = int_list(delays, "delay_unpack: delays")
     if len(delays) == 0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.ops.common.memory import empty_in_huge_pages
-from speechlm_ext.ops.common.native import LIBRARY, OpError, describe, native
+from speechlm_ext.ops.common.native import LIBRARY, OpError, call_kernel, describe, native
 
 #: On the CPU: centroids per panel of codes, and the multiple that their number is padded to (csrc/kmeans_assign).
 _PANEL, _MULTIPLE = 16, 32
@@ -122,8 +122,15 @@ def _index_cpu(centroids: Tensor) -> _Index:
     norms = terms[2, :num_clusters]
 
     def fill(centre: Tensor) -> None:
-        native.kmeans_index(
-            centroids, centre, codes, terms, unit, *(coarse or (None, None)), torch.get_num_threads()
+        call_kernel(
+            native.kmeans_index,
+            centroids,
+            centre,
+            codes,
+            terms,
+            unit,
+            *(coarse or (None, None)),
+            torch.get_num_threads(),
         )
 
     centre = _as_centre(centroids.mean(0))

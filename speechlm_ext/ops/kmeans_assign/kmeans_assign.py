@@ -7,7 +7,16 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import FLOAT_DTYPES, LIBRARY, OpError, describe, native, stream_handle
+from speechlm_ext.ops.common.matmul import GIVES_FLOAT32
+from speechlm_ext.ops.common.native import (
+    FLOAT_DTYPES,
+    LIBRARY,
+    OpError,
+    call_kernel,
+    describe,
+    native,
+    stream_handle,
+)
 from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 
 #: On a GPU: bytes of the products of a chunk, which should stay in its second-level cache, and of the rounded rows.
@@ -174,7 +183,8 @@ def _assign_cpu(  # type: ignore[no-untyped-def]
     x, centroids, codes, terms, centre, unit, coarse_codes, coarse_terms, exact: bool, want_distance: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     labels, distance, counts = _results(x, want_distance)
-    native.kmeans_assign(
+    call_kernel(
+        native.kmeans_assign,
         x.contiguous(), centroids, codes, terms, centre, unit, *_coarse(coarse_codes, coarse_terms), exact, labels,
         distance if want_distance else None, counts, torch.get_num_threads(),
     )  # fmt: skip
@@ -194,13 +204,14 @@ def _assign_cuda(  # type: ignore[no-untyped-def]
     products = x.new_empty(chunk, num_clusters, dtype=torch.float32)
     for begin in range(0, num_rows, step):
         rows = x[begin : begin + step]
-        native.kmeans_rows_cuda(rows, centre, unit, exact, row_codes, row_terms, stream)
+        call_kernel(native.kmeans_rows_cuda, rows, centre, unit, exact, row_codes, row_terms, stream)
         for i in range(0, len(rows), chunk):
             part = slice(i, min(i + chunk, len(rows)))
             to = slice(begin + part.start, begin + part.stop)
             z = products[: part.stop - part.start]
             _multiply(z, row_codes[part], codes)
-            native.kmeans_rescore_cuda(
+            call_kernel(
+        native.kmeans_rescore_cuda,
                 z, x[to], centroids, terms, row_terms[part], labels[to],
                 distance[to] if want_distance else None, counts, stream,
             )  # fmt: skip
@@ -209,7 +220,7 @@ def _assign_cuda(  # type: ignore[no-untyped-def]
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out = a bᵀ`` of float16 matrices, summed in float32."""
-    if out.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+    if out.is_cuda and GIVES_FLOAT32:
         torch.ops.aten.mm.dtype_out(a, b.T, torch.float32, out=out)
     else:
         torch.mm(a.float(), b.float().T, out=out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import LIBRARY, native, stream_handle
+from speechlm_ext.ops.common.native import LIBRARY, call_kernel, native, stream_handle
 
 LIBRARY.define(
     "kmeans_sums(Tensor x, Tensor labels, Tensor offset, Tensor step, Tensor(a!) sums, Tensor(b!) counts) -> ()"
@@ -30,7 +30,8 @@ def kmeans_sums(
 
 
 def _sums_cpu(x: Tensor, labels: Tensor, offset: Tensor, step: Tensor, sums: Tensor, counts: Tensor) -> None:
-    native.kmeans_sums(
+    call_kernel(
+        native.kmeans_sums,
         x.contiguous(), labels.contiguous(), offset.contiguous(), step.contiguous(), sums, counts, None,
         torch.get_num_threads(), 0,
     )  # fmt: skip
@@ -42,7 +43,8 @@ def _sums_cuda(x: Tensor, labels: Tensor, offset: Tensor, step: Tensor, sums: Te
     counts += torch.zeros_like(counts).scatter_add_(
         0, labels.long().clamp(0, num_clusters - 1), is_label.long()
     )
-    native.kmeans_sums(
+    call_kernel(
+        native.kmeans_sums,
         x.contiguous(), labels.contiguous(), offset.contiguous(), step.contiguous(), sums, None,
         labels.argsort(), 0, stream_handle(x),
     )  # fmt: skip

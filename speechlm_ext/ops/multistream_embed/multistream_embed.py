@@ -19,6 +19,7 @@ from speechlm_ext.ops.common.native import (
     LIBRARY,
     OpError,
     OpIndexError,
+    call_kernel,
     describe,
     float_list,
     int_list,
@@ -142,7 +143,8 @@ def _embed(
     if on_cuda:
         slots = None if features is None else ids.new_full((ids.shape[0],), -1, dtype=torch.int32)
         bad = ids.new_full((2,), ids.numel(), dtype=torch.int64) if check_ids else None
-    bad_id, has_bad_positions = native.multistream_embed(
+    bad_id, has_bad_positions = call_kernel(
+        native.multistream_embed,
         *(ids.contiguous(), table.contiguous(), pad_id, offsets, scale),
         None if features is None else features.contiguous(),
         None if positions is None else positions.to(torch.int64).contiguous(),

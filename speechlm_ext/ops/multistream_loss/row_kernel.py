@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import native, stream_handle
+from speechlm_ext.ops.common.native import call_kernel, native, stream_handle
 from speechlm_ext.ops.multistream_loss.types import LossInputs
 
 #: A stream of a chunk: its column of the targets, whether its column sums are wanted, and its scope as slices
@@ -59,7 +59,8 @@ def loss_rows(
     """
     needed = native.multistream_loss_workspace(z, inputs.targets.shape[1], streams, want_grad)
     workspace = torch.empty(needed, dtype=torch.uint8, device=z.device) if needed else None
-    native.multistream_loss_rows(
+    call_kernel(
+        native.multistream_loss_rows,
         z,
         rows,
         inputs.targets,

@@ -18,6 +18,7 @@ from speechlm_ext.ops.common.native import (
     LIBRARY,
     OpError,
     OpIndexError,
+    call_kernel,
     describe,
     float_list,
     int_list,
@@ -114,13 +115,13 @@ def _scatter_sum_cpu(
     if ids.numel():
         pairs = _sort_cpu("scatter_sum", ids, pad_id, offsets, num_rows)
     if out.numel() and ids.numel():
-        native.scatter_sum(values.contiguous(), pairs, scale, out, None, torch.get_num_threads())
+        call_kernel(native.scatter_sum, values.contiguous(), pairs, scale, out, None, torch.get_num_threads())
     return out
 
 
 def _sort_cpu(op: str, ids: Tensor, pad_id: int | None, offsets: list[int], num_rows: int) -> Any:
     """The native pairs, sorted by row; refuses ids outside the table."""
-    pairs = native.sort_pairs(ids.contiguous(), pad_id, offsets, num_rows)
+    pairs = call_kernel(native.sort_pairs, ids.contiguous(), pad_id, offsets, num_rows)
     if pairs.first_bad < 0:
         return pairs
     n, s = divmod(pairs.first_bad, ids.shape[1])
@@ -139,7 +140,7 @@ def _scatter_sum_rows_cpu(
     pairs = _sort_cpu("scatter_sum_rows", ids, pad_id, offsets, num_rows)
     rows = ids.new_empty(pairs.touched, dtype=torch.int64)
     out = empty_in_huge_pages(pairs.touched, values.shape[1], values.dtype)
-    native.scatter_sum(values.contiguous(), pairs, scale, out, rows, torch.get_num_threads())
+    call_kernel(native.scatter_sum, values.contiguous(), pairs, scale, out, rows, torch.get_num_threads())
     return out, rows
 
 
@@ -150,8 +151,15 @@ def _sort_cuda(
     is_double = values.dtype == torch.float64
     size = native.scatter_sum_workspace(*ids.shape, num_rows, values.shape[1], is_double)
     workspace = torch.empty(size, dtype=torch.uint8, device=values.device)
-    native.sort_pairs_cuda(
-        ids.contiguous(), pad_id, offsets, num_rows, workspace, touched, stream_handle(ids)
+    call_kernel(
+        native.sort_pairs_cuda,
+        ids.contiguous(),
+        pad_id,
+        offsets,
+        num_rows,
+        workspace,
+        touched,
+        stream_handle(ids),
     )
     return workspace
 
@@ -163,7 +171,16 @@ def _scatter_sum_cuda(
     if out.numel() and ids.numel():
         workspace = _sort_cuda(values, ids, pad_id, offsets, num_rows, None)
         shape = (ids.shape[1], num_rows)
-        native.scatter_sum_cuda(values.contiguous(), *shape, scale, out, None, workspace, stream_handle(ids))
+        call_kernel(
+            native.scatter_sum_cuda,
+            values.contiguous(),
+            *shape,
+            scale,
+            out,
+            None,
+            workspace,
+            stream_handle(ids),
+        )
     return out
 
 
@@ -177,7 +194,16 @@ def _scatter_sum_rows_cuda(
     out = values.new_empty(count, values.shape[1])
     if count:
         shape = (ids.shape[1], num_rows)
-        native.scatter_sum_cuda(values.contiguous(), *shape, scale, out, rows, workspace, stream_handle(ids))
+        call_kernel(
+            native.scatter_sum_cuda,
+            values.contiguous(),
+            *shape,
+            scale,
+            out,
+            rows,
+            workspace,
+            stream_handle(ids),
+        )
     return out, rows
 
 

@@ -1,4 +1,4 @@
-"""``speechlm doctor``: installed versions, compiled kernels, the choices for this machine, and missing packages.
+"""The report of ``speechlm doctor``: versions, compiled kernels, driver, choices, problems, and missing packages.
 
 Each section is computed alone, so that one broken package does not hide the rest of the report.
 """
@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from speechlm_ext.doctor.driver import version_text
+from speechlm_ext.doctor.fallbacks import find_fallbacks, find_problems, this_driver
+from speechlm_ext.doctor.fit import code_for, parse_codes
 from speechlm_ext.utils.machine import package_versions
 
 #: Extra -> {module to import: its use}.
@@ -31,13 +34,15 @@ EXTRAS: dict[str, dict[str, str]] = {
 }
 
 _VERSIONS = (
-    "speechlm_ext", "torch", "numpy", "transformers", "pyarrow", "safetensors", "sentencepiece", "deepspeed"
+    "speechlm_ext", "torch", "numpy", "transformers", "pyarrow", "safetensors", "sentencepiece", "deepspeed",
+    "flash-attn",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Report on this installation: versions, compiled kernels, devices, choices, missing extras."""
+    """Report on this installation: versions, compiled kernels, driver and GPUs, what does not run or falls back,
+    missing extras. The exit code is 1 if the compiled module cannot be used, or not on a GPU of this machine."""
 
     json: bool = False
     """Print one JSON object instead of text."""
@@ -51,7 +56,9 @@ def _native() -> dict[str, Any]:
     from speechlm_ext.ops.common.native import OPENMP_RUNTIME, native
 
     info = native.build_info()
+    optional = {key: info[key] for key in ("version", "variant") if info.get(key)}
     return {
+        **optional,
         "commit": info["commit"] or None,
         "compiler": info["compiler"],
         "cuda": info["cuda_version"] or None,
@@ -74,19 +81,42 @@ def _cpu() -> dict[str, Any]:
     }
 
 
+def _driver() -> dict[str, Any]:
+    driver = this_driver()
+    return {
+        "number": driver.number,
+        "cuda": driver.cuda and version_text(driver.cuda),
+        "gpus": [f"{gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]})" for gpu in driver.gpus],
+    }
+
+
 def _cuda() -> dict[str, Any]:
     import torch
 
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    devices = [
-        {
-            "name": device.name,
-            "capability": f"sm_{device.major}{device.minor}",
-            "memory_gib": round(device.total_memory / 2**30, 1),
-        }
-        for device in found
-    ]
-    return {"torch_cuda": torch.version.cuda, "available": torch.cuda.is_available(), "devices": devices}
+    from speechlm_ext.ops.common.native import native
+
+    archs = native.build_info()["cuda_archs"]
+    codes = parse_codes(archs.split(";")) if archs else []
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        code = code_for((device.major, device.minor), codes)
+        devices.append(
+            {
+                "name": device.name,
+                "capability": f"sm_{device.major}{device.minor}",
+                "memory_gib": round(device.total_memory / 2**30, 1),
+                "kernels": None if code is None else code.name,
+            }
+        )
+    available = torch.cuda.is_available()
+    return {
+        "torch_cuda": torch.version.cuda,
+        "torch_archs": torch.cuda.get_arch_list(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if available else None,
+        "available": available,
+        "devices": devices,
+    }
 
 
 def _attention() -> dict[str, dict[str, str]]:
@@ -104,28 +134,6 @@ def _attention() -> dict[str, dict[str, str]]:
     return chosen
 
 
-def _fallbacks() -> list[str]:
-    """Choices that cost speed, each with its reason and the remedy."""
-    import torch
-
-    from speechlm_ext.ops.common.native import OPENMP_RUNTIME, native
-
-    found: list[str] = []
-    has_device = torch.cuda.is_available()
-    has_kernels = bool(native.build_info()["cuda_version"])
-    if has_device and not has_kernels:
-        found.append(
-            "this machine has a CUDA device but the build has no CUDA kernels: put nvcc (12.4 or later) on PATH and "
-            "run `SPEECHLM_CUDA=ON pip install --force-reinstall --no-deps .`"
-        )
-    if not has_device:
-        why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
-        found.append(f"everything runs on the CPU: {why}")
-    if not OPENMP_RUNTIME:
-        found.append("native CPU kernels run on one thread: torch brings no OpenMP runtime")
-    return found
-
-
 def _missing_extras() -> dict[str, dict[str, Any]]:
     missing = {}
     for extra, modules in EXTRAS.items():
@@ -140,9 +148,11 @@ SECTIONS: dict[str, tuple[str, Callable[[], Any]]] = {
     "versions": ("Versions", _versions),
     "native": ("Compiled module", _native),
     "cpu": ("CPU", _cpu),
+    "driver": ("NVIDIA driver", _driver),
     "cuda": ("CUDA devices", _cuda),
     "attention": ("Attention", _attention),
-    "fallbacks": ("Fallbacks in use", _fallbacks),
+    "problems": ("Problems", find_problems),
+    "fallbacks": ("Fallbacks in use", find_fallbacks),
     "missing_extras": ("Missing extras", _missing_extras),
 }
 
@@ -159,11 +169,11 @@ def collect() -> dict[str, Any]:
 
 
 def run_doctor(cfg: DoctorConfig) -> int:
-    """Print the report. Returns 0, or 1 when the compiled module cannot be used."""
+    """Print the report. Returns 0, or 1 when the compiled module cannot be used, or not on a GPU of this machine."""
     report = collect()
     print(json.dumps(report, indent=2) if cfg.json else format_report(report))
     sys.stdout.flush()
-    return 1 if "error" in report["native"] else 0
+    return 1 if "error" in report["native"] or report["problems"] else 0
 
 
 def format_report(report: dict[str, Any]) -> str:
