@@ -12,7 +12,7 @@ from torch import Tensor
 
 from speechlm_ext.ops.common.native import OpError
 
-#: Settings of torch.backends.cuda.matmul that let the library sum float16 products in less than float32; a torch without
+#: Settings of torch.backends.cuda.matmul that allow sums of float16 products in less than float32; a torch without
 #: the first (before 2.7) always sums them in float32.
 _SETTINGS = ("allow_fp16_accumulation", "allow_fp16_reduced_precision_reduction")
 
