@@ -22,7 +22,8 @@ from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.fit.scan import scan
 from speechlm_ext.kmeans.fit.state import State
 from speechlm_ext.ops.common.native import native
-from speechlm_ext.ops.kmeans_assign.kmeans_assign import _coarse, _multiply
+from speechlm_ext.ops.common.precision import multiply_float16
+from speechlm_ext.ops.kmeans_assign.kmeans_assign import _coarse
 from speechlm_ext.ops.kmeans_assign.reference import kmeans_assign as direct
 
 
@@ -109,7 +110,7 @@ def own_products(x: torch.Tensor, index: sx.ops.CentroidIndex, device: str) -> A
         def run() -> None:
             for start in range(0, len(x), 2048):
                 n = min(2048, len(x) - start)
-                _multiply(out[:n], codes[:n], index.codes)
+                multiply_float16(out[:n], codes[:n], index.codes)
 
         return run
     labels, counts = torch.empty(len(x), dtype=torch.int32), torch.zeros(3, dtype=torch.int64)

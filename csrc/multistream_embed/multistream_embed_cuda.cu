@@ -67,7 +67,9 @@ __global__ void __launch_bounds__(kThreads) slots_kernel(const FeaturePlaces p) 
     const bool is_row = n >= 0 && n < p.num_rows;
     // The largest wins, so that two of one position give the same result in every run.
     const int before = is_row ? atomicMax(&p.slots[n], static_cast<int>(m)) : -1;
-    if (p.bad != nullptr && (!is_row || before >= 0)) *p.bad = -1;
+    if (p.bad != nullptr && (!is_row || before >= 0)) {
+      atomicExch(reinterpret_cast<unsigned long long*>(p.bad), ~0ULL);  // -1; several threads may find one
+    }
   }
 }
 

@@ -75,7 +75,7 @@ __device__ int choose(BlockMemory& m, const BlockScope<T>& scope, const SampleSe
       border = find_border(m, scope, buckets, weigh, static_cast<Wide>(top_p_limit(settings.top_p, sum)));
     }
   }
-  const double number = uniform(a.request[b].seed, a.progress[b].row, s);
+  const double number = uniform(a.request[b].seed, m.position.row, s);
   return draw(m, scope, weigh, border, static_cast<Wide>(min_weight(settings.min_p)), number);
 }
 
@@ -128,7 +128,7 @@ __device__ Result sample(BlockMemory& m, const SampleArgs<T>& args, const Positi
 // By the block that is the last one of its request: a thread per stream. Streams before those of this launch are as the
 // launches before have left them; those behind are fill as yet.
 __device__ void finish_request(BlockMemory& m, const SampleState& a, int64_t b) {
-  const Position p = position_of(a, b);  // read again, for registers
+  const Position p = m.position;  // read again, for registers
   const int s = thread_index();
   const int64_t at = b * a.num_streams + s;
   const bool is_stream = s < a.num_streams, is_sampled = s >= a.first_stream && s < a.end_stream;
@@ -182,7 +182,10 @@ __global__ void __launch_bounds__(kSampleThreads, 3) sample_kernel(const SampleA
   BlockMemory& m = memory[0];
   const SampleState& a = args.state;
   const int64_t b = blockIdx.x, s = static_cast<unsigned>(a.first_stream) + blockIdx.y;
-  const Position p = position_of(a, b);
+  // Once for the block: its last warps might find the request moved on by another block, after this one has arrived.
+  if (thread_index() == 0) m.position = position_of(a, b);
+  __syncthreads();
+  const Position p = m.position;
   const StreamRow row = stream_row(a, p, b, s);
   bool may_have_content = has_content(row, s, p.finish);
   if (s > 0 && !may_have_content) {  // with stream 0's end in this row it may have

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kVec;
   if (column >= D) return;
-  Acc acc[kVec];
+  Acc acc[kVec] = {};
   bool starts_here = false;
   for (int i = 0; i < count; ++i) {
     const uint32_t key = keys[i + 1];

@@ -11,7 +11,7 @@ import pytest
 
 from python_tests import cuda_on_cpu
 
-SOURCE = cuda_on_cpu.HERE / "selftest" / "selftest.cu"
+SOURCES = sorted((cuda_on_cpu.HERE / "selftest").glob("*.cu"))
 BLOCK = 96
 
 RIGHT = {
@@ -43,6 +43,12 @@ RIGHT = {
     "three_dimensions": [float(v) for v in range(4 * 3 * 2 * 2 * 3 * 2)],
     "cub": [2.0, 3.0, 0.0, 1.0, 0.0, 5.0, 9.0, 12.0],
     "sixteen_bits": [1.0, 1.0 + 2**-7, 1.0, 1.0 + 2**-10, math.inf, 2.0**-24],
+    "last_block": [2.0 * 6] * BLOCK + [0.0],
+    "chain": [7.0],
+    "exchange_by_global": [float(v) for v in range(BLOCK - 1, -1, -1)],
+    "count_over_blocks": [6.0 * sum(range(BLOCK))],
+    "wide_offsets": [1.0] * BLOCK,
+    "dynamic_with_attribute": [1.0] * BLOCK,
 }
 #: Pattern of the message.
 WRONG = {
@@ -63,7 +69,34 @@ WRONG = {
     "misaligned": "misaligned float4",
     "async_without_wait": "read of shared memory that no thread",
     "out_of_bounds": "of global memory that belong to no argument",
+    # Between blocks.
+    "blocks_overlap": "race on global memory: written here and by thread .* of block",
+    "reads_after_arrival": "race on global memory: .* with no fence, atomic operation and fence between",
+    "missing_first_fence": "race on global memory: .* with no fence, atomic operation and fence between",
+    "missing_last_fence": "race on global memory: .* with no fence, atomic operation and fence between",
+    "fence_of_one_thread": "race on global memory: .* with no fence, atomic operation and fence between",
+    "plain_flag": "race on global memory",
+    "plain_read_of_counter": "race on global memory",
+    "exchange_without_barrier": "race on global memory: .* of the same block, with no barrier between",
+    "waits_for_all_blocks": "waits for another block",
+    # Of a thread.
+    "misaligned_vector": "misaligned access of 16 bytes",
+    "misaligned_pair": "misaligned access of 8 bytes",
+    "misaligned_shared": "misaligned access of 16 bytes",
+    "overflow_of_int": "signed overflow of a product",
+    "overflow_of_index": "a product of 32-bit indices is .* more than 32 bits",
+    "shift_by_all_bits": "shift by",
+    "into_the_next_array": "index 96 outside an array",
+    "unset_index": "of global memory that belong to no argument",
+    # Of a launch.
+    "large_arrays": "too much shared memory: with second 49156 bytes of arrays",
+    "large_parameters": "4104 bytes of parameters",
+    "too_many_threads": "a block of 32 x 33 x 1 threads",
+    "tall_grid": "a grid of 1 x 65536 x 1",
+    "dynamic_without_attribute": "50176 bytes of dynamic shared memory",
 }
+#: Faults that only a test of the results finds.
+WRONG_VALUES = {"forgets_the_last", "lost_update", "unset_value"}
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +104,17 @@ def shim():
     return cuda_on_cpu.load()
 
 
-def planted_lines(name: str) -> set[int]:
+def planted_lines(name: str) -> set[tuple[str, int]]:
     return {
-        number
-        for number, line in enumerate(SOURCE.read_text().splitlines(), 1)
+        (source.name, number)
+        for source in SOURCES
+        for number, line in enumerate(source.read_text().splitlines(), 1)
         if re.search(rf"PLANTED {name}\b", line)
     }
 
 
 def test_every_kernel_has_an_expectation(shim):
-    assert set(shim.selftest_names()) == set(RIGHT) | set(WRONG) | {"forgets_the_last"}
+    assert set(shim.selftest_names()) == set(RIGHT) | set(WRONG) | WRONG_VALUES
 
 
 @pytest.mark.parametrize("seed", cuda_on_cpu.SEEDS)
@@ -98,7 +132,7 @@ def test_planted_faults(shim, name, seed):
         shim.selftest(name)
     lines = planted_lines(name)
     assert lines
-    named = {int(n) for n in re.findall(r"selftest\.cu:(\d+)", str(caught.value))}
+    named = {(file, int(n)) for file, n in re.findall(r"(\w+\.cu):(\d+)", str(caught.value))}
     assert named & lines, f"{caught.value}\ndoes not name one of the lines {sorted(lines)}"
 
 
@@ -107,6 +141,23 @@ def test_unwritten_output_is_poisoned(shim, seed):
     shim.set_seed(seed)
     out = shim.selftest("forgets_the_last")
     assert out[:-1] == [1.0] * 99 and math.isnan(out[-1])
+
+
+@pytest.mark.parametrize("seed", cuda_on_cpu.SEEDS)
+def test_unset_variable_has_a_value_that_no_test_expects(shim, seed):
+    shim.set_seed(seed)
+    out = shim.selftest("unset_value")
+    assert out[:3] + out[4:] == [1.0] * (BLOCK - 1)
+    assert out[3] == np.frombuffer(b"\xfe" * 4, np.int32)[0]
+
+
+def test_blocks_interleave_at_atomic_operations(shim):
+    """64 blocks add 1 by two atomic operations each: one after the other they would give 64."""
+    counts = set()
+    for seed in cuda_on_cpu.SEEDS:
+        shim.set_seed(seed)
+        counts |= set(shim.selftest("lost_update"))
+    assert min(counts) < 64 and len(counts) > 2, counts
 
 
 def test_a_seed_gives_one_order_and_another_another(shim):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/cuda/warp.cuh"
+#include "multistream_sample/state_machine.h"
 
 namespace speechlm {
 
@@ -19,6 +20,7 @@ struct BlockMemory {
   unsigned count;
   int place;
   int finished;  // the request whose last block this is, or -1
+  Position position;
 };
 
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }

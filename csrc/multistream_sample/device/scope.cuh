@@ -6,7 +6,6 @@
 
 #include "multistream_sample/device/block.cuh"
 #include "multistream_sample/sampling_math.h"
-#include "multistream_sample/state_machine.h"
 
 namespace speechlm {
 

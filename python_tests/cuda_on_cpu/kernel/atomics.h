@@ -9,11 +9,14 @@ namespace cuda_on_cpu {
 template <typename T, typename F>
 SX_UNWATCHED T atomic_update(T* p, const void* instruction, const char* name, F&& f) {
   check_aligned(p, sizeof(T), name, instruction);
+  begin_atomic(p);
   touch(p, sizeof(T), Access::kAtomic, instruction);
   T old;
   std::memcpy(static_cast<void*>(&old), p, sizeof(T));
   const T fresh = f(old);
+  const bool has_changed = std::memcmp(static_cast<const void*>(&fresh), p, sizeof(T)) != 0;
   std::memcpy(static_cast<void*>(p), &fresh, sizeof(T));
+  finish_atomic(p, has_changed, instruction);
   return old;
 }
 

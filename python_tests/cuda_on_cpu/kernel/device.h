@@ -8,9 +8,10 @@
 
 #include "cuda_on_cpu/kernel/driver.h"
 #include "cuda_on_cpu/kernel/fault.h"
+#include "cuda_on_cpu/kernel/index.h"
 
 struct uint3 {
-  unsigned x = 0, y = 0, z = 0;
+  cuda_on_cpu::Index x, y, z;
 };
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -25,8 +26,8 @@ constexpr int kWarp = 32;
 struct Self {
   uint3 thread_idx;
   uint3 block_idx;
-  dim3 block_dim;
-  dim3 grid_dim;
+  uint3 block_dim;
+  uint3 grid_dim;
   int linear = 0;  // index in the block
   int lane() const { return linear % kWarp; }
   int warp() const { return linear / kWarp; }
@@ -45,10 +46,22 @@ void set_seed(uint64_t seed);
 // Memory that kernels may touch besides shared memory: a tensor, or an allocation of cudaMalloc.
 void allow_memory(const void* data, size_t bytes);
 void forget_memory();
+// What cudaFuncSetAttribute allows a kernel: without it, 48 KB of dynamic shared memory.
+void allow_dynamic_shared(const void* kernel, size_t bytes);
 
-// `call(arguments)` runs the kernel once; it and the kernel read nothing of the host but those arguments.
-void run_grid(const char* kernel, const Site& site, dim3 grid, dim3 block, size_t dynamic_bytes,
-              void (*call)(const void*), const void* arguments, size_t argument_bytes);
+struct Launch {
+  const char* kernel;
+  Site site;
+  dim3 grid, block;
+  size_t dynamic_bytes;
+  size_t parameter_bytes;
+  const void* function;
+  // `call(arguments)` runs the kernel once; it and the kernel read nothing of the host but those arguments.
+  void (*call)(const void*);
+  const void* arguments;
+  size_t argument_bytes;
+};
+void run_grid(const Launch& launch);
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, const Site& site, dim3 grid, dim3 block, size_t dynamic_bytes,
@@ -60,7 +73,12 @@ void launch(const char* name, const Site& site, dim3 grid, dim3 block, size_t dy
     std::apply(static_cast<const Call*>(p)->first, static_cast<const Call*>(p)->second);
   };
   note_launch();
-  run_grid(name, site, grid, block, dynamic_bytes, call, &copy, sizeof(copy));
+  size_t parameters = 0;
+  ((parameters =
+        (parameters + alignof(Parameters) - 1) / alignof(Parameters) * alignof(Parameters) + sizeof(Parameters)),
+   ...);
+  run_grid({name, site, grid, block, dynamic_bytes, parameters, reinterpret_cast<const void*>(kernel), call, &copy,
+            sizeof(copy)});
 }
 
 }  // namespace cuda_on_cpu

@@ -5,17 +5,24 @@
 #include <cstring>
 
 #include "cuda_on_cpu/kernel/device.h"
-#include "cuda_on_cpu/runtime/shadow.h"
 
 // Functions of the runtime's own headers do their own bookkeeping.
 #define SX_UNWATCHED __attribute__((no_sanitize("thread"), noinline))
 
 namespace cuda_on_cpu {
 
+enum class Access { kRead, kWrite, kAtomic };
+
 // One access by the running thread; a fault if it may not be. Does nothing on the host.
 void touch(const void* address, size_t bytes, Access kind, const void* instruction);
 // The same from within the runtime.
 void check_access(const void* address, size_t bytes, Access kind, const void* instruction);
+
+// __threadfence, and the parts of an atomic operation: before it another block may run, and after it; `finish` tells
+// which accesses the operations on that address order.
+void fence();
+void begin_atomic(const void* address);
+void finish_atomic(const void* address, bool has_changed, const void* instruction);
 
 void copy_later(void* to, const void* from, size_t bytes, const Site& site);
 void commit_copies();
@@ -106,5 +113,5 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, SX
 inline void __pipeline_commit() { cuda_on_cpu::commit_copies(); }
 inline void __pipeline_wait_prior(int groups_left) { cuda_on_cpu::wait_for_copies(groups_left); }
 
-inline void __threadfence() {}
+inline void __threadfence() { cuda_on_cpu::fence(); }
 inline void __threadfence_block() {}

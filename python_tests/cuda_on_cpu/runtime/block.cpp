@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 
@@ -15,15 +16,15 @@
 namespace cuda_on_cpu {
 namespace {
 
-constexpr size_t kShared = 228 * 1024;  // an H100's largest, with room for the gaps between arrays
-constexpr size_t kBetween = 64;         // bytes after each array that belong to none
+constexpr size_t kStaticLimit = 48 * 1024, kLimit = 227 * 1024;  // bytes of shared memory of a block on an H100
+constexpr size_t kBetween = 64;                                  // bytes after each array that belong to none
 
 Block* g_running = nullptr;
 
-// Stacks are kept for the next block and launch.
-char* stack_of(int index) {
+// Stacks and shared memory are kept for the next launch.
+char* stack_of(size_t index) {
   static std::vector<char*> stacks;
-  while (static_cast<int>(stacks.size()) <= index) {
+  while (stacks.size() <= index) {
     void* memory =
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("cuda_on_cpu: no memory for the stacks of a block's threads");
@@ -33,77 +34,97 @@ char* stack_of(int index) {
   return stacks[index];
 }
 
+SharedShadow& shadow_of(size_t slot) {
+  static std::vector<std::unique_ptr<SharedShadow>> shadows;
+  while (shadows.size() <= slot) {
+    shadows.push_back(std::make_unique<SharedShadow>(kLimit + 32 * kBetween));  // with room for the gaps
+  }
+  return *shadows[slot];
+}
+
 }  // namespace
 
 int Quiet::depth = 0;
 
 Block* running() { return g_running; }
 
-Block::Block(const char* kernel, const Site& site, dim3 grid, dim3 block, size_t dynamic_bytes,
-             void (*call)(const void*), const void* arguments, std::mt19937_64& random)
-    : kernel_(kernel),
-      launched_at_(site),
-      grid_(grid),
-      block_(block),
-      dynamic_bytes_(dynamic_bytes),
-      call_(call),
-      arguments_(arguments),
-      random_(random),
-      shadow_(static_cast<int>(block.x * block.y * block.z), kShared) {
-  num_threads_ = static_cast<int>(block.x * block.y * block.z);
+Block::Block(const Launch& launch, int slot, std::mt19937_64& random)
+    : launch_(launch), random_(random), shadow_(shadow_of(slot)) {
+  num_threads_ = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
   threads_.resize(num_threads_);
-  for (int t = 0; t < num_threads_; ++t) threads_[t].stack = stack_of(t);
+  for (int t = 0; t < num_threads_; ++t) {
+    threads_[t].stack = stack_of(static_cast<size_t>(slot) * 1024 + static_cast<size_t>(t));
+  }
 }
 
-void Block::run(uint3 index) {
-  const Quiet quiet;
+uint3 Block::index_of(uint32_t number) const {
+  const dim3& grid = launch_.grid;
+  return {Index(number % grid.x), Index(number / grid.x % grid.y), Index(number / (grid.x * grid.y))};
+}
+
+std::string Block::index_text(uint32_t number) const {
+  const uint3 index = index_of(number);
+  return concat("(", index.x, ", ", index.y, ", ", index.z, ")");
+}
+
+void Block::start(uint32_t number) {
+  number_ = number;
   shadow_.reset(num_threads_);
   arrays_.clear();
-  used_ = 0;
+  used_ = static_bytes_ = 0;
   done_ = at_barrier_ = 0;
   collectives_.assign((num_threads_ + kWarp - 1) / kWarp, {});
-  if (dynamic_bytes_ > 0) shared(this, dynamic_bytes_, 128, "dynamic shared memory");
+  ready_.clear();
+  next_ = 0;
+  if (launch_.dynamic_bytes > 0) shared(this, launch_.dynamic_bytes, 128, "dynamic shared memory");
+  const uint3 index = index_of(number);
+  const dim3& size = launch_.block;
   for (int t = 0; t < num_threads_; ++t) {
     Thread& thread = threads_[t];
     thread.state = Thread::State::kReady;
     thread.copies.clear();
-    thread.copy_group = 0;
+    thread.copy_group = thread.unchanged = 0;
     thread.fake_stack = nullptr;
+    thread.segment = 0;
+    thread.known = thread.fenced = thread.seen = nullptr;
+    const auto i = static_cast<unsigned>(t);
     thread.self.linear = t;
-    thread.self.thread_idx = {t % block_.x, t / block_.x % block_.y, t / (block_.x * block_.y)};
+    thread.self.thread_idx = {Index(i % size.x), Index(i / size.x % size.y), Index(i / (size.x * size.y))};
     thread.self.block_idx = index;
-    thread.self.block_dim = block_;
-    thread.self.grid_dim = grid_;
+    thread.self.block_dim = {Index(size.x), Index(size.y), Index(size.z)};
+    thread.self.grid_dim = {Index(launch_.grid.x), Index(launch_.grid.y), Index(launch_.grid.z)};
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack + 4096;
     thread.context.uc_stack.ss_size = kStackBytes - 4096;
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, &Block::entry, 0);
   }
-  g_running = this;
   // Whole warps or single lanes first, as the seed will have it: some faults need the one order, some the other.
-  const bool by_warp = random_() & 1;
-  std::vector<int> ready;
-  while (done_ < num_threads_ && error_.empty()) {
-    ready.clear();
+  by_warp_ = random_() & 1;
+}
+
+void Block::step() {
+  yielded_ = false;
+  while (next_ < ready_.size() && threads_[ready_[next_]].state != Thread::State::kReady) ++next_;
+  if (next_ == ready_.size()) {
+    ready_.clear();
+    next_ = 0;
     for (int t = 0; t < num_threads_; ++t) {
-      if (threads_[t].state == Thread::State::kReady) ready.push_back(t);
+      if (threads_[t].state == Thread::State::kReady) ready_.push_back(t);
     }
-    if (ready.empty()) {
+    if (ready_.empty()) {
       report_stuck();
-      break;
+      throw std::runtime_error(error_);
     }
-    std::shuffle(ready.begin(), ready.end(), random_);
-    if (by_warp) {
-      const int warp = ready.front() / kWarp;
-      std::stable_partition(ready.begin(), ready.end(), [&](int t) { return t / kWarp == warp; });
-    }
-    for (const int t : ready) {
-      if (threads_[t].state == Thread::State::kReady && error_.empty()) switch_to(t);
+    std::shuffle(ready_.begin(), ready_.end(), random_);
+    if (by_warp_) {
+      const int warp = ready_.front() / kWarp;
+      std::stable_partition(ready_.begin(), ready_.end(), [&](int t) { return t / kWarp == warp; });
     }
   }
+  g_running = this;
+  switch_to(ready_[next_++]);
   g_running = nullptr;
-  current_ = -1;
   if (!error_.empty()) throw std::runtime_error(error_);
 }
 
@@ -113,7 +134,7 @@ void Block::entry() {
   __sanitizer_finish_switch_fiber(nullptr, &block->host_stack_, &block->host_stack_size_);
 #endif
   Quiet::depth = 0;
-  block->call_(block->arguments_);
+  block->launch_.call(block->launch_.arguments);
   Quiet::depth = 1;
   if (!block->current().copies.empty()) {
     fault("the thread ends with asynchronous copies that it never waited for", Site{});
@@ -154,6 +175,21 @@ void Block::wait(Thread::State state, const Site& site) {
   switch_back(false);
 }
 
+void Block::yield() {
+  yielded_ = true;
+  switch_back(false);
+}
+
+void Block::fence() {
+  Thread& thread = current();
+  thread.known = joined(thread.known, thread.seen);
+  thread.seen = nullptr;
+  auto covered = thread.known == nullptr ? std::make_shared<Known>() : std::make_shared<Known>(*thread.known);
+  covered->add(number_, shadow_.clocks, thread.self.linear, num_threads_);
+  thread.fenced = covered;
+  shadow_.clocks.advance(thread.self.linear);  // what the thread does from here on is not covered
+}
+
 int Block::barrier(Vote vote, int predicate, const Site& site) {
   if (done_ > 0) {
     fault(concat("block barrier after ", done_, " of ", num_threads_, " threads have left the kernel"), site);
@@ -183,9 +219,12 @@ void Block::finish_barrier() {
                      : vote_ == Vote::kAnd ? count == num_threads_
                      : vote_ == Vote::kOr  ? count > 0
                                            : 0;
+  KnownPtr known;
+  for (const Thread& thread : threads_) known = joined(known, thread.known);
   for (Thread& thread : threads_) {
     thread.result = result;
     thread.state = Thread::State::kReady;
+    thread.known = known;
   }
   at_barrier_ = 0;
   shadow_.clocks.block_barrier();
@@ -234,7 +273,16 @@ uint64_t Block::collective(WarpOp op, unsigned mask, uint64_t value, int argumen
 void Block::finish_collective(int warp, size_t which) {
   const Collective slot = collectives_[warp][which];
   collectives_[warp].erase(collectives_[warp].begin() + static_cast<std::ptrdiff_t>(which));
-  if (slot.op == WarpOp::kSync) shadow_.clocks.warp_sync(warp, slot.mask);
+  if (slot.op == WarpOp::kSync) {
+    shadow_.clocks.warp_sync(warp, slot.mask);
+    KnownPtr known;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (slot.mask >> lane & 1) known = joined(known, threads_[warp * kWarp + lane].known);
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (slot.mask >> lane & 1) threads_[warp * kWarp + lane].known = known;
+    }
+  }
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(slot.mask >> lane & 1)) continue;
     Thread& thread = threads_[warp * kWarp + lane];
@@ -248,10 +296,16 @@ void* Block::shared(const void* tag, size_t bytes, size_t align, const char* nam
     if (array.tag == tag) return shadow_.data() + array.begin;
   }
   align = std::max<size_t>(align, 16);
-  const size_t begin = (used_ + align - 1) / align * align;
-  if (begin + bytes > shadow_.size()) {
-    fault(concat("shared memory is full: ", name, " wants ", bytes, " bytes beside the ", used_, " in use"), Site{});
+  const bool is_static = tag != this;
+  if (is_static) static_bytes_ += bytes;
+  if (static_bytes_ > kStaticLimit || static_bytes_ + launch_.dynamic_bytes > kLimit) {
+    fault(concat("too much shared memory: with ", name, " ", static_bytes_, " bytes of arrays and ",
+                 launch_.dynamic_bytes, " dynamic; a GPU gives ", kStaticLimit, " to arrays and an H100 ", kLimit,
+                 " in all"),
+          launch_.site);
   }
+  const size_t begin = (used_ + align - 1) / align * align;
+  if (begin + bytes > shadow_.size()) fault(concat("more than 32 shared arrays, at ", name), launch_.site);
   arrays_.push_back({tag, begin, bytes, name});
   shadow_.open(begin, bytes);
   used_ = begin + bytes + kBetween;
@@ -259,8 +313,10 @@ void* Block::shared(const void* tag, size_t bytes, size_t align, const char* nam
 }
 
 void* Block::dynamic() {
-  if (dynamic_bytes_ == 0) fault("dynamic shared memory is used, but the launch asked for none", launched_at_);
-  return shared(this, dynamic_bytes_, 128, "dynamic shared memory");
+  if (launch_.dynamic_bytes == 0) {
+    fault("dynamic shared memory is used, but the launch asked for none", launch_.site);
+  }
+  return shared(this, launch_.dynamic_bytes, 128, "dynamic shared memory");
 }
 
 const SharedArray* Block::array_at(size_t offset) const {
@@ -274,15 +330,15 @@ const SharedArray* Block::array_at(size_t offset) const {
 void Block::fail(const std::string& what, const std::string& where) {
   const Self& me = current().self;
   const auto index = [](auto v) { return concat("(", v.x, ", ", v.y, ", ", v.z, ")"); };
-  error_ = concat("cuda_on_cpu: ", what, "\n  at ", where, "\n  in ", kernel_, ", block ", index(me.block_idx),
-                  ", thread ", index(me.thread_idx), ", launched at ", launched_at_.text());
+  error_ = concat("cuda_on_cpu: ", what, "\n  at ", where, "\n  in ", launch_.kernel, ", block ", index(me.block_idx),
+                  ", thread ", index(me.thread_idx), ", launched at ", launch_.site.text());
   switch_back(true);
   std::abort();  // the block never runs a thread again
 }
 
 void Block::report_stuck() {
-  error_ = concat("cuda_on_cpu: the block cannot go on: ", lanes_waiting_at(), "\n  in ", kernel_, ", launched at ",
-                  launched_at_.text());
+  error_ = concat("cuda_on_cpu: the block cannot go on: ", lanes_waiting_at(), "\n  in ", launch_.kernel,
+                  ", launched at ", launch_.site.text());
 }
 
 std::string Block::lanes_waiting_at() const {

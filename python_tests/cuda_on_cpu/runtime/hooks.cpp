@@ -1,10 +1,18 @@
 // Kernels are compiled with -fsanitize=thread, which makes the compiler call one of these functions at every load and
-// store. The sanitizer's own runtime is not linked; runtime.cpp checks the accesses.
+// store, and with -fsanitize=signed-integer-overflow,bounds,..., which makes it call another one at such an error. The
+// sanitizers' own runtimes are not linked; runtime.cpp checks the accesses.
 #include <cstddef>
 
+#include <cstdint>
+
 #include "cuda_on_cpu/kernel/memory.h"
+#include "cuda_on_cpu/runtime/block.h"
 
 using cuda_on_cpu::Access;
+using cuda_on_cpu::concat;
+using cuda_on_cpu::fault;
+using cuda_on_cpu::Quiet;
+using cuda_on_cpu::Site;
 using cuda_on_cpu::touch;
 
 #define SX_HOOK(name, bytes, kind) \
@@ -38,4 +46,22 @@ void __tsan_vptr_read(void**) {}
 signed char __tsan_atomic8_load(const volatile signed char* address, int) {
   return __atomic_load_n(address, __ATOMIC_ACQUIRE);
 }
+
+// `place` begins with the place in the source.
+struct Place {
+  const char* file;
+  unsigned line;
+};
+#define SX_ERROR_HOOK(name, what, ...)                             \
+  void __ubsan_handle_##name(const Place* place, __VA_ARGS__) {    \
+    const Quiet quiet;                                             \
+    fault(what, Site{place->file, static_cast<int>(place->line)}); \
+  }
+SX_ERROR_HOOK(add_overflow, "signed overflow of a sum", uintptr_t, uintptr_t)
+SX_ERROR_HOOK(sub_overflow, "signed overflow of a difference", uintptr_t, uintptr_t)
+SX_ERROR_HOOK(mul_overflow, "signed overflow of a product", uintptr_t, uintptr_t)
+SX_ERROR_HOOK(negate_overflow, "signed overflow of a negation", uintptr_t)
+SX_ERROR_HOOK(divrem_overflow, "division by 0, or signed overflow of a quotient", uintptr_t, uintptr_t)
+SX_ERROR_HOOK(shift_out_of_bounds, "shift by less than 0 bits, or by all bits and more", uintptr_t, uintptr_t)
+SX_ERROR_HOOK(out_of_bounds, concat("index ", static_cast<int64_t>(index), " outside an array"), uintptr_t index)
 }

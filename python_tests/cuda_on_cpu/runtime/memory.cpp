@@ -12,6 +12,11 @@ void check_aligned(const void* address, size_t bytes, const char* what, const vo
   fault_at(concat("misaligned ", what, ": its address must be a multiple of ", bytes, " bytes"), instruction);
 }
 
+void index_overflow(int64_t exact, const char* operation, const void* instruction) {
+  ++Quiet::depth;  // for the rest of the launch
+  fault_at(concat("a ", operation, " of 32-bit indices is ", exact, ": more than 32 bits"), instruction);
+}
+
 void copy_later(void* to, const void* from, size_t bytes, const Site& site) {
   const Quiet quiet;
   if (running() == nullptr) fault("asynchronous copy outside a kernel", site);

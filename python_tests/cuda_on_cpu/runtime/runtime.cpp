@@ -7,9 +7,10 @@
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
+#include <unordered_map>
 
 #include "cuda_on_cpu/kernel/memory.h"
-#include "cuda_on_cpu/runtime/block.h"
+#include "cuda_on_cpu/runtime/grid.h"
 
 namespace cuda_on_cpu {
 namespace {
@@ -19,10 +20,13 @@ struct Range {
   const char* end;
 };
 
+constexpr uint64_t kMostBlocks = 1 << 20;
+
 std::mutex g_launch;  // one kernel at a time
 uint64_t g_seed = 0, g_launches = 0;
 std::vector<Range> g_allowed;
 Range g_arguments{nullptr, nullptr};
+std::unordered_map<const void*, size_t> g_dynamic_shared;  // of kernels that may have more than 48 KB
 
 // The module's own data: constants and tables.
 bool in_this_module(const char* p) {
@@ -141,33 +145,70 @@ void allow_memory(const void* data, size_t bytes) {
 
 void forget_memory() { g_allowed.clear(); }
 
-void run_grid(const char* kernel, const Site& site, dim3 grid, dim3 block, size_t dynamic_bytes,
-              void (*call)(const void*), const void* arguments, size_t argument_bytes) {
+void allow_dynamic_shared(const void* kernel, size_t bytes) { g_dynamic_shared[kernel] = bytes; }
+
+void run_grid(const Launch& launch) {
+  const dim3 &grid = launch.grid, &block = launch.block;
+  const auto refuse = [&](const auto&... what) { fault(concat(launch.kernel, ": ", what...), launch.site); };
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads < 1 || threads > 1024 || block.z > 64) {
-    fault(concat(kernel, ": a block of ", threads, " threads; a GPU takes 1 to 1024"), site);
+    refuse("a block of ", block.x, " x ", block.y, " x ", block.z, " threads; a GPU takes 1 to 1024, 64 in z");
   }
-  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535) {
-    fault(concat(kernel, ": a grid of ", grid.x, " x ", grid.y, " x ", grid.z, "; a GPU takes 1 to 65535 in y and z"),
-          site);
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
+    refuse("a grid of ", grid.x, " x ", grid.y, " x ", grid.z, "; a GPU takes 1 to 65535 in y and z, 2^31 - 1 in x");
   }
-  if (dynamic_bytes > 227 * 1024) {
-    fault(concat(kernel, ": ", dynamic_bytes, " bytes of dynamic shared memory; an H100 has 232448"), site);
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  if (blocks > kMostBlocks) {
+    refuse("a grid of ", blocks, " blocks; the shim takes up to ", kMostBlocks);
+  }
+  if (launch.parameter_bytes > 4096)
+    refuse(launch.parameter_bytes, " bytes of parameters; CUDA before 12.1 takes 4096");
+  const auto allowed = g_dynamic_shared.find(launch.function);
+  const size_t limit = allowed == g_dynamic_shared.end() ? 48 * 1024 : std::max<size_t>(allowed->second, 48 * 1024);
+  if (launch.dynamic_bytes > limit) {
+    refuse(launch.dynamic_bytes, " bytes of dynamic shared memory; cudaFuncSetAttribute allows the kernel ", limit);
   }
   const std::lock_guard<std::mutex> one(g_launch);
-  std::mt19937_64 random(g_seed * 0x9E3779B97F4A7C15ull + ++g_launches);
-  const char* begin = static_cast<const char*>(arguments);
-  g_arguments = {begin, begin + argument_bytes};
-  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
-  for (uint64_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::shuffle(order.begin(), order.end(), random);
-  Block runner(kernel, site, grid, block, dynamic_bytes, call, arguments, random);
-  for (const uint64_t i : order) {
-    const auto x = static_cast<unsigned>(i % grid.x);
-    const auto y = static_cast<unsigned>(i / grid.x % grid.y);
-    runner.run({x, y, static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))});
+  const char* begin = static_cast<const char*>(launch.arguments);
+  g_arguments = {begin, begin + launch.argument_bytes};
+  Grid(launch, g_seed * 0x9E3779B97F4A7C15ull + ++g_launches).run();
+}
+
+void fence() {
+  const Quiet quiet;
+  if (running() == nullptr) fault("__threadfence outside a kernel", Site{});
+  running_grid()->maybe_yield(*running());
+  running()->fence();
+}
+
+namespace {
+
+bool is_global(const void* address) { return running() != nullptr && !running()->shadow().contains(address); }
+
+}  // namespace
+
+void begin_atomic(const void* address) {
+  const Quiet quiet;
+  if (is_global(address)) running_grid()->maybe_yield(*running());
+}
+
+void finish_atomic(const void* address, bool has_changed, const void* instruction) {
+  const Quiet quiet;
+  if (!is_global(address)) return;
+  running_grid()->finish_atomic(address, has_changed, instruction, *running());
+  running_grid()->maybe_yield(*running());
+}
+
+namespace {
+
+// An access of 2, 4, 8 or 16 bytes needs an address that is a multiple of them.
+void check_vector(const char* p, size_t bytes, const void* instruction) {
+  if (bytes <= 16 && (bytes & (bytes - 1)) == 0 && reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    fault_at(concat("misaligned access of ", bytes, " bytes"), instruction);
   }
 }
+
+}  // namespace
 
 void touch(const void* address, size_t bytes, Access kind, const void* instruction) {
   if (Quiet::depth > 0) return;
@@ -192,6 +233,7 @@ void check_access(const void* address, size_t bytes, Access kind, const void* in
   }
   SharedShadow& shadow = block->shadow();
   if (shadow.contains(p)) {
+    check_vector(p, bytes, instruction);
     const std::string wrong = shadow.access(p, bytes, kind, thread.self.linear, instruction);
     if (wrong.empty()) return;
     const size_t offset = static_cast<size_t>(p - shadow.data());
@@ -201,16 +243,18 @@ void check_access(const void* address, size_t bytes, Access kind, const void* in
     if (shadow.other != nullptr) what += concat("; the other access is at ", source_of(shadow.other));
     fault_at(what, instruction);
   }
-  if (inside(g_arguments, p, bytes) || in_this_module(p)) return;
   for (size_t i = g_allowed.size(); i-- > 0;) {
     if (inside(g_allowed[i], p, bytes)) {
-      if (reinterpret_cast<uintptr_t>(p) % std::min<size_t>(bytes, 16) != 0 && (bytes & (bytes - 1)) == 0) {
-        fault_at(concat("misaligned access of ", bytes, " bytes"), instruction);
-      }
       std::swap(g_allowed[i], g_allowed.back());  // the same one is likely to be next
+      check_vector(p, bytes, instruction);
+      const std::string wrong = Grid::shadow().access(p, bytes, kind, *block, instruction);
+      if (!wrong.empty()) {
+        fault_at(concat(wrong, "; the other access is at ", source_of(Grid::shadow().other)), instruction);
+      }
       return;
     }
   }
+  if (inside(g_arguments, p, bytes) || in_this_module(p)) return;
   fault_at(concat(kind == Access::kRead ? "read" : "write", " of ", bytes,
                   " bytes of global memory that belong to no argument of the kernel"),
            instruction);

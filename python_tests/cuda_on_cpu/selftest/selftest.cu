@@ -1,16 +1,15 @@
 // Kernels with one planted fault each, and kernels that are right in ways that are easy to get wrong. test_shim.py runs
 // them by name, in many orders of threads, and requires the fault, or its absence, every time.
-#include <functional>
-#include <map>
-#include <string>
-#include <vector>
+#include "cuda_on_cpu/selftest/selftest.h"
 
 #include "common/cuda/cub.cuh"
-#include "cuda_on_cpu/selftest/selftest.h"
+#include "cuda_on_cpu/selftest/cases.h"
 
 namespace {
 
-constexpr int kBlock = 96;  // three warps
+using cuda_on_cpu::Buffer;
+using cuda_on_cpu::floats;
+using cuda_on_cpu::kBlock;
 
 // ---- right --------------------------------------------------------------------------------------------------------
 __global__ void block_sum(const float* in, float* out, int n) {
@@ -113,7 +112,7 @@ __global__ void atomics(int* numbers, unsigned* bits, __nv_bfloat162* pair, floa
   atomicMin(&numbers[0], 40 - i);
   atomicMax(&numbers[1], i - 40);
   atomicSub(&numbers[2], i);
-  int seen = numbers[3], expected;  // a maximum by compare-and-swap
+  int seen = atomicAdd(&numbers[3], 0), expected;  // a maximum by compare-and-swap
   do {
     expected = seen;
     seen = atomicCAS(&numbers[3], expected, expected > i * i ? expected : i * i);
@@ -171,7 +170,8 @@ __global__ void reads_missing_lane(int* out) {
 
 __global__ void overrun(float* out) {
   SX_SHARED(float, tile, kBlock);
-  tile[threadIdx.x + 1] = 1.0f;  // PLANTED overrun
+  float* const next = tile + 1;  // a pointer, whose bounds the compiler does not know
+  next[threadIdx.x] = 1.0f;      // PLANTED overrun
   __syncthreads();
   out[threadIdx.x] = tile[threadIdx.x];
 }
@@ -253,17 +253,11 @@ __global__ void forgets_the_last(float* out, int n) {
   if (i < n - 1) out[i] = 1.0f;
 }
 
-template <typename T>
-struct Buffer {
-  explicit Buffer(int n) : size(n) { cudaMalloc(&data, n * sizeof(T)); }
-  ~Buffer() { cudaFree(data); }
-  T* data = nullptr;
-  int size;
-};
+}  // namespace
 
-std::vector<float> floats(const float* p, int n) { return std::vector<float>(p, p + n); }
+namespace cuda_on_cpu {
 
-const std::map<std::string, std::function<std::vector<float>()>>& cases() {
+Cases block_cases() {
   const auto to_int = [](void (*kernel)(int*), size_t dynamic = 0) {
     return [=] {
       const Buffer<int> out(kBlock);
@@ -286,7 +280,7 @@ const std::map<std::string, std::function<std::vector<float>()>>& cases() {
       return floats(&out.data->x, 4 * kBlock);
     };
   };
-  static const std::map<std::string, std::function<std::vector<float>()>> all = {
+  return {
       {"block_sum",
        [] {
          const Buffer<float> in(1000), out(3);
@@ -407,12 +401,21 @@ const std::map<std::string, std::function<std::vector<float>()>>& cases() {
          return floats(out.data, 100);
        }},
   };
+}
+
+namespace {
+
+const Cases& cases() {
+  static const Cases all = [] {
+    Cases found = block_cases();
+    found.merge(grid_cases());
+    found.merge(limits_cases());
+    return found;
+  }();
   return all;
 }
 
 }  // namespace
-
-namespace cuda_on_cpu {
 
 std::vector<std::string> selftest_names() {
   std::vector<std::string> names;

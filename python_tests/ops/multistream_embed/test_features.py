@@ -164,6 +164,7 @@ def test_a_table_row_of_nan_stays_out_of_a_row_of_pads(device):
         ([1, 17], IndexError, r"feature_positions\[1\] is 17; the output has rows 0 to 16"),
         ([-1, 3], IndexError, r"feature_positions\[0\] is -1"),
         ([2**32, 3], IndexError, r"feature_positions\[0\] is 4294967296"),
+        ([17, -1], IndexError, r"feature_positions\[0\] is 17"),
         ([3, 3], ValueError, r"feature_positions\[1\] and feature_positions\[0\] are both 3"),
     ],
 )

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.matmul import GIVES_FLOAT32
 from speechlm_ext.ops.common.native import (
     FLOAT_DTYPES,
     LIBRARY,
@@ -17,6 +16,7 @@ from speechlm_ext.ops.common.native import (
     native,
     stream_handle,
 )
+from speechlm_ext.ops.common.precision import float32_sums, multiply_float16
 from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 
 #: On a GPU: bytes of the products of a chunk, which should stay in its second-level cache, and of the rounded rows.
@@ -202,28 +202,21 @@ def _assign_cuda(  # type: ignore[no-untyped-def]
     row_codes = x.new_empty(min(step, num_rows), padded, dtype=torch.float16)
     row_terms = x.new_empty(min(step, num_rows), 6, dtype=torch.float32)
     products = x.new_empty(chunk, num_clusters, dtype=torch.float32)
-    for begin in range(0, num_rows, step):
-        rows = x[begin : begin + step]
-        call_kernel(native.kmeans_rows_cuda, rows, centre, unit, exact, row_codes, row_terms, stream)
-        for i in range(0, len(rows), chunk):
-            part = slice(i, min(i + chunk, len(rows)))
-            to = slice(begin + part.start, begin + part.stop)
-            z = products[: part.stop - part.start]
-            _multiply(z, row_codes[part], codes)
-            call_kernel(
-        native.kmeans_rescore_cuda,
-                z, x[to], centroids, terms, row_terms[part], labels[to],
-                distance[to] if want_distance else None, counts, stream,
-            )  # fmt: skip
+    with float32_sums():  # the bounds of the products assume it
+        for begin in range(0, num_rows, step):
+            rows = x[begin : begin + step]
+            call_kernel(native.kmeans_rows_cuda, rows, centre, unit, exact, row_codes, row_terms, stream)
+            for i in range(0, len(rows), chunk):
+                part = slice(i, min(i + chunk, len(rows)))
+                to = slice(begin + part.start, begin + part.stop)
+                z = products[: part.stop - part.start]
+                multiply_float16(z, row_codes[part], codes)
+                call_kernel(
+                    native.kmeans_rescore_cuda,
+                    z, x[to], centroids, terms, row_terms[part], labels[to],
+                    distance[to] if want_distance else None, counts, stream,
+                )  # fmt: skip
     return labels, distance.to(_distance_dtype(x)), counts
-
-
-def _multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out = a bᵀ`` of float16 matrices, summed in float32."""
-    if out.is_cuda and GIVES_FLOAT32:
-        torch.ops.aten.mm.dtype_out(a, b.T, torch.float32, out=out)
-    else:
-        torch.mm(a.float(), b.float().T, out=out)
 
 
 LIBRARY.impl("kmeans_assign", _assign_cpu, "CPU")

@@ -3,38 +3,19 @@
 // threads: two accesses race if no barrier orders them, whichever came first in this run.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
-#include "cuda_on_cpu/kernel/fault.h"
+#include "cuda_on_cpu/kernel/memory.h"
+#include "cuda_on_cpu/runtime/shadow/order.h"
 
 namespace cuda_on_cpu {
 
-enum class Access { kRead, kWrite, kAtomic };
-
-// Order among threads of a block. A block barrier orders everything; __syncwarp orders the lanes of its mask, and what
-// they had seen (vector clocks, one component per lane).
-class Clocks {
- public:
-  explicit Clocks(int num_threads);
-  void block_barrier() { ++epoch_; }
-  void warp_sync(int warp, unsigned mask);
-  uint32_t epoch() const { return epoch_; }
-  uint32_t stamp(int thread) const { return clock_[thread][thread % 32]; }
-  // Whether an access of `before` with that epoch and stamp happened before everything that `now` does from here on.
-  bool ordered(int before, uint32_t epoch, uint32_t stamp, int now) const;
-
- private:
-  uint32_t epoch_ = 1;
-  std::vector<std::array<uint32_t, 32>> clock_;
-};
-
 class SharedShadow {
  public:
-  SharedShadow(int num_threads, size_t bytes);
-  void reset(int num_threads);
+  explicit SharedShadow(size_t bytes);
+  void reset(int num_threads);  // for the next block
   char* data() { return data_; }
   size_t size() const { return cells_.size(); }
   bool contains(const void* address) const {
@@ -60,6 +41,7 @@ class SharedShadow {
     Stamp write, read, read_too;  // two readers, so that a write by one of them still meets the other
   };
   std::vector<Cell> cells_;
+  size_t used_ = 0;  // bytes up to the end of the last array
   std::vector<char> storage_;
   char* data_ = nullptr;
 };

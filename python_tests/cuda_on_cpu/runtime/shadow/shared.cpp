@@ -1,4 +1,4 @@
-#include "cuda_on_cpu/runtime/shadow.h"
+#include "cuda_on_cpu/runtime/shadow/shared.h"
 
 #include <algorithm>
 #include <cstring>
@@ -10,52 +10,27 @@
 
 namespace cuda_on_cpu {
 
-Clocks::Clocks(int num_threads) : clock_(num_threads) {
-  for (int t = 0; t < num_threads; ++t) {
-    clock_[t].fill(0);
-    clock_[t][t % 32] = 1;
-  }
-}
-
-void Clocks::warp_sync(int warp, unsigned mask) {
-  const int first = warp * 32;
-  std::array<uint32_t, 32> joined{};
-  for (int lane = 0; lane < 32; ++lane) {
-    if (!(mask >> lane & 1) || first + lane >= static_cast<int>(clock_.size())) continue;
-    for (int i = 0; i < 32; ++i) joined[i] = std::max(joined[i], clock_[first + lane][i]);
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    if (!(mask >> lane & 1) || first + lane >= static_cast<int>(clock_.size())) continue;
-    clock_[first + lane] = joined;
-    ++clock_[first + lane][lane];
-  }
-}
-
-bool Clocks::ordered(int before, uint32_t epoch, uint32_t stamp, int now) const {
-  if (before == now || epoch < epoch_) return true;
-  return before / 32 == now / 32 && clock_[now][before % 32] >= stamp;
-}
-
-SharedShadow::SharedShadow(int num_threads, size_t bytes) : clocks(num_threads), cells_(bytes), storage_(bytes + 256) {
+SharedShadow::SharedShadow(size_t bytes) : clocks(0), cells_(bytes), used_(bytes), storage_(bytes + 256) {
   const auto base = reinterpret_cast<uintptr_t>(storage_.data());
   data_ = storage_.data() + (256 - base % 256) % 256;
-  reset(num_threads);
 }
 
 void SharedShadow::reset(int num_threads) {
   clocks = Clocks(num_threads);
-  std::fill(cells_.begin(), cells_.end(), Cell{});
+  std::fill_n(cells_.begin(), used_, Cell{});
 #ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(data_, cells_.size());
+  __asan_unpoison_memory_region(data_, used_);
 #endif
-  std::memset(data_, 0xFF, cells_.size());
+  std::memset(data_, 0xFF, used_);
 #ifdef __SANITIZE_ADDRESS__
-  __asan_poison_memory_region(data_, cells_.size());
+  __asan_poison_memory_region(data_, used_);
 #endif
+  used_ = 0;
 }
 
 void SharedShadow::open(size_t begin, size_t bytes) {
   for (size_t i = begin; i < begin + bytes; ++i) cells_[i].open = true;
+  used_ = std::max(used_, begin + bytes);
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(data_ + begin, bytes);
 #endif
