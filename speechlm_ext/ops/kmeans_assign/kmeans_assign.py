@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from speechlm_ext.ops.common.native import FLOAT_DTYPES, LIBRARY, OpError, describe, native, stream_handle
 from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 
+logger = logging.getLogger("speechlm_ext")
 #: On a GPU: bytes of the products of a chunk, which should stay in its second-level cache, and of the rounded rows.
 _PRODUCT_BYTES, _CODE_BYTES = 32 << 20, 128 << 20
 
@@ -207,9 +210,22 @@ def _assign_cuda(  # type: ignore[no-untyped-def]
     return labels, distance.to(_distance_dtype(x)), counts
 
 
+@functools.cache
+def has_half_products() -> bool:
+    """Whether torch multiplies float16 matrices with sums in float32; where it does not, that is logged once."""
+    if hasattr(torch.ops.aten.mm, "dtype_out"):
+        return True
+    logger.warning(
+        "kmeans_assign: torch %s has no product of float16 matrices summed in float32 (aten::mm.dtype_out), so float32 "
+        "matrices are multiplied: the same labels, several times slower. Install torch 2.8 or later.",
+        torch.__version__,
+    )
+    return False
+
+
 def _multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out = a bᵀ`` of float16 matrices, summed in float32."""
-    if out.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+    if out.is_cuda and has_half_products():
         torch.ops.aten.mm.dtype_out(a, b.T, torch.float32, out=out)
     else:
         torch.mm(a.float(), b.float().T, out=out)
