@@ -7,6 +7,7 @@ Settings, from the environment:
     SPEECHLM_CUDA        AUTO (compile the .cu files when nvcc is found), ON, or OFF. Default AUTO.
     SPEECHLM_CUDA_ARCHS  e.g. "80;90a;100" (the default). Architectures that the toolkit does not know are
                          left out with a message; PTX of the newest general one is added.
+    SPEECHLM_CUDA_PTX    OFF leaves out the PTX, for a build that serves this machine's card alone.
     SPEECHLM_GIT_COMMIT  the commit to record when the sources are no git checkout.
     MAX_JOBS             number of compilers at once. Default: the number of CPUs.
 """
@@ -90,6 +91,7 @@ class CMakeBuild(build_ext):
             f"-DPYBIND11_INCLUDE_DIR={stable_pybind11_include(build_dir)}",
             f"-DSPEECHLM_CUDA={env.get('SPEECHLM_CUDA', 'AUTO')}",
             f"-DSPEECHLM_CUDA_ARCHS={env.get('SPEECHLM_CUDA_ARCHS', '80;90a;100')}",
+            f"-DSPEECHLM_CUDA_PTX={env.get('SPEECHLM_CUDA_PTX', 'ON')}",
             f"-DSPEECHLM_GIT_COMMIT={git_commit()}",
         ]
         jobs = env.get("MAX_JOBS") or str(os.cpu_count() or 1)
