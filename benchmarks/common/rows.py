@@ -46,6 +46,15 @@ class Results:
     """Name of the processor, or of the GPU."""
     rows: list[Row]
 
+    def kind_of(self, row: Row) -> str:
+        """The kind of device that a row was measured on: the GPU's name, or the processor's."""
+        return self.machine if row.device == "cpu" else row.device
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of devices of all rows."""
+        return {self.kind_of(row) for row in self.rows}
+
 
 def read_all(path: str | Path) -> list[Results]:
     """The runs of a results file, oldest first.

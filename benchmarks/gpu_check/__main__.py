@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         folder=folder,
         log=records / "log.txt",
         patience=DRY_RUN if device == "cpu" else 1,
+        num_workers=0 if device == "cpu" else 6,
     )
     check.recorder.write(
         "run",

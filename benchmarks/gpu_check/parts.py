@@ -37,6 +37,8 @@ class Check:
     """Their output, one after the other."""
     patience: float = 1.0
     """Factor on all times: more than 1 in a dry run, whose machine may be busy."""
+    num_workers: int = 6
+    """Processes of the tests."""
     output: list[str] = field(default_factory=list)
     """Last output of the part that runs."""
 
@@ -185,10 +187,10 @@ def part_train(check: Check, seconds: float) -> tuple[str, str]:
 def part_tests(check: Check, seconds: float, tests: Sequence[str] = TESTS) -> tuple[str, str]:
     """The tests marked ``cuda``; where there is no GPU all of them are skipped."""
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_check.pytest_rows", "-m", "cuda", *tests]
-    command += ["-v", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    command += ["-v", "-rfE", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     missing = []
     for module, options in {
-        "xdist": ["-n", "1" if check.is_tiny else "6"],
+        "xdist": ["-n", str(check.num_workers)],
         "pytest_timeout": ["--timeout", "60"],
     }.items():
         if importlib.util.find_spec(module) is not None:

@@ -1,13 +1,8 @@
-"""Tracking of speed: the comparison of two results files, the history page, and a dry run of the GPU check."""
+"""Tracking of speed: the comparison of two results files, and the history page."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +10,7 @@ import pytest
 import torch
 
 from benchmarks.common import compare, report, rows
-from benchmarks.gpu_check import __main__ as check
-
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.gpu_check.report import add_to_history
 
 
 def results(path: Path, commit: str, date: str, **ratios: float) -> Path:
@@ -101,7 +94,7 @@ def test_unusable_files_are_named(tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text("{}", "utf-8")
     assert compare.main([str(bad), str(bad)]) == 2
-    assert "neither pytest-benchmark's JSON nor a report of make gpu-check" in capsys.readouterr().err
+    assert "neither pytest-benchmark's JSON nor a history of make gpu-check" in capsys.readouterr().err
 
 
 def test_history_page_and_table(tmp_path, monkeypatch, capsys):
@@ -116,99 +109,63 @@ def test_history_page_and_table(tmp_path, monkeypatch, capsys):
     assert "delay_pack on cpu" in page and "data:image/svg" in page
 
 
-def run_here(command: list[str], seconds: float) -> tuple[int, str]:
-    """``python -m MODULE …`` in this process, which has imported torch and transformers."""
-    module, *words = command[command.index("-m") + 1 :]
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "argv", [module, *words])
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    return 0, printed.getvalue()
-
-
-def test_gpu_check_dry_run(tmp_path, monkeypatch):
-    """Every part on tiny shapes, and a report that has them all."""
-    in_new_process = check.run
-
-    def run(command, seconds, env=None):
-        if {"benchmarks.train.step", "benchmarks.generation.decode"} & set(command):
-            return run_here(command, seconds)
-        return in_new_process(command, seconds, env)
-
-    monkeypatch.setattr(check, "run", run)
-    # The pytest runs inside must not take themselves for workers of this one.
-    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert check.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*.json")
-    data = json.loads(path.read_text("utf-8"))
-    status = {name: part["status"] for name, part in data["parts"].items()}
-    assert status == {
-        "build": "skipped",
-        "tests": "passed",
-        "limits": "passed",
-        "bench": "passed",
-        "train": "passed",
-        "decode": "passed",
-        "sanitizer": "skipped",
+def run_of(started: str, commit: str, device: str, **rows: list[dict[str, object]]) -> dict[str, object]:
+    """A run of a GPU check, with rows in some of its parts."""
+    parts = {
+        name: {"status": "passed", "seconds": 1, "note": "", "rows": found} for name, found in rows.items()
     }
-    assert data["parts"]["limits"]["data"]["copy_gb_per_s"] > 0
-    bench = data["parts"]["bench"]["data"]["rows"]
-    assert {row["op"] for row in bench} == {
-        p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks/ops").glob("bench_*.py")
+    return {
+        "started": started,
+        "commit": commit,
+        "device": device,
+        "dry_run": False,
+        "machine": {},
+        "parts": parts,
     }
-    assert all(row["ratios"] and row["limit_fraction"] > 0 for row in bench)
-    text = path.with_suffix(".md").read_text("utf-8")
-    assert "| decode | passed |" in text and "**delay_pack**" in text and len(text.splitlines()) < 80
-    assert rows.read(path).rows[0].op == "delay_pack"
 
 
-def test_a_failing_part_hides_no_other(tmp_path, monkeypatch):
-    def broken(device, seconds):
-        raise RuntimeError("planted")
+def op_row(shape: str, seconds: float, device: str = "NVIDIA H200") -> dict[str, object]:
+    return {"op": "delay_pack", "shape": shape, "device": device, "seconds": seconds, "ratios": {"loop": 2.0}}
 
-    monkeypatch.setitem(check.PARTS, "limits", broken)
-    slow = [sys.executable, "-c", "import time; print('began', flush=True); time.sleep(60)"]
-    monkeypatch.setitem(check.PARTS, "train", lambda d, s: check._failed(*check.run(slow, 1.5)))
-    monkeypatch.setitem(
-        check.PARTS, "decode", lambda d, s: check.Result("passed", data={"step_ms_best": 1.0})
+
+def test_the_history_of_a_device_keeps_every_run(tmp_path, monkeypatch, capsys):
+    """A second run joins the first, adding one again changes nothing, and the newest commit's rows are complete."""
+    card = "NVIDIA H200"
+    old = run_of("2026-01-01T00:00:00.0Z", "a" * 40, card, kernels=[op_row("1p7b_8k", 3e-3)])
+    first = run_of("2026-01-02T00:00:00.0Z", "b" * 40, card, kernels=[op_row("1p7b_8k", 2e-3)])
+    second = run_of(
+        "2026-01-02T00:09:00.0Z", "b" * 40, card, bench=[op_row("million", 1e-3), {"name": "x", "error": "e"}]
     )
-    code = check.main(["--device", "cpu", "--parts", "decode", "limits", "train", "--out", str(tmp_path)])
-    assert code == 1
-    (path,) = tmp_path.glob("*.json")
-    parts = json.loads(path.read_text("utf-8"))["parts"]
-    assert {n: p["status"] for n, p in parts.items()} == {
-        "limits": "failed",
-        "train": "timeout",
-        "decode": "passed",
-    }
-    assert "planted" in parts["limits"]["note"] and parts["train"]["note"] == "began"
+    results_folder = tmp_path / "results"
+    for runs in ([second, first], [old], [first]):
+        add_to_history(runs, results_folder)
+    path = results_folder / "nvidia-h200.json"
+    assert [run["commit"][0] for run in json.loads(path.read_text("utf-8"))["runs"]] == ["a", "b", "b"]
+    found = rows.read(path)
+    assert {(row.shape, row.seconds) for row in found.rows} == {("1p7b_8k", 2e-3), ("million", 1e-3)}
+    assert found.kinds == {card} and len(rows.read_all(path)) == 3
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    assert report.main() == 0
+    assert f"| delay_pack | 1p7b_8k | {card} | 2,000.0 us |" in (tmp_path / "out" / "table.md").read_text(
+        "utf-8"
+    )
+    path.write_text("[]", "utf-8")
+    with pytest.raises(ValueError, match="nvidia-h200.json: not the history of a device"):
+        add_to_history([first], results_folder)
+    assert path.read_text("utf-8") == "[]"
 
 
-def test_a_benchmark_that_fails_hides_no_other(monkeypatch):
-    """On a GPU each file has a process of its own: rows of the others are kept, and the failed ones are named."""
-    seen = []
-
-    def run(command, seconds):
-        stem = Path(command[3]).stem
-        seen.append((stem, seconds))
-        if stem == "bench_kmeans_assign":
-            return None, "still running"
-        if stem == "bench_multistream_loss":
-            return 1, "E  wrong result"
-        row = {"name": stem, "stats": {"min": 1e-3}, "extra_info": {"op": stem.removeprefix("bench_")}}
-        Path(command[-3].partition("=")[2]).write_text(json.dumps({"benchmarks": [row]}), "utf-8")
-        return 0, ""
-
-    monkeypatch.setattr(check, "run", run)
-    result = check.part_bench("cuda", 100.0)
-    stems = sorted(path.stem for path in (ROOT / "benchmarks" / "ops").glob("bench_*.py"))
-    assert [stem for stem, _ in seen] == stems
-    assert seen[0][1] == pytest.approx(100 / len(stems), abs=1) and seen[-1][1] == pytest.approx(100, abs=1)
-    assert result.status == "failed"
-    assert result.note == "bench_kmeans_assign: out of time; bench_multistream_loss: E  wrong result"
-    done = [
-        s.removeprefix("bench_") for s in stems if s not in ("bench_kmeans_assign", "bench_multistream_loss")
-    ]
-    assert [row["op"] for row in result.data["rows"]] == done
+def test_other_devices_are_refused(tmp_path, capsys):
+    card = run_of("2026-01-01T00:00:00.0Z", "a" * 40, "NVIDIA H200", kernels=[op_row("smoke", 1e-3)])
+    (history,) = add_to_history([card], tmp_path / "a")
+    other = results(tmp_path / "cpu.json", "b" * 40, "2026-01-02", loop=2.0)
+    assert compare.main([str(history), str(other)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "was measured on NVIDIA H200" in error
+        and "on unknown processor; the ratios of different devices" in error
+    )
+    card["parts"]["kernels"]["rows"] = [op_row("smoke", 1e-3, "NVIDIA H100")]
+    (third,) = add_to_history([card], tmp_path / "b")
+    assert compare.main([str(history), str(third)]) == 2
+    assert compare.main([str(history), str(history)]) == 0
