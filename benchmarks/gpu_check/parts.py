@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import time
 from collections import Counter
@@ -11,15 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.gpu_check import rows, sanitizer
-from benchmarks.gpu_check.process import Child, Outcome, Row, watch
+from benchmarks.gpu_check.process import ROOT, Child, Outcome, Row, watch
 from benchmarks.gpu_check.report import Recorder
 
-#: Folders with tests that need CUDA, and no package that such machines may lack.
-TESTS = (
-    "python_tests/ops",
-    "python_tests/model",
-    "python_tests/generation/engine",
-    "python_tests/generation/test_multiscale.py",
+#: What a file with tests that need CUDA says. Other files may need packages that such machines lack.
+_NEEDS_CUDA = re.compile(
+    r"^@pytest\.mark\.cuda|^from python_tests\.conftest import .*\bCUDA\b|^def test_\w+\([^)]*\bdevice\b",
+    re.M,
 )
 _LOG_BYTES = 1 << 18
 
@@ -184,9 +183,16 @@ def part_train(check: Check, seconds: float) -> tuple[str, str]:
     return check.run("train", "benchmarks.train.step", seconds, "--device", check.device)
 
 
-def part_tests(check: Check, seconds: float, tests: Sequence[str] = TESTS) -> tuple[str, str]:
-    """The tests marked ``cuda``; where there is no GPU all of them are skipped."""
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_check.pytest_rows", "-m", "cuda", *tests]
+def cuda_tests() -> list[str]:
+    """The files with tests that need CUDA."""
+    files = sorted((ROOT / "python_tests").rglob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if _NEEDS_CUDA.search(path.read_text("utf-8"))]
+
+
+def part_tests(check: Check, seconds: float, tests: Sequence[str] = ()) -> tuple[str, str]:
+    """The tests marked ``cuda``, of ``tests`` or of all files; where there is no GPU all of them are skipped."""
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_check.pytest_rows", "-m", "cuda"]
+    command += tests or cuda_tests()
     command += ["-v", "-rfE", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     missing = []
     for module, options in {

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.common import rows as results
 from benchmarks.gpu_check import __main__ as check
-from benchmarks.gpu_check import build, report, rows
+from benchmarks.gpu_check import build, parts, report, rows
 from python_tests.project.benchmarks.bare_machine import bare_environment, hidden
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -75,7 +75,9 @@ def test_every_part_runs(both):
     assert [row["op"] for row in found["sanitizer"]][-1] == "delay_pack" and len(found["sanitizer"]) == 5
     # All tests that need CUDA are there: no file of them needs a package that is hidden.
     note = runs[0]["parts"]["tests"]["note"]
+    files = parts.cuda_tests()
     assert int(note.split()[0]) > 500 and "skipped" in note and "error" not in note
+    assert {"python_tests/ops/test_syncs.py", "python_tests/generation/engine/test_slots.py"} <= set(files)
 
 
 def test_the_two_reports_make_one(both, tmp_path, capsys):
@@ -106,6 +108,45 @@ def test_every_named_row_exists():
         assert shape in sys.modules[MAKERS[op].__module__].SHAPES, (op, shape)
         assert len(words) == (op in options) and all(word in options[op] for word in words)
     assert len(set(rows.FIRST_ROWS + rows.OTHER_ROWS)) == len(rows.FIRST_ROWS) + len(rows.OTHER_ROWS)
+
+
+def test_clocks_stay_out_of_captured_steps(monkeypatch):
+    """On a GPU an event that is recorded while a graph is captured is an error: the steps that are timed whole have
+    graphs and no clock inside, and the clock's own run has no graphs."""
+    import time
+
+    import torch
+
+    from benchmarks.generation import decode
+    from benchmarks.generation.models import build as build_model
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3
+
+    watched, engine, made = decode.watched, decode.Engine, []
+
+    def watch_engine(model, of, clock):
+        assert of._graphs is None, "a clock looks into captured steps"
+        return watched(model, of, clock)
+
+    def on_gpu(model, num_slots, cuda_graphs=None):
+        made.append(engine(model, num_slots, cuda_graphs=cuda_graphs is not False))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(decode, "watched", watch_engine)
+    monkeypatch.setattr(decode, "Engine", on_gpu)
+    row = decode.measure_batch(build_model("smoke", "cpu"), 2, 6, "cuda")
+    assert [e._graphs is None for e in made] == [False, True]
+    assert 0 < row["outside"] < 1 and row["step_ms"] > 0 and row["frames_per_s"] > 0
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
