@@ -36,6 +36,8 @@ from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.utils.console import make_output_safe
 
 TEXT, WARM = 30, 3
+#: Frames of the run without graphs.
+OUTSIDE_FRAMES = 20
 
 
 class Clock:
@@ -132,7 +134,9 @@ def measure_batch(model: SpeechLM, batch: int, frames: int, device: str) -> dict
     seconds = time.perf_counter() - begun
     if device == "cuda":
         del engine  # its cache is the largest thing there
-        share, _ = outside(model, filled(model, batch, min(frames, WARM), cuda_graphs=False), device)
+        share, _ = outside(
+            model, filled(model, batch, min(frames, OUTSIDE_FRAMES), cuda_graphs=False), device
+        )
     return {
         "batch": batch,
         "prefill_ms": round(prefill * 1e3, 2),
