@@ -4,6 +4,7 @@ Only kernels of ours are instrumented, by the namespace in their names. initchec
 that a kernel writes unseen would count as uninitialized; of its errors those in our kernels count. Memory comes from
 the driver, allocation by allocation: torch's cache hands out pieces of large ones, and an overrun into the next piece
 is no fault to the tool. A tool counts only if it finds the fault planted for it (``planted.cu``) with the same options.
+"""
 
 from __future__ import annotations
 
