@@ -95,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         print(as_markdown(runs), *(f"in {path}" for path in paths), sep="\n")
         return 0
     device = arguments.device
+    if device == "cpu":  # a dry run leaves a GPU alone
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     records = out or ROOT / "benchmarks" / "out" / "gpu-check"
     results = out or (records if device == "cpu" else ROOT / "benchmarks" / "results")
     make_folder(records)
