@@ -10,6 +10,7 @@ ARGS   ?=
 WORKERS ?= 2
 TESTS  ?= python_tests
 OP     ?=
+BASE   ?=
 DATA   ?=
 # Of a wheel: cpu or cuda; empty: cuda if there is an nvcc.
 VARIANT ?=
@@ -21,7 +22,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py 
 CXX_FILES := $(shell find csrc python_tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev build demo test test-gpu bench bench-decode bench-first-audio bench-growth bench-exactness bench-features bench-report gpu-check fmt lint compile-gate sanitize doctor wheel wheel-check clean
+.PHONY: help venv dev build demo test test-gpu bench bench-decode bench-first-audio bench-growth bench-exactness bench-features bench-report bench-compare gpu-check fmt lint compile-gate sanitize doctor wheel wheel-check clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -103,9 +104,14 @@ bench-first-audio: dev  ## time to the first samples of streamed speech over del
 bench-report: dev  ## history of committed results: benchmarks/out/report.html, and the newest table
 	@$(BIN)/python benchmarks/common/report.py
 
-# Uses PYTHON as it stands, because a GPU machine brings its own torch; OUT and PARTS="tests bench" are optional.
-gpu-check:       ## everything that a GPU can tell, in under nine minutes (ARGS="--device cpu": a dry run)
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(if $(PARTS),--parts $(PARTS)) \
+bench-compare: dev  ## speed beside another commit or a results file (BASE=commit or file, OP=delay_pack, ARGS="-k smoke")
+	@test -n "$(BASE)" || { echo "make: set BASE to a commit or a file of results, e.g. BASE=main"; exit 2; }
+	@$(BIN)/python -m benchmarks.common.compare_commits $(BASE) $(if $(OP),--op $(OP)) $(ARGS)
+
+# A GPU machine brings its own torch, mostly in python3: .venv is used where there is one, and PYTHON=... if you set it.
+gpu-check: GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(if $(wildcard $(BIN)/python),$(BIN)/python,python3),$(PYTHON))
+gpu-check:       ## everything that a GPU can tell, in two runs under 270 s: PART=1, PART=2 (ARGS="--device cpu": a dry run)
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(PART),--part $(PART)) $(if $(PARTS),--parts $(PARTS)) \
 	  $(if $(OUT),--out $(OUT)) $(ARGS)
 
 fmt: dev         ## format Python and C++

@@ -11,6 +11,7 @@ Settings, from the environment:
     SPEECHLM_GLIBC       the oldest glibc to run on, e.g. 2.28 for manylinux_2_28. Default: this system's.
     SPEECHLM_LOCAL_VERSION  the wheel's local version: "cpu", or "cu130" for kernels of CUDA 13.0; refused unless it
                          is the variant that is built. Default: none.
+    SPEECHLM_CUDA_PTX    OFF leaves out the PTX, for a build that serves this machine's card alone.
     SPEECHLM_GIT_COMMIT  the commit to record when the sources are no git checkout.
     MAX_JOBS             number of compilers at once. Default: the number of CPUs.
 """
@@ -107,6 +108,7 @@ class CMakeBuild(build_ext):
             f"-DSPEECHLM_CUDA_ARCHS={env.get('SPEECHLM_CUDA_ARCHS', '80;90a;100')}",
             f"-DSPEECHLM_GLIBC={env.get('SPEECHLM_GLIBC', '')}",
             f"-DSPEECHLM_LOCAL_VERSION={env.get('SPEECHLM_LOCAL_VERSION', '')}",
+            f"-DSPEECHLM_CUDA_PTX={env.get('SPEECHLM_CUDA_PTX', 'ON')}",
             f"-DSPEECHLM_GIT_COMMIT={git_commit()}",
         ]
         jobs = env.get("MAX_JOBS") or str(os.cpu_count() or 1)

@@ -59,7 +59,10 @@ endforeach()
 if(speechlm_ptx EQUAL 0)
   message(FATAL_ERROR "nvcc ${SPEECHLM_CUDA_VERSION} knows none of SPEECHLM_CUDA_ARCHS='${SPEECHLM_CUDA_ARCHS}'.")
 endif()
-list(APPEND CMAKE_CUDA_ARCHITECTURES "${speechlm_ptx}-virtual")
+# A build for one card alone needs none, which saves two fifths of the time.
+if(NOT "${SPEECHLM_CUDA_PTX}" STREQUAL "OFF")
+  list(APPEND CMAKE_CUDA_ARCHITECTURES "${speechlm_ptx}-virtual")
+endif()
 set(SPEECHLM_CUDA_ARCHS_BUILT "${CMAKE_CUDA_ARCHITECTURES}")
 
 set(CMAKE_CUDA_COMPILER "${SPEECHLM_NVCC}")

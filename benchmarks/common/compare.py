@@ -1,14 +1,16 @@
 """Slowdowns between two results files: ``python benchmarks/common/compare.py OLD NEW [--band 0.05]``.
 
-It compares ratios to the rivals of the same run, not times: machines differ, and one machine differs from hour to hour.
-A ratio has fallen when it is below the old one by more than the band: the larger of ``--band`` and three times the
-spread of both runs' rounds. Exit code 1 if a row's ratios to all its rivals have fallen, 2 for unusable files.
+It compares ratios to the rivals of the same run, not times: one machine differs from hour to hour. Results of different
+kinds of devices are refused, since there the ratios differ as well. A ratio has fallen when it is below the old one by
+more than the band: the larger of ``--band`` and three times the spread of both runs' rounds. Exit code 1 if a row's
+ratios to all its rivals have fallen, 2 for unusable files.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -50,6 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     except ResultsError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
+    common = old.kinds & new.kinds
+    if not common:
+        kinds = [", ".join(sorted(results.kinds)) for results in (old, new)]
+        print(
+            f"compare: {old.path} was measured on {kinds[0]}, {new.path} on {kinds[1]}; the ratios of different "
+            "devices do not compare. Measure both on one machine, e.g. by make bench-compare BASE=<commit>.",
+            file=sys.stderr,
+        )
+        return 2
+    old, new = (replace(r, rows=[row for row in r.rows if r.kind_of(row) in common]) for r in (old, new))
     before = {row.key: row for row in old.rows}
     print(f"{old.commit[:12]} -> {new.commit[:12]}")
     slower = 0

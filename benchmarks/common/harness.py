@@ -1,9 +1,10 @@
 """Comparison of an op with its rivals: same inputs, same run, results checked before anything is timed.
 
-``compare`` checks each rival's result against the expected one, times ours with pytest-benchmark and the rivals in
-rounds interleaved with ours, and writes into ``extra_info``: op, shape, device, ``ratios`` {rival: rival time / our
-time}, ``limit_fraction`` (the limit's time / our time), ``peak_bytes`` and ``rival_peak_bytes`` (memory beyond inputs
-and results), and the spread of ours over the rounds.
+A :class:`Case` is an op on one shape and device. ``measure`` checks each result against the expected one, times ours,
+the rivals and the limit in rounds by turns, and gives a row: op, shape, device, ``seconds`` (our best), ``ratios``
+{rival: rival time / our time}, ``limit_fraction`` (the limit's time / our time), ``peak_bytes`` and
+``rival_peak_bytes`` (memory beyond inputs and results), and the ``spread`` of ours over the rounds. ``compare`` puts
+that row into pytest-benchmark's ``extra_info``; the check of a GPU (:mod:`benchmarks.gpu_check`) prints it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import ctypes
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,28 @@ import torch
 
 Run = Callable[[], Any]
 ROUNDS = 15
+#: Rounds that are made however little time there is.
+FEWEST_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op on one shape and device, beside its rivals."""
+
+    op: str
+    shape: str
+    device: str
+    ours: Run
+    rivals: dict[str, Run]
+    """Name -> another implementation."""
+    check: Callable[[str, Any], None]
+    """Called with a name and a result, of ours and of each rival; raises if the result is wrong."""
+    limit: Run | None = None
+    """A lower bound of the time, e.g. a copy of the bytes that must move."""
+    rounds: int = ROUNDS
+    needs_grad: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+    """More entries of the row."""
 
 
 def devices() -> list[str]:
@@ -27,15 +51,23 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+def rivals_wanted() -> str:
+    """What ``SPEECHLM_BENCH_RIVALS`` asks for: ``all``, ``eager`` (none that torch compiles first), or ``none``."""
+    wanted = os.environ.get("SPEECHLM_BENCH_RIVALS", "all")
+    if wanted not in ("all", "eager", "none"):
+        raise ValueError(f"SPEECHLM_BENCH_RIVALS must be all, eager or none; got {wanted!r}")
+    return wanted
+
+
 def compiled(
     shape: str, function: Callable[..., Any], *arguments: Any, **options: Any
 ) -> Callable[..., Any] | None:
     """``function`` compiled by torch (with ``options``) and called once.
 
-    None, with a note, if torch has no back end for it here; None for the ``smoke`` shape, which shows in seconds that a
-    benchmark runs.
+    None, with a note, if torch has no back end for it here; None if :func:`rivals_wanted` leaves it out, and for the
+    ``smoke`` shape, which shows in seconds that a benchmark runs.
     """
-    if shape == "smoke":
+    if shape == "smoke" or rivals_wanted() != "all":
         return None
     out = torch.compile(function, **options)
     try:
@@ -46,24 +78,13 @@ def compiled(
     return out
 
 
-def synchronised(run: Run, device: str) -> Run:
-    """``run``, followed by a wait for the device."""
-    if device == "cpu":
-        return run
-
-    def waiting() -> Any:
-        out = run()
-        torch.cuda.synchronize()
-        return out
-
-    return waiting
-
-
-def seconds_of(run: Run, calls: int) -> float:
-    """Mean time of ``calls`` calls in a row."""
+def seconds_of(run: Run, calls: int, device: str) -> float:
+    """Mean time of ``calls`` calls in a row, the device's work included."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
+    if device != "cpu":
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / calls
 
 
@@ -108,55 +129,76 @@ def settle_allocator() -> None:
     torch.ones(31 << 18, dtype=torch.float32)
 
 
-def compare(
-    benchmark: Any,
-    *,
-    op: str,
-    shape: str,
-    device: str,
-    ours: Run,
-    rivals: Mapping[str, Run],
-    check: Callable[[str, Any], None],
-    limit: Run | None = None,
-    rounds: int | None = None,
-    **extra: Any,
-) -> None:
-    """Check, then time.
+def measure(case: Case, seconds: float = float("inf"), is_strict: bool = True) -> dict[str, Any]:
+    """Check, then time; the row of the case.
 
     Args:
-        benchmark: pytest-benchmark's fixture.
-        rivals: name -> another implementation.
-        check: called with a name and a result, for ours and each rival; raises if the result is wrong.
-        limit: a lower bound of the time, e.g. a copy of the bytes that must move.
-        rounds: number of rounds, for runs that take seconds; default :data:`ROUNDS`.
-        extra: more entries of ``extra_info``.
+        seconds: after this time no further round is begun; :data:`FEWEST_ROUNDS` are made in any case.
+        is_strict: a rival that fails or gives a wrong result raises; otherwise it is left out, and the row has its
+            error under ``rival_errors``.
+
+    Raises:
+        Exception: what ours or its check raises.
     """
+    deadline = time.perf_counter() + seconds
     settle_allocator()
-    runs = {"ours": synchronised(ours, device)} | {n: synchronised(r, device) for n, r in rivals.items()}
-    for name, run in runs.items():
-        check(name, run())
-    if limit is not None:
-        runs["limit"] = synchronised(limit, device)
-        runs["limit"]()
-    calls = {name: max(1, min(20, int(0.02 / max(seconds_of(run, 1), 1e-7)))) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    # Each runs once per round, so that a machine that changes its speed does so for all.
-    rounds = rounds or ROUNDS
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(seconds_of(run, calls[name]))
+    with torch.set_grad_enabled(case.needs_grad):
+        case.check("ours", case.ours())
+        runs, errors = {"ours": case.ours}, dict[str, str]()
+        for name, run in case.rivals.items() if rivals_wanted() != "none" else ():
+            try:
+                case.check(name, run())
+                runs[name] = run
+            except Exception as error:  # noqa: BLE001 - what an implementation of others raises
+                if is_strict:
+                    raise
+                errors[name] = f"{type(error).__name__}: {error}"[:300]
+        rivals = [name for name in runs if name != "ours"]
+        if case.limit is not None:
+            runs["limit"] = case.limit
+            case.limit()
+        calls = {
+            name: max(1, min(20, int(0.02 / max(seconds_of(run, 1, case.device), 1e-7))))
+            for name, run in runs.items()
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        # Each runs once per round, so that a machine that changes its speed does so for all.
+        for number in range(case.rounds):
+            if number >= FEWEST_ROUNDS and time.perf_counter() > deadline:
+                break
+            for name, run in runs.items():
+                times[name].append(seconds_of(run, calls[name], case.device))
+        peaks = {name: peak_bytes(runs[name], case.device) for name in ["ours", *rivals]}
     best = {name: min(values) for name, values in times.items()}
-    info = {
-        "op": op,
-        "shape": shape,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "device": torch.cuda.get_device_name() if case.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "seconds": best["ours"],
+        "rounds": len(times["ours"]),
+        "calls": calls["ours"],
         "ratios": {name: round(best[name] / best["ours"], 4) for name in rivals},
-        "limit_fraction": round(best["limit"] / best["ours"], 4) if limit is not None else None,
-        "peak_bytes": peak_bytes(ours, device),
-        "rival_peak_bytes": {name: peak_bytes(run, device) for name, run in rivals.items()},
+        "limit_fraction": round(best["limit"] / best["ours"], 4) if "limit" in best else None,
+        "peak_bytes": peaks.pop("ours"),
+        "rival_peak_bytes": peaks,
         "spread": round(statistics.median(times["ours"]) / best["ours"] - 1, 4),
+        **({"rival_errors": errors} if errors else {}),
+        **case.extra,
     }
-    benchmark.group = f"{op} {shape} {device}"
-    benchmark.pedantic(runs["ours"], rounds=rounds, iterations=calls["ours"], warmup_rounds=1)
-    benchmark.extra_info.update(info, **extra)
+
+
+def compare(benchmark: Any, case: Case) -> None:
+    """:func:`measure` for pytest-benchmark, whose fixture is ``benchmark``: its table shows ours."""
+    row = measure(case)
+    benchmark.group = f"{case.op} {case.shape} {case.device}"
+
+    def ours() -> None:
+        case.ours()
+        if case.device != "cpu":
+            torch.cuda.synchronize()
+
+    with torch.set_grad_enabled(case.needs_grad):
+        benchmark.pedantic(ours, rounds=row.pop("rounds"), iterations=row.pop("calls"), warmup_rounds=1)
+    # pytest-benchmark has a time of its own.
+    benchmark.extra_info.update({name: value for name, value in row.items() if name != "seconds"})

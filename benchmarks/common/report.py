@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.common.rows import Results, ResultsError, Row, read  # noqa: E402
+from benchmarks.common.rows import Results, ResultsError, Row, read_all  # noqa: E402
 from speechlm_ext.utils.console import make_output_safe  # noqa: E402
 from speechlm_ext.utils.files.io import atomic_write_text  # noqa: E402
 
@@ -110,7 +110,7 @@ def main() -> int:
     history = []
     for path in sorted([*(HERE / "results").glob("*.json"), *(HERE / "out").glob("*.json")]):
         try:
-            history.append(read(path))
+            history += read_all(path)
         except ResultsError as error:
             print(f"bench-report: left out {error}", file=sys.stderr)
     history = [h for h in history if h.rows]

@@ -3,217 +3,149 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.report import write_report
-from benchmarks.gpu_check.result import Result
+from benchmarks.gpu_check.parts import PARTS, Check
+from benchmarks.gpu_check.process import ROOT, Child, watch
+from benchmarks.gpu_check.report import Recorder, add_to_history, as_markdown, read_runs
 from speechlm_ext.utils.console import make_output_safe
+from speechlm_ext.utils.files.io import atomic_write_text, make_folder
+from speechlm_ext.utils.machine import commit_of, describe_machine
 
-ROOT = Path(__file__).resolve().parents[2]
-#: Maximum seconds of each part on a GPU; with the start-up they stay below nine minutes.
-SECONDS = {"build": 150, "tests": 90, "limits": 30, "bench": 110, "train": 45, "decode": 45, "sanitizer": 60}
-TOTAL = 530
+#: Parts of the two runs.
+RUNS = {1: ("build", "limits", "kernels", "decode", "tests"), 2: ("build", "sanitizer", "train", "bench")}
+#: Maximum seconds of each part on a GPU, and of a run, its start and its report included.
+SECONDS = {
+    "build": 120, "limits": 20, "kernels": 75, "decode": 60, "tests": 90, "sanitizer": 150, "train": 45, "bench": 150,
+}  # fmt: skip
+RUN_SECONDS = 262
 #: Factor on all times in a dry run: they only end hanging parts, on a machine that may be busy.
 DRY_RUN = 10
-TINY = ("--shape", "smoke", "--batches", "1", "2", "--frames", "6")
 
 
-def run(command: list[str], seconds: float, env: dict[str, str] | None = None) -> tuple[int | None, str]:
-    """Run a command in the project's root; returns its exit code (None: out of time) and its output."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-            **(env or {}),
-        },
-        start_new_session=True,
-    )
+def describe(device: str, folder: Path) -> dict[str, Any]:
+    """What torch says of the device, from a process of its own: this one never waits for a driver."""
+    found: dict[str, Any] = {}
+    module = [sys.executable, "-m", "benchmarks.gpu_check.limits", "--device", device, "--describe"]
+    outcome = watch(Child("describe", module, folder), 60, found.update)
+    return found if outcome.status == "passed" else {"missing": f"torch cannot be asked: {outcome.note}"}
+
+
+def run_part(check: Check, name: str, seconds: float) -> str:
+    """Run a part and record it; returns its status."""
+    check.recorder.write("begin", part=name)
+    check.output, begun = [], time.monotonic()
     try:
-        out, _ = process.communicate(timeout=max(1.0, seconds))
-        return process.returncode, out
-    except subprocess.TimeoutExpired:
-        # The whole group: a compiler or a test worker must not run beside the next part.
-        os.killpg(process.pid, 9)
-        out, _ = process.communicate()
-        return None, out
+        status, note = PARTS[name](check, seconds)
+    except Exception as error:  # noqa: BLE001 - a broken part must not hide the others
+        status, note = "failed", f"{type(error).__name__}: {error}"[:300]
+    output = check.output if status in ("failed", "timeout") else []
+    took = round(time.monotonic() - begun, 1)
+    check.recorder.write("end", part=name, status=status, seconds=took, note=note, output=output)
+    return status
 
 
-def json_part(module: str, device: str, seconds: float, *options: str) -> Result:
-    """A part that prints one JSON object as its last line."""
-    code, out = run([sys.executable, "-m", module, "--device", device, *options], seconds)
-    last = out.strip().splitlines()[-1] if out.strip() else ""
-    if code == 0:
-        data = json.loads(last)
-        return Result("skipped" if "skipped" in data else "passed", note=data.get("skipped", ""), data=data)
-    return _failed(code, out)
+def write_reports(record: Path, results: Path) -> str:
+    """The Markdown beside the record, and the runs in the device's history; returns the Markdown."""
+    runs = read_runs([record])
+    text = as_markdown(runs)
+    atomic_write_text(record.with_name("report.md"), text)
+    add_to_history(runs, results)
+    return text
 
 
-def _failed(code: int | None, out: str) -> Result:
-    lines = [line for line in out.strip().splitlines() if line.strip()]
-    if code is None:
-        return Result("timeout", note="; ".join(lines[-1:]), data={"output": lines[-20:]})
-    return Result(
-        "failed", note=lines[-1][:300] if lines else f"exit code {code}", data={"output": lines[-40:]}
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="gpu-check", description="Everything that a GPU can tell, in two runs."
     )
-
-
-def part_build(device: str, seconds: float) -> Result:
-    """Compile ``_C`` for this card alone; on the CPU the build at hand is used."""
-    if device == "cpu":
-        return Result("skipped", note="the build at hand is used")
-    import torch
-
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}" + ("a" if major >= 9 else "")
-    env = {"SPEECHLM_CUDA": "ON", "SPEECHLM_CUDA_ARCHS": arch}
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-q"]
-    user = [] if sys.prefix != sys.base_prefix else ["--break-system-packages"]
-    code, out = run([*pip, *user, "-e", "."], seconds, env)
-    return Result("passed", note=f"sm_{arch}") if code == 0 else _failed(code, out)
-
-
-def part_tests(device: str, seconds: float) -> Result:
-    """The tests marked ``cuda``; on the CPU one test of one file."""
-    choice = ["python_tests/ops", "python_tests/model", "-m", "cuda"]
-    if device == "cpu":
-        choice = ["python_tests/ops/delay_pack/test_delay_pack.py", "-k", "block_by_hand"]
-    code, out = run([sys.executable, "-m", "pytest", *choice, "-q", "-rs", "--tb=short"], seconds)
-    summary = re.findall(r"\d+ (?:passed|failed|skipped|error|deselected)[^\n]*", out)
-    failures = re.findall(r"^(?:FAILED|ERROR) .*$", out, re.M)
-    if code is None or code not in (0, 1):
-        return _failed(code, out)
-    data = {"summary": summary[-1] if summary else "", "failures": failures, "output": out.splitlines()[-60:]}
-    return Result("passed" if code == 0 else "failed", note=data["summary"], data=data)
-
-
-def part_bench(device: str, seconds: float) -> Result:
-    """Every ``benchmarks/ops/bench_*.py`` in a process of its own, each with an even share of the remaining time.
-
-    On the CPU one process has them all: a dry run spends most of its time on imports.
-    """
-    files = sorted((ROOT / "benchmarks" / "ops").glob("bench_*.py"))
-    groups = [files] if device == "cpu" else [[file] for file in files]
-    rows: list[dict[str, Any]] = []
-    missed: list[str] = []
-    deadline = time.monotonic() + seconds
-    out_file = ROOT / "build" / "gpu-check-bench.json"
-    out_file.parent.mkdir(exist_ok=True)
-    status = "passed"
-    for number, group in enumerate(groups):
-        share = (deadline - time.monotonic()) / (len(groups) - number)
-        out_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", *map(str, group), "-o", "python_files=bench_*.py", "-q"]
-        command += ["--tb=short", "--benchmark-enable", "--benchmark-only", f"--benchmark-json={out_file}"]
-        command += ["-k", "smoke and cpu" if device == "cpu" else "cuda"]
-        code, out = run(command, share)
-        if out_file.is_file() and out_file.stat().st_size:
-            for row in json.loads(out_file.read_text("utf-8"))["benchmarks"]:
-                rows.append({"name": row["name"], "seconds": row["stats"]["min"], **row["extra_info"]})
-        if code != 0:
-            reason = "out of time" if code is None else _failed(code, out).note
-            missed.append(f"{', '.join(file.stem for file in group)}: {reason}")
-            status = "timeout" if code is None and status == "passed" else "failed"
-    return Result(status, note="; ".join(missed), data={"rows": rows})
-
-
-def part_sanitizer(device: str, seconds: float) -> Result:
-    """compute-sanitizer's four tools over a small shape of each op."""
-    import shutil
-
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if device == "cpu" or tool is None:
-        return Result(
-            "skipped", note="on the CPU" if device == "cpu" else "compute-sanitizer is not installed"
-        )
-    data, status = {}, "passed"
-    deadline = time.monotonic() + seconds
-    tools = ("memcheck", "racecheck", "initcheck", "synccheck")
-    for number, name in enumerate(tools):
-        share = (deadline - time.monotonic()) / (len(tools) - number)
-        small_ops = [sys.executable, "-m", "benchmarks.gpu_check.small_ops"]
-        code, out = run([tool, "--tool", name, "--error-exitcode", "86", *small_ops], share)
-        found = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", out)
-        data[name] = "out of time" if code is None else (found[-1] if found else f"exit code {code}")
-        if code != 0:
-            status = "failed" if code is not None else ("timeout" if status == "passed" else status)
-            data[f"{name}_output"] = out.splitlines()[-30:]
-    return Result(status, note="; ".join(f"{t}: {data[t]}" for t in tools), data=data)
-
-
-PARTS: dict[str, Callable[[str, float], Result]] = {
-    "build": part_build,
-    "tests": part_tests,
-    "limits": lambda d, s: json_part("benchmarks.gpu_check.limits", d, s),
-    "bench": part_bench,
-    "train": lambda d, s: json_part("benchmarks.train.step", d, s),
-    "decode": lambda d, s: json_part("benchmarks.generation.decode", d, s, *(TINY if d == "cpu" else ())),
-    "sanitizer": part_sanitizer,
-}
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
+    parser.add_argument("--shapes", choices=("full", "tiny"), help="default: full on a GPU, tiny on the CPU")
+    parser.add_argument("--part", type=int, choices=(1, 2), help="the first or the second run; default: both")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="these parts alone")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the record and the reports; default: $OUT, else benchmarks/out and results",
+    )
+    parser.add_argument("--seconds", type=float, help=f"maximum in all; default {RUN_SECONDS} a run")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="FILE", help="report of these record files; runs nothing"
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the chosen parts; the exit code is 1 if one failed or ran out of time."""
-    parser = argparse.ArgumentParser(
-        prog="gpu-check", description="Everything that a GPU can tell, in one command."
-    )
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run on tiny shapes"
-    )
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
-    parser.add_argument(
-        "--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        help=f"maximum seconds in all; default {TOTAL}, {DRY_RUN} times that on the CPU",
-    )
-    arguments = parser.parse_args(argv)
-    patience = DRY_RUN if arguments.device == "cpu" else 1
-    seconds = TOTAL * patience if arguments.seconds is None else arguments.seconds
-    if arguments.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            print(
-                "gpu-check: no CUDA device, or a torch without CUDA; --device cpu is a dry run",
-                file=sys.stderr,
-            )
-            return 2
     start = time.monotonic()
-    started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    results: dict[str, Result] = {}
-    for name in [p for p in PARTS if p in arguments.parts]:
-        left = seconds - (time.monotonic() - start)
-        if left < 5:
-            results[name] = Result("skipped", note="no time was left")
+    arguments = parse(argv)
+    out = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
+    if arguments.report:
+        try:
+            runs = read_runs(arguments.report)
+            paths = add_to_history(runs, out or ROOT / "benchmarks" / "results")
+        except ValueError as error:
+            print(f"gpu-check: {error}", file=sys.stderr)
+            return 2
+        print(as_markdown(runs), *(f"in {path}" for path in paths), sep="\n")
+        return 0
+    device = arguments.device
+    if device == "cpu":  # a dry run leaves a GPU alone
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    records = out or ROOT / "benchmarks" / "out" / "gpu-check"
+    results = out or (records if device == "cpu" else ROOT / "benchmarks" / "results")
+    make_folder(records)
+    folder = ROOT / "build" / "gpu-check" / f"run-{os.getpid()}"
+    found = describe(device, folder)
+    if "missing" in found:
+        print(f"gpu-check: {found['missing']}; --device cpu is a dry run", file=sys.stderr)
+        return 2
+    machine: dict[str, Any] = describe_machine() | found
+    wanted = arguments.parts or RUNS.get(arguments.part) or PARTS
+    names = [name for name in PARTS if name in wanted]
+    check = Check(
+        device=device,
+        is_tiny=(arguments.shapes or ("tiny" if device == "cpu" else "full")) == "tiny",
+        recorder=Recorder(records / "report.jsonl"),
+        folder=folder,
+        log=records / "log.txt",
+        patience=DRY_RUN if device == "cpu" else 1,
+        num_workers=0 if device == "cpu" else 6,
+    )
+    check.recorder.write(
+        "run",
+        device=str(found.get("gpu") or machine["processor"]),
+        dry_run=device == "cpu",
+        started=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        commit=os.environ.get("SPEECHLM_GIT_COMMIT") or commit_of(ROOT),
+        machine=machine,
+        parts=names,
+    )
+    default = RUN_SECONDS * check.patience * (1 if arguments.part else 2)
+    total = default if arguments.seconds is None else arguments.seconds
+    status: dict[str, str] = {}
+    for name in names:
+        left = total - (time.monotonic() - start)
+        if left < 3:
+            break
+        if status.get("build") in ("failed", "timeout") and name != "limits":
+            check.recorder.write(
+                "end", part=name, status="skipped", seconds=0, note="there is no build for this card"
+            )
             continue
         print(f"[{time.monotonic() - start:4.0f} s] {name} …", flush=True)
-        part_start = time.monotonic()
-        try:
-            results[name] = PARTS[name](arguments.device, min(SECONDS[name] * patience, left))
-        except Exception as error:  # noqa: BLE001 - a broken part must not hide the others
-            results[name] = Result("failed", note=f"{type(error).__name__}: {error}"[:300])
-        results[name].seconds = round(time.monotonic() - part_start, 1)
-        paths = write_report(arguments.out, arguments.device, started, results)
-    print(paths[1].read_text("utf-8"))
-    print(f"wrote {paths[0]} and {paths[1]}; {time.monotonic() - start:.0f} s in all")
-    return 1 if any(r.status in ("failed", "timeout") for r in results.values()) else 0
+        status[name] = run_part(check, name, min(SECONDS[name] * check.patience, left))
+        write_reports(records / "report.jsonl", results)
+    print(write_reports(records / "report.jsonl", results))
+    print(
+        f"wrote {records / 'report.jsonl'} and {records / 'report.md'}; {time.monotonic() - start:.0f} s in all"
+    )
+    return 1 if len(status) < len(names) or {"failed", "timeout"} & set(status.values()) else 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import speechlm_ext as sx
-from benchmarks.common.harness import compare, compiled, devices
+from benchmarks.common.harness import Case, compare, compiled, devices
 from speechlm_ext.ops.delay_pack import reference
 
 # name: (streams, frames per segment). The packs that training makes, a batch of utterances, and one small utterance.
@@ -87,11 +87,7 @@ def check_against(expected):
     return check
 
 
-@pytest.mark.parametrize("device", devices())
-@pytest.mark.parametrize("shape", SHAPES)
-def test_bench(benchmark, shape, device):
-    if shape == "million" and device == "cpu":
-        pytest.skip("a million frames are for a GPU's bandwidth")
+def make_case(shape, device):
     segments, weights, delays = make_segments(shape, device)
     settings = dict(delays=delays, pad_ids=[0] * len(delays))
     expected = reference.delay_pack(segments, loss_weight=weights, **settings)[:5]
@@ -109,8 +105,7 @@ def test_bench(benchmark, shape, device):
         if (run := compiled(shape, batched, *batch)) is not None:
             rivals["espnet_from_batch_compiled"] = lambda: run(*batch)
     there = [torch.empty_like(t) for t in expected]
-    compare(
-        benchmark,
+    return Case(
         op="delay_pack",
         shape=shape,
         device=device,
@@ -118,8 +113,16 @@ def test_bench(benchmark, shape, device):
         rivals=rivals,
         check=check_against(expected),
         limit=lambda: [a.copy_(b) for a, b in zip(there, expected, strict=True)],
-        bytes_written=sum(t.numel() * t.element_size() for t in expected),
+        extra=dict(bytes_written=sum(t.numel() * t.element_size() for t in expected)),
     )
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bench(benchmark, shape, device):
+    if shape == "million" and device == "cpu":
+        pytest.skip("a million frames are for a GPU's bandwidth")
+    compare(benchmark, make_case(shape, device))
 
 
 def audiocraft_patterns():
@@ -160,12 +163,6 @@ def test_bench_audiocraft(benchmark, batch_size, num_streams, device):
     def check(name, got):
         check_against(expected[: len(got)])(name, got)
 
-    compare(
-        benchmark,
-        op="delay_pack",
-        shape=f"musicgen_b{batch_size}_s{S}",
-        device=device,
-        ours=ours,
-        rivals={"audiocraft_cold": provider},
-        check=check,
-    )
+    shape, rivals = f"musicgen_b{batch_size}_s{S}", {"audiocraft_cold": provider}
+    case = Case(op="delay_pack", shape=shape, device=device, ours=ours, rivals=rivals, check=check)
+    compare(benchmark, case)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import speechlm_ext as sx
-from benchmarks.common.harness import compare, devices
+from benchmarks.common.harness import Case, compare, compiled, devices
 
 # name: (rows, streams, width, table rows, dtype)
 SHAPES = {
@@ -37,15 +37,8 @@ def embedding_bag(ids, table, sparse=False):
     return F.embedding_bag(ids, table, mode="sum", padding_idx=0, sparse=sparse)
 
 
-@pytest.mark.parametrize("device", devices())
-@pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_bench(benchmark, shape, passes, device):
+def make_case(shape, passes, device):
     num_rows, num_streams, width, table_rows, dtype = SHAPES[shape]
-    if device == "cpu" and shape == "16k_bf16":
-        pytest.skip("a shape for GPUs")
-    if shape == "decode" and passes != "forward":
-        pytest.skip("generation has a forward alone")
     torch.manual_seed(0)
     ids = torch.randint(1, table_rows, (num_rows, num_streams))
     ids[torch.rand(num_rows) < 0.5, 1:] = 0
@@ -73,8 +66,8 @@ def test_bench(benchmark, shape, passes, device):
         return sx.ops.multistream_embed(ids, table, features=features, feature_positions=positions)
 
     rivals = {"embedding_bag": timed(embedding_bag), "gather_and_sum": timed(gather_and_sum)}
-    if device == "cuda":
-        rivals["gather_and_sum_compiled"] = timed(torch.compile(gather_and_sum))
+    if device == "cuda" and (run := compiled(shape, gather_and_sum, ids, table)) is not None:
+        rivals["gather_and_sum_compiled"] = timed(run)
     wide = table.detach().double()
     if has_backward:
         expected = torch.zeros(table_rows, width, dtype=torch.float64, device=device)
@@ -99,15 +92,25 @@ def test_bench(benchmark, shape, passes, device):
         moved += len(features) * width * dtype.itemsize
     source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    with torch.set_grad_enabled(has_backward):
-        compare(
-            benchmark,
-            op="multistream_embed",
-            shape=f"{shape}_{passes}",
-            device=device,
-            ours=with_features if passes == "features" else timed(sx.ops.multistream_embed),
-            rivals=rivals,
-            check=check,
-            limit=lambda: target.copy_(source),
-            bytes_moved=moved,
-        )
+    return Case(
+        op="multistream_embed",
+        shape=f"{shape}_{passes}",
+        device=device,
+        ours=with_features if passes == "features" else timed(sx.ops.multistream_embed),
+        rivals=rivals,
+        check=check,
+        limit=lambda: target.copy_(source),
+        needs_grad=has_backward,
+        extra=dict(bytes_moved=moved),
+    )
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bench(benchmark, shape, passes, device):
+    if device == "cpu" and shape == "16k_bf16":
+        pytest.skip("a shape for GPUs")
+    if shape == "decode" and passes != "forward":
+        pytest.skip("generation has a forward alone")
+    compare(benchmark, make_case(shape, passes, device))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.common.harness import compare, devices
+from benchmarks.common.harness import Case, compare, devices
 from speechlm_ext.ops import DecodeState, multistream_sample
 from speechlm_ext.ops.multistream_sample.reference import multistream_sample as reference
 
@@ -95,10 +95,7 @@ def kept(x, settings):
     return torch.zeros_like(below).scatter(-1, order, below)
 
 
-@pytest.mark.parametrize("device", devices())
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_bench(benchmark, shape, mode, device):
+def make_case(shape, mode, device):
     requests, widths = SHAPES[shape]
     settings = MODES[mode]
     torch.manual_seed(0)
@@ -118,8 +115,7 @@ def test_bench(benchmark, shape, mode, device):
     for _ in range(3):
         assert torch.equal(multistream_sample(logits, state)[0], reference(logits, other)[0])
     copy = torch.empty_like(logits)
-    compare(
-        benchmark,
+    return Case(
         op="multistream_sample",
         shape=f"{shape}_{mode}",
         device=device,
@@ -131,5 +127,12 @@ def test_bench(benchmark, shape, mode, device):
         },
         check=check,
         limit=lambda: copy.copy_(logits),
-        bytes_moved=2 * logits.numel() * logits.element_size(),
+        extra=dict(bytes_moved=2 * logits.numel() * logits.element_size()),
     )
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bench(benchmark, shape, mode, device):
+    compare(benchmark, make_case(shape, mode, device))

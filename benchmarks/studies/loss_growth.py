@@ -46,7 +46,7 @@ def measure(shape: Shape) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     for _ in range(2):
         for name, run in runs.items():
-            found[name] = (min(seconds_of(run, 1), found.get(name, (1e9, 0))[0]), None)
+            found[name] = (min(seconds_of(run, 1, "cpu"), found.get(name, (1e9, 0))[0]), None)
     return {name: (found[name][0], peak_bytes(run, "cpu")) for name, run in runs.items()}
 
 

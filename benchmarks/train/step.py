@@ -7,13 +7,13 @@ codec_ssl layout); a tiny one in fp32 on the CPU. Attention is what the package 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 
 import numpy as np
 import torch
 
 import speechlm_ext as sx
+from benchmarks.common.emit import emit
 from speechlm_ext import SpeechLM
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model.attention.kernels import choose_attention
@@ -91,4 +91,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.device, 5 if arguments.device == "cuda" else 2)))
+    emit(measure(arguments.device, 5 if arguments.device == "cuda" else 2))

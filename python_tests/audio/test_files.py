@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,26 @@ def test_truncated_flac_is_an_error_or_shorter(tmp_path):
     (tmp_path / "cut.flac").write_bytes(data[:60])
     with pytest.raises(AudioError, match=r"cut\.flac"):
         read_audio(tmp_path / "cut.flac")
+
+
+def test_without_their_packages_files_are_refused_by_name(tmp_path, monkeypatch):
+    """The room imports without soundfile and soxr; what needs them says so, and how to get them."""
+    import speechlm_ext.audio
+
+    path = tmp_path / "a.wav"
+    write_wav(path, tone(8000), 8000)
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    monkeypatch.setitem(sys.modules, "soxr", None)
+    monkeypatch.delitem(sys.modules, "speechlm_ext.audio.containers")
+    monkeypatch.delattr(speechlm_ext.audio, "containers")
+    for call in (lambda: read_audio(path), lambda: write_wav(path, tone(8000), 8000)):
+        with pytest.raises(
+            AudioError, match=r"a\.wav: audio files need the package soundfile.*pip install soundfile"
+        ):
+            call()
+    with pytest.raises(AudioError, match="8000 Hz to 16000 Hz needs the package soxr.*pip install soxr"):
+        resample_audio(tone(8000), 8000, 16000)
+    np.testing.assert_array_equal(resample_audio(tone(8000), 8000, 8000), tone(8000))
 
 
 def test_check_wave():

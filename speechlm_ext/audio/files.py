@@ -1,30 +1,24 @@
 """Reading and writing audio files: float32 mono waveforms in [-1, 1].
 
-soundfile reads wav, flac, ogg and mp3, PyAV reads raw ``.g722``. Several channels become one by their mean, rates are
-converted (:mod:`.waveform`), and files are written atomically as 16-bit PCM wav. Every defect of a recording is an
-:class:`AudioError` that names the file. A file that holds less than it promises is one (:mod:`.length`), since its
-transcript covers more than the sound.
+soundfile reads wav, flac, ogg and mp3 (:mod:`.containers`), PyAV reads raw ``.g722``. Several channels become one by
+their mean, rates are converted (:mod:`.waveform`), and files are written atomically as 16-bit PCM wav. Every defect of
+a recording is an :class:`AudioError` that names the file. A file that holds less than it promises is one
+(:mod:`.length`), since its transcript covers more than the sound.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
-import soundfile
 
-from speechlm_ext.audio.length import UNKNOWN_FRAMES, check_length, warn_once
-from speechlm_ext.audio.pcm_size import data_size
+from speechlm_ext.audio.length import UNKNOWN_FRAMES
 from speechlm_ext.audio.waveform import check_wave, resample_audio
 from speechlm_ext.errors import AudioError
 from speechlm_ext.utils.files.io import atomic_write_bytes
-
-SUPPORTED = "wav, flac, ogg, mp3 and g722"
-_BLOCK = 1 << 22
 
 
 def read_audio(
@@ -45,7 +39,7 @@ def read_audio(
             holds), has samples that are not finite, or has another rate while ``resample`` is False.
     """
     path = _existing(path)
-    wave_TC, rate = _read_g722(path) if path.suffix.lower() == ".g722" else _read_soundfile(path)
+    wave_TC, rate = _read_g722(path) if path.suffix.lower() == ".g722" else _containers(path).read(path)
     if wave_TC.shape[0] == 0:
         raise AudioError(f"audio file {path} holds no samples; record or copy it again, or leave it out.")
     wave = wave_TC.mean(axis=1, dtype=np.float32) if wave_TC.shape[1] > 1 else wave_TC[:, 0]
@@ -65,7 +59,7 @@ def audio_seconds(path: str | Path) -> float:
     path = _existing(path)
     if path.suffix.lower() == ".g722":
         return path.stat().st_size * 2 / 16000  # four bits a sample
-    with _opened(path) as file:
+    with _containers(path).opened(path) as file:
         if file.frames < UNKNOWN_FRAMES:
             return file.frames / file.samplerate
     wave, rate = read_audio(path)
@@ -77,8 +71,22 @@ def write_wav(path: str | Path, wave: np.ndarray, sample_rate: int) -> None:
     wave = check_wave(wave, f"waveform for {path}")
     # Through memory: on a full disk libsndfile raises "System error" only.
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(wave, -1.0, 1.0), sample_rate, subtype="PCM_16", format="WAV")
+    _containers(path).soundfile.write(
+        buffer, np.clip(wave, -1.0, 1.0), sample_rate, subtype="PCM_16", format="WAV"
+    )
     atomic_write_bytes(path, buffer.getvalue())
+
+
+def _containers(path: str | Path) -> ModuleType:
+    """:mod:`.containers`, imported with the first file: machines that handle tokens alone may lack soundfile."""
+    try:
+        from speechlm_ext.audio import containers
+    except (ImportError, OSError) as error:  # an OSError: soundfile without its library
+        raise AudioError(
+            f"audio file {path}: audio files need the package soundfile, which cannot be imported here ({error}); "
+            "install it with `pip install soundfile`."
+        ) from error
+    return containers
 
 
 def _existing(path: str | Path) -> Path:
@@ -90,51 +98,6 @@ def _existing(path: str | Path) -> Path:
     if path.stat().st_size == 0:
         raise AudioError(f"audio file {path} is empty (0 bytes); record or copy it again, or leave it out.")
     return path
-
-
-class _Stream(soundfile.SoundFile):
-    """A file that is read from start to end.
-
-    soundfile otherwise seeks after each block, which fails if the header has no length or too large a one.
-    """
-
-    def seekable(self) -> bool:
-        return False
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
-    """The open file; if its header has length 0, with the length of its samples."""
-    try:
-        size = data_size(path)
-        source: Path | io.BytesIO = path
-        if size is not None and size.is_open:
-            source = io.BytesIO(size.repaired(path.read_bytes()))
-            warn_once(
-                f"audio file {path}: its header says that there are no samples, as that of a recorder that was stopped "
-                f"does, but {size.available} bytes follow; they are read to the end of the file."
-            )
-        with _Stream(source) as file:
-            yield file
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
-        if isinstance(error, AudioError):
-            raise
-        # A TypeError: soundfile needs a sampling rate for headerless ".raw" files.
-        raise AudioError(
-            f"audio file {path} cannot be read ({str(error).strip()}); it is damaged or of another format: {SUPPORTED} "
-            "are supported, convert other formats first."
-        ) from error
-
-
-def _read_soundfile(path: Path) -> tuple[np.ndarray, int]:
-    """Samples ``[T, C]`` and their rate."""
-    with _opened(path) as file:
-        blocks = [file.read(_BLOCK, dtype="float32", always_2d=True)]
-        while len(blocks[-1]) == _BLOCK:
-            blocks.append(file.read(_BLOCK, dtype="float32", always_2d=True))
-        wave_TC = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-        check_length(path, file, len(wave_TC))
-        return wave_TC, int(file.samplerate)
 
 
 def _read_g722(path: Path) -> tuple[np.ndarray, int]:

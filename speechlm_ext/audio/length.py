@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-
-import soundfile
+from typing import TYPE_CHECKING
 
 from speechlm_ext.audio.mp3 import mp3_frames
 from speechlm_ext.audio.pcm_size import data_size
 from speechlm_ext.errors import AudioError
+
+if TYPE_CHECKING:
+    import soundfile
 
 logger = logging.getLogger("speechlm_ext")
 #: Seconds that may be missing from a file because of rounded headers: a warning, not an error.

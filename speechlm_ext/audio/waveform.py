@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
-import soxr
 
 from speechlm_ext.errors import AudioError
 
@@ -86,6 +85,13 @@ def resample_audio(wave: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
         wave = check_wave(wave, "waveform to be converted")
     if rate == new_rate:
         return wave
+    try:
+        import soxr
+    except ImportError as error:
+        raise AudioError(
+            f"converting {rate} Hz to {new_rate} Hz needs the package soxr, which cannot be imported here ({error}); "
+            "install it with `pip install soxr`, or give recordings of the expected rate."
+        ) from error
     _converted[rate, new_rate] += 1
     return soxr.resample(wave, rate, new_rate, quality="VHQ").astype(np.float32, copy=False)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from python_tests.generation.conftest import TASKS, make_model, make_wave
@@ -321,6 +320,8 @@ def test_a_codec_that_cannot_stream_is_told_before_the_first_chunk(model):
 
 # ---- files and the command line ----------------------------------------------------------------------------
 def test_a_growing_wav_is_valid_at_every_moment(tmp_path):
+    import soundfile  # here: GPU machines without it import tests of this file
+
     wave = np.concatenate([make_wave(0.1), [1.0, -1.0, 2.0, -2.0, 1e-9, -1e-9, 0.0]]).astype(np.float32)
     write_wav(tmp_path / "whole.wav", wave, 16000)
     path = tmp_path / "new" / "grows.wav"
@@ -343,6 +344,8 @@ def test_a_growing_wav_is_valid_at_every_moment(tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_samples_that_are_not_finite_are_no_sound(value, tmp_path):
     """What came before them stays a valid file."""
+    import soundfile  # here: GPU machines without it import tests of this file
+
     good, bad = np.linspace(-0.5, 0.5, 7, dtype=np.float32), np.array([0.0, value], np.float32)
     with WavStream(tmp_path / "a.wav", 16000) as sink:
         sink.write(good)
@@ -356,6 +359,8 @@ def test_samples_that_are_not_finite_are_no_sound(value, tmp_path):
 
 
 def test_the_command_writes_while_it_is_made(model_folder, tmp_path, capfd, monkeypatch):
+    import soundfile  # here: GPU machines without it import tests of this file
+
     settings = {"text": "one two", "max_len": 12, "min_len": 12, "seed": 3}
     task, whole, grown = "codec_ssl_plain_tts", tmp_path / "whole.wav", tmp_path / "grown.wav"
     assert run_generate(GenerateConfig(model_folder, task, **settings, output=whole)) == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,6 +343,22 @@ def test_compiles_without_a_graph_break(codes, with_index):
     want, distance = direct(x, centroids)
     assert torch.equal(labels, want)
     torch.testing.assert_close(total.double(), distance.sum(), rtol=1e-5, atol=0)
+
+
+def test_a_torch_without_half_products_is_named_once(monkeypatch, caplog):
+    """On such a torch a GPU multiplies float32 matrices, which is slow: never without a word."""
+    module = sys.modules["speechlm_ext.ops.kmeans_assign.kmeans_assign"]
+    module.has_half_products.cache_clear()
+    monkeypatch.setattr(torch.ops.aten, "mm", SimpleNamespace())
+    try:
+        with caplog.at_level(logging.WARNING, "speechlm_ext"):
+            assert not module.has_half_products() and not module.has_half_products()
+    finally:
+        module.has_half_products.cache_clear()
+    (record,) = caplog.records
+    assert "no product of float16 matrices" in record.getMessage()
+    monkeypatch.undo()
+    assert module.has_half_products()
 
 
 def test_gives_no_gradient():

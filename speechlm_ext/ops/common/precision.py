@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops.common.matmul import FIRST_TORCH, GIVES_FLOAT32
 from speechlm_ext.ops.common.native import OpError
+
+logger = logging.getLogger("speechlm_ext")
 
 #: Settings of torch.backends.cuda.matmul that allow sums of float16 products in less than float32; a torch without
 #: the first (before 2.7) always sums them in float32.
@@ -69,13 +74,26 @@ def float32_sums() -> Iterator[None]:
         )
 
 
+@functools.cache
+def has_half_products() -> bool:
+    """Whether torch multiplies float16 matrices with sums in float32 on a GPU; where it does not, that is logged once."""
+    if not GIVES_FLOAT32:
+        logger.warning(
+            "kmeans_assign: torch %s has no product of float16 matrices summed in float32 (aten::mm.dtype_out), so "
+            "float32 matrices are multiplied: the same labels, several times slower. Install torch %s or later.",
+            torch.__version__,
+            FIRST_TORCH,
+        )
+    return GIVES_FLOAT32
+
+
 def multiply_float16(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out = a bᵀ`` of float16 matrices with a float32 ``out``, inside `float32_sums`.
 
     Through float32 matrices where torch has no such product: TF32 would change nothing there, as its 11 bits hold a
     float16.
     """
-    if out.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+    if out.is_cuda and has_half_products():
         torch.ops.aten.mm.dtype_out(a, b.T, torch.float32, out=out)
     else:
         torch.mm(a.float(), b.float().T, out=out)
