@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda_on_cpu/kernel/events.h"
 #include "cuda_on_cpu/kernel/memory.h"
 
 using cudaStream_t = void*;
@@ -17,8 +18,12 @@ inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaS
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cuda_on_cpu::count_event("cudaStreamSynchronize"), cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() {
+  return cuda_on_cpu::count_event("cudaDeviceSynchronize"), cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 227 * 1024;
   return cudaSuccess;
@@ -28,9 +33,11 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
   return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = nullptr) {
+  cuda_on_cpu::count_event("cudaMemsetAsync");
   return std::memset(p, value, bytes), cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) {
+  cuda_on_cpu::count_event("cudaMemcpyAsync");
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
 // Fresh memory is poisoned: unwritten values read as NaN, or as -1.

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "cuda_on_cpu/kernel/events.h"
 #include "cuda_on_cpu/kernel/memory.h"
 #include "cuda_on_cpu/runtime/block.h"
 
@@ -46,6 +47,12 @@ bool in_this_module(const char* p) {
     return found;
   }();
   return std::any_of(segments.begin(), segments.end(), [&](const Range& r) { return p >= r.begin && p < r.end; });
+}
+
+// "embed_cuda.cu" of a path.
+std::string source_name(const Site& site) {
+  const std::string path = site.file;
+  return path.substr(path.find_last_of('/') + 1);
 }
 
 bool inside(const Range& r, const char* p, size_t bytes) { return p >= r.begin && p + bytes <= r.end; }
@@ -154,6 +161,7 @@ void run_grid(const char* kernel, const Site& site, dim3 grid, dim3 block, size_
   if (dynamic_bytes > 227 * 1024) {
     fault(concat(kernel, ": ", dynamic_bytes, " bytes of dynamic shared memory; an H100 has 232448"), site);
   }
+  count_event(concat(source_name(site), ": ", kernel));
   const std::lock_guard<std::mutex> one(g_launch);
   std::mt19937_64 random(g_seed * 0x9E3779B97F4A7C15ull + ++g_launches);
   const char* begin = static_cast<const char*>(arguments);
