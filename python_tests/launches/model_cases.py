@@ -37,10 +37,10 @@ def _model(device: torch.device, num_layers: int, scope: str) -> SpeechLMModel:
 
 @cache
 def _batch() -> ops.PackedBatch:
-    """Two samples, three rows of text and two frames of speech, with delays of 0."""
+    """Two samples, two rows of text and two frames of speech, with delays of 0; the last of each has no label."""
     layout, rng = opus_layout(), np.random.default_rng(0)
     segments, weights = [], []
-    for modality, num_frames in (("text_bpe", 3), ("codec_ssl", 2)):
+    for modality, num_frames in (("text_bpe", 2), ("codec_ssl", 2)):
         spans = layout.content_ranges(modality)
         ids = [
             rng.integers(*span, num_frames) if span else np.full(num_frames, layout.pad_id) for span in spans
@@ -62,7 +62,10 @@ def train_step(device: torch.device, num_layers: int, scope: str = "own") -> Cal
         optimizer.zero_grad(set_to_none=True)
         return out.loss_sum.detach()
 
-    step()  # makes the optimizer's state
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes its state
+    optimizer.zero_grad(set_to_none=True)
     return step
 
 

@@ -32,13 +32,18 @@ class CudaTensor(Tensor):
 
     values: Tensor
     leaves_device = False
-    """Whether the op that runs copies to the host: other ops name the CPU too, the device that the tensor has in C++."""
+    """Whether the op that runs copies to the host. Others name the CPU too, the device that the tensor has in C++."""
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, values: Tensor) -> CudaTensor:
         out = torch.Tensor._make_wrapper_subclass(
-            cls, values.shape, values.stride(), values.storage_offset(), dtype=values.dtype, layout=values.layout
+            cls,
+            values.shape,
+            values.stride(),
+            values.storage_offset(),
+            dtype=values.dtype,
+            layout=values.layout,
         )
         out.values = values
         return out
@@ -215,9 +220,12 @@ def simulated_cuda(is_capturing: bool = False) -> Iterator[SimulatedRecorder]:
         stack.enter_context(mock.patch.object(torch._C, "_InferenceMode", no_grad))
         future = torch.__future__
         stack.callback(
-            future.set_overwrite_module_params_on_conversion, future.get_overwrite_module_params_on_conversion()
+            future.set_overwrite_module_params_on_conversion,
+            future.get_overwrite_module_params_on_conversion(),
         )
-        future.set_overwrite_module_params_on_conversion(True)  # new parameters, as x.data = … cannot be simulated
+        future.set_overwrite_module_params_on_conversion(
+            True
+        )  # new parameters, as x.data = … cannot be simulated
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes it on the CPU and copies it
         stack.callback(torch._C._set_only_lift_cpu_tensors, before)
