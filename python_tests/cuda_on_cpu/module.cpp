@@ -8,6 +8,7 @@
 #include "bind.h"
 #include "cuda_on_cpu/kernel/device.h"
 #include "cuda_on_cpu/kernel/driver.h"
+#include "cuda_on_cpu/kernel/events.h"
 #include "cuda_on_cpu/selftest/selftest.h"
 
 namespace py = pybind11;
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   m.def("set_seed", &cuda_on_cpu::set_seed, py::arg("seed"));
   m.def("forget_memory", &cuda_on_cpu::forget_memory);
   bind_machine(m);
+  m.def("take_events", &cuda_on_cpu::take_events);
   m.def("selftest_names", &cuda_on_cpu::selftest_names);
   m.def("selftest", &cuda_on_cpu::selftest, py::arg("name"));
 }

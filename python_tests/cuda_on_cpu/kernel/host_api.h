@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cuda_on_cpu/kernel/driver.h"
+#include "cuda_on_cpu/kernel/events.h"
 #include "cuda_on_cpu/kernel/memory.h"
 
 #define CUDART_VERSION 13000
@@ -72,8 +73,12 @@ inline cudaError_t cudaSetDevice(int device) {
   cuda_runtime_device() = device;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cuda_on_cpu::count_event("cudaStreamSynchronize"), cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() {
+  return cuda_on_cpu::count_event("cudaDeviceSynchronize"), cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const cuda_on_cpu::Machine& machine = cuda_on_cpu::machine();
   switch (attribute) {
@@ -91,9 +96,11 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = nullptr) {
+  cuda_on_cpu::count_event("cudaMemsetAsync");
   return std::memset(p, value, bytes), cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) {
+  cuda_on_cpu::count_event("cudaMemcpyAsync");
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
 // Fresh memory is poisoned: unwritten values read as NaN, or as -1.

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "cuda_on_cpu/kernel/events.h"
 #include "cuda_on_cpu/kernel/memory.h"
 #include "cuda_on_cpu/runtime/grid.h"
 
@@ -50,6 +51,12 @@ bool in_this_module(const char* p) {
     return found;
   }();
   return std::any_of(segments.begin(), segments.end(), [&](const Range& r) { return p >= r.begin && p < r.end; });
+}
+
+// "embed_cuda.cu" of a path.
+std::string source_name(const Site& site) {
+  const std::string path = site.file;
+  return path.substr(path.find_last_of('/') + 1);
 }
 
 bool inside(const Range& r, const char* p, size_t bytes) { return p >= r.begin && p + bytes <= r.end; }
@@ -168,6 +175,7 @@ void run_grid(const Launch& launch) {
   if (launch.dynamic_bytes > limit) {
     refuse(launch.dynamic_bytes, " bytes of dynamic shared memory; cudaFuncSetAttribute allows the kernel ", limit);
   }
+  count_event(concat(source_name(launch.site), ": ", launch.name));
   const std::lock_guard<std::mutex> one(g_launch);
   const char* begin = static_cast<const char*>(launch.arguments);
   g_arguments = {begin, begin + launch.argument_bytes};

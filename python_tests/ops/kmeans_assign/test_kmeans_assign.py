@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import speechlm_ext as sx
 from python_tests import cuda_on_cpu
 from python_tests.conftest import CUDA, CUDA_ON_CPU, on_device
 from python_tests.ops.instruction_sets import simd
+from speechlm_ext.ops.common import precision
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.kmeans_assign.reference import kmeans_assign as direct
 
@@ -347,18 +347,17 @@ def test_compiles_without_a_graph_break(codes, with_index):
 
 def test_a_torch_without_half_products_is_named_once(monkeypatch, caplog):
     """On such a torch a GPU multiplies float32 matrices, which is slow: never without a word."""
-    module = sys.modules["speechlm_ext.ops.kmeans_assign.kmeans_assign"]
-    module.has_half_products.cache_clear()
-    monkeypatch.setattr(torch.ops.aten, "mm", SimpleNamespace())
+    precision.has_half_products.cache_clear()
+    monkeypatch.setattr(precision, "GIVES_FLOAT32", False)
     try:
         with caplog.at_level(logging.WARNING, "speechlm_ext"):
-            assert not module.has_half_products() and not module.has_half_products()
+            assert not precision.has_half_products() and not precision.has_half_products()
     finally:
-        module.has_half_products.cache_clear()
+        precision.has_half_products.cache_clear()
     (record,) = caplog.records
     assert "no product of float16 matrices" in record.getMessage()
     monkeypatch.undo()
-    assert module.has_half_products()
+    assert precision.has_half_products()
 
 
 def test_gives_no_gradient():

@@ -288,7 +288,7 @@ def _stream_bias(group: Group, inputs: LossInputs) -> Tensor | None:
                 vectors,
                 None if bias is None else bias[ids][tile],
             )
-            for tile in weight_tiles(count, _WIDE_ROWS if on_cpu else _WIDE_ROWS_GPU)
+            for tile in (weight_tiles(count, _WIDE_ROWS) if on_cpu else _gpu_tiles(count))
         ]
         if on_cpu:
             run(tasks, count * len(ks) * weight.shape[1])
@@ -298,11 +298,20 @@ def _stream_bias(group: Group, inputs: LossInputs) -> Tensor | None:
     return out
 
 
+def _gpu_tiles(num_rows: int) -> list[slice]:
+    """Tiles of the weight's rows, as large as their memory allows: each of them is several launches."""
+    return [
+        slice(start, min(start + _WIDE_ROWS_GPU, num_rows)) for start in range(0, num_rows, _WIDE_ROWS_GPU)
+    ]
+
+
 def _put_bias(
     out: Tensor, index: slice | list[int], weight: Tensor, vectors: Tensor | None, bias: Tensor | None
 ) -> None:
     """``out[index] = vectors weightᵀ + bias`` with float64 ``vectors``, either of them None for none."""
-    total: Tensor | float = 0.0 if bias is None else bias.double()
+    total = None if bias is None else bias.double()
     if vectors is not None:
-        total = vectors @ weight.double().T + total
-    out[index] = total.to(out.dtype)  # type: ignore[union-attr]
+        product = vectors @ weight.double().T
+        total = product if total is None else product + total
+    assert total is not None
+    out[index] = total.to(out.dtype)

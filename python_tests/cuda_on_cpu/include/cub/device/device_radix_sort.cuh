@@ -13,6 +13,7 @@ template <typename Key, typename Value>
 cudaError_t SortPairs(void* temp, size_t& temp_bytes, const Key* keys_in, Key* keys_out, const Value* values_in,
                       Value* values_out, int64_t n, int begin_bit, int end_bit, cudaStream_t) {
   if (temp == nullptr) return temp_bytes = 1, cudaSuccess;
+  cuda_on_cpu::count_event("cub::DeviceRadixSort::SortPairs");
   const int width = end_bit - begin_bit;
   const Key mask = width >= static_cast<int>(8 * sizeof(Key)) ? ~Key{0} : (Key{1} << width) - 1;
   std::vector<int64_t> order(n);

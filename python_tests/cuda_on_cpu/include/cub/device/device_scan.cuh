@@ -8,6 +8,7 @@ namespace cub::DeviceScan {
 template <typename In, typename Out>
 cudaError_t ExclusiveSum(void* temp, size_t& temp_bytes, const In* in, Out* out, int64_t n, cudaStream_t) {
   if (temp == nullptr) return temp_bytes = 1, cudaSuccess;
+  cuda_on_cpu::count_event("cub::DeviceScan::ExclusiveSum");
   Out sum = 0;
   for (int64_t i = 0; i < n; ++i) {  // in and out may be one array
     const Out next = sum + static_cast<Out>(in[i]);
