@@ -175,7 +175,7 @@ void run_grid(const Launch& launch) {
   if (launch.dynamic_bytes > limit) {
     refuse(launch.dynamic_bytes, " bytes of dynamic shared memory; cudaFuncSetAttribute allows the kernel ", limit);
   }
-  count_event(concat(source_name(launch.site), ": ", launch.name));
+  count_event(concat(source_name(launch.site), ": ", launch.kernel));
   const std::lock_guard<std::mutex> one(g_launch);
   const char* begin = static_cast<const char*>(launch.arguments);
   g_arguments = {begin, begin + launch.argument_bytes};

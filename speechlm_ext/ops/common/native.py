@@ -14,18 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from speechlm_ext import __version__
 from speechlm_ext.errors import SpeechLMError
-
-#: The first torch whose custom operators and attention have what this package uses.
-OLDEST_TORCH = "2.6"
-if TorchVersion(torch.__version__) < OLDEST_TORCH:
-    raise ImportError(
-        f"speechlm_ext needs torch {OLDEST_TORCH} or later, and torch {torch.__version__} is installed in "
-        f"{os.path.dirname(torch.__file__)}: pip install 'torch>={OLDEST_TORCH}'."
-    )
 
 try:
     from speechlm_ext import _C  # type: ignore[attr-defined]

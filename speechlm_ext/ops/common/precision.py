@@ -76,7 +76,7 @@ def float32_sums() -> Iterator[None]:
 
 @functools.cache
 def has_half_products() -> bool:
-    """Whether torch multiplies float16 matrices with sums in float32 on a GPU; where it does not, that is logged once."""
+    """Whether torch multiplies float16 matrices with float32 sums on a GPU; where it does not, that is logged once."""
     if not GIVES_FLOAT32:
         logger.warning(
             "kmeans_assign: torch %s has no product of float16 matrices summed in float32 (aten::mm.dtype_out), so "
