@@ -195,9 +195,10 @@ def part_tests(check: Check, seconds: float, tests: Sequence[str] = ()) -> tuple
     command += tests or cuda_tests()
     command += ["-v", "-rfE", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     missing = []
+    # A thread ends the process of a test that waits for the card, where a signal would wait with it.
     for module, options in {
         "xdist": ["-n", str(check.num_workers)],
-        "pytest_timeout": ["--timeout", "60"],
+        "pytest_timeout": ["--timeout", "60", "--timeout-method", "thread"],
     }.items():
         if importlib.util.find_spec(module) is not None:
             command += options
