@@ -88,7 +88,7 @@ def measure_batch(model: SpeechLM, batch: int, frames: int, device: str) -> dict
     works = [DecodeJob(b, tts_prompt(model.layout, str(b), TEXT, frames, b)) for b in range(batch)]
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     begun = time.perf_counter()
-    engine.admit(works)
+    engine.admit(works, prepare=False)
     sync()
     prefill = time.perf_counter() - begun
     clock, steps = Clock(device), []
@@ -97,7 +97,7 @@ def measure_batch(model: SpeechLM, batch: int, frames: int, device: str) -> dict
         count = 0
         while engine.active:
             start = time.perf_counter()
-            engine.step()
+            engine.step(may_capture=True)
             if (count + 1) % engine.poll_interval == 0:
                 engine.collect()
             if device == "cpu":
