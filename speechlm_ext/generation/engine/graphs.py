@@ -75,7 +75,8 @@ class StepGraphs:
             self._capture.forget()
 
     def prepare(self, slots: range, rows: range, calls: HeadCalls) -> None:
-        """Capture the sizes of steps of ``slots`` requests that read ``rows`` rows, small ones first.
+        """Capture the sizes of steps of ``slots`` requests that read ``rows`` rows: first those of few rows, and among
+        them those of many requests.
 
         Each step is also run once, so the caller keeps what steps change: the sampler's state, and the cache's row
         after those that each slot has. At most ``MAX_PREPARED`` are captured; later sizes run without a graph.
@@ -83,7 +84,7 @@ class StepGraphs:
         if self._capture is None or not slots or not rows:
             return
         self._check_memory()
-        padded = sorted({self._padded(n) for n in slots})
+        padded = sorted({self._padded(n) for n in slots}, reverse=True)
         keys = range(whole_keys(rows[0]), whole_keys(rows[-1]) + 1, KEYS)
         wanted = [(n, k, calls) for k, n in itertools.product(keys, padded)]
         for size in [size for size in wanted if size not in self._graphs][:MAX_PREPARED]:
