@@ -76,9 +76,7 @@ inline cudaError_t cudaSetDevice(int device) {
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   return cuda_on_cpu::count_event("cudaStreamSynchronize"), cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize() {
-  return cuda_on_cpu::count_event("cudaDeviceSynchronize"), cudaSuccess;
-}
+inline cudaError_t cudaDeviceSynchronize() { return cuda_on_cpu::count_event("cudaDeviceSynchronize"), cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const cuda_on_cpu::Machine& machine = cuda_on_cpu::machine();
   switch (attribute) {
