@@ -58,7 +58,8 @@ def test_counts_are_the_budget(title: str, measured: dict[str, Any]) -> None:
     found, budget = measured["cases"][title], dict(STORED["cases"][title])
     if measured["versions"] != STORED["versions"]:
         budget["aten"] = found["aten"]  # torch's and transformers' own numbers of ops
-    assert table.differences(budget, found) == [], f"if it is meant, {table.UPDATE}"
+    if lines := table.differences(budget, found):
+        pytest.fail("\n".join([f"{title} is not as budgeted:", *lines, f"If it is meant, {table.UPDATE}."]))
 
 
 def test_differences_names_what_rose_and_what_fell() -> None:

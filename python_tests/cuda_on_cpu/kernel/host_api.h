@@ -21,9 +21,7 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   return cuda_on_cpu::count_event("cudaStreamSynchronize"), cudaSuccess;
 }
-inline cudaError_t cudaDeviceSynchronize() {
-  return cuda_on_cpu::count_event("cudaDeviceSynchronize"), cudaSuccess;
-}
+inline cudaError_t cudaDeviceSynchronize() { return cuda_on_cpu::count_event("cudaDeviceSynchronize"), cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 227 * 1024;
   return cudaSuccess;
