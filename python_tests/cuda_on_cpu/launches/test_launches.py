@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from python_tests.launches import table
-from python_tests.launches.known_calls import COMPARED, KNOWN
-from python_tests.launches.recorder import Counts, Recorder
+from python_tests.cuda_on_cpu.launches import table
+from python_tests.cuda_on_cpu.launches.known_calls import COMPARED, KNOWN
+from python_tests.cuda_on_cpu.launches.recorder import Counts, Recorder
 
 STORED = json.loads(table.BUDGETS.read_text("utf-8"))
 BY_TITLE = {table.title(case): case for case in table.CASES}
@@ -36,12 +36,12 @@ def run(module: str, *arguments: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    return run("python_tests.launches", "--json")
+    return run("python_tests.cuda_on_cpu.launches", "--json")
 
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, Any]:
-    return run("python_tests.launches.known_calls")
+    return run("python_tests.cuda_on_cpu.launches.known_calls")
 
 
 # ---- the budgets ----------------------------------------------------------------------------------------------------
