@@ -6,6 +6,7 @@ CUDA code on CPU tensors. docs/testing.md lists the faults that the shim finds a
     include/    in place of CUDA's own headers, and of csrc's that says where tensors are
     kernel/     names that device code uses: indices, barriers, vectors, atomics, warp operations
     runtime/    fibers, launches, and the checks of every load and store
+    launches/   budgets: counts of launches and syncs
     selftest/   kernels with planted faults, for test_shim.py
 """
 

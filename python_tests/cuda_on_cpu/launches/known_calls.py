@@ -1,6 +1,6 @@
 """Calls whose launches and syncs on a GPU are known, and calls to compare with torch's fake CUDA tensors.
 
-``python -m python_tests.launches.known_calls`` prints what the simulation counts, in a process of its own.
+``python -m python_tests.cuda_on_cpu.launches.known_calls`` prints what the simulation counts, in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from python_tests.launches import model_cases
-from python_tests.launches.recorder import Counts
-from python_tests.launches.simulated_cuda import DEVICE, SimulatedRecorder, simulated_cuda
+from python_tests.cuda_on_cpu.launches import model_cases
+from python_tests.cuda_on_cpu.launches.recorder import Counts
+from python_tests.cuda_on_cpu.launches.simulated_cuda import DEVICE, SimulatedRecorder, simulated_cuda
 
 #: Name -> call of ``x`` float [2, 3], ``mask`` bool [2, 3], ``i`` int64 [2]; launches; syncs.
 KNOWN: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], object], int, int]] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import speechlm_ext.ops as ops
 from benchmarks.generation.models import tts_prompt
-from python_tests.launches.cases import Case, Setup, opus_layout
+from python_tests.cuda_on_cpu.launches.cases import Case, Setup, opus_layout
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.model.config import LossSettings, ModelConfig

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from python_tests.launches import table
-from python_tests.launches.known_calls import COMPARED, KNOWN
-from python_tests.launches.recorder import Counts, Recorder
+from python_tests.cuda_on_cpu.launches import table
+from python_tests.cuda_on_cpu.launches.known_calls import COMPARED, KNOWN
+from python_tests.cuda_on_cpu.launches.recorder import Counts, Recorder
 
 STORED = json.loads(table.BUDGETS.read_text("utf-8"))
 BY_TITLE = {table.title(case): case for case in table.CASES}
@@ -36,12 +36,12 @@ def run(module: str, *arguments: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    return run("python_tests.launches", "--json")
+    return run("python_tests.cuda_on_cpu.launches", "--json")
 
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, Any]:
-    return run("python_tests.launches.known_calls")
+    return run("python_tests.cuda_on_cpu.launches.known_calls")
 
 
 # ---- the budgets ----------------------------------------------------------------------------------------------------
@@ -58,7 +58,8 @@ def test_counts_are_the_budget(title: str, measured: dict[str, Any]) -> None:
     found, budget = measured["cases"][title], dict(STORED["cases"][title])
     if measured["versions"] != STORED["versions"]:
         budget["aten"] = found["aten"]  # torch's and transformers' own numbers of ops
-    assert table.differences(budget, found) == [], f"if it is meant, {table.UPDATE}"
+    if lines := table.differences(budget, found):
+        pytest.fail("\n".join([f"{title} is not as budgeted:", *lines, f"If it is meant, {table.UPDATE}."]))
 
 
 def test_differences_names_what_rose_and_what_fell() -> None:

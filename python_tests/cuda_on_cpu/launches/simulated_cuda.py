@@ -20,8 +20,8 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map
 
 from python_tests import cuda_on_cpu
-from python_tests.launches import cuda_only
-from python_tests.launches.recorder import Recorder
+from python_tests.cuda_on_cpu.launches import cuda_only
+from python_tests.cuda_on_cpu.launches.recorder import Recorder
 
 DEVICE = torch.device("cuda", 0)
 _CPU = torch.device("cpu")

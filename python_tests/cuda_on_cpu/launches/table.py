@@ -15,16 +15,16 @@ from typing import Any
 import torch
 import transformers
 
-from python_tests.launches import cases, model_cases
-from python_tests.launches.cases import Case
-from python_tests.launches.recorder import Counts
-from python_tests.launches.simulated_cuda import DEVICE, simulated_cuda
+from python_tests.cuda_on_cpu.launches import cases, model_cases
+from python_tests.cuda_on_cpu.launches.cases import Case
+from python_tests.cuda_on_cpu.launches.recorder import Counts
+from python_tests.cuda_on_cpu.launches.simulated_cuda import DEVICE, simulated_cuda
 
 BUDGETS = Path(__file__).with_name("budgets.json")
-PAGE = Path(__file__).parents[2] / "docs" / "ops" / "budgets.md"
+PAGE = Path(__file__).parents[3] / "docs" / "ops" / "budgets.md"
 BEGIN, END = "<!-- budgets: begin -->", "<!-- budgets: end -->"
 CASES = [*cases.CASES, *model_cases.CASES]
-UPDATE = "run `python -m python_tests.launches --update` and commit what it changes"
+UPDATE = "run `python -m python_tests.cuda_on_cpu.launches --update` and commit what it changes"
 
 
 def title(case: Case) -> str:
@@ -112,7 +112,7 @@ def page_table(page: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m python_tests.launches", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m python_tests.cuda_on_cpu.launches", description=__doc__)
     parser.add_argument("--update", action="store_true", help="write budgets.json and the page's table")
     parser.add_argument("--json", action="store_true", help="print the counts by name")
     arguments = parser.parse_args()

@@ -7,5 +7,5 @@
     model_cases.py     a training step and a decode step, for any number of layers
     table.py           counts all of them; budgets.json and the table of docs/ops/budgets.md
 
-``python -m python_tests.launches`` prints the counts, ``--update`` writes both files.
+``python -m python_tests.cuda_on_cpu.launches`` prints the counts, ``--update`` writes both files.
 """
