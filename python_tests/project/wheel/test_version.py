@@ -87,7 +87,8 @@ def test_an_old_torch_is_refused_before_it_is_imported(tmp_path, torch):
     (tmp_path / f"torch-{torch}.dist-info").mkdir()
     (tmp_path / f"torch-{torch}.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {torch}\n")
     said = import_in_new_process("import speechlm_ext", tmp_path)
-    want = f"ImportError: speechlm_ext {speechlm_ext.__version__} needs torch 2.6 or later, but torch {torch} is installed"
+    name = f"speechlm_ext {speechlm_ext.__version__}"
+    want = f"ImportError: {name} needs torch 2.6 or later, but torch {torch} is installed"
     assert want in said.splitlines()[-1] and said.count("\n  File") <= 3
 
 
