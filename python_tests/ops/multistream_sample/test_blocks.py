@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from python_tests import cuda_on_cpu
-from python_tests.ops.multistream_sample.test_multistream_sample import EOS, make_logits, make_state, roll, saying
+from python_tests.ops.multistream_sample.test_multistream_sample import (
+    EOS,
+    make_logits,
+    make_state,
+    roll,
+    saying,
+)
 
 
 @pytest.mark.parametrize("seed", cuda_on_cpu.SEEDS)
