@@ -1,8 +1,8 @@
 """Every kernel that can reach past 2^31 elements of a tensor without visiting them all does so, in sparse memory.
 
-Not here, since their kernels visit all elements, or all rows of the tensor: outputs and values by row (embed, scatter_sum,
-delay_pack), the products of kmeans_assign, the gradient of multistream_loss. Their offsets are 64-bit by their types, and
-32-bit arithmetic that overflows is a fault in every test.
+Not here, since their kernels visit all elements or rows: outputs and values by row (embed, scatter_sum, delay_pack),
+the products of kmeans_assign, the gradient of multistream_loss. Their offsets are 64-bit by their types, and 32-bit
+arithmetic that overflows is a fault in every test.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_clusters_of_kmeans_sums(shim):
 
 def test_centroids_of_kmeans_assign(shim):
     """Two candidates, the first and the last, compared by their distances."""
-    num_clusters, width = 1 << 12, (1 << 19) + 32
+    num_clusters, width = (1 << 12) + 1, (1 << 19) + 32
     centroids = sparse(num_clusters, width, dtype=torch.float32)
     x = torch.ones(1, width)
     centroids[-1] = 1.0
@@ -117,14 +117,17 @@ def test_rows_of_delay_unpack(shim):
     assert got[:, 0].tolist() == [5, 6] and (got[:, 1:] == 7).all()
 
 
-def test_logits_and_history_of_multistream_sample(shim):
+def test_logits_of_multistream_sample(shim):
     num_rows = LARGE // 8 + 2
     logits = sparse(num_rows, 8, dtype=torch.float16)
     logits[-1, :4] = torch.tensor(SAY)
     logits[-2, :4] = torch.tensor(END)
     state = make_state(2, delays=(0, 0, 0), source=torch.tensor([num_rows - 1, num_rows - 2]))
     assert multistream_sample(logits, state).tokens[:, 0].tolist() == [10, 5]
-    # The second request writes its row of the history behind the first one's 2^31 ids.
+
+
+def test_history_of_multistream_sample(shim):
+    """The second request writes its row behind the first one's 2^31 ids."""
     length = LARGE // 3 + 1
     state = make_state(2, delays=(0, 0, 0))
     state = dataclasses.replace(
