@@ -1,8 +1,8 @@
 """Makes stubs of the C library, to link for an older glibc than this system's.
 
 A linker gives each symbol its default version, the newest: ``pthread_create@GLIBC_2.34``. The system's own libraries
-also have the older ones (``pthread_create@GLIBC_2.2.5``), for programs of before. A stub has every symbol of its library
-once, by its newest version up to the wanted one. A symbol that is newer altogether keeps its version, so that
+also have the older ones (``pthread_create@GLIBC_2.2.5``), for programs of before. A stub has every symbol of its
+library once, by its newest version up to the wanted one. A symbol that is newer altogether keeps its version, so that
 `auditwheel` sees it. A stub stands in for the whole library, as the linker reads no second one of the same name.
 
 Prints the paths of the stubs, separated by semicolons; nothing when the system's glibc is old enough.
@@ -28,7 +28,9 @@ def version_key(name: str) -> Version:
 
 def choose_versions(library: Path, wanted: Version) -> dict[str, tuple[str, str]]:
     """Symbol -> its kind (``function`` or ``object``), and its newest version up to ``wanted``, else its oldest."""
-    listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
+    )
     kinds: dict[str, str] = {}
     versions: defaultdict[str, list[str]] = defaultdict(list)
     for kind, name, version in re.findall(r" (\w) (\w+)@@?(GLIBC_[\d.]+)$", listed.stdout, re.MULTILINE):

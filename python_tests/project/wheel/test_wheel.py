@@ -87,7 +87,9 @@ def test_module_needs_system_libraries_of_old_systems_alone(module: Path):
     versions = {tuple(map(int, v.split("."))) for v in re.findall(r"\bGLIBC_([\d.]+)", out)}
     assert versions and max(versions) <= tuple(map(int, GLIBC.split(".")))
     # A symbol without a version would be taken from any glibc, and auditwheel could not judge it.
-    listed = subprocess.run(["nm", "-D", "--undefined-only", module], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", module], capture_output=True, text=True, check=True
+    )
     assert re.findall(r" U (?!_?Py)(\w+)$", listed.stdout, re.MULTILINE) == []
     assert not re.search(r"\bGLIBCXX_|\bCXXABI_", out), "libstdc++ is not linked in"
 
