@@ -1,6 +1,6 @@
 # Links _C for an older glibc than this system's (SPEECHLM_GLIBC, e.g. 2.28 for manylinux_2_28). Objects are compiled as
 # always; only the link differs:
-# - stubs of libc and libm give each symbol its newest version up to SPEECHLM_GLIBC (glibc_stubs.py);
+# - stubs of libc and libm in place of the system's give each symbol its newest version up to SPEECHLM_GLIBC;
 # - before glibc 2.34, threads, dlopen and shared memory were libraries of their own, which the module then names;
 # - libstdc++ is linked in, since the system's would need new versions of it; libgcc_s is not, as every system has it.
 # `auditwheel repair` is the judge: it refuses a module that still needs a newer symbol.

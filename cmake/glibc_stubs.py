@@ -1,9 +1,9 @@
 """Makes stubs of the C library, to link for an older glibc than this system's.
 
 A linker gives each symbol its default version, the newest: ``pthread_create@GLIBC_2.34``. The system's own libraries
-also have the older ones (``pthread_create@GLIBC_2.2.5``), for programs of before. A stub has such a symbol once, by its
-newest version up to the wanted one; placed before the real library, it decides. Symbols that need no other version are
-not in the stub, and a symbol that has no such version is left to the real library, where auditwheel sees it.
+also have the older ones (``pthread_create@GLIBC_2.2.5``), for programs of before. A stub has every symbol of its
+library once, by its newest version up to the wanted one. A symbol that is newer altogether keeps its version, so that
+`auditwheel` sees it. A stub stands in for the whole library, as the linker reads no second one of the same name.
 
 Prints the paths of the stubs, separated by semicolons; nothing when the system's glibc is old enough.
 """
@@ -26,32 +26,30 @@ def version_key(name: str) -> Version:
     return tuple(map(int, name.removeprefix("GLIBC_").split(".")))
 
 
-def older_versions(library: Path, wanted: Version) -> dict[str, str]:
-    """Symbol -> its newest version up to ``wanted``, for each whose default version is newer than that."""
+def choose_versions(library: Path, wanted: Version) -> dict[str, tuple[str, str]]:
+    """Symbol -> its kind (``function`` or ``object``), and its newest version up to ``wanted``, else its oldest."""
     listed = subprocess.run(
         ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
     )
-    default: dict[str, str] = {}
-    older: defaultdict[str, list[str]] = defaultdict(list)
-    for name, mark, version in re.findall(r" ([\w.]+)(@@?)(GLIBC_[\d.]+)$", listed.stdout, re.MULTILINE):
-        if mark == "@@":
-            default[name] = version
-        elif version_key(version) <= wanted:
-            older[name].append(version)
-    return {
-        name: max(versions, key=version_key)
-        for name, versions in older.items()
-        if name in default and version_key(default[name]) > wanted
-    }
+    kinds: dict[str, str] = {}
+    versions: defaultdict[str, list[str]] = defaultdict(list)
+    for kind, name, version in re.findall(r" (\w) (\w+)@@?(GLIBC_[\d.]+)$", listed.stdout, re.MULTILINE):
+        kinds[name] = "function" if kind in "TtWwi" else "object"
+        versions[name].append(version)
+    chosen = {}
+    for name, found in versions.items():
+        found.sort(key=version_key)
+        chosen[name] = (kinds[name], ([v for v in found if version_key(v) <= wanted] or found[:1])[-1])
+    return chosen
 
 
-def make_stub(symbols: dict[str, str], name: str, folder: Path, cc: str) -> Path:
+def make_stub(symbols: dict[str, tuple[str, str]], name: str, folder: Path, cc: str) -> Path:
     """A library of that name with these symbols by these versions, and nothing behind them."""
     by_version: defaultdict[str, list[str]] = defaultdict(list)
-    for symbol, version in symbols.items():
+    for symbol, (_, version) in symbols.items():
         by_version[version].append(symbol)
     source, script, stub = folder / f"{name}.s", folder / f"{name}.map", folder / name
-    source.write_text("".join(f".globl {s}\n.type {s}, %function\n{s}:\n" for s in symbols))
+    source.write_text("".join(f".globl {s}\n.type {s}, %{kind}\n{s}:\n" for s, (kind, _) in symbols.items()))
     nodes = [f"{version} {{ global: {'; '.join(names)}; }};\n" for version, names in by_version.items()]
     script.write_text("".join(nodes))
     link = [f"-Wl,--version-script={script}", f"-Wl,-soname={name}", "-nostdlib", "-shared"]
@@ -74,7 +72,7 @@ def main() -> None:
         found = subprocess.run(
             [options.cc, f"-print-file-name={name}"], capture_output=True, text=True, check=True
         )
-        symbols = older_versions(Path(found.stdout.strip()), wanted)
+        symbols = choose_versions(Path(found.stdout.strip()), wanted)
         stubs.append(make_stub(symbols, name, options.out, options.cc))
     print(";".join(map(str, stubs)))
 

@@ -37,7 +37,7 @@ def test_commands():
         [VENV / "bin" / "speechlm", "doctor", "--json", "true"], capture_output=True, text=True, check=True
     )
     report = json.loads(doctor.stdout)
-    assert report["versions"]["torch"] == torch.__version__ and report["native"]["file"] == native.__file__
+    assert report["versions"]["torch"] == version("torch") and report["native"]["file"] == native.__file__
     shown = subprocess.run(
         [VENV / "bin" / "speechlm", "--version"], capture_output=True, text=True, check=True
     )
