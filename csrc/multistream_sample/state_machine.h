@@ -13,8 +13,8 @@ namespace speechlm {
 struct Position {
   int64_t segment, step, row, finish;
   int64_t following;  // frame 0 of the next segment, counted from this one's
-  bool has_next;
-  bool done;
+  int32_t has_next;  // or 0; not bool, so that there is no padding, which a copy reads and nothing writes
+  int32_t done;
 };
 
 // Segments are clamped to those that there are, so that no value of the state is an address outside its tensors.

@@ -168,6 +168,7 @@ def test_the_build_needs_no_pyproject(tmp_path, monkeypatch):
     (tmp_path / "setup.py").write_bytes((ROOT / "setup.py").read_bytes())
     (tmp_path / "pyproject.toml").write_text("[project]\nlicense = 3\n", "utf-8")
     (tmp_path / "speechlm_ext").mkdir()
+    (tmp_path / "speechlm_ext" / "__init__.py").write_text('__version__ = "1.2.3"\n', "utf-8")
     commands = []
 
     def run(command, **options):
