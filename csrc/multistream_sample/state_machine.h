@@ -13,7 +13,7 @@ namespace speechlm {
 struct Position {
   int64_t segment, step, row, finish;
   int64_t following;  // frame 0 of the next segment, counted from this one's
-  int32_t has_next;  // or 0; not bool, so that there is no padding, which a copy reads and nothing writes
+  int32_t has_next;   // or 0; not bool, so that there is no padding, which a copy reads and nothing writes
   int32_t done;
 };
 
