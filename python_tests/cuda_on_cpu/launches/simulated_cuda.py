@@ -212,6 +212,9 @@ def simulated_cuda(is_capturing: bool = False) -> Iterator[SimulatedRecorder]:
             "_lazy_init": lambda: None,
             "current_stream": lambda device=None: stream,
             "is_current_stream_capturing": lambda: is_capturing,
+            "mem_get_info": lambda device=None: (1 << 30, 1 << 30),
+            "memory_reserved": lambda device=None: 0,
+            "memory_allocated": lambda device=None: 0,
         }
         for name, function in replaced.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
