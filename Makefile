@@ -18,8 +18,8 @@ VARIANT ?=
 TORCH  ?= 2.6.0 2.9.1 2.13.0
 FEATURES ?=
 
-SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
-CXX_FILES := $(shell find csrc python_tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml speechlm_ext/__init__.py # with the version
+CXX_FILES := $(shell find csrc cmake python_tests/cuda_on_cpu benchmarks/gpu_check -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help venv dev build demo test test-gpu bench bench-decode bench-first-audio bench-growth bench-exactness bench-features bench-report bench-compare gpu-check fmt lint compile-gate sanitize doctor wheel wheel-check clean

@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.report:
         try:
             runs = read_runs(arguments.report)
-            paths = add_to_history(runs, out or ROOT / "benchmarks" / "results")
+            kept = [run for run in runs if out is not None or not run["dry_run"]]
+            paths = add_to_history(kept, out or ROOT / "benchmarks" / "results")
         except ValueError as error:
             print(f"gpu-check: {error}", file=sys.stderr)
             return 2

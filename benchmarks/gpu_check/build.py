@@ -22,7 +22,11 @@ from speechlm_ext.utils.files.io import atomic_write_text, make_folder, sha256_f
 def digest_of_sources(root: Path, settings: str) -> str:
     """sha256 of all that the module is made from."""
     digest = hashlib.sha256(f"{sys.version} {settings}".encode())
-    files = [root / "setup.py", root / "CMakeLists.txt"]
+    files = [
+        root / "setup.py",
+        root / "CMakeLists.txt",
+        root / "speechlm_ext" / "__init__.py",
+    ]  # with the version
     for folder in ("csrc", "cmake"):
         files += sorted(path for path in (root / folder).rglob("*") if path.is_file())
     for path in files:

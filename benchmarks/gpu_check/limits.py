@@ -20,7 +20,7 @@ from speechlm_ext.utils.console import make_output_safe
 def describe(device: str) -> dict[str, Any]:
     """The device's name and size, and what torch can do with it."""
     out = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    # Without it kmeans_assign multiplies in float32, and the loss cannot run on a GPU.
+    # Without it kmeans_assign multiplies in float32, and the loss in bfloat16 cannot run on a GPU.
     out["mm_dtype_out"] = hasattr(torch.ops.aten.mm, "dtype_out")
     if device == "cpu":
         return out

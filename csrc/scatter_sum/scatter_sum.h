@@ -50,6 +50,6 @@ void sort_pairs_cuda(const EmbedShape& shape, const EmbedRule& rule, const Id* i
                      int device, void* stream);
 template <typename T>
 void scatter_sum_cuda(const ScatterSumArgs<T>& args, void* workspace, int device, void* stream);
-int64_t scatter_sum_workspace(const EmbedShape& shape, bool is_double);
+int64_t scatter_sum_workspace(const EmbedShape& shape, bool is_double, int device);
 
 }  // namespace speechlm

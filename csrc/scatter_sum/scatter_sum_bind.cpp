@@ -44,8 +44,8 @@ void scatter_sum_on_cpu(const TensorView& values, const SortedPairs& sorted, con
   });
 }
 
-int64_t workspace_bytes(const EmbedShape& shape, bool is_double) {
-  if constexpr (kHasCuda) return scatter_sum_workspace(shape, is_double);
+int64_t workspace_bytes(const EmbedShape& shape, bool is_double, int device) {
+  if constexpr (kHasCuda) return scatter_sum_workspace(shape, is_double, device);
   return 0;
 }
 
@@ -57,7 +57,7 @@ void sort_pairs_on_cuda(const TensorView& ids, std::optional<int64_t> pad_id, co
   int64_t* const num_touched = expect.ptr<int64_t>(touched, "touched", {1});
   const EmbedRule rule = rule_of(kOp, ids.sizes[1], pad_id, offsets, {});
   const EmbedShape shape{ids.sizes[0], ids.sizes[1], table_rows, 0};
-  void* const space = expect.workspace(workspace, workspace_bytes(shape, false));
+  void* const space = expect.workspace(workspace, workspace_bytes(shape, false, ids.device_index));
   const py::gil_scoped_release no_gil;
   with_id(ids.dtype, [&](auto id) {
     if constexpr (kHasCuda) {
@@ -73,7 +73,8 @@ void scatter_sum_on_cuda(const TensorView& values, int64_t num_streams, int64_t 
   const Expect expect(kOp, Device::kCuda);
   expect(values, "values", kFloats, {-1, -1});
   const EmbedShape shape{values.sizes[0], num_streams, table_rows, values.sizes[1]};
-  void* const space = expect.workspace(workspace, workspace_bytes(shape, values.dtype == DType::kFloat64));
+  void* const space =
+      expect.workspace(workspace, workspace_bytes(shape, values.dtype == DType::kFloat64, values.device_index));
   with_args(expect, shape, values, scale, out, rows, [&](const auto& args) {
     const py::gil_scoped_release no_gil;
     if constexpr (kHasCuda) {
@@ -95,11 +96,13 @@ void bind_scatter_sum(py::module_& m) {
         py::arg("rows").none(true), py::arg("threads"));
   m.def(
       "scatter_sum_workspace",
-      [](int64_t num_rows, int64_t num_streams, int64_t table_rows, int64_t width, bool is_double) {
-        const Expect on_cuda(kOp, Device::kCuda);
-        return workspace_bytes({num_rows, num_streams, table_rows, width}, is_double);
+      [](const TensorView& values, int64_t num_streams, int64_t table_rows) {
+        const Expect expect(kOp, Device::kCuda);
+        expect(values, "values", kFloats, {-1, -1});
+        const EmbedShape shape{values.sizes[0], num_streams, table_rows, values.sizes[1]};
+        return workspace_bytes(shape, values.dtype == DType::kFloat64, values.device_index);
       },
-      py::arg("num_rows"), py::arg("num_streams"), py::arg("table_rows"), py::arg("width"), py::arg("is_double"));
+      py::arg("values"), py::arg("num_streams"), py::arg("table_rows"));
   m.def("sort_pairs_cuda", &sort_pairs_on_cuda, py::arg("ids"), py::arg("pad_id").none(true), py::arg("offsets"),
         py::arg("table_rows"), py::arg("workspace"), py::arg("touched").none(true), py::arg("stream"));
   m.def("scatter_sum_cuda", &scatter_sum_on_cuda, py::arg("values"), py::arg("num_streams"), py::arg("table_rows"),

@@ -199,8 +199,9 @@ void check_shape(const EmbedShape& shape) {
 
 }  // namespace
 
-int64_t scatter_sum_workspace(const EmbedShape& shape, bool is_double) {
+int64_t scatter_sum_workspace(const EmbedShape& shape, bool is_double, int device) {
   check_shape(shape);
+  const DeviceGuard guard(device);  // CUB's need depends on the device
   return is_double ? Workspace<double>(nullptr, shape).bytes : Workspace<float>(nullptr, shape).bytes;
 }
 

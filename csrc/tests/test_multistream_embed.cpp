@@ -67,7 +67,7 @@ void compare(int64_t N, int64_t S, int64_t V, int64_t D, bool scaled, int thread
   };
 #ifdef SPEECHLM_CUDA_ON_CPU
   (void)threads;
-  std::vector<double> workspace(scatter_sum_workspace(forward.shape, sizeof(T) == 8) / sizeof(double) + 64);
+  std::vector<double> workspace(scatter_sum_workspace(forward.shape, sizeof(T) == 8, 0) / sizeof(double) + 64);
   int64_t touched = -1;
   scatter_slots_cuda(places, 0, nullptr);
   multistream_embed_cuda(forward, 0, nullptr);

@@ -49,10 +49,12 @@ Report = dict[str, dict[str, Usage]]  # kernel -> architecture -> usage
 
 def find_nvcc() -> str | None:
     """nvcc as the build finds it, or None."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if home and (Path(home) / "bin" / "nvcc").is_file():
-            return str(Path(home) / "bin" / "nvcc")
-    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if named := os.environ.get("CUDACXX"):
+        return named
+    folders = [
+        str(Path(os.environ[name]) / "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
+    ]
+    return shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ["PATH"], "/usr/local/cuda/bin"]))
 
 
 def nvcc_release(nvcc: str) -> str:

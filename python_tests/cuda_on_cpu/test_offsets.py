@@ -70,7 +70,7 @@ def test_rows_of_a_scattered_sum(shim, width):
     ids = torch.full((300, 1), num_rows - 2)  # over three chunks, which are joined
     ids[:5] = num_rows - 1
     out = sparse(num_rows, width, dtype=torch.bfloat16)
-    bytes_ = shim.scatter_sum_workspace(300, 1, num_rows, width, False)
+    bytes_ = shim.scatter_sum_workspace(values, 1, num_rows)
     workspace = torch.full((bytes_,), 255, dtype=torch.uint8)
     shim.sort_pairs_cuda(ids, None, [0], num_rows, workspace, None, 0)
     shim.scatter_sum_cuda(values, 1, num_rows, [], out, None, workspace, 0)

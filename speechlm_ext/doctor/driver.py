@@ -12,7 +12,7 @@ from typing import Any
 
 #: CUDA major version -> smallest Linux driver that runs programs built with any of its minor versions. Source: NVIDIA,
 #: "CUDA Compatibility", table 1, https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
-OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+OLDEST_DRIVER = {12: 525, 13: 580}
 
 Version = tuple[int, int]
 #: Opens a shared library by name, or raises OSError.

@@ -54,6 +54,10 @@ def find_problems() -> list[str]:
             f"this machine has a GPU ({gpus[0].name}) but the build has no CUDA kernels: put nvcc (12.4 or later) on "
             f"PATH and run in the source folder `{BUILD}`"
         )
+    if torch.version.cuda is None and gpus:
+        found.append(
+            f"this machine has a GPU ({gpus[0].name}) but torch is a CPU build: pip install torch gets one with CUDA"
+        )
     if torch.version.cuda is not None:
         remedy = "install a torch for another CUDA version (https://pytorch.org/get-started/locally)"
         problem = driver_problem("torch", torch.version.cuda, driver, remedy)

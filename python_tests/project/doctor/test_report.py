@@ -47,13 +47,14 @@ def test_a_driver_that_is_too_old_for_the_build_alone(machine):
 
 
 def test_a_gpu_that_the_build_has_no_code_for(machine):
-    machine(Driver("580.65.06", (13, 0), (H100, Gpu("Tesla T4", (7, 5)), Gpu("Tesla T4", (7, 5)))))
+    gpus = (H100, Gpu("Tesla T4", (7, 5)), Gpu("Tesla T4", (7, 5)))
+    machine(Driver("580.65.06", (13, 0), gpus), torch_cuda="13.0")
     (found,) = fallbacks.find_problems()
     assert "this build has no code for Tesla T4 (sm_75)" in found
 
 
 def test_a_gpu_and_a_build_without_kernels(machine):
-    machine(Driver("580.65.06", (13, 0), (H100,)), cuda_version="", cuda_archs="")
+    machine(Driver("580.65.06", (13, 0), (H100,)), torch_cuda="13.0", cuda_version="", cuda_archs="")
     (found,) = fallbacks.find_problems()
     assert "this machine has a GPU (NVIDIA H100) but the build has no CUDA kernels" in found
     assert "SPEECHLM_CUDA=ON pip install" in found
@@ -70,6 +71,10 @@ def test_a_torch_without_cuda_on_a_machine_with_a_driver(machine):
     first, *_ = fallbacks.find_fallbacks()
     assert first.startswith(
         "everything runs on the CPU: torch is a CPU build, and this machine has a driver, 580."
+    )
+    (found,) = fallbacks.find_problems()
+    assert found.startswith(
+        "this machine has a GPU (NVIDIA H100) but torch is a CPU build: pip install torch"
     )
 
 

@@ -148,8 +148,7 @@ def _sort_cuda(
     values: Tensor, ids: Tensor, pad_id: int | None, offsets: list[int], num_rows: int, touched: Tensor | None
 ) -> Tensor:
     """The workspace, containing the sorted pairs."""
-    is_double = values.dtype == torch.float64
-    size = native.scatter_sum_workspace(*ids.shape, num_rows, values.shape[1], is_double)
+    size = call_kernel(native.scatter_sum_workspace, values.contiguous(), ids.shape[1], num_rows)
     workspace = torch.empty(size, dtype=torch.uint8, device=values.device)
     call_kernel(
         native.sort_pairs_cuda,

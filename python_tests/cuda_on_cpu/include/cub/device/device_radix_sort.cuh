@@ -12,6 +12,7 @@ namespace cub::DeviceRadixSort {
 template <typename Key, typename Value>
 cudaError_t SortPairs(void* temp, size_t& temp_bytes, const Key* keys_in, Key* keys_out, const Value* values_in,
                       Value* values_out, int64_t n, int begin_bit, int end_bit, cudaStream_t) {
+  cuda_on_cpu::note_launch();  // the size, too, is the current device's
   if (temp == nullptr) return temp_bytes = 1, cudaSuccess;
   cuda_on_cpu::count_event("cub::DeviceRadixSort::SortPairs");
   const int width = end_bit - begin_bit;

@@ -7,6 +7,7 @@ namespace cub::DeviceScan {
 
 template <typename In, typename Out>
 cudaError_t ExclusiveSum(void* temp, size_t& temp_bytes, const In* in, Out* out, int64_t n, cudaStream_t) {
+  cuda_on_cpu::note_launch();  // the size, too, is the current device's
   if (temp == nullptr) return temp_bytes = 1, cudaSuccess;
   cuda_on_cpu::count_event("cub::DeviceScan::ExclusiveSum");
   Out sum = 0;
