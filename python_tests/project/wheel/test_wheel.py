@@ -123,15 +123,19 @@ def test_a_wheel_is_not_named_after_another_variant(tmp_path):
     assert done.returncode != 0 and "SPEECHLM_LOCAL_VERSION is 'cu130', but this build is 'cpu'" in said
 
 
-@pytest.mark.slow
-@pytest.mark.net
-def test_sdist_is_complete_and_builds_by_itself(tmp_path):
-    """Its files are those of the sources; from it alone, pip builds a wheel in an environment of its own."""
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The source distribution of the tree."""
     remove_leftovers()  # a file listed there would be packed whatever MANIFEST.in says
+    folder = tmp_path_factory.mktemp("sdist")
     code = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
-    made = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    made = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-3000:]
-    (sdist,) = tmp_path.glob("*.tar.gz")
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+def test_sdist_has_the_files_of_the_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
     top = {
@@ -146,6 +150,11 @@ def test_sdist_is_complete_and_builds_by_itself(tmp_path):
     added = {"PKG-INFO", "setup.cfg", *(n for n in names if n.startswith("speechlm_ext.egg-info/"))}
     assert names - added == tracked("speechlm_ext", "csrc", "cmake", "recipes") | top
 
+
+@pytest.mark.slow
+@pytest.mark.net
+def test_sdist_builds_by_itself(sdist, tmp_path):
+    """From it alone pip builds a wheel in an environment of its own, without torch. Part of ``make wheel-check``."""
     reach = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp_path / "reach", "pybind11"]
     if (tried := subprocess.run(reach, capture_output=True, text=True)).returncode:
         pytest.skip(f"the package index cannot be reached: {tried.stderr.strip().splitlines()[-1]}")
