@@ -64,21 +64,24 @@ class Outcome:
         return f"torch {self.torch}: {self.verdict}: {self.words}{times}"
 
 
-def pip_install(venv: Path, *packages: str) -> str:
-    """Install into the environment; returns pip's error, or "" when all is installed."""
+def pip_install(venv: Path, *packages: str, seconds: float | None = None) -> str:
+    """Install into the environment, in at most ``seconds``; returns pip's error, or "" when all is installed."""
     pip = [venv / "bin" / "python", "-m", "pip", "install", "--no-compile", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, *packages], capture_output=True, text=True)
+    try:
+        done = subprocess.run([*pip, *packages], capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"pip install {' '.join(packages)} took more than {seconds:g} s"
     errors = re.findall(r"^ERROR: (.+)", done.stderr, re.MULTILINE)
     return "" if done.returncode == 0 else (errors[-1] if errors else f"pip: exit {done.returncode}")
 
 
-def check(wheel: Path, torch: str, keep_output: bool) -> Outcome:
+def check(wheel: Path, torch: str, keep_output: bool, seconds: float | None = None) -> Outcome:
     """Check the wheel beside one version of torch, in a folder that is removed again: a torch takes up to 5 GB."""
     with tempfile.TemporaryDirectory(prefix=f"wheel-check-{torch}-") as folder:
         work, venv = Path(folder), Path(folder) / "venv"
         start = time.monotonic()
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        if error := pip_install(venv, f"torch=={torch}"):
+        if error := pip_install(venv, f"torch=={torch}", seconds=seconds):
             return Outcome(torch, "skipped", error)
         # torch again: pip then keeps that version, or says which requirement it does not fit.
         if error := pip_install(venv, f"torch=={torch}", f"speechlm_ext[train] @ {wheel.as_uri()}", *NEEDS):
@@ -126,6 +129,9 @@ def main() -> int:
     )
     parser.add_argument("--torch", nargs="+", required=True, help="versions, e.g. 2.6.0 2.13.0")
     parser.add_argument("--require", nargs="*", default=[], help="versions that must not be skipped")
+    parser.add_argument(
+        "--torch-seconds", type=float, help="maximum time to install a torch; a slower one is skipped"
+    )
     parser.add_argument("--show", action="store_true", help="print the tests' output as it comes")
     options = parser.parse_args()
     try:
@@ -135,7 +141,7 @@ def main() -> int:
         return 1
     outcomes = []
     for torch in dict.fromkeys([*options.torch, *options.require]):
-        outcomes.append(check(wheel, torch, options.show))
+        outcomes.append(check(wheel, torch, options.show, options.torch_seconds))
         print(outcomes[-1], flush=True)
     return verdict(outcomes, options.require)
 

@@ -184,6 +184,14 @@ def test_a_torch_that_cannot_be_had_is_skipped_with_the_reason(tmp_path, monkeyp
     assert "no check ran" in printed.err
 
 
+def test_a_torch_that_takes_too_long_is_skipped(tmp_path, monkeypatch, capsys):
+    wheel = tmp_path / "any.whl"
+    wheel.touch()
+    monkeypatch.setattr(sys, "argv", ["check", str(wheel), "--torch", "2.6.0", "--torch-seconds", "0.01"])
+    assert check.main() == 1
+    assert "torch 2.6.0: skipped: pip install torch==2.6.0 took more than 0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("verdicts", "required", "code"),
     [
