@@ -68,9 +68,9 @@ dev: $(VENV)/.dev      ## .venv with the tools for tests and checks too
 demo: build $(VENV)/.judge  ## recordings to report: runs/demo/report.html (DATA=folder for your own recordings)
 	$(BIN)/python recipes/demo/run.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
-# Tests that download are in wheel-check.
+# Tests that build a wheel are in wheel-check.
 test: dev        ## the test suite, C++ parts included (TESTS= a file or folder, ARGS= for pytest, WORKERS= processes)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not net" $(TESTS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not wheel" $(TESTS) $(ARGS)
 
 test-gpu: dev    ## the tests that need a GPU
 	$(BIN)/python -m pytest $(TESTS) -m cuda $(ARGS)
@@ -139,7 +139,7 @@ wheel: dev       ## a wheel for every Linux with glibc 2.28 or later, into dist/
 	@$(BIN)/python -m python_tests.project.wheel.build $(if $(VARIANT),--variant $(VARIANT)) $(ARGS)
 
 wheel-check: dev ## a build from the source distribution; the CPU wheel in fresh environments beside several versions of torch (TORCH="2.6.0 2.13.0")
-	@$(BIN)/python -m pytest -q -m net python_tests/project/wheel
+	@$(BIN)/python -m pytest -q -m wheel python_tests/project/wheel
 	@$(BIN)/python -m python_tests.project.wheel.check --torch $(TORCH) $(ARGS)
 
 clean:           ## remove what was built (.venv and runs stay)

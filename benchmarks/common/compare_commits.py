@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.common import compare
 from benchmarks.common.rows import ResultsError, read
-from benchmarks.gpu_check.build import digest_of_sources
+from benchmarks.common.sources import digest_of_sources
 from speechlm_ext.utils.console import make_output_safe
 
 ROOT = Path(__file__).resolve().parents[2]

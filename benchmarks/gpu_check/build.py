@@ -6,33 +6,16 @@ licence's form in pyproject.toml.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import runpy
-import sys
 import sysconfig
 import time
 from pathlib import Path
 
 from benchmarks.common.emit import emit
+from benchmarks.common.sources import digest_of_sources
 from benchmarks.gpu_check.process import ROOT
 from speechlm_ext.utils.files.io import atomic_write_text, make_folder, sha256_file
-
-
-def digest_of_sources(root: Path, settings: str) -> str:
-    """sha256 of all that the module is made from."""
-    digest = hashlib.sha256(f"{sys.version} {settings}".encode())
-    files = [
-        root / "setup.py",
-        root / "CMakeLists.txt",
-        root / "speechlm_ext" / "__init__.py",
-    ]  # with the version
-    for folder in ("csrc", "cmake"):
-        files += sorted(path for path in (root / folder).rglob("*") if path.is_file())
-    for path in files:
-        if path.is_file():
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def compile_module(root: Path) -> None:

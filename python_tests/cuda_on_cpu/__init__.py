@@ -87,11 +87,15 @@ def build(folder: Path, target: str, source: Path = HERE, **options: str) -> Pat
 
 @cache
 def load() -> ModuleType:
-    """Build and import the module with the kernels.
+    """Build and import the module with the kernels. Skips the test that calls it where the sources are not.
 
     Raises:
         BuildError: the kernels do not compile, or a tool is missing.
     """
+    if not (ROOT / "csrc").is_dir():  # beside an installed wheel
+        import pytest
+
+        pytest.skip("the sources of the CUDA kernels are not here")
     folder = build(BUILD, "_cuda_on_cpu")
     (path,) = folder.glob("_cuda_on_cpu.*.so")
     spec = importlib.util.spec_from_file_location("_cuda_on_cpu", path)

@@ -21,6 +21,7 @@ void bind_machine(py::module_& m) {
   py::class_<Machine>(m, "Machine")
       .def_readwrite("tensors_on", &Machine::tensors_on)
       .def_readwrite("next_error", &Machine::next_error)
+      .def_readwrite("runtime_version", &Machine::runtime_version)
       .def_readwrite("driver_version", &Machine::driver_version)
       .def_readwrite("shared_bytes", &Machine::shared_bytes)
       .def_readonly("launched_on", &Machine::launched_on)

@@ -14,6 +14,7 @@ import torch
 
 import speechlm_ext as sx
 from python_tests import cuda_on_cpu
+from speechlm_ext.doctor.driver import OLDEST_DRIVER
 from speechlm_ext.ops.common.native import OpError
 
 INSUFFICIENT_DRIVER, NO_KERNEL_IMAGE, ILLEGAL_ADDRESS, DRIVER_MISMATCH = 35, 209, 700, 803
@@ -103,6 +104,15 @@ def test_a_driver_that_is_too_old_is_named_with_the_remedy(shim):
     assert "this build has CUDA 13.0 and needs an NVIDIA driver of 580 or later" in text
     assert "the driver here supports CUDA up to 12.4" in text
     assert "CUDACXX=" in text and "SPEECHLM_CUDA=ON pip install" in text and "speechlm doctor" in text
+
+
+@pytest.mark.parametrize(("major", "oldest"), OLDEST_DRIVER.items())
+def test_ops_and_doctor_name_the_same_driver(shim, major, oldest):
+    shim.machine().next_error, shim.machine().runtime_version = INSUFFICIENT_DRIVER, 1000 * major
+    with pytest.raises(
+        OpError, match=rf"has CUDA {major}\.0 and needs an NVIDIA driver of {oldest} or later"
+    ):
+        embed()
 
 
 def test_no_driver(shim):

@@ -56,9 +56,9 @@ def _native() -> dict[str, Any]:
     from speechlm_ext.ops.common.native import OPENMP_RUNTIME, native
 
     info = native.build_info()
-    optional = {key: info[key] for key in ("version", "variant") if info.get(key)}
     return {
-        **optional,
+        "version": info["version"],
+        "variant": info["variant"],
         "commit": info["commit"] or None,
         "compiler": info["compiler"],
         "cuda": info["cuda_version"] or None,

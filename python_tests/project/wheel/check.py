@@ -39,8 +39,6 @@ TESTS = (
     "python_tests/ops/scatter_sum/test_scatter_sum.py",
     "python_tests/project/test_pipeline.py",
 )
-#: The .cu files on the CPU are the same whatever torch; they are compiled from the sources, which are not there.
-LEAVE_OUT = "not cuda and not chunks_of_the_gpu and not long_runs_are_joined_in_groups"
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,6 @@ def check(wheel: Path, torch: str, keep_output: bool, seconds: float | None = No
                 "-m",
                 "pytest",
                 "-q",
-                "-k",
-                LEAVE_OUT,
                 "-p",
                 "no:cacheprovider",
                 *TESTS,

@@ -1,4 +1,4 @@
-"""The wheel and the source distribution: their files, the systems they run on, and the check of the wheel itself."""
+"""A wheel as it is built: its files, the systems it runs on; and one from the source distribution alone."""
 
 from __future__ import annotations
 
@@ -9,32 +9,23 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import speechlm_ext
-from python_tests.project.wheel import check
-from python_tests.project.wheel.build import GLIBC, PLATFORM, build_wheel, remove_leftovers
-from python_tests.project.wheel.check import Outcome
+from python_tests.project.wheel.build import GLIBC, PLATFORM, build_wheel
+from python_tests.project.wheel.sources import make_sdist, tracked
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [
+    pytest.mark.wheel,
     pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="needs the source tree"),
     pytest.mark.skipif(platform.system() != "Linux", reason="manylinux wheels are for Linux"),
 ]
 #: Libraries of the system that every Linux has.
 SYSTEM = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libgcc_s.so.1"}
-
-
-def tracked(*folders: str) -> set[str]:
-    """Files that git knows below the folders."""
-    listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("needs a git checkout")
-    return {name for name in listed.stdout.split() if (ROOT / name).is_file()}
 
 
 @pytest.fixture(scope="session")
@@ -115,94 +106,26 @@ def test_the_wheels_module_says_what_it_is(unpacked: Path):
     )
 
 
-def test_a_wheel_is_not_named_after_another_variant(tmp_path):
-    from python_tests.project.wheel.test_build import configure
-
-    done = configure(tmp_path, SPEECHLM_CUDA="OFF", SPEECHLM_LOCAL_VERSION="cu130")
-    said = " ".join(done.stderr.split())
-    assert done.returncode != 0 and "SPEECHLM_LOCAL_VERSION is 'cu130', but this build is 'cpu'" in said
-
-
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory) -> Path:
-    """The source distribution of the tree."""
-    remove_leftovers()  # a file listed there would be packed whatever MANIFEST.in says
-    folder = tmp_path_factory.mktemp("sdist")
-    code = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
-    made = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr[-3000:]
-    (path,) = folder.glob("*.tar.gz")
-    return path
-
-
-def test_sdist_has_the_files_of_the_sources(sdist):
-    with tarfile.open(sdist) as archive:
-        names = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
-    top = {
-        "CMakeLists.txt",
-        "CHANGELOG.md",
-        "LICENSE",
-        "MANIFEST.in",
-        "README.md",
-        "pyproject.toml",
-        "setup.py",
-    }
-    added = {"PKG-INFO", "setup.cfg", *(n for n in names if n.startswith("speechlm_ext.egg-info/"))}
-    assert names - added == tracked("speechlm_ext", "csrc", "cmake", "recipes") | top
-
-
-@pytest.mark.slow
-@pytest.mark.net
-def test_sdist_builds_by_itself(sdist, tmp_path):
-    """From it alone pip builds a wheel in an environment of its own, without torch. Part of ``make wheel-check``."""
+def test_sdist_builds_by_itself(tmp_path):
+    """From it alone pip builds a wheel in an environment of its own, without torch."""
     reach = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp_path / "reach", "pybind11"]
     if (tried := subprocess.run(reach, capture_output=True, text=True)).returncode:
         pytest.skip(f"the package index cannot be reached: {tried.stderr.strip().splitlines()[-1]}")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"SPEECHLM_CUDA": "OFF"}
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "wheels", sdist]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "-w",
+        tmp_path / "wheels",
+        make_sdist(tmp_path),
+    ]
     done = subprocess.run(pip, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (built,) = (tmp_path / "wheels").glob("*.whl")
     assert built.name.startswith(f"speechlm_ext-{speechlm_ext.__version__}-")
     packed = {n for n in zipfile.ZipFile(built).namelist() if ".dist-info/" not in n and not n.endswith("/")}
     assert {n for n in packed if not n.endswith(".so")} == tracked("speechlm_ext")
-
-
-def test_a_torch_that_cannot_be_had_is_skipped_with_the_reason(tmp_path, monkeypatch, capsys):
-    for name, value in {
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(tmp_path),
-        "PIP_CONFIG_FILE": os.devnull,
-    }.items():
-        monkeypatch.setenv(name, value)
-    wheel = tmp_path / "any.whl"
-    wheel.touch()
-    monkeypatch.setattr(sys, "argv", ["check", str(wheel), "--torch", "2.6.0"])
-    assert check.main() == 1
-    printed = capsys.readouterr()
-    assert "torch 2.6.0: skipped: No matching distribution found for torch==2.6.0" in printed.out
-    assert "no check ran" in printed.err
-
-
-def test_a_torch_that_takes_too_long_is_skipped(tmp_path, monkeypatch, capsys):
-    wheel = tmp_path / "any.whl"
-    wheel.touch()
-    monkeypatch.setattr(sys, "argv", ["check", str(wheel), "--torch", "2.6.0", "--torch-seconds", "0.01"])
-    assert check.main() == 1
-    assert "torch 2.6.0: skipped: pip install torch==2.6.0 took more than 0" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("verdicts", "required", "code"),
-    [
-        (["passed"], [], 0),
-        (["passed", "skipped"], [], 0),
-        (["passed", "skipped"], ["0"], 0),
-        (["passed", "skipped"], ["1"], 1),
-        (["passed", "failed"], [], 1),
-        (["skipped"], [], 1),
-    ],
-)
-def test_exit_code_of_the_check(verdicts, required, code):
-    outcomes = [Outcome(str(i), verdict, "") for i, verdict in enumerate(verdicts)]
-    assert check.verdict(outcomes, required) == code
