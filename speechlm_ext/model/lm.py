@@ -39,6 +39,7 @@ from speechlm_ext.model.decode_head import DecodeHead
 from speechlm_ext.model.embedding import MultiStreamEmbedding
 from speechlm_ext.model.frame import FrameCache, Frames, FrameTransformer
 from speechlm_ext.model.head import MultiStreamHead
+from speechlm_ext.model.host_facts import HostFacts
 from speechlm_ext.ops import MultiStreamLoss
 
 if TYPE_CHECKING:
@@ -121,18 +122,22 @@ class SpeechLMModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     # ---- forward ------------------------------------------------------------------------------------------------
-    def hidden(self, ids_NS: Tensor, position_N: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def hidden(
+        self, ids_NS: Tensor, position_N: Tensor, cu_seqlens: Tensor, facts: HostFacts | None = None
+    ) -> Tensor:
         """Last hidden states of a packed row, as the head takes them.
 
         Args:
             ids_NS: int ``[N, S]`` delayed ids.
             position_N: int ``[N]``, restarting at 0 in each sequence.
             cu_seqlens: int32 ``[n+1]`` sequence bounds.
+            facts: of the batch, so that nothing waits for a GPU; None reads them where they are needed.
 
         Returns:
             float ``[N, D]``.
         """
-        return self.head_input(run_packed(self.backbone, self.embed(ids_NS), position_N, cu_seqlens))
+        bounds = None if facts is None else facts.bounds
+        return self.head_input(run_packed(self.backbone, self.embed(ids_NS), position_N, cu_seqlens, bounds))
 
     def embed(self, ids_NS: Tensor) -> Tensor:
         """The backbone's input ``[N, D]``."""
@@ -153,6 +158,7 @@ class SpeechLMModel(nn.Module):
         position: Tensor,
         cu_seqlens: Tensor,
         reduction: Literal["sum", "none"] = "sum",
+        facts: HostFacts | None = None,
     ) -> MultiStreamLoss:
         """Loss of a packed batch; the arguments are the fields of :class:`speechlm_ext.ops.PackedBatch`.
 
@@ -162,8 +168,9 @@ class SpeechLMModel(nn.Module):
             position: int ``[N]``.
             cu_seqlens: int32 ``[n+1]``.
             reduction: ``sum``, or ``none`` to get each token's loss as well.
+            facts: as in :meth:`hidden`.
         """
-        hidden_ND = self.hidden(ids, position, cu_seqlens)
+        hidden_ND = self.hidden(ids, position, cu_seqlens, facts)
         frames = self._frames(hidden_ND, labels, loss_weight)
         return self.head(hidden_ND, labels, loss_weight, reduction, frames)
 

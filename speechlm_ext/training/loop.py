@@ -17,7 +17,7 @@ import torch
 
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.errors import SpeechLMError, TrainingError
-from speechlm_ext.model import SpeechLMModel
+from speechlm_ext.model import HostFacts, SpeechLMModel
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig
 from speechlm_ext.training.engine import from_rank_0, gradient_norm
@@ -85,7 +85,9 @@ class TrainLoop:
     def _step(self, lr: float) -> tuple[float, float | None]:
         """Take one optimizer step; returns its loss and, where it is known by then, the norm of its gradient."""
         engine, meter = self.engine, self.meter
-        batches = [next(self.packs).to(meter.device) for _ in range(self.config.accumulation)]
+        packs = [next(self.packs) for _ in range(self.config.accumulation)]
+        facts = [HostFacts.read(pack) for pack in packs]
+        batches = [pack.to(meter.device) for pack in packs]
         weight = torch.stack([b.loss_weight.sum() for b in batches]).double().sum()
         torch.distributed.all_reduce(weight)
         step_weight = max(float(weight), 1e-12)
@@ -93,7 +95,14 @@ class TrainLoop:
             group["lr"] = lr
         meter.start_step()
         for number, batch in enumerate(batches, start=1):
-            out = engine(batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens)
+            out = engine(
+                batch.ids,
+                batch.labels,
+                batch.loss_weight,
+                batch.position,
+                batch.cu_seqlens,
+                facts=facts[number - 1],
+            )
             meter.add(out, step_weight, batch.ids.shape[0])
             # DeepSpeed divides by the accumulation and averages over processes; undo both.
             engine.backward(out.loss_sum * (self.config.accumulation * self.world / step_weight))

@@ -5,6 +5,7 @@ Axes: N packed positions, B sequences of a group, T its longest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,9 +29,13 @@ class Packing:
     """For SDPA: int64 ``[N]``, place of each row in the concatenation of all groups."""
 
     @classmethod
-    def build(cls, cu_seqlens: Tensor, kernel: str) -> Packing:
-        """Prepare for ``kernel`` (from :func:`choose_attention`); reads the lengths on the host once."""
-        packing = cls(cu_seqlens, cu_seqlens.tolist())
+    def build(cls, cu_seqlens: Tensor, kernel: str, bounds: Sequence[int] | None = None) -> Packing:
+        """Prepare for ``kernel`` (from :func:`choose_attention`).
+
+        Args:
+            bounds: ``cu_seqlens`` on the host; None reads them, which waits for a GPU.
+        """
+        packing = cls(cu_seqlens, cu_seqlens.tolist() if bounds is None else list(bounds))
         if kernel == "sdpa":
             packing.pad()
         return packing

@@ -5,6 +5,7 @@ Axes: N packed positions, B slots, D hidden.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,14 +161,23 @@ def _run(body: nn.Module, embedded: Tensor, position: Tensor, **where: Any) -> T
     return out.last_hidden_state
 
 
-def run_packed(body: nn.Module, embedded_ND: Tensor, position_N: Tensor, cu_seqlens: Tensor) -> Tensor:
+def run_packed(
+    body: nn.Module,
+    embedded_ND: Tensor,
+    position_N: Tensor,
+    cu_seqlens: Tensor,
+    bounds: Sequence[int] | None = None,
+) -> Tensor:
     """Last hidden states ``[N, D]`` of a packed row; see :meth:`SpeechLMModel.hidden`.
+
+    Args:
+        bounds: ``cu_seqlens`` on the host; None reads them, which waits for a GPU.
 
     Raises:
         ConfigError: a sequence exceeds :func:`stable_rope_length`; as in :func:`run_prefill` and :func:`run_step`.
     """
     kernel, _ = choose_attention(embedded_ND.device, embedded_ND.dtype)
-    packing = Packing.build(cu_seqlens, kernel)
+    packing = Packing.build(cu_seqlens, kernel, bounds)
     _check_length(body.config, packing.max_seqlen)
     return _run(body, embedded_ND[None], position_N[None].long(), packing=packing)[0]
 
@@ -178,9 +188,10 @@ def run_prefill(
     """Hidden states ``[N, D]`` of rows appended to ``slots``; see :meth:`SpeechLMModel.prefill`."""
     num_rows = (cache.held[slot] + length for slot, length in zip(slots, lengths, strict=True))
     _check_length(body.config, max(num_rows, default=0))
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    bounds = list(itertools.accumulate(lengths, initial=0))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=embedded_ND.device)
     kernel, _ = choose_attention(embedded_ND.device, embedded_ND.dtype)
-    packing = Packing.build(bounds.to(embedded_ND.device), kernel)
+    packing = Packing.build(cu_seqlens, kernel, bounds)
     position_N = cache.begin_prefill(slots, lengths, packing)
     out_ND = _run(body, embedded_ND[None], position_N[None], kv=cache)[0]
     cache.end_prefill()
