@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from speechlm_ext import SpeechLM
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
-from speechlm_ext.model import LossSettings, ModelConfig
+from speechlm_ext.model import HostFacts, LossSettings, ModelConfig
 from speechlm_ext.model.backbone.body import BackboneError
+from speechlm_ext.ops import PackedBatch
 from speechlm_ext.training import ModelSettings
 
 LAYOUT = TokenLayout.build(ssl=6, codec=[5, 5], text=9)
@@ -48,6 +49,32 @@ def test_packed_equals_lone_segments(lengths: list[int]) -> None:
         if a < b:
             alone = model.hidden(ids[a:b], position[a:b], torch.tensor([0, b - a], dtype=torch.int32))
             torch.testing.assert_close(packed[a:b], alone, rtol=1e-4, atol=1e-6)
+
+
+def test_facts_on_the_host_stand_for_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths = make(), [12, 3, 11]
+    ids, position, bounds = rows(lengths)
+    labels = ids.roll(-1, 0)
+    batch = PackedBatch(ids, labels, (labels != LAYOUT.pad_id).float(), position, bounds)
+    inputs = (batch.ids, batch.labels, batch.loss_weight, batch.position)
+    expected = model(*inputs, bounds).loss_sum
+    facts = HostFacts.read(batch)
+    read, tolist = list[torch.Tensor](), torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (read.append(self), tolist(self))[1])
+    hidden = model.hidden(ids, position, bounds, facts)
+    monkeypatch.undo()
+    assert not any(tensor is bounds for tensor in read)  # it would wait for a GPU
+    assert torch.equal(hidden, model.hidden(ids, position, bounds))
+    assert torch.equal(model(*inputs, bounds, facts=facts).loss_sum, expected)
+
+
+@pytest.mark.parametrize("bounds", [(0, 12, 26), (0, 12, 15, 27)])
+def test_facts_of_another_batch_are_refused(bounds: tuple[int, ...]) -> None:
+    ids, position, cu_seqlens = rows([12, 3, 11])
+    with pytest.raises(
+        ConfigError, match=rf"26 positions and 3 sequences.*of {bounds[-1]} and {len(bounds) - 1}\."
+    ):
+        make().hidden(ids, position, cu_seqlens, HostFacts(bounds))
 
 
 @pytest.mark.parametrize("scope", ["full", "codec", "own"])

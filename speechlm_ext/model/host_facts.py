@@ -1,6 +1,6 @@
 """What a training step has to know on the host about a batch that is on a GPU.
 
-Read from the batch while it is on the CPU. With it neither attention nor the loss waits for the GPU.
+Read from the batch while it is on the CPU. With it attention does not wait for the GPU.
 """
 
 from __future__ import annotations
@@ -19,5 +19,5 @@ class HostFacts:
 
     @classmethod
     def read(cls, batch: PackedBatch) -> HostFacts:
-        """The facts of a batch on the CPU."""
+        """The facts of a batch on the CPU; on a GPU reading them waits for it."""
         return cls(tuple(batch.cu_seqlens.tolist()))

@@ -131,10 +131,13 @@ class SpeechLMModel(nn.Module):
             ids_NS: int ``[N, S]`` delayed ids.
             position_N: int ``[N]``, restarting at 0 in each sequence.
             cu_seqlens: int32 ``[n+1]`` sequence bounds.
-            facts: of the batch, so that nothing waits for a GPU; None reads them where they are needed.
+            facts: of the batch, so that attention does not wait for a GPU; None reads them where they are needed.
 
         Returns:
             float ``[N, D]``.
+
+        Raises:
+            ConfigError: the facts are those of another batch.
         """
         bounds = None if facts is None else facts.bounds
         return self.head_input(run_packed(self.backbone, self.embed(ids_NS), position_N, cu_seqlens, bounds))

@@ -94,14 +94,14 @@ class TrainLoop:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         meter.start_step()
-        for number, batch in enumerate(batches, start=1):
+        for number, (batch, batch_facts) in enumerate(zip(batches, facts, strict=True), start=1):
             out = engine(
                 batch.ids,
                 batch.labels,
                 batch.loss_weight,
                 batch.position,
                 batch.cu_seqlens,
-                facts=facts[number - 1],
+                facts=batch_facts,
             )
             meter.add(out, step_weight, batch.ids.shape[0])
             # DeepSpeed divides by the accumulation and averages over processes; undo both.

@@ -18,6 +18,7 @@ from python_tests.cuda_on_cpu.launches.cases import Case, Setup, opus_layout
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.model.config import LossSettings, ModelConfig
+from speechlm_ext.model.host_facts import HostFacts
 from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.training.config import ModelSettings
 
@@ -52,11 +53,13 @@ def _batch() -> ops.PackedBatch:
 
 def train_step(device: torch.device, num_layers: int, scope: str = "own") -> Callable[[], Tensor]:
     """Forward, backward and a fused AdamW step; without DeepSpeed, clipping and the log."""
-    model, batch = _model(device, num_layers, scope), _batch().to(device)
+    model, batch = _model(device, num_layers, scope), _batch()
+    facts, batch = HostFacts.read(batch), batch.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> Tensor:
-        out = model(batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens)
+        inputs = (batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens)
+        out = model(*inputs, facts=facts)
         out.loss_sum.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -174,8 +174,14 @@ def run_packed(
         bounds: ``cu_seqlens`` on the host; None reads them, which waits for a GPU.
 
     Raises:
-        ConfigError: a sequence exceeds :func:`stable_rope_length`; as in :func:`run_prefill` and :func:`run_step`.
+        ConfigError: a sequence exceeds :func:`stable_rope_length`, as in :func:`run_prefill` and :func:`run_step`;
+            ``bounds`` of another number of sequences or rows.
     """
+    if bounds is not None and (len(bounds), bounds[-1]) != (len(cu_seqlens), len(embedded_ND)):
+        raise ConfigError(
+            f"a packed row has {len(embedded_ND)} positions and {len(cu_seqlens) - 1} sequences, but its facts on the "
+            f"host are of {bounds[-1]} and {len(bounds) - 1}. Read them from the same batch: HostFacts.read(batch)."
+        )
     kernel, _ = choose_attention(embedded_ND.device, embedded_ND.dtype)
     packing = Packing.build(cu_seqlens, kernel, bounds)
     _check_length(body.config, packing.max_seqlen)
