@@ -54,7 +54,8 @@ def test_a_model_generates_what_it_did():
     assert str(model.layout.sha256) == EXPECTED["layout"]
     for result, expected in zip(results, EXPECTED["generated"], strict=True):
         np.testing.assert_array_equal(result.ids, expected["ids"])
-        np.testing.assert_allclose(result.wav[::500], expected["wav"], atol=1e-5)
+        # Sixty steps of Griffin-Lim make 2e-4 of a last bit, which differs between kinds of processors.
+        np.testing.assert_allclose(result.wav[::500], expected["wav"], rtol=0, atol=2e-3)
 
 
 def test_a_run_is_resumed_with_the_same_losses(folder: Path):
