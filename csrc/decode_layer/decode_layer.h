@@ -46,11 +46,11 @@ struct NormArgs {
 // The keys and values of one layer. A slot's rows and a row's heads: [G, E] and [G, F], contiguous.
 template <typename T>
 struct CacheView {
-  int64_t num_slots = 0;  // B
-  int64_t num_rows = 0;   // R
-  int64_t num_heads = 0;  // G
-  int64_t key_size = 0;   // E
-  int64_t value_size = 0;  // F
+  int64_t num_slots = 0;                                                                         // B
+  int64_t num_rows = 0;                                                                          // R
+  int64_t num_heads = 0;                                                                         // G
+  int64_t key_size = 0;                                                                          // E
+  int64_t value_size = 0;                                                                        // F
   int64_t key_slot_stride = 0, key_row_stride = 0, value_slot_stride = 0, value_row_stride = 0;  // in elements
   T* keys = nullptr;
   T* values = nullptr;
@@ -79,8 +79,8 @@ struct RotaryArgs {
   double eps = 0;
   bool norm_over_all = false;
   CacheView<T> cache;
-  const T* qkv = nullptr;             // [M, H E + G E + G F]
-  const C* cos = nullptr;             // [P, E]; both null: no rotation
+  const T* qkv = nullptr;  // [M, H E + G E + G F]
+  const C* cos = nullptr;  // [P, E]; both null: no rotation
   const C* sin = nullptr;
   const int64_t* position = nullptr;  // [M]
   const int64_t* slot = nullptr;      // [M]
