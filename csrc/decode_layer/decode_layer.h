@@ -160,9 +160,14 @@ void silu_mul_cuda(const GateArgs<T>& args, int device, void* stream);
 // Keys that one block of threads reads on a GPU.
 constexpr int64_t kCudaSplit = 256;
 
+// Of a row, at most.
+inline int64_t cuda_splits(int64_t num_keys, int64_t window) {
+  return ceil_div(window > 0 && window < num_keys ? window : num_keys, kCudaSplit);
+}
+
 // Partial results of decode_attention_cuda: an output, a maximum and a sum for each head of each split.
-inline int64_t decode_attention_partials(int64_t num_rows, int64_t num_heads, int64_t num_keys, int64_t value_size) {
-  return num_rows * num_heads * ceil_div(num_keys, kCudaSplit) * (value_size + 2);
+inline int64_t decode_attention_partials(int64_t num_rows, int64_t num_heads, int64_t num_splits, int64_t value_size) {
+  return num_rows * num_heads * num_splits * (value_size + 2);
 }
 
 }  // namespace speechlm

@@ -157,11 +157,13 @@ void rope_and_store(const TensorView& qkv, const Optional& cos, const Optional& 
   });
 }
 
-int64_t attention_partials(const TensorView& query, const TensorView& keys, const TensorView& values) {
+int64_t attention_partials(const TensorView& query, const TensorView& keys, const TensorView& values,
+                           std::optional<int64_t> window) {
   SX_CHECK(query.rank() == 3 && keys.rank() == 4 && values.rank() == 4,
            "decode_attention: query must have 3 dimensions, keys and values 4; got ", query.describe(), ", ",
            keys.describe(), ", ", values.describe());
-  return decode_attention_partials(query.sizes[0], query.sizes[1], keys.sizes[1], values.sizes[3]);
+  return decode_attention_partials(query.sizes[0], query.sizes[1], cuda_splits(keys.sizes[1], window.value_or(0)),
+                                   values.sizes[3]);
 }
 
 void decode_attention(const TensorView& query, const TensorView& keys, const TensorView& values,
@@ -197,7 +199,7 @@ void decode_attention(const TensorView& query, const TensorView& keys, const Ten
     Acc* space = nullptr;
     if (expect.on_cuda()) {
       SX_CHECK(partials.has_value(), kOp, ": partials must be given on CUDA");
-      space = expect.ptr<Acc>(*partials, "partials", {attention_partials(query, keys, values)});
+      space = expect.ptr<Acc>(*partials, "partials", {attention_partials(query, keys, values, window)});
     }
     const py::gil_scoped_release no_gil;
     if (!expect.on_cuda()) {
@@ -242,7 +244,8 @@ void bind_decode_layer(py::module_& m) {
         py::arg("position"), py::arg("slot"), py::arg("keys"), py::arg("values"), py::arg("num_heads"),
         py::arg("q_norm").none(true), py::arg("k_norm").none(true), py::arg("norm_eps"), py::arg("norm_over_all"),
         py::arg("query"), py::arg("threads"), py::arg("stream"));
-  m.def("decode_attention_partials", &attention_partials, py::arg("query"), py::arg("keys"), py::arg("values"));
+  m.def("decode_attention_partials", &attention_partials, py::arg("query"), py::arg("keys"), py::arg("values"),
+        py::arg("window").none(true));
   m.def("decode_attention", &decode_attention, py::arg("query"), py::arg("keys"), py::arg("values"), py::arg("lengths"),
         py::arg("slot"), py::arg("scale"), py::arg("window").none(true), py::arg("softcap").none(true),
         py::arg("sinks").none(true), py::arg("out"), py::arg("partials").none(true), py::arg("threads"),

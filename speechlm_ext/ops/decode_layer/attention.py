@@ -78,7 +78,7 @@ def _decode_attention(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     partials = None
     if on_cuda:
-        count = call_kernel(native.decode_attention_partials, query, keys, values)
+        count = call_kernel(native.decode_attention_partials, query, keys, values, window)
         partials = query.new_empty(count, dtype=wide)
     out = query.new_empty(query.shape[0], query.shape[1] * values.shape[3])
     call_kernel(
