@@ -143,7 +143,7 @@ __device__ inline void add_values(const AttentionArgs<T>& a, const T* values, in
 }
 
 template <typename T, int kHeads, int kVec>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kHeads <= 4 ? 4 : 2)
     split_kernel(const AttentionArgs<T> a, const Partials<Accumulator<T>> p, const SplitPlan plan) {
   using Acc = Accumulator<T>;
   SX_DYNAMIC_SHARED(Acc, memory);

@@ -22,7 +22,6 @@ def assert_close(got: Tensor, exact: Tensor, roundings: int = 2, terms: int = 1)
     torch.testing.assert_close(got.double(), exact, rtol=roundings * eps, atol=scale * wide * (4 + terms))
 
 
-
 def make_cache(
     num_slots: int, num_rows: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

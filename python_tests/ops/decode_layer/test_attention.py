@@ -31,7 +31,9 @@ def make_case(heads, groups, key_size, value_size, dtype, device, lengths, num_k
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (9, 3, 64, 64), (4, 4, 7, 13), (8, 1, 40, 72), (10, 2, 8, 130)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 16, 16), (9, 3, 64, 64), (4, 4, 7, 13), (8, 1, 40, 72), (10, 2, 8, 130)]
+)
 def test_matches_reference(shape, rule, dtype, device):
     window, softcap, has_sinks = RULES[rule]
     lengths = [1, 16, 127, 129, 300] if dtype in (torch.float32, torch.bfloat16) else [3, 257]
@@ -63,7 +65,9 @@ def test_no_keys_and_ranges_out_of_the_cache(device):
     got = decode_attention(query, keys, values, length, slot, 0.3)
     assert not got[:5].any()
     length[5:] = 300
-    assert torch.equal(got, decode_attention(query, keys, values, length, slot, 0.3)) and got[5:].abs().min() > 0
+    assert (
+        torch.equal(got, decode_attention(query, keys, values, length, slot, 0.3)) and got[5:].abs().min() > 0
+    )
     sinks = torch.zeros(4, device=device)
     assert not decode_attention(query, keys, values, length, slot, 0.3, sinks=sinks)[:5].any()
 
@@ -84,7 +88,9 @@ def test_nothing_to_compute(shape, device):
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_rows_outside_do_not_matter(window, device):
-    query, keys, values, length, slot = make_case(6, 2, 24, 20, torch.float32, device, [1, 130, 255, 256, 300])
+    query, keys, values, length, slot = make_case(
+        6, 2, 24, 20, torch.float32, device, [1, 130, 255, 256, 300]
+    )
     want = decode_attention(query, keys, values, length, slot, 0.3, window)
     row = torch.arange(300, device=device)
     outside = torch.ones(7, 300, dtype=torch.bool, device=device)
@@ -178,7 +184,10 @@ def test_strided_cache_and_query(device):
         (dict(query=torch.zeros(2, 4, 9)), "query must have size 8 in dimension 2"),
         (dict(query=torch.zeros(2, 32)), r"query must be \[M, H, E\]"),
         (dict(keys=torch.zeros(3, 9, 2, 8).double()), "keys must be float32; got float64"),
-        (dict(values=torch.zeros(3, 9, 8, 2).transpose(2, 3)), "values must be contiguous in dimensions 2 and later"),
+        (
+            dict(values=torch.zeros(3, 9, 8, 2).transpose(2, 3)),
+            "values must be contiguous in dimensions 2 and later",
+        ),
         (dict(lengths=torch.zeros(2, dtype=torch.int32)), "lengths must be int64"),
         (dict(slot=torch.zeros(3, dtype=torch.int64)), "slot must have size 2"),
         (dict(window=0), "window must be 1 or more"),

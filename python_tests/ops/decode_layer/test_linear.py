@@ -26,7 +26,11 @@ def test_matches_reference(width, num_outputs, num_rows, dtype, has_bias):
 @pytest.mark.parametrize("width", [40, 513])
 def test_bits_of_a_row_depend_on_it_alone(width, dtype):
     """For any number of rows before and after it, any number of threads, and every instruction set."""
-    x, weight, bias = (torch.randn(33, width).to(dtype), torch.randn(150, width).to(dtype), torch.randn(150).to(dtype))
+    x, weight, bias = (
+        torch.randn(33, width).to(dtype),
+        torch.randn(150, width).to(dtype),
+        torch.randn(150).to(dtype),
+    )
     alone = torch.cat([decode_linear(row[None], weight, bias) for row in x])
     before = torch.get_num_threads()
     try:
@@ -36,7 +40,10 @@ def test_bits_of_a_row_depend_on_it_alone(width, dtype):
                 with simd(name):
                     for num_rows in (1, 2, 3, 5, 6, 7, 13, 16, 17, 33):
                         first = 33 - num_rows
-                        assert torch.equal(decode_linear(x[first:], weight, bias), alone[first:]), (name, num_rows)
+                        assert torch.equal(decode_linear(x[first:], weight, bias), alone[first:]), (
+                            name,
+                            num_rows,
+                        )
                         assert torch.equal(decode_linear(x[:num_rows], weight, bias), alone[:num_rows])
     finally:
         torch.set_num_threads(before)
@@ -71,7 +78,12 @@ def test_values_that_are_not_finite_stay_in_their_row():
 @pytest.mark.parametrize(
     ("x", "weight", "bias", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(4, 5), None, r"weight must have size 3 in dimension 1; got float32 \[4, 5\]"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(4, 5),
+            None,
+            r"weight must have size 3 in dimension 1; got float32 \[4, 5\]",
+        ),
         (torch.zeros(2, 3), torch.zeros(4, 3).double(), None, "weight must be float32; got float64"),
         (torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(3), "bias must have size 4"),
         (torch.zeros(3), torch.zeros(4, 3), None, r"x must be \[M, K\] and weight \[N, K\]"),

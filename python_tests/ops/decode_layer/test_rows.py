@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from python_tests.ops.decode_layer.cases import DTYPES, NUM_ROWS, SETS, assert_close, make_cache
+from python_tests.ops.decode_layer.cases import DTYPES, SETS, assert_close, make_cache
 from python_tests.ops.instruction_sets import simd
 from speechlm_ext.ops.decode_layer import add_rms_norm, reference, rope_and_store, silu_mul
 
@@ -61,11 +61,15 @@ def test_norm_of_zeros_huge_and_tiny_values(device):
 @pytest.mark.parametrize("shape", [(0, 6), (1, 2), (3, 34), (17, 126), (2, 0)])
 def test_silu_matches_reference(shape, dtype, device):
     gate_up = (torch.randn(shape, device=device) * 4).to(dtype)
-    assert_close(silu_mul(gate_up), reference.silu_mul(gate_up.double()), roundings=2 if dtype in HALVES else 4)
+    assert_close(
+        silu_mul(gate_up), reference.silu_mul(gate_up.double()), roundings=2 if dtype in HALVES else 4
+    )
 
 
 def test_silu_of_extremes(device):
-    gate = torch.tensor([-float("inf"), -200.0, -95.0, -0.0, 0.0, 80.0, 3e38, float("nan"), float("inf")], device=device)
+    gate = torch.tensor(
+        [-float("inf"), -200.0, -95.0, -0.0, 0.0, 80.0, 3e38, float("nan"), float("inf")], device=device
+    )
     got = silu_mul(torch.cat([gate, torch.ones_like(gate)])[None])[0]
     want = torch.nn.functional.silu(gate)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-37, equal_nan=True)
@@ -117,8 +121,12 @@ def test_rope_matches_reference(shape, norms, dtype, device):
     before = keys[untouched].clone(), values[untouched].clone()
     query = rope_and_store(qkv, cos, sin, position, slot, keys, values, heads, *weights, 1e-6, over)
     # A rotation may cancel: what is lost then is a part of the operands.
-    assert_close(query, exact, roundings=5, terms=16 + 2 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
-    assert_close(keys, want_keys, roundings=5, terms=16 + 2 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
+    assert_close(
+        query, exact, roundings=5, terms=16 + 2 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    )
+    assert_close(
+        keys, want_keys, roundings=5, terms=16 + 2 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    )
     assert torch.equal(values.double(), want_values)
     assert torch.equal(keys[untouched], before[0]) and torch.equal(values[untouched], before[1])
 
@@ -131,7 +139,10 @@ def test_rope_is_transformers_to_the_bit(dtype, table_dtype, device):
     query = rope_and_store(qkv, cos, sin, position, slot, keys, values, 4)
     q, k, v = qkv.split([4 * 48, 2 * 48, 2 * 32], dim=1)
     want = apply_rotary_pos_emb(
-        q.view(7, 1, 4, 48).transpose(1, 2), k.view(7, 1, 2, 48).transpose(1, 2), cos[position][:, None], sin[position][:, None]
+        q.view(7, 1, 4, 48).transpose(1, 2),
+        k.view(7, 1, 2, 48).transpose(1, 2),
+        cos[position][:, None],
+        sin[position][:, None],
     )
     assert torch.equal(query, want[0][:, :, 0].to(dtype))
     assert torch.equal(keys[slot, position], want[1][:, :, 0].to(dtype))
@@ -194,8 +205,9 @@ def test_bits_depend_neither_on_rows_nor_threads_nor_the_instruction_set(dtype):
 def test_non_contiguous_inputs(device):
     wide = torch.randn(4, 20, device=device)
     x, weight = wide[:, ::2], torch.randn(20, device=device)[::2]
-    got, want = add_rms_norm(x, wide[:, 1::2], weight, 1e-6), add_rms_norm(
-        x.contiguous(), wide[:, 1::2].contiguous(), weight.contiguous(), 1e-6
+    got, want = (
+        add_rms_norm(x, wide[:, 1::2], weight, 1e-6),
+        add_rms_norm(x.contiguous(), wide[:, 1::2].contiguous(), weight.contiguous(), 1e-6),
     )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert torch.equal(silu_mul(x), silu_mul(x.contiguous()))
