@@ -26,11 +26,9 @@ def test_matches_reference(width, num_outputs, num_rows, dtype, has_bias):
 @pytest.mark.parametrize("width", [40, 513])
 def test_bits_of_a_row_depend_on_it_alone(width, dtype):
     """For any number of rows before and after it, any number of threads, and every instruction set."""
-    x, weight, bias = (
-        torch.randn(33, width).to(dtype),
-        torch.randn(150, width).to(dtype),
-        torch.randn(150).to(dtype),
-    )
+    # Made in float64: products of values that fit into float32 would be exact there, whatever the order.
+    shapes = (33, width), (150, width), (150,)
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
     alone = torch.cat([decode_linear(row[None], weight, bias) for row in x])
     before = torch.get_num_threads()
     try:
