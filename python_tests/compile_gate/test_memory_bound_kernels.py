@@ -15,6 +15,7 @@ from python_tests.compile_gate import sass
 pytestmark = pytest.mark.skipif(sass.missing_tool() is not None, reason=str(sass.missing_tool()))
 
 EMBED = gate.ROOT / "csrc" / "multistream_embed" / "multistream_embed_cuda.cu"
+SCATTER = gate.ROOT / "csrc" / "scatter_sum" / "scatter_sum_cuda.cu"
 IDS = ("int", "long")
 #: Types of tables and the elements of their 16-byte vectors.
 VECTORS = {"float": 4, "double": 2, "BFloat16": 8, "Float16": 8}
@@ -52,3 +53,26 @@ def test_sixteen_bits_are_converted_by_the_gpu(table: str, conversion: str, id_t
     assert len(sass.matching(code, "F2FP", conversion, "F32")) == 8, "two vectors of four pairs"
     # What the CPU adds to round: two integer operations for each number.
     assert not has_immediate(code, "0x7fff") and not has_immediate(code, "0xc8000fff")
+
+
+@pytest.mark.parametrize("has_scale", ["false", "true"])
+@pytest.mark.parametrize("values", VECTORS)
+def test_backward_loads_four_rows_before_it_adds_one(values: str, has_scale: str) -> None:
+    code = sass.kernel(sass.disassemble(SCATTER), f"chunks_kernel<{values}, {VECTORS[values]}, {has_scale}>")
+    runs = sass.bursts(code, "LDG", "128")
+    assert max(runs) >= 4 and sum(runs) == 8, f"{runs}\n{sass.text(code)}"
+    if values == "BFloat16":
+        assert sass.matching(code, "F2FP", "BF16", "F32") and not has_immediate(code, "0x7fff")
+
+
+def test_backward_divides_by_no_routine() -> None:
+    kernels = gate.own(sass.disassemble(SCATTER))  # type: ignore[arg-type, type-var]
+    assert len(kernels) > 30
+    assert {name: sass.calls(code) for name, code in kernels.items() if sass.calls(code)} == {}
+    stores = [sass.matching(kernels[f"gaps_kernel<{t}, {n}>"], "STG", "128") for t, n in VECTORS.items()]
+    assert all(stores), "zeros are written 16 bytes at a time"
+
+
+def test_the_sort_counts_with_32_bits() -> None:
+    sorts = [name for name in sass.disassemble(SCATTER) if "RadixSort" in name]
+    assert sorts and not any("long" in name for name in sorts), sorts

@@ -68,6 +68,35 @@ def test_one_id_very_often(count, start, device):
     assert torch.equal(rows.cpu(), ids.unique()) and torch.equal(sums.cpu(), want[ids.unique()])
 
 
+@pytest.mark.parametrize("width", [1, 8, 12, 264])
+@pytest.mark.parametrize("num_rows", [1, 31, 32, 33, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_between_the_touched_ones_are_zero(dtype, num_rows, width, device):
+    """New memory is not zero here: runs of untouched rows before, between and behind, and none at all."""
+    for touched in (
+        {0},
+        {num_rows - 1},
+        {num_rows // 2},
+        set(range(num_rows)),
+        set(range(0, num_rows, 7)),
+        set(),
+    ):
+        rows = [
+            *sorted(touched),
+            -1,
+            -1,
+            -1,
+        ]  # -1: the pad, so that the sort has pairs where no row is touched
+        ids = torch.tensor(rows)[:, None].expand(-1, 2)
+        values = torch.randn(len(rows), width).to(dtype)
+        got = torch.ops.speechlm_ext.scatter_sum(
+            values.to(device), ids.to(device), -1, [], [], num_rows
+        ).cpu()
+        want = torch.zeros(num_rows, width, dtype=dtype)
+        want[rows[:-3]] = (2 * values[:-3].float()).to(dtype)
+        assert torch.equal(got, want), touched
+
+
 def test_long_runs_are_joined_in_groups(request):
     """To the bit: sums of 128 pairs, of 64 such sums that lie inside the run, and of what is left, each in order."""
     chunk, group = 128, 64 * 128
