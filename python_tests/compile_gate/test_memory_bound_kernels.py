@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(sass.missing_tool() is not None, reason=str(sass
 
 EMBED = gate.ROOT / "csrc" / "multistream_embed" / "multistream_embed_cuda.cu"
 SCATTER = gate.ROOT / "csrc" / "scatter_sum" / "scatter_sum_cuda.cu"
+SAMPLE = gate.ROOT / "csrc" / "multistream_sample" / "multistream_sample_cuda.cu"
 IDS = ("int", "long")
 #: Types of tables and the elements of their 16-byte vectors.
 VECTORS = {"float": 4, "double": 2, "BFloat16": 8, "Float16": 8}
@@ -76,3 +77,12 @@ def test_backward_divides_by_no_routine() -> None:
 def test_the_sort_counts_with_32_bits() -> None:
     sorts = [name for name in sass.disassemble(SCATTER) if "RadixSort" in name]
     assert sorts and not any("long" in name for name in sorts), sorts
+
+
+@pytest.mark.parametrize("logits", ["float", "BFloat16", "Float16"])
+def test_top_k_counts_with_atomics_of_32_bits(logits: str) -> None:
+    """64 bits in shared memory are a loop of compare-and-swap; only the weights of top-p need them."""
+    code = sass.kernel(sass.disassemble(SAMPLE), f"sample_kernel<{logits}>")
+    loops = [i for i in sass.matching(code, "ATOMS") if "SPIN" in i.opcode and "64" in i.opcode]
+    assert len(loops) <= 4, "the four places at which weights are added to a histogram"
+    assert len(sass.matching(code, "ATOMS", "ADD")) >= 6
