@@ -190,6 +190,20 @@ def test_optimizers_take_the_sparse_gradient():
     )
     torch.testing.assert_close(sparse_adam, rival, rtol=1e-5, atol=1e-6)
     assert torch.equal(sparse_adam[0], begin[0])
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        trained(lambda p: torch.optim.AdamW(p, lr=0.01), True)
+
+
+def test_a_tied_table_gets_a_dense_gradient():
+    ids = make_ids(0)
+    table = torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradient_of(sparse):
+        out = sx.ops.multistream_embed(ids, table, sparse=sparse) @ table.T
+        return torch.autograd.grad(out.square().sum(), table)[0]
+
+    assert not gradient_of(True).is_sparse
+    torch.testing.assert_close(gradient_of(True), gradient_of(False))
 
 
 def test_two_uses_of_a_table_add_up():
