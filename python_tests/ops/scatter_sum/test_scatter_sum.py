@@ -72,7 +72,7 @@ def test_one_id_very_often(count, start, device):
 @pytest.mark.parametrize("num_rows", [1, 31, 32, 33, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_between_the_touched_ones_are_zero(dtype, num_rows, width, device):
-    """New memory is not zero here: runs of untouched rows before, between and behind, and none at all."""
+    """New memory is not zero here: untouched rows before, between and behind, and none; with pads and without."""
     for touched in (
         {0},
         {num_rows - 1},
@@ -81,20 +81,14 @@ def test_rows_between_the_touched_ones_are_zero(dtype, num_rows, width, device):
         set(range(0, num_rows, 7)),
         set(),
     ):
-        rows = [
-            *sorted(touched),
-            -1,
-            -1,
-            -1,
-        ]  # -1: the pad, so that the sort has pairs where no row is touched
-        ids = torch.tensor(rows)[:, None].expand(-1, 2)
-        values = torch.randn(len(rows), width).to(dtype)
-        got = torch.ops.speechlm_ext.scatter_sum(
-            values.to(device), ids.to(device), -1, [], [], num_rows
-        ).cpu()
-        want = torch.zeros(num_rows, width, dtype=dtype)
-        want[rows[:-3]] = (2 * values[:-3].float()).to(dtype)
-        assert torch.equal(got, want), touched
+        for num_pads in (0, 3):
+            rows = [*sorted(touched), *[-1] * num_pads]
+            ids = torch.tensor(rows, dtype=torch.int64)[:, None].expand(-1, 2)
+            values = torch.randn(len(rows), width).to(dtype)
+            got = torch.ops.speechlm_ext.scatter_sum(values.to(device), ids.to(device), -1, [], [], num_rows)
+            want = torch.zeros(num_rows, width, dtype=dtype)
+            want[sorted(touched)] = (2 * values[: len(touched)].float()).to(dtype)
+            assert torch.equal(got.cpu(), want), (touched, num_pads)
 
 
 def test_long_runs_are_joined_in_groups(request):
