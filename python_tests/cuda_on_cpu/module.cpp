@@ -25,6 +25,7 @@ void bind_machine(py::module_& m) {
       .def_readwrite("runtime_version", &Machine::runtime_version)
       .def_readwrite("driver_version", &Machine::driver_version)
       .def_readwrite("shared_bytes", &Machine::shared_bytes)
+      .def_readwrite("is_capturing", &Machine::is_capturing)
       .def_readonly("launched_on", &Machine::launched_on)
       .def_property_readonly("contexts",
                              [](const Machine& self) {
@@ -60,6 +61,7 @@ void bind_library(py::module_& m) {
       .def_readwrite("math_mode", &CublasHandle::math_mode)
       .def_readonly("math_mode_of_product", &CublasHandle::math_mode_of_product)
       .def_readwrite("next_status", &CublasHandle::next_status)
+      .def_readwrite("fail_after", &CublasHandle::fail_after)
       .def_readwrite("ignores_transposes", &CublasHandle::ignores_transposes)
       .def_readwrite("sums_in_half", &CublasHandle::sums_in_half);
   m.def("cublas_handle", &cublas_handle, py::return_value_policy::reference);
@@ -79,6 +81,12 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   bind_machine(m);
   bind_library(m);
   m.def("take_events", &cuda_on_cpu::take_events);
+  m.def("keep_schedule", &cuda_on_cpu::keep_schedule);
+  m.def("take_schedule", [] {
+    py::list out;
+    for (const auto& e : cuda_on_cpu::take_schedule()) out.append(py::make_tuple(e.what, e.name, e.stream, e.event));
+    return out;
+  });
   m.def("selftest_names", &cuda_on_cpu::selftest_names);
   m.def("selftest", &cuda_on_cpu::selftest, py::arg("name"));
 }

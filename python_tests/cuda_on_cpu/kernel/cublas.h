@@ -10,6 +10,7 @@ struct CublasHandle {
   int pointer_mode = 0, math_mode = 0;
   int math_mode_of_product = -1;                          // of the last one
   int next_status = 0;                                    // that the next product gives, once
+  int fail_after = -1;                                    // products until one fails; -1: none does
   bool ignores_transposes = false, sums_in_half = false;  // of a library with an error
 };
 // The handle of address 0.

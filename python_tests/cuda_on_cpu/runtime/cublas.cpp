@@ -18,7 +18,7 @@ CublasHandle& cublas_handle() {
 
 namespace {
 
-constexpr int kInvalidValue = 7, kNotSupported = 15;
+constexpr int kInvalidValue = 7, kInternalError = 14, kNotSupported = 15;
 
 CublasHandle& handle_at(void* handle) {
   return handle == nullptr ? cublas_handle() : *static_cast<CublasHandle*>(handle);
@@ -62,6 +62,7 @@ int gemm_ex(void* handle, int transpose_a, int transpose_b, int m, int n, int k,
   CublasHandle& own = handle_at(handle);
   own.math_mode_of_product = own.math_mode;
   if (own.next_status != 0) return std::exchange(own.next_status, 0);
+  if (own.fail_after >= 0 && own.fail_after-- == 0) return kInternalError;
   if (own.ignores_transposes) transpose_a = transpose_b = 0;
   if (m < 0 || n < 0 || k < 0 || lda < std::max(1, transpose_a ? k : m) || ldb < std::max(1, transpose_b ? n : k) ||
       ldc < std::max(1, m)) {
@@ -71,6 +72,7 @@ int gemm_ex(void* handle, int transpose_a, int transpose_b, int m, int n, int k,
     return kNotSupported;
   }
   count_event("cublasGemmEx");
+  note_stream("product", "", own.stream);
   const Factor left(a, a_type, lda, transpose_a != 0, m, k), right(b, b_type, ldb, transpose_b != 0, k, n);
   const float scale = *static_cast<const float*>(alpha), keep = *static_cast<const float*>(beta);
   for (int64_t j = 0; j < n; ++j) {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speechlm_ext as sx
-from python_tests import cuda_on_cpu
 from python_tests.conftest import CUDA, CUDA_ON_CPU, on_device
 from python_tests.ops.instruction_sets import simd
 from speechlm_ext.ops.common import precision
@@ -257,15 +255,6 @@ def test_fast_mode_beyond_squares(device):
     centroids[7] = 9e150
     labels = sx.ops.kmeans_assign(centroids[20:30].to(device), centroids.to(device), mode="fast")
     assert labels.tolist() == list(range(20, 30))
-
-
-def test_chunks_of_the_gpu(monkeypatch):
-    x, centroids = randn(600, 9, seed=1), randn(30, 9, seed=2)
-    module = sys.modules["speechlm_ext.ops.kmeans_assign.kmeans_assign"]
-    monkeypatch.setattr(module, "_PRODUCT_BYTES", 1)
-    monkeypatch.setattr(module, "_CODE_BYTES", 1)
-    with cuda_on_cpu.kernels_on_cpu(cuda_on_cpu.load()):
-        assert_exact(x, centroids)
 
 
 def test_same_result_for_every_instruction_set_and_number_of_threads():

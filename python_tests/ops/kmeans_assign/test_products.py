@@ -1,7 +1,11 @@
-"""The float16 products of the GPU path sum in float32, whatever torch's settings allow, within the proof's bound."""
+"""The float16 products of the GPU path sum in float32, whatever torch's settings allow, within the proof's bound.
+
+Those by cuBLAS itself are in python_tests/ops/test_cublas.py; here they are torch's, where cuBLAS is not found.
+"""
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -13,6 +17,7 @@ from python_tests.ops.kmeans_assign.test_kmeans_assign import assert_exact, rand
 from speechlm_ext.ops import OpError
 from speechlm_ext.ops.common.precision import float32_sums, multiply_float16
 
+assign_module = sys.modules["speechlm_ext.ops.kmeans_assign.kmeans_assign"]
 MATMUL = torch.backends.cuda.matmul
 #: What must be off during the products.
 SETTINGS = ("allow_fp16_accumulation", "allow_fp16_reduced_precision_reduction")
@@ -32,7 +37,13 @@ def settings():
 
 
 @pytest.fixture
-def products(settings, monkeypatch):
+def by_torch(monkeypatch):
+    """No cuBLAS is found, so the products are torch's."""
+    monkeypatch.setattr(assign_module, "has_cublas", lambda tensor: False)
+
+
+@pytest.fixture
+def products(settings, by_torch, monkeypatch):
     """The settings during each product of the op."""
     seen, real = [], torch.mm
 
@@ -51,7 +62,7 @@ def test_settings_are_off_during_every_product(settings, products):
     assert settings() == [True, True]
 
 
-def test_settings_are_restored_after_an_error(settings, monkeypatch):
+def test_settings_are_restored_after_an_error(settings, by_torch, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 
