@@ -8,6 +8,7 @@ namespace speechlm {
 void bind_cublas(pybind11::module_& m);
 void bind_delay_pack(pybind11::module_& m);
 void bind_kmeans_assign(pybind11::module_& m);
+void bind_kmeans_sums(pybind11::module_& m);
 void bind_multistream_embed(pybind11::module_& m);
 void bind_multistream_loss(pybind11::module_& m);
 void bind_multistream_sample(pybind11::module_& m);
@@ -21,6 +22,7 @@ inline void bind_ops(pybind11::module_& m) {
   bind_cublas(m);
   bind_delay_pack(m);
   bind_kmeans_assign(m);
+  bind_kmeans_sums(m);
   bind_multistream_embed(m);
   bind_multistream_loss(m);
   bind_multistream_sample(m);

@@ -4,7 +4,6 @@
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 #include "kmeans_assign/kmeans_assign.h"
-#include "kmeans_assign/kmeans_sums.h"
 
 namespace speechlm {
 namespace {
@@ -221,36 +220,6 @@ void kmeans_assign_on_gpu(const TensorView& x, const TensorView& centroids, cons
   });
 }
 
-void kmeans_sums(const TensorView& x, const TensorView& labels, const TensorView& offset, const TensorView& step,
-                 const TensorView& sums, const std::optional<TensorView>& counts,
-                 const std::optional<TensorView>& order, int threads, uintptr_t stream) {
-  constexpr const char* kSums = "kmeans_sums";
-  const Expect expect(kSums, "x", x);
-  expect(x, "x", kFloats, {-1, -1});
-  const int64_t N = x.sizes[0], F = x.sizes[1];
-  SX_CHECK(expect.on_cuda() ? order.has_value() : counts.has_value(), kSums, ": ",
-           expect.on_cuda() ? "order" : "counts", " must be given");
-  double* const total = expect.ptr<double>(sums, "sums", {-1, F});
-  const int64_t K = sums.sizes[0];
-  with_float(x.dtype, [&](auto value) {
-    using T = decltype(value);
-    KmeansSumsArgs<T> args;
-    args.num_rows = N;
-    args.num_clusters = K;
-    args.width = F;
-    args.x = x.ptr<T>();
-    args.labels = expect.ptr<int32_t>(labels, "labels", {N});
-    args.offset = expect.ptr<double>(offset, "offset", {F});
-    args.step = expect.ptr<double>(step, "step", {F});
-    args.sums = total;
-    args.counts = expect.ptr<int64_t>(counts, "counts", {K});
-    const int64_t* by_label = expect.ptr<int64_t>(order, "order", {N});
-    const py::gil_scoped_release no_gil;
-    if (!expect.on_cuda()) return kmeans_sums_cpu(args, threads);
-    if constexpr (kHasCuda) kmeans_sums_cuda(args, by_label, x.device_index, reinterpret_cast<void*>(stream));
-  });
-}
-
 }  // namespace
 
 void bind_kmeans_assign(py::module_& m) {
@@ -261,9 +230,6 @@ void bind_kmeans_assign(py::module_& m) {
         py::arg("exact"), py::arg("labels"), py::arg("distance").none(true), py::arg("counts"), py::arg("threads"),
         py::arg("products_only") = false);
   m.def("has_coarse_tiles", [] { return tiles_in_use() != Tiles::kNone; });
-  m.def("kmeans_sums", &kmeans_sums, py::arg("x"), py::arg("labels"), py::arg("offset"), py::arg("step"),
-        py::arg("sums"), py::arg("counts").none(true), py::arg("order").none(true), py::arg("threads"),
-        py::arg("stream"));
   m.def("kmeans_rows_cuda", &kmeans_quantize_rows, py::arg("x"), py::arg("centre"), py::arg("unit"), py::arg("exact"),
         py::arg("codes"), py::arg("terms"), py::arg("stream"));
   m.def("kmeans_assign_cuda", &kmeans_assign_on_gpu, py::arg("x"), py::arg("centroids"), py::arg("codes"),

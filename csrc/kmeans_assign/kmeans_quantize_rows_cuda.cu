@@ -48,7 +48,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const KmeansQuantizeArgs<T> a) {
   const auto lane = static_cast<int>(threadIdx.x % 32);
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
-  const double unit = *a.unit;
+  const double unit = *a.unit, per_unit = 1 / unit;
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; n < a.num_rows; n += warps) {
     const T* x = a.x + n * a.width;
     uint16_t* codes = a.codes + n * a.padded_width;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const KmeansQua
         r.beta_high = static_cast<float>(beta * (1 + kSlack));
         r.rho = static_cast<float>((residual + 2 * (kSlack + product_error(a.width)) * hat) * per_size * kUp);
         r.hat = static_cast<float>(hat * per_size * kUp);
-        const double direct = 0x1p-52 * static_cast<double>(a.width + 8) * (norm / unit) * (norm * per_size);
+        const double direct = 0x1p-52 * static_cast<double>(a.width + 8) * (norm * per_unit) * (norm * per_size);
         r.eta = static_cast<float>(direct * kUp + kFloatFloor);
       }
     }

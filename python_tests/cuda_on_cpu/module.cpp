@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "bind.h"
-#include "cuda_on_cpu/kernel/cublas.h"
+#include "cuda_on_cpu/cublas/cublas.h"
 #include "cuda_on_cpu/kernel/device.h"
 #include "cuda_on_cpu/kernel/driver.h"
 #include "cuda_on_cpu/kernel/events.h"

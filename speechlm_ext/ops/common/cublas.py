@@ -37,7 +37,7 @@ def blas_handle(tensor: Tensor) -> int:
     """torch's cuBLAS handle for this thread and the tensor's device, on its current stream; 0 on the CPU."""
     if not tensor.is_cuda:
         return 0
-    if tensor.get_device() == torch.cuda.current_device():
+    if tensor.device.index == torch.cuda.current_device():
         return int(torch.cuda.current_blas_handle())
     with torch.cuda.device(tensor.device):
         return int(torch.cuda.current_blas_handle())
@@ -104,7 +104,7 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
         if not accumulate:
             out.zero_()
         return
-    if a.is_cuda and a.get_device() != torch.cuda.current_device():
+    if a.is_cuda and a.device.index != torch.cuda.current_device():
         with torch.cuda.device(a.device):
             return product(out, a, b, accumulate=accumulate)
     call_kernel(

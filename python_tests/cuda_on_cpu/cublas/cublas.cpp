@@ -1,4 +1,4 @@
-#include "cuda_on_cpu/kernel/cublas.h"
+#include "cuda_on_cpu/cublas/cublas.h"
 
 #include <algorithm>
 #include <cstdint>
