@@ -21,6 +21,7 @@ from speechlm_ext.kmeans.fit.lloyd import lloyd_step
 from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.fit.scan import scan
 from speechlm_ext.kmeans.fit.state import State
+from speechlm_ext.ops.common.cublas import has_cublas, product
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.common.precision import multiply_float16
 from speechlm_ext.ops.kmeans_assign.kmeans_assign import _coarse
@@ -113,7 +114,10 @@ def own_products(x: torch.Tensor, index: sx.ops.CentroidIndex, device: str) -> A
         def run() -> None:
             for start in range(0, len(x), most):
                 n = min(most, len(x) - start)
-                multiply_float16(out[:n], codes[:n], index.codes)
+                if has_cublas(out):
+                    product(out[:n], codes[:n], index.codes.T, accumulate=False)
+                else:
+                    multiply_float16(out[:n], codes[:n], index.codes)
 
         return run
     labels, counts = torch.empty(len(x), dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
