@@ -63,6 +63,15 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
             out[t] += torch.ops.aten.mm.dtype(a[t], b, out.dtype)
 
 
+def split_bfloat16(values: Tensor, parts: int) -> list[Tensor]:
+    """``values`` as a sum of ``parts`` bfloat16 tensors, each of 8 bits: three of them hold a float32."""
+    out = [values.to(torch.bfloat16)]
+    for _ in range(parts - 1):
+        values = values - out[-1]
+        out.append(values.to(torch.bfloat16))
+    return out
+
+
 def matmul_into(out: Tensor, h: Tensor, weight: Tensor) -> None:
     """``out = h Wᵀ``: ``[n, C]`` from ``[n, D]`` and ``[C, D]``."""
     if out.device.type != "cpu":
