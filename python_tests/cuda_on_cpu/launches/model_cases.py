@@ -52,11 +52,12 @@ def _batch() -> ops.PackedBatch:
 
 def train_step(device: torch.device, num_layers: int, scope: str = "own") -> Callable[[], Tensor]:
     """Forward, backward and a fused AdamW step; without DeepSpeed, clipping and the log."""
-    model, batch = _model(device, num_layers, scope), _batch().to(device)
+    model = _model(device, num_layers, scope)
+    facts, batch = model.facts(_batch()).to(device), _batch().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> Tensor:
-        out = model(batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens)
+        out = model(batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens, facts=facts)
         out.loss_sum.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -213,6 +213,7 @@ def simulated_cuda(is_capturing: bool = False) -> Iterator[SimulatedRecorder]:
             "current_stream": lambda device=None: stream,
             "is_current_stream_capturing": lambda: is_capturing,
             "mem_get_info": lambda device=None: (1 << 30, 1 << 30),
+            "get_device_properties": lambda device=None: SimpleNamespace(total_memory=80 << 30),
             "memory_reserved": lambda device=None: 0,
             "memory_allocated": lambda device=None: 0,
         }

@@ -124,14 +124,14 @@ class _Pass:
         self.want_vectors = embed is not None and (want_weight or want_embed)
         self.want_bias = inputs.bias is not None and want_bias
         new, shape = hidden.new_zeros, inputs.targets.shape
+        sums = new(3, shape[1], dtype=torch.int64)  # of 8 bytes each, in one launch
         self.weight_dtype = weight_gradient_dtype(hidden, weight)
         # Where one product writes each row, its own rounding is the only one.
         dtype = self.weight_dtype if self._writes_once(products) else self.dtype
         self.weight_gradient = _WeightGradient(weight, dtype) if want_weight else None
         self.result = LossResult(
-            stream_loss=new(shape[1], dtype=torch.float64),
-            stream_correct=new(shape[1], dtype=torch.int64),
-            stream_count=new(shape[1], dtype=torch.int64),
+            stream_loss=sums[2].view(torch.float64),
+            stream_counts=sums[:2],
             token_nll=new(shape, dtype=self.dtype) if wants.token_nll else None,
             token_entropy=new(shape, dtype=self.dtype) if wants.token_entropy else None,
             grad_hidden=new(hidden.shape, dtype=self.dtype) if want_hidden else None,
@@ -155,10 +155,11 @@ class _Pass:
     def finish(self) -> LossResult:
         """The results, with zeros where no row contributed."""
         result = self.result
-        result.stream_loss = result.stream_loss.to(self.dtype)
+        # A copy: the op's results share no memory.
+        result.stream_loss = result.stream_loss.to(self.dtype, copy=True)
         if self.inputs.rows is not None:
             # A plan for other tensors leaves out targets: no loss is better than a wrong one.
-            is_wrong = (result.stream_count != self.inputs.live.sum(dim=0)).any()
+            is_wrong = result.stream_counts[1] != self.inputs.live.sum(dim=0)
             result.stream_loss.masked_fill_(is_wrong, float("nan"))
         if self.weight_gradient is not None:
             self.weight_gradient.zero_unwritten(0, len(self.weight_gradient.values))
@@ -174,8 +175,8 @@ class _Pass:
         bias_rows, result = terms.bias_rows(), self.result
         out = RowOutputs(
             stream_loss=result.stream_loss,
-            stream_correct=result.stream_correct,
-            stream_count=result.stream_count,
+            stream_correct=result.stream_counts[0],
+            stream_count=result.stream_counts[1],
             column_sums=inputs.hidden.new_zeros(terms.num_sums, group.columns, dtype=self.dtype)
             if terms.num_sums
             else None,

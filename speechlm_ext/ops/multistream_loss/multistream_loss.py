@@ -136,7 +136,8 @@ def multistream_loss(
         check_values=check_values,
     )
     outputs = MultiStreamLossFunction.apply(*inputs, call)
-    loss_sum, stream_loss, stream_correct, stream_count, token_nll, token_entropy = outputs
+    loss_sum, stream_loss, stream_counts, token_nll, token_entropy = outputs
+    stream_correct, stream_count = stream_counts.unbind()
     return MultiStreamLoss(
         loss_sum=loss_sum,
         stream_loss=stream_loss,
@@ -197,5 +198,5 @@ def multistream_logprobs(
     )
     wants = LossWants([False] * 4, token_nll=True, token_entropy=True)
     with torch.no_grad():
-        _, _, _, nll, entropy = run_op(inputs, wants, read_chunk_bytes(chunk_bytes))
+        _, _, nll, entropy = run_op(inputs, wants, read_chunk_bytes(chunk_bytes))
     return 0 - nll, entropy

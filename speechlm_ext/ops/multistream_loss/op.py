@@ -56,7 +56,7 @@ def _fake(*arguments: Any) -> list[Tensor]:
     inputs, wants, _, _ = _split(arguments)
     new, S = inputs.hidden.new_empty, inputs.targets.shape[1]
     dtype = sum_dtype(inputs.hidden.dtype)
-    out = [new(S, dtype=dtype), new(S, dtype=torch.int64), new(S, dtype=torch.int64)]
+    out = [new(S, dtype=dtype), new(2, S, dtype=torch.int64)]
     out += [new(inputs.targets.shape, dtype=dtype) for _ in range(wants.token_nll + wants.token_entropy)]
     dtypes = [dtype, weight_gradient_dtype(inputs.hidden, inputs.weight), dtype, dtype]
     learned = zip(wants.gradients, _differentiable(inputs), dtypes, strict=True)
@@ -80,7 +80,7 @@ class LossCall(NamedTuple):
 
 
 class MultiStreamLossFunction(torch.autograd.Function):
-    """``(loss_sum, stream_loss, stream_correct, stream_count, token_nll or empty, token_entropy or empty)``.
+    """``(loss_sum, stream_loss, stream_counts, token_nll or empty, token_entropy or empty)``.
 
     Takes the fields of `LossInputs` and a `LossCall`. Gradients flow through loss_sum and token_nll. They are computed
     in forward and only scaled in backward; with ``recompute`` the logits are computed again in backward. ``per_token``
@@ -97,7 +97,7 @@ class MultiStreamLossFunction(torch.autograd.Function):
         ]
         later = call.per_token or call.recompute
         wants = LossWants([False] * 4 if later else gradients, call.per_token, call.entropy)
-        stream_loss, stream_correct, stream_count, *rest = run_op(
+        stream_loss, stream_counts, *rest = run_op(
             inputs, wants, call.chunk_bytes, call.check_values
         )
         loss_sum = stream_loss.sum()
@@ -113,13 +113,13 @@ class MultiStreamLossFunction(torch.autograd.Function):
             ctx.gradients = None if later else rest
         elif any(gradients):
             ctx.save_for_backward(*rest)
-        ctx.mark_non_differentiable(stream_loss, stream_correct, stream_count, token_entropy)
-        return loss_sum, stream_loss, stream_correct, stream_count, token_nll, token_entropy
+        ctx.mark_non_differentiable(stream_loss, stream_counts, token_entropy)
+        return loss_sum, stream_loss, stream_counts, token_nll, token_entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_sum, _, _, _, grad_nll, _ = grads
+        grad_sum, _, _, grad_nll, _ = grads
         if ctx.gradients is not None:
             # Scaled in place and handed out: a second copy of a large table's gradient would be the op's largest
             # tensor. A second backward (retain_graph) computes them again.
@@ -131,7 +131,7 @@ class MultiStreamLossFunction(torch.autograd.Function):
             inputs = inputs._replace(
                 coef_loss=inputs.coef_loss * grad_sum, coef_nll=grad_nll if ctx.call.per_token else None
             )
-            _, _, _, *gradients = run_op(inputs, LossWants(ctx.wants), ctx.call.chunk_bytes, check=False)
+            _, _, *gradients = run_op(inputs, LossWants(ctx.wants), ctx.call.chunk_bytes, check=False)
         else:
             gradients = [g * grad_sum for g in ctx.saved_tensors]
         by_name = dict(zip(_DIFFERENTIABLE, _rounded(gradients, ctx.dtypes), strict=True))

@@ -47,8 +47,7 @@ def loss_pass(inputs: LossInputs, wants: LossWants) -> LossResult:
             token_entropy[rows, s] = -torch.xlogy(log_p.exp(), log_p.exp()).sum(1)
     result = LossResult(
         stream_loss,
-        stream_correct,
-        inputs.live.sum(dim=0),
+        torch.stack((stream_correct, inputs.live.sum(dim=0))),
         token_nll if wants.token_nll else None,
         token_entropy if wants.token_entropy else None,
     )

@@ -3,8 +3,9 @@
 The logits of stream s are ``h Wᵀ + b_s`` with ``b_s = e_s Wᵀ + bias``; with the column sums c_s of its gradient,
 ``dW += c_sᵀ e_s`` and ``de_s = c_s W``. Streams without a vector, in a model without a bias, have neither.
 
-For bfloat16 weights on a GPU the rows e_s and c_s are split into sums of bfloat16 rows, exact to float32, so that their
-products run at the speed of bfloat16 and read the weight once, as it is.
+For bfloat16 weights on a GPU the rows e_s and c_s are split into sums of bfloat16 rows, so that their products run at the
+speed of bfloat16 and read the weight once, as it is: e_s exact to float32, since all rows of a batch share the error of
+b_s, and c_s to 16 bits, which is far more than the logits' gradients beside it have.
 """
 
 from __future__ import annotations
@@ -73,9 +74,9 @@ class StreamTerms:
         """See `row_kernel.Stream`."""
         self.num_sums = sum(wants for _, _, wants, _ in self.streams)
         # dW += Σ cᵀ e over pairs of the parts of c and e; the first ones have e's first part.
-        parts_c = 3 if self.is_narrow else 1
-        parts_e = 3 if self.is_narrow and embed is not None and embed.dtype != torch.bfloat16 else 1
-        self._pairs = [(i, j) for j in range(parts_e) for i in range(parts_c) if i + j < 3]
+        parts_c = 2 if self.is_narrow else 1
+        parts_e = 2 if self.is_narrow and embed is not None and embed.dtype != torch.bfloat16 else 1
+        self._pairs = [(i, j) for j in range(parts_e) for i in range(parts_c) if i + j < 2]
         self._parts_c, self._want_vectors = parts_c, want_vectors
 
     @property
@@ -99,9 +100,13 @@ class StreamTerms:
 
     def extra_gradient(self, column_sums: Tensor, out: Tensor) -> None:
         """Rows that join those of the logits' gradient in dW, for the rows `extra_hidden`."""
-        sums = column_sums[len(column_sums) - len(self.vectors) :]
-        parts = split_bfloat16(sums, 3) if self.is_narrow else [sums]
-        torch.cat([parts[i] for i, _ in self._pairs], out=out)
+        num = len(self.vectors)
+        sums = column_sums[len(column_sums) - num :]
+        out[:num].copy_(sums)
+        if self._parts_c > 1:
+            torch.sub(sums, out[:num], out=out[num : 2 * num])
+        if len(self._pairs) > 2:
+            out[2 * num :].copy_(out[:num])
 
     def extra_hidden(self, dtype: torch.dtype) -> list[Tensor]:
         """The rows of the hidden states that belong to those of `extra_gradient`."""
@@ -121,14 +126,13 @@ class StreamTerms:
         for number, part in enumerate(self._vector_ranges()):
             weight = self.inputs.weight[part.weights]
             add_hidden_gradient(out, rows[:, part.begin : part.end], weight, number > 0)
-        if self._parts_c > 1:
-            out = out.view(self._parts_c, num_vectors, width).sum(dim=0)
+        parts = out.view(self._parts_c, num_vectors, width)
         index = as_index(self.vectors)
         if isinstance(index, slice):
-            grad_embed[index] += out
+            grad_embed[index].add_(parts.sum(dim=0) if len(parts) > 1 else parts[0])
         else:
             for row, at in enumerate(self.vectors):
-                grad_embed[at] += out[row]
+                grad_embed[at].add_(parts[:, row].sum(dim=0))
 
     def _vector_ranges(self) -> list[Range]:
         """The columns of all streams with a vector, joined where they and their rows of the weight touch."""

@@ -81,10 +81,8 @@ class LossResult:
 
     stream_loss: Tensor
     """``[S]``: sums of coef_loss · loss."""
-    stream_correct: Tensor
-    """int64 ``[S]``: live targets with the largest logit of their scope."""
-    stream_count: Tensor
-    """int64 ``[S]``: live targets."""
+    stream_counts: Tensor
+    """int64 ``[2, S]``: live targets that are the most likely id of their scope, and live targets."""
     token_nll: Tensor | None
     """``[N, S]``, 0 where not live."""
     token_entropy: Tensor | None
