@@ -17,6 +17,7 @@ from torch import Tensor
 
 import speechlm_ext.ops as ops
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.ops.common.cublas import has_cublas
 from speechlm_ext.ops.kmeans_assign import kmeans_assign as assign_module
 from speechlm_ext.ops.kmeans_assign.sums import kmeans_sums
 from speechlm_ext.ops.multistream_loss import chunks as loss_chunks
@@ -118,6 +119,7 @@ def _loss(
         for s, span in enumerate(spans):
             if span is not None:
                 targets[n, s], weight[n, s] = span[0] + n, 0.5
+    has_cublas(weight.to(device))  # it multiplies and waits once on each device
     scopes = layout.scopes(scope)
     kinds = torch.tensor([1, 1, 0, 0]) if scope == "modality" else None
     rows = ops.plan_loss_rows(weight, scopes=scopes, row_scope=kinds).to(device) if is_planned else None

@@ -19,6 +19,7 @@ from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.model.config import LossSettings, ModelConfig
 from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.ops.common.cublas import has_cublas
 from speechlm_ext.training.config import ModelSettings
 
 #: Numbers of layers that are counted: two give a and b, the third confirms them.
@@ -63,6 +64,7 @@ def train_step(device: torch.device, num_layers: int, scope: str = "own") -> Cal
         optimizer.zero_grad(set_to_none=True)
         return out.loss_sum.detach()
 
+    has_cublas(batch.loss_weight)  # it multiplies and waits once on each device
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes its state
