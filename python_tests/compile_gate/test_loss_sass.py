@@ -47,6 +47,10 @@ def test_streams_that_share_exponentials_compute_none(dtype: str) -> None:
     assert max(map(len, over_rows)) <= 16 * 12  # instructions for a row
 
 
-@pytest.mark.parametrize("name", ["statistics_kernel<BFloat16, false, false>", "gradient_kernel<BFloat16, false>"])
+@pytest.mark.parametrize(
+    "name", ["statistics_kernel<BFloat16, false, false>", "gradient_kernel<BFloat16, false>"]
+)
 def test_no_division_of_64_bits(name: str) -> None:
-    assert not [call for call in sass.calls(code_of(name.split("_")[0], name)) if "s64" in call or "u64" in call]
+    assert not [
+        call for call in sass.calls(code_of(name.split("_")[0], name)) if "s64" in call or "u64" in call
+    ]

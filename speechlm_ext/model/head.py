@@ -66,6 +66,12 @@ class MultiStreamHead(nn.Module):
             else None
         )
 
+    def stream_vectors(self) -> Tensor | None:
+        """``e_s`` as ``[S, D]``, zeros for stream 0; None with one stream or separate heads."""
+        if self.stream_embed is None:
+            return None
+        return torch.cat((self.stream_embed.new_zeros(1, self.stream_embed.shape[1]), self.stream_embed))
+
     def row_scope(self, targets_NS: Tensor, loss_weight_NS: Tensor) -> Tensor | None:
         """Index of each row's scope, int64 ``[N]``; None when all rows use the same.
 

@@ -236,7 +236,11 @@ CASES = [
     Case("multistream_loss", "forward, `recompute=True`", _with(_loss, recompute=True)),
     Case("multistream_loss", "backward, `recompute=True`", _with(_loss_backward, recompute=True)),
     Case("multistream_loss", "forward, scopes by modality", _with(_loss, scope="modality")),
-    Case("multistream_loss", "the same with planned rows, by modality", _with(_loss, scope="modality", is_planned=True)),
+    Case(
+        "multistream_loss",
+        "planned rows, by modality",
+        _with(_loss, scope="modality", is_planned=True),
+    ),
     Case("multistream_loss", "`multistream_logprobs`, own scopes", _logprobs),
     Case("kmeans_assign", "a call, 1 chunk", _assign),
     Case("kmeans_assign", "a call, 3 chunks", _with(_assign, num_chunks=3)),

@@ -121,7 +121,7 @@ def test_guidance_is_the_formula(scale):
         bounds = torch.tensor([0, len(rows)], dtype=torch.int32)
         with torch.no_grad():
             hidden = model.hidden(rows, torch.arange(len(rows)), bounds)[len(first_rows) - 1 :]
-            vectors = torch.cat((torch.zeros(1, hidden.shape[1]), model.head.stream_embed))
+            vectors = model.head.stream_vectors()
             return [(hidden + vectors[s]) @ model.head.weight.T for s in range(layout.num_streams)]
 
     conditional, unconditional = logits_of(guided.rows_RS[:P]), logits_of(bare)

@@ -22,7 +22,9 @@ def case_of(width, dtype=torch.float32, num_rows=6):
 
 def is_shared(case, device):
     """Whether the exponentials were shared: the entropy's own path never does, and its bits differ."""
-    tokens = [run(case, {}, device, entropy=entropy).token_nll.nan_to_num(nan=-1) for entropy in (False, True)]
+    tokens = [
+        run(case, {}, device, entropy=entropy).token_nll.nan_to_num(nan=-1) for entropy in (False, True)
+    ]
     return not torch.equal(*tokens)
 
 
@@ -33,7 +35,9 @@ def test_both_sides_of_the_limit(width, shares, dtype, device):
     assert is_shared(case, device) == shares
     case.z = case.z.to(dtype)
     check_close(run(case, {}, device, entropy=False), formula(case, {}), entropy=False)
-    check_close(run(case, dict(z_loss=0.1), device, entropy=False), formula(case, dict(z_loss=0.1)), entropy=False)
+    check_close(
+        run(case, dict(z_loss=0.1), device, entropy=False), formula(case, dict(z_loss=0.1)), entropy=False
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

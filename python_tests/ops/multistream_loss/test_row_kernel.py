@@ -252,7 +252,10 @@ def test_native_layer_checks_for_itself():
         (dict(coef=torch.ones(4, 2).double()), "coef must be float32"),
         (dict(live=torch.ones(4, 2)), "live must be bool"),
         (dict(sums=torch.zeros(1, 4)), "column_sums must have size 5 in dimension 1"),
-        (dict(streams=[(0, True, True, [(0, 0, 5)])]), "bias must be given if streams have a row of it; 1 have one"),
+        (
+            dict(streams=[(0, True, True, [(0, 0, 5)])]),
+            "bias must be given if streams have a row of it; 1 have one",
+        ),
         (dict(logits=torch.zeros(5, 3).T), "logits must be contiguous"),
     ):
         with pytest.raises(ValueError, match=message):

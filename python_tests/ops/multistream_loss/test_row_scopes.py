@@ -52,7 +52,8 @@ class Case:
     @property
     def streams(self):
         return [
-            (s, self.bias is not None, s != 1, [(FIRST_ID + a, a, b - a) for a, b in slices]) for s, slices in enumerate(self.scopes)
+            (s, self.bias is not None, s != 1, [(FIRST_ID + a, a, b - a) for a, b in slices])
+            for s, slices in enumerate(self.scopes)
         ]
 
     def columns(self, s):

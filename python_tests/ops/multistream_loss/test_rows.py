@@ -60,7 +60,9 @@ def test_rows_of_another_batch_make_the_loss_nan():
     rows = plan(sets, weights, kinds)
     left_out = weights.clone()
     left_out[rows.index[3]] = 0
-    twice = LossRows(torch.cat((rows.index, rows.index[:1])), (*rows.counts[:-1], rows.counts[-1] + 1), 30, rows.scopes)
+    twice = LossRows(
+        torch.cat((rows.index, rows.index[:1])), (*rows.counts[:-1], rows.counts[-1] + 1), 30, rows.scopes
+    )
     for wrong in (plan(sets, left_out, kinds), twice):
         out = call(parts, targets, weights, sets, kinds, False, rows=wrong)
         assert out.loss_sum.isnan()
@@ -116,7 +118,9 @@ def test_stream_0_without_a_vector(name, options, with_bias):
     )
     torch.testing.assert_close(out.loss_sum, want)
     assert torch.equal(out.stream_count, (weights > 0).sum(0))
-    for got, exact in zip(torch.autograd.grad(out.loss_sum, parts), torch.autograd.grad(want, parts), strict=True):
+    for got, exact in zip(
+        torch.autograd.grad(out.loss_sum, parts), torch.autograd.grad(want, parts), strict=True
+    ):
         torch.testing.assert_close(got, exact)
 
 

@@ -100,7 +100,9 @@ def read_inputs(
         )
     if heads not in ("shared", "separate"):
         raise OpError(f'{_OP}: heads must be "shared" or "separate"; got {heads!r}')
-    merged, num_weights = read_scopes(sets, None if heads == "separate" else weight.shape[0], heads == "separate")
+    merged, num_weights = read_scopes(
+        sets, None if heads == "separate" else weight.shape[0], heads == "separate"
+    )
     if heads == "separate" and num_weights != weight.shape[0]:
         raise OpError(
             f"{_OP}: weight must have {num_weights} rows, one for each id of each stream's scope; got {weight.shape[0]}"
@@ -192,8 +194,8 @@ def plan_loss_rows(
         and (row_scope.shape != loss_weight.shape[:1] or row_scope.device != loss_weight.device)
     ):
         raise OpError(
-            f"plan_loss_rows: {len(sets)} kinds of rows need a row_scope [{loss_weight.shape[0]}] on the CPU (one kind: "
-            f"None); got {describe(row_scope)}"
+            f"plan_loss_rows: {len(sets)} kinds of rows need a row_scope [{loss_weight.shape[0]}] on the CPU "
+            f"(one kind: None); got {describe(row_scope)}"
         )
     merged, _ = read_scopes(sets, None, heads == "separate")
     index, counts = pack(merged, loss_weight > 0, row_scope)

@@ -105,7 +105,7 @@ class _Pass:
         # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
         self.dtype = sum_dtype(hidden.dtype)
         # On a GPU the products of bfloat16 tensors run in bfloat16, and their sums in float32. Not those of float16:
-        # unscaled logit gradients would underflow. On the CPU their factors are rounded and the products run in float32.
+        # unscaled logit gradients would underflow. On the CPU their factors are rounded, and multiplied in float32.
         is_narrow = inputs.narrow or (hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16)
         self.product_dtype = torch.bfloat16 if is_narrow and hidden.is_cuda else self.dtype
         self.rounded = torch.bfloat16 if is_narrow else self.dtype
@@ -186,7 +186,9 @@ class _Pass:
         add_weight = self.weight_gradient.reserve(group.root) if self.weight_gradient is not None else None
         has_all_rows = len(rows) == inputs.hidden.shape[0]
         for start in range(0, len(rows), chunk):
-            index = slice(start, min(start + chunk, len(rows))) if has_all_rows else rows[start : start + chunk]
+            index = (
+                slice(start, min(start + chunk, len(rows))) if has_all_rows else rows[start : start + chunk]
+            )
             h = inputs.hidden[index].to(self.rounded).to(self.product_dtype).contiguous()
             n = len(h)
             z = buffer[:n]

@@ -85,8 +85,8 @@ def multistream_loss(
         heads: ``"shared"``: row i of ``weight`` is id i, for all streams. ``"separate"``: each stream has its own rows;
             ``weight`` (and ``bias``) hold the ids of stream 0's scope in ascending order, then those of stream 1, …
             (`separate_head_rows` in all). Targets and scopes are ids in either case.
-        stream_embed: ``[S, D]``, added to the hidden state of each stream; ``[S - 1, D]`` where stream 0 has none, which
-            then takes no arithmetic; None for none.
+        stream_embed: ``[S, D]``, added to the hidden state of each stream; ``[S - 1, D]`` where stream 0 has none, and
+            takes no arithmetic for it; None for none.
         bias: ``[V]``; None for none.
         z_loss: adds ``z_loss · logsumexp²`` to each token's loss (PaLM, Chowdhery et al. 2022).
         label_smoothing: share of the target spread evenly over the scope, in [0, 1).
@@ -95,8 +95,8 @@ def multistream_loss(
         entropy: whether to compute ``stream_entropy``, at the cost of one more pass of exponentials.
         recompute: compute gradients in backward instead of forward: four products instead of three, and no gradients
             are held between the two.
-        chunk_bytes: bytes of logits held at a time, but at least 512 rows; None for 64 MiB on the CPU, 384 MiB on a GPU,
-            and on one of 36 GiB or more 1 GiB if that holds all rows, else 512 MiB.
+        chunk_bytes: bytes of logits held at a time, but at least 512 rows; None for 64 MiB on the CPU and 384 MiB on a
+            GPU; on one of 36 GiB or more, 1 GiB if that holds all rows of a product, else 512 MiB.
         rows: the rows to compute, from `plan_loss_rows`; None: found here, which on a GPU synchronizes. Rows of another
             batch make the loss NaN.
         check_values: whether values in the tensors are checked first, which on a GPU synchronizes. Without it a live

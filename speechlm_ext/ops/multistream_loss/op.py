@@ -21,7 +21,8 @@ from speechlm_ext.ops.multistream_loss.types import (
 LIBRARY.define(
     "multistream_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor live, Tensor coef_loss, int[] scopes, "
     "Tensor? coef_nll, Tensor? row_scope, Tensor? stream_embed, Tensor? bias, float z_loss, float label_smoothing, "
-    "float softcap, Tensor? rows, int[] row_counts, bool narrow, bool[] gradients, bool token_nll, bool token_entropy, int chunk_bytes, bool check) -> Tensor[]"
+    "float softcap, Tensor? rows, int[] row_counts, bool narrow, bool[] gradients, "
+    "bool token_nll, bool token_entropy, int chunk_bytes, bool check) -> Tensor[]"
 )
 _OP = torch.ops.speechlm_ext.multistream_loss
 #: Inputs with gradients, in the order of `LossWants.gradients` and of the results.
@@ -97,9 +98,7 @@ class MultiStreamLossFunction(torch.autograd.Function):
         ]
         later = call.per_token or call.recompute
         wants = LossWants([False] * 4 if later else gradients, call.per_token, call.entropy)
-        stream_loss, stream_counts, *rest = run_op(
-            inputs, wants, call.chunk_bytes, call.check_values
-        )
+        stream_loss, stream_counts, *rest = run_op(inputs, wants, call.chunk_bytes, call.check_values)
         loss_sum = stream_loss.sum()
         token_nll = rest.pop(0) if call.per_token else loss_sum.new_empty(0)
         token_entropy = rest.pop(0) if call.entropy else loss_sum.new_empty(0)

@@ -27,7 +27,9 @@ def loss_pass(inputs: LossInputs, wants: LossWants) -> LossResult:
         for s, scope in enumerate(scopes):
             rows = live[:, s].nonzero().squeeze(1)
             head = torch.cat([torch.arange(i.row, i.row + i.num_ids, device=rows.device) for i in scope])
-            vector = -1 if embed is None else s - targets.shape[1] + embed.shape[0]  # the last streams have one
+            vector = (
+                -1 if embed is None else s - targets.shape[1] + embed.shape[0]
+            )  # the last streams have one
             h = hidden[rows] if embed is None or vector < 0 else hidden[rows] + embed[vector]
             logits = F.linear(h, weight[head], None if bias is None else bias[head])
             if inputs.softcap:

@@ -11,8 +11,8 @@ from torch import Tensor
 from speechlm_ext.ops.common.native import call_kernel, native, stream_handle
 from speechlm_ext.ops.multistream_loss.types import LossInputs
 
-#: A stream of a chunk: its column of the targets, whether it has a row of ``stream_bias`` and whether its column sums are
-#: wanted, and its scope as slices ``(first id, first column, count)``, which ascend and do not overlap.
+#: A stream of a chunk: its column of the targets, whether it has a row of ``stream_bias``, whether its column sums
+#: are wanted, and its scope as slices ``(first id, first column, count)``, which ascend and do not overlap.
 Stream = tuple[int, bool, bool, Sequence[tuple[int, int, int]]]
 
 

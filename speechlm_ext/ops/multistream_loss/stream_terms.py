@@ -3,9 +3,9 @@
 The logits of stream s are ``h Wᵀ + b_s`` with ``b_s = e_s Wᵀ + bias``; with the column sums c_s of its gradient,
 ``dW += c_sᵀ e_s`` and ``de_s = c_s W``. Streams without a vector, in a model without a bias, have neither.
 
-For bfloat16 weights on a GPU the rows e_s and c_s are split into sums of bfloat16 rows, so that their products run at the
-speed of bfloat16 and read the weight once, as it is: e_s exact to float32, since all rows of a batch share the error of
-b_s, and c_s to 16 bits, which is far more than the logits' gradients beside it have.
+For bfloat16 weights on a GPU the rows e_s and c_s are split into sums of bfloat16 rows, so that their products run at
+the speed of bfloat16 and read the weight once, as it is: e_s exact to float32, since all rows of a batch share the
+error of b_s, and c_s to 16 bits, which is far more than the logits' gradients beside it have.
 """
 
 from __future__ import annotations
@@ -186,7 +186,9 @@ class StreamTerms:
             vectors = None
             if has_vector:
                 assert inputs.stream_embed is not None
-                vectors = take_rows(inputs.stream_embed, [self.vectors[k - self.num_bare] for k in ks]).double()
+                vectors = take_rows(
+                    inputs.stream_embed, [self.vectors[k - self.num_bare] for k in ks]
+                ).double()
             tiles = weight_tiles(count, _WIDE_ROWS) if on_cpu else _gpu_tiles(count)
             tasks = [
                 partial(
