@@ -39,7 +39,7 @@ from speechlm_ext.ops.decode_layer import (
 logger = logging.getLogger("speechlm_ext")
 
 #: Largest difference from transformers' own layers, as a share of the largest value.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 #: Rows of the cache, and of a step, that are compared.
 _PROOF_ROWS = (3, 2)
 #: Smallest number of positions of the rotary tables.
@@ -105,12 +105,12 @@ class DecodeLayers:
             block_M: int64, block of the cache's memory.
             num_rows: bound on the positions.
         """
-        after, eps = self._family.norms_after, self._norm.variance_epsilon
+        after = self._family.norms_after
         residual_MD = x_MD.contiguous()
         normed_MD = residual_MD
         if not after:
             first = self._layers[0].form.attention_norm
-            normed_MD, residual_MD = add_rms_norm(residual_MD, None, first.weight, first.variance_epsilon)
+            normed_MD, residual_MD = self._normed(residual_MD, None, first)
         cos_PE, sin_PE = self._rope_tables(num_rows, x_MD)
         for index, layer in enumerate(self._layers):
             f = layer.form
@@ -132,16 +132,20 @@ class DecodeLayers:
             following = self._layers[index + 1].form.attention_norm if index + 1 < len(self._layers) else self._norm
             normed_MD, residual_MD = self._norm_step(out_MD, residual_MD, f.mlp_norm if after else following)
         if after:
-            normed_MD, _ = add_rms_norm(residual_MD, None, self._norm.weight, eps)
+            normed_MD, _ = self._normed(residual_MD, None, self._norm)
         return normed_MD
 
     def _norm_step(self, out_MD: Tensor, residual_MD: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         """The input of the next product, and the residual with ``out_MD`` added, normed first or not."""
         if not self._family.norms_after:
-            return add_rms_norm(out_MD, residual_MD, norm.weight, norm.variance_epsilon)
-        normed_MD, _ = add_rms_norm(out_MD, None, norm.weight, norm.variance_epsilon)
-        residual_MD = residual_MD + normed_MD
+            return self._normed(out_MD, residual_MD, norm)
+        residual_MD = residual_MD + self._normed(out_MD, None, norm)[0]
         return residual_MD, residual_MD
+
+    def _normed(self, x_MD: Tensor, residual_MD: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(
+            x_MD, residual_MD, norm.weight, norm.variance_epsilon, rounds_last=self._family.rounds_last
+        )
 
     def _rope_tables(self, num_rows: int, x_MD: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[P, E]`` of at least ``num_rows`` positions, from the body's own module."""

@@ -7,7 +7,7 @@ module with a hook computes something else, and its body decodes through transfo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,7 +22,9 @@ class Family:
     """Where they are, below ``transformers.models``."""
     norms_after: bool = False
     """RMSNorm of what attention and MLP return (OLMo-2), instead of what they take."""
-    norm_over: str = "head"
+    rounds_last: bool = False
+    """Its RMSNorm multiplies by the weight before it rounds to the tensor's type."""
+    norm_over: Literal["head", "all"] = "head"
     """What an RMSNorm of queries and keys, where there is one, is over: one ``head``, or ``all`` together."""
     window_in_config: bool = False
     """The sliding window is in the configuration, not in the layer's attention."""
@@ -40,7 +42,7 @@ FAMILIES = (
     Family("Qwen2", "qwen2.modeling_qwen2"),
     Family("Qwen3", "qwen3.modeling_qwen3"),
     Family("SmolLM3", "smollm3.modeling_smollm3"),
-    Family("Olmo2", "olmo2.modeling_olmo2", norms_after=True, norm_over="all"),
+    Family("Olmo2", "olmo2.modeling_olmo2", norms_after=True, rounds_last=True, norm_over="all"),
 )
 
 
