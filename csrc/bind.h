@@ -5,6 +5,7 @@
 
 namespace speechlm {
 
+void bind_decode_layer(pybind11::module_& m);
 void bind_delay_pack(pybind11::module_& m);
 void bind_kmeans_assign(pybind11::module_& m);
 void bind_multistream_embed(pybind11::module_& m);
@@ -17,6 +18,7 @@ void bind_planted(pybind11::module_& m);
 #endif
 
 inline void bind_ops(pybind11::module_& m) {
+  bind_decode_layer(m);
   bind_delay_pack(m);
   bind_kmeans_assign(m);
   bind_multistream_embed(m);
