@@ -252,7 +252,15 @@ class KVCache:
         s = self.step
         keys[s.block, s.position], values[s.block, s.position] = key[:, :, 0], value[:, :, 0]
         out = decode_attention(
-            query[:, :, 0], keys, values, s.lengths, s.block, rule.scale, rule.window, rule.softcap, rule.sinks_H
+            query[:, :, 0],
+            keys,
+            values,
+            s.lengths,
+            s.block,
+            rule.scale,
+            rule.window,
+            rule.softcap,
+            rule.sinks_H,
         )
         return out.view(len(query), 1, query.shape[1], -1)
 
@@ -262,7 +270,10 @@ class KVCache:
         p, outputs, first = self._prefill, [], 0
         for slot, start, length in zip(p.slots, p.starts, p.lengths, strict=True):
             end = start + length
-            k_KGE, v_KGF = self.keys[layer][self.blocks[slot], :end], self.values[layer][self.blocks[slot], :end]
+            k_KGE, v_KGF = (
+                self.keys[layer][self.blocks[slot], :end],
+                self.values[layer][self.blocks[slot], :end],
+            )
             mask = causal_mask(torch.arange(start, end, device=self.device), end, rule.window)
             q, k, v = (x.transpose(0, 1)[None] for x in (q_NHE[first : first + length], k_KGE, v_KGF))
             outputs.append(dense_attention(q, k, v, rule, mask)[0].transpose(0, 1))

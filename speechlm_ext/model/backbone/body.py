@@ -205,14 +205,27 @@ def run_step(body: nn.Module, embedded_BD: Tensor, cache: KVCache) -> Tensor:
     Fused layers compute it where the backbone has them (``decode_layers.py``), else transformers' own.
     """
     limit = _check_length(body.config, cache.longest(len(embedded_BD)) + 1)
-    if not cache.has_layers or (cache.layers is not None and not cache.layers.is_current()):
-        cache.layers, cache.has_layers = decode_layers(body, plain_step, limit), True
+    _prepare_layers(body, cache, limit)
     if cache.layers is None:
         return plain_step(body, embedded_BD, cache)
     cache.begin_step(len(embedded_BD), limit)
     out_BD = cache.layers.step(embedded_BD, cache)
     cache.end_step()
     return out_BD
+
+
+def run_inner_step(body: nn.Module, embedded_BD: Tensor, cache: Any, inner: int) -> Tensor:
+    """:func:`run_step` of a body whose rows are all at position ``inner`` of a :class:`FrameCache`."""
+    _prepare_layers(body, cache, None)
+    cache.begin_inner(len(embedded_BD), inner)
+    if cache.layers is None:
+        return _run(body, embedded_BD[:, None], cache.step.position[:, None], kv=cache)[:, 0]
+    return cache.layers.step(embedded_BD, cache)
+
+
+def _prepare_layers(body: nn.Module, cache: KVCache, max_rows: int | None) -> None:
+    if not cache.has_layers or (cache.layers is not None and not cache.layers.is_current()):
+        cache.layers, cache.has_layers = decode_layers(body, plain_step, max_rows), True
 
 
 def plain_step(body: nn.Module, embedded_BD: Tensor, cache: KVCache) -> Tensor:

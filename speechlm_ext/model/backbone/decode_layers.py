@@ -86,25 +86,9 @@ class DecodeLayers:
         return len(forms) == len(self._layers) and all(a.is_same(b) for a, b in zip(mine, forms, strict=True))
 
     @torch.no_grad()
-    def step(self, embedded_MD: Tensor, cache: KVCache) -> Tensor:
-        """Last hidden states ``[M, D]`` of one more row of the cache's first M slots, between its ``begin_step`` and
-        ``end_step``."""
-        place = cache.step
-        return self.run(embedded_MD, cache, place.position, place.lengths, place.block, cache.num_rows)
-
-    @torch.no_grad()
-    def run(
-        self, x_MD: Tensor, cache: Any, position_M: Tensor, length_M: Tensor, block_M: Tensor, num_rows: int
-    ) -> Tensor:
-        """The same for given places.
-
-        Args:
-            cache: its ``layer_memory`` gives keys and values of a layer.
-            position_M: int64, row of the cache that each row is.
-            length_M: int64, rows that it attends to.
-            block_M: int64, block of the cache's memory.
-            num_rows: bound on the positions.
-        """
+    def step(self, x_MD: Tensor, cache: KVCache) -> Tensor:
+        """Last hidden states ``[M, D]`` of one more row of the cache's first M slots, in the cache's step."""
+        place, num_rows = cache.step, cache.num_rows
         after = self._family.norms_after
         residual_MD = x_MD.contiguous()
         normed_MD = residual_MD
@@ -118,18 +102,22 @@ class DecodeLayers:
             qkv = decode_linear(normed_MD, layer.qkv.weight, layer.qkv.bias)
             rope = (cos_PE, sin_PE) if f.has_rope else (None, None)
             query = rope_and_store(
-                qkv, *rope, position_M, block_M, keys, values, f.num_heads,
+                qkv, *rope, place.position, place.block, keys, values, f.num_heads,
                 q_norm=None if f.query_norm is None else f.query_norm.weight,
                 k_norm=None if f.key_norm is None else f.key_norm.weight,
                 norm_eps=0.0 if f.query_norm is None else f.query_norm.variance_epsilon,
                 norm_over=self._family.norm_over,
             )  # fmt: skip
-            attended = decode_attention(query, keys, values, length_M, block_M, f.scale, f.window)
+            attended = decode_attention(query, keys, values, place.lengths, place.block, f.scale, f.window)
             out_MD = decode_linear(attended, f.output.weight, f.output.bias)
-            normed_MD, residual_MD = self._norm_step(out_MD, residual_MD, f.mlp_norm if not after else f.attention_norm)
+            normed_MD, residual_MD = self._norm_step(
+                out_MD, residual_MD, f.mlp_norm if not after else f.attention_norm
+            )
             gate_up = decode_linear(normed_MD, layer.gate_up.weight, layer.gate_up.bias)
             out_MD = decode_linear(silu_mul(gate_up), f.down.weight, f.down.bias)
-            following = self._layers[index + 1].form.attention_norm if index + 1 < len(self._layers) else self._norm
+            following = (
+                self._layers[index + 1].form.attention_norm if index + 1 < len(self._layers) else self._norm
+            )
             normed_MD, residual_MD = self._norm_step(out_MD, residual_MD, f.mlp_norm if after else following)
         if after:
             normed_MD, _ = self._normed(residual_MD, None, self._norm)
@@ -179,7 +167,9 @@ def decode_layers(body: Any, reference: PlainStep, max_rows: int | None) -> Deco
         return _refused(body, "it is not of a class that has a fused step")
     forms = layer_forms(body, family)
     if forms is None:
-        return _refused(body, "a layer is not exactly that of its class (adapters, hooks, another activation)")
+        return _refused(
+            body, "a layer is not exactly that of its class (adapters, hooks, another activation)"
+        )
     known = _known.get(body)
     if known is not None and known.is_current() and known.has_modules_of(forms):
         return known

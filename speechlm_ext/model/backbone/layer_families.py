@@ -75,7 +75,9 @@ class LayerForm:
     def is_same(self, other: LayerForm) -> bool:
         """Whether both consist of the same modules and numbers."""
         mine, others = vars(self).values(), vars(other).values()
-        return all(a is b or (not isinstance(a, nn.Module) and a == b) for a, b in zip(mine, others, strict=True))
+        return all(
+            a is b or (not isinstance(a, nn.Module) and a == b) for a, b in zip(mine, others, strict=True)
+        )
 
 
 def family_of(body: nn.Module) -> Family | None:
@@ -135,4 +137,3 @@ def _layer_form(layer: Any, family: Family) -> LayerForm | None:
 def module_has_hooks(module: nn.Module) -> bool:
     """Whether a module's call does more than its ``forward``."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
