@@ -46,11 +46,11 @@ struct NormArgs {
 // The keys and values of one layer. A slot's rows and a row's heads: [G, E] and [G, F], contiguous.
 template <typename T>
 struct CacheView {
-  int64_t num_slots = 0;  // B
-  int64_t num_rows = 0;   // R
-  int64_t num_heads = 0;  // G
-  int64_t key_size = 0;   // E
-  int64_t value_size = 0;  // F
+  int64_t num_slots = 0;                                                                         // B
+  int64_t num_rows = 0;                                                                          // R
+  int64_t num_heads = 0;                                                                         // G
+  int64_t key_size = 0;                                                                          // E
+  int64_t value_size = 0;                                                                        // F
   int64_t key_slot_stride = 0, key_row_stride = 0, value_slot_stride = 0, value_row_stride = 0;  // in elements
   T* keys = nullptr;
   T* values = nullptr;
@@ -79,8 +79,8 @@ struct RotaryArgs {
   double eps = 0;
   bool norm_over_all = false;
   CacheView<T> cache;
-  const T* qkv = nullptr;             // [M, H E + G E + G F]
-  const C* cos = nullptr;             // [P, E]; both null: no rotation
+  const T* qkv = nullptr;  // [M, H E + G E + G F]
+  const C* cos = nullptr;  // [P, E]; both null: no rotation
   const C* sin = nullptr;
   const int64_t* position = nullptr;  // [M]
   const int64_t* slot = nullptr;      // [M]
@@ -160,9 +160,14 @@ void silu_mul_cuda(const GateArgs<T>& args, int device, void* stream);
 // Keys that one block of threads reads on a GPU.
 constexpr int64_t kCudaSplit = 256;
 
+// Of a row, at most.
+inline int64_t cuda_splits(int64_t num_keys, int64_t window) {
+  return ceil_div(window > 0 && window < num_keys ? window : num_keys, kCudaSplit);
+}
+
 // Partial results of decode_attention_cuda: an output, a maximum and a sum for each head of each split.
-inline int64_t decode_attention_partials(int64_t num_rows, int64_t num_heads, int64_t num_keys, int64_t value_size) {
-  return num_rows * num_heads * ceil_div(num_keys, kCudaSplit) * (value_size + 2);
+inline int64_t decode_attention_partials(int64_t num_rows, int64_t num_heads, int64_t num_splits, int64_t value_size) {
+  return num_rows * num_heads * num_splits * (value_size + 2);
 }
 
 }  // namespace speechlm

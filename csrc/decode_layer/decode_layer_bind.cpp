@@ -52,8 +52,8 @@ void decode_linear(const TensorView& x, const TensorView& weight, const Optional
   });
 }
 
-void add_rms_norm(const TensorView& x, const Optional& residual, const TensorView& weight, double eps,
-                  bool rounds_last, const TensorView& normed, const Optional& summed, int threads, uintptr_t stream) {
+void add_rms_norm(const TensorView& x, const Optional& residual, const TensorView& weight, double eps, bool rounds_last,
+                  const TensorView& normed, const Optional& summed, int threads, uintptr_t stream) {
   constexpr const char* kOp = "add_rms_norm";
   const Expect expect(kOp, "x", x);
   expect(x, "x", kFloats, {-1, -1});
@@ -157,11 +157,13 @@ void rope_and_store(const TensorView& qkv, const Optional& cos, const Optional& 
   });
 }
 
-int64_t attention_partials(const TensorView& query, const TensorView& keys, const TensorView& values) {
+int64_t attention_partials(const TensorView& query, const TensorView& keys, const TensorView& values,
+                           std::optional<int64_t> window) {
   SX_CHECK(query.rank() == 3 && keys.rank() == 4 && values.rank() == 4,
            "decode_attention: query must have 3 dimensions, keys and values 4; got ", query.describe(), ", ",
            keys.describe(), ", ", values.describe());
-  return decode_attention_partials(query.sizes[0], query.sizes[1], keys.sizes[1], values.sizes[3]);
+  return decode_attention_partials(query.sizes[0], query.sizes[1], cuda_splits(keys.sizes[1], window.value_or(0)),
+                                   values.sizes[3]);
 }
 
 void decode_attention(const TensorView& query, const TensorView& keys, const TensorView& values,
@@ -180,8 +182,8 @@ void decode_attention(const TensorView& query, const TensorView& keys, const Ten
     AttentionArgs<T> args;
     args.cache = cache_view<const T>(kOp, expect, keys, values, query.dtype);
     const int64_t G = args.cache.num_heads, F = args.cache.value_size;
-    SX_CHECK(G > 0 ? H % G == 0 : H == 0, kOp, ": query must have a multiple of ", G,
-             " heads, which keys has; got ", query.describe());
+    SX_CHECK(G > 0 ? H % G == 0 : H == 0, kOp, ": query must have a multiple of ", G, " heads, which keys has; got ",
+             query.describe());
     expect(query, "query", {query.dtype}, {M, H, args.cache.key_size});
     args.num_rows = M;
     args.num_heads = H;
@@ -197,7 +199,7 @@ void decode_attention(const TensorView& query, const TensorView& keys, const Ten
     Acc* space = nullptr;
     if (expect.on_cuda()) {
       SX_CHECK(partials.has_value(), kOp, ": partials must be given on CUDA");
-      space = expect.ptr<Acc>(*partials, "partials", {attention_partials(query, keys, values)});
+      space = expect.ptr<Acc>(*partials, "partials", {attention_partials(query, keys, values, window)});
     }
     const py::gil_scoped_release no_gil;
     if (!expect.on_cuda()) {
@@ -237,17 +239,17 @@ void bind_decode_layer(py::module_& m) {
   m.def("decode_linear", &decode_linear, py::arg("x"), py::arg("weight"), py::arg("bias").none(true), py::arg("out"),
         py::arg("threads"));
   m.def("add_rms_norm", &add_rms_norm, py::arg("x"), py::arg("residual").none(true), py::arg("weight"), py::arg("eps"),
-        py::arg("rounds_last"), py::arg("normed"), py::arg("summed").none(true), py::arg("threads"),
-        py::arg("stream"));
+        py::arg("rounds_last"), py::arg("normed"), py::arg("summed").none(true), py::arg("threads"), py::arg("stream"));
   m.def("rope_and_store", &rope_and_store, py::arg("qkv"), py::arg("cos").none(true), py::arg("sin").none(true),
         py::arg("position"), py::arg("slot"), py::arg("keys"), py::arg("values"), py::arg("num_heads"),
         py::arg("q_norm").none(true), py::arg("k_norm").none(true), py::arg("norm_eps"), py::arg("norm_over_all"),
         py::arg("query"), py::arg("threads"), py::arg("stream"));
-  m.def("decode_attention_partials", &attention_partials, py::arg("query"), py::arg("keys"), py::arg("values"));
-  m.def("decode_attention", &decode_attention, py::arg("query"), py::arg("keys"), py::arg("values"),
-        py::arg("lengths"), py::arg("slot"), py::arg("scale"), py::arg("window").none(true),
-        py::arg("softcap").none(true), py::arg("sinks").none(true), py::arg("out"), py::arg("partials").none(true),
-        py::arg("threads"), py::arg("stream"));
+  m.def("decode_attention_partials", &attention_partials, py::arg("query"), py::arg("keys"), py::arg("values"),
+        py::arg("window").none(true));
+  m.def("decode_attention", &decode_attention, py::arg("query"), py::arg("keys"), py::arg("values"), py::arg("lengths"),
+        py::arg("slot"), py::arg("scale"), py::arg("window").none(true), py::arg("softcap").none(true),
+        py::arg("sinks").none(true), py::arg("out"), py::arg("partials").none(true), py::arg("threads"),
+        py::arg("stream"));
   m.def("silu_mul", &silu_mul, py::arg("gate_up"), py::arg("out"), py::arg("threads"), py::arg("stream"));
 }
 

@@ -42,42 +42,42 @@ inline Lanes<double> fill(double s) {
   return each<double>([&](int64_t) { return s; });
 }
 
-#define SX_ARRAY_LANES(S)                                                                        \
-  inline Lanes<S> operator+(const Lanes<S>& a, const Lanes<S>& b) {                              \
-    return each<S>([&](int64_t j) { return a.v[j] + b.v[j]; });                                  \
-  }                                                                                              \
-  inline Lanes<S> operator-(const Lanes<S>& a, const Lanes<S>& b) {                              \
-    return each<S>([&](int64_t j) { return a.v[j] - b.v[j]; });                                  \
-  }                                                                                              \
-  inline Lanes<S> operator*(const Lanes<S>& a, const Lanes<S>& b) {                              \
-    return each<S>([&](int64_t j) { return a.v[j] * b.v[j]; });                                  \
-  }                                                                                              \
-  inline Lanes<S> operator/(const Lanes<S>& a, const Lanes<S>& b) {                              \
-    return each<S>([&](int64_t j) { return a.v[j] / b.v[j]; });                                  \
-  }                                                                                              \
-  inline Lanes<S> multiply_add(const Lanes<S>& a, const Lanes<S>& b, const Lanes<S>& c) {        \
-    return each<S>([&](int64_t j) { return std::fma(a.v[j], b.v[j], c.v[j]); });                 \
-  }                                                                                              \
-  /* b where either is no number. */                                                             \
-  inline Lanes<S> larger(const Lanes<S>& a, const Lanes<S>& b) {                                 \
-    return each<S>([&](int64_t j) { return a.v[j] > b.v[j] ? a.v[j] : b.v[j]; });                \
-  }                                                                                              \
-  inline Lanes<S> smaller(const Lanes<S>& a, const Lanes<S>& b) {                                \
-    return each<S>([&](int64_t j) { return a.v[j] < b.v[j] ? a.v[j] : b.v[j]; });                \
-  }                                                                                              \
-  template <typename Combine>                                                                    \
-  inline S fold(Lanes<S> a, const Combine& combine) {                                            \
-    for (int64_t half = kLanes / 2; half > 0; half /= 2) {                                       \
-      for (int64_t j = 0; j < half; ++j) a.v[j] = combine(a.v[j], a.v[j + half]);                \
-    }                                                                                            \
-    return a.v[0];                                                                               \
-  }                                                                                              \
-  inline S sum(const Lanes<S>& a) {                                                              \
-    return fold(a, [](S x, S y) { return x + y; });                                              \
-  }                                                                                              \
-  /* The sum of each. */                                                                         \
-  inline Lanes<S> sums(const Lanes<S>* a) {                                                      \
-    return each<S>([&](int64_t j) { return sum(a[j]); });                                        \
+#define SX_ARRAY_LANES(S)                                                                 \
+  inline Lanes<S> operator+(const Lanes<S>& a, const Lanes<S>& b) {                       \
+    return each<S>([&](int64_t j) { return a.v[j] + b.v[j]; });                           \
+  }                                                                                       \
+  inline Lanes<S> operator-(const Lanes<S>& a, const Lanes<S>& b) {                       \
+    return each<S>([&](int64_t j) { return a.v[j] - b.v[j]; });                           \
+  }                                                                                       \
+  inline Lanes<S> operator*(const Lanes<S>& a, const Lanes<S>& b) {                       \
+    return each<S>([&](int64_t j) { return a.v[j] * b.v[j]; });                           \
+  }                                                                                       \
+  inline Lanes<S> operator/(const Lanes<S>& a, const Lanes<S>& b) {                       \
+    return each<S>([&](int64_t j) { return a.v[j] / b.v[j]; });                           \
+  }                                                                                       \
+  inline Lanes<S> multiply_add(const Lanes<S>& a, const Lanes<S>& b, const Lanes<S>& c) { \
+    return each<S>([&](int64_t j) { return std::fma(a.v[j], b.v[j], c.v[j]); });          \
+  }                                                                                       \
+  /* b where either is no number. */                                                      \
+  inline Lanes<S> larger(const Lanes<S>& a, const Lanes<S>& b) {                          \
+    return each<S>([&](int64_t j) { return a.v[j] > b.v[j] ? a.v[j] : b.v[j]; });         \
+  }                                                                                       \
+  inline Lanes<S> smaller(const Lanes<S>& a, const Lanes<S>& b) {                         \
+    return each<S>([&](int64_t j) { return a.v[j] < b.v[j] ? a.v[j] : b.v[j]; });         \
+  }                                                                                       \
+  template <typename Combine>                                                             \
+  inline S fold(Lanes<S> a, const Combine& combine) {                                     \
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {                                \
+      for (int64_t j = 0; j < half; ++j) a.v[j] = combine(a.v[j], a.v[j + half]);         \
+    }                                                                                     \
+    return a.v[0];                                                                        \
+  }                                                                                       \
+  inline S sum(const Lanes<S>& a) {                                                       \
+    return fold(a, [](S x, S y) { return x + y; });                                       \
+  }                                                                                       \
+  /* The sum of each. */                                                                  \
+  inline Lanes<S> sums(const Lanes<S>* a) {                                               \
+    return each<S>([&](int64_t j) { return sum(a[j]); });                                 \
   }
 SX_ARRAY_LANES(double)
 

@@ -42,7 +42,8 @@ void decode_linear_cpu(const LinearArgs<T>& a, int threads) {
     const int64_t last = std::min(end * kColumnStep, a.num_outputs);
     for (int64_t n = begin * kColumnStep; n < last; n += panel) {
       for (int64_t m = 0; m < a.num_rows; m += kLinearRows) {
-        loops.columns(a, x + m * stride, stride, m, std::min(kLinearRows, a.num_rows - m), n, std::min(last, n + panel));
+        loops.columns(a, x + m * stride, stride, m, std::min(kLinearRows, a.num_rows - m), n,
+                      std::min(last, n + panel));
       }
     }
   });

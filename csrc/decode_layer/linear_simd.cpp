@@ -1,5 +1,5 @@
-// decode_linear, compiled once per instruction set; see common/cpu/simd.h. A tile keeps the sums of a few rows of x with a
-// few rows of the weight in registers, sixteen partial sums each, while K passes.
+// decode_linear, compiled once per instruction set; see common/cpu/simd.h. A tile keeps the sums of a few rows of x
+// with a few rows of the weight in registers, sixteen partial sums each, while K passes.
 #include "decode_layer/lanes.h"
 #include "decode_layer/loops.h"
 

@@ -37,8 +37,8 @@ struct SplitArgs {
 template <typename T>
 struct DecodeLinearLoops {
   using Acc = Accumulator<T>;
-  // Columns [begin, end) of the output, for `count` <= kLinearRows rows from row `first`; x holds these, wide and padded
-  // with zeros to whole lanes.
+  // Columns [begin, end) of the output, for `count` <= kLinearRows rows from row `first`; x holds these, wide and
+  // padded with zeros to whole lanes.
   void (*columns)(const LinearArgs<T>& args, const Acc* x, int64_t x_stride, int64_t first, int64_t count,
                   int64_t begin, int64_t end);
 };

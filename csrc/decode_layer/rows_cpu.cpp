@@ -44,8 +44,8 @@ void silu_mul_cpu(const GateArgs<T>& a, int threads) {
   });
 }
 
-#define SX_INSTANTIATE(T)                                      \
-  template void add_rms_norm_cpu<T>(const NormArgs<T>&, int);  \
+#define SX_INSTANTIATE(T)                                     \
+  template void add_rms_norm_cpu<T>(const NormArgs<T>&, int); \
   template void silu_mul_cpu<T>(const GateArgs<T>&, int);
 SX_FOR_FLOATS(SX_INSTANTIATE)
 #undef SX_INSTANTIATE

@@ -1,5 +1,5 @@
-// Norm, rotation and gate of one row, compiled once per instruction set; see common/cpu/simd.h. Values are rounded where
-// transformers' layers round them.
+// Norm, rotation and gate of one row, compiled once per instruction set; see common/cpu/simd.h. Values are rounded
+// where transformers' layers round them.
 #include <type_traits>
 
 #include "decode_layer/lanes.h"
@@ -121,7 +121,8 @@ void rotary_row(const RotaryArgs<T, C>& a, int64_t m, Accumulator<T>* head) {
   };
   turn(row, a.q_norm, H, [&](int64_t h) { return query + h * E; });
   turn(row + H * E, a.k_norm, G, [&](int64_t g) { return a.cache.key(slot, position, g); });
-  if (G * F > 0) std::memcpy(static_cast<void*>(a.cache.value(slot, position, 0)), row + (H + G) * E, G * F * sizeof(T));
+  if (G * F > 0)
+    std::memcpy(static_cast<void*>(a.cache.value(slot, position, 0)), row + (H + G) * E, G * F * sizeof(T));
 }
 
 }  // namespace

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import LIBRARY
-from speechlm_ext.ops.decode_layer import reference
+from speechlm_ext.ops.common.native import LIBRARY, OpError, call_kernel, describe, native, stream_handle
 from speechlm_ext.ops.decode_layer.registration import refuse_gradients
 
 
@@ -28,8 +27,18 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 LIBRARY.define("silu_mul(Tensor gate_up) -> Tensor")
-LIBRARY.impl("silu_mul", reference.silu_mul, "CPU")
-LIBRARY.impl("silu_mul", reference.silu_mul, "CUDA")
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    if gate_up.dim() != 2:
+        raise OpError(f"silu_mul: gate_up must be float [M, 2 I]; got {describe(gate_up)}")
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    call_kernel(native.silu_mul, gate_up.contiguous(), out, torch.get_num_threads(), stream_handle(gate_up))
+    return out
+
+
+LIBRARY.impl("silu_mul", _silu_mul, "CPU")
+LIBRARY.impl("silu_mul", _silu_mul, "CUDA")
 
 
 @torch.library.register_fake("speechlm_ext::silu_mul", lib=LIBRARY)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import LIBRARY
-from speechlm_ext.ops.decode_layer import reference
+from speechlm_ext.ops.common.native import LIBRARY, OpError, call_kernel, describe, native, stream_handle
 from speechlm_ext.ops.decode_layer.registration import refuse_gradients
 
 
@@ -54,8 +55,55 @@ LIBRARY.define(
     "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor lengths, Tensor slot, float scale, "
     "SymInt? window, float? softcap, Tensor? sinks) -> Tensor"
 )
-LIBRARY.impl("decode_attention", reference.decode_attention, "CPU")
-LIBRARY.impl("decode_attention", reference.decode_attention, "CUDA")
+
+
+def _decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    slot: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    *,
+    on_cuda: bool,
+) -> Tensor:
+    if query.dim() != 3 or values.dim() != 4:
+        raise OpError(
+            "decode_attention: query must be [M, H, E] and values [B, R, G, F]; "
+            f"got {describe(query)} and {describe(values)}"
+        )
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    partials = None
+    if on_cuda:
+        count = call_kernel(native.decode_attention_partials, query, keys, values, window)
+        partials = query.new_empty(count, dtype=wide)
+    out = query.new_empty(query.shape[0], query.shape[1] * values.shape[3])
+    call_kernel(
+        native.decode_attention,
+        query.contiguous(),
+        keys,
+        values,
+        lengths.contiguous(),
+        slot.contiguous(),
+        scale,
+        window,
+        softcap,
+        None if sinks is None else sinks.to(wide).contiguous(),
+        out,
+        partials,
+        torch.get_num_threads(),
+        stream_handle(query),
+    )
+    return out
+
+
+_decode_attention_cuda = partial(_decode_attention, on_cuda=True)
+
+LIBRARY.impl("decode_attention", partial(_decode_attention, on_cuda=False), "CPU")
+LIBRARY.impl("decode_attention", _decode_attention_cuda, "CUDA")
 
 
 @torch.library.register_fake("speechlm_ext::decode_attention", lib=LIBRARY)

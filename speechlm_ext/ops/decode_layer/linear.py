@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import LIBRARY
-from speechlm_ext.ops.decode_layer import reference
+from speechlm_ext.ops.common.native import LIBRARY, OpError, call_kernel, describe, native
 from speechlm_ext.ops.decode_layer.registration import refuse_gradients
 
 
@@ -32,8 +32,23 @@ def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 LIBRARY.define("decode_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-LIBRARY.impl("decode_linear", reference.decode_linear, "CPU")
-LIBRARY.impl("decode_linear", reference.decode_linear, "CUDA")
+
+
+def _decode_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dim() != 2 or weight.dim() != 2:
+        raise OpError(
+            f"decode_linear: x must be [M, K] and weight [N, K]; got {describe(x)} and {describe(weight)}"
+        )
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    call_kernel(native.decode_linear, x.contiguous(), weight, bias, out, torch.get_num_threads())
+    return out
+
+
+LIBRARY.impl("decode_linear", _decode_linear_cpu, "CPU")
+LIBRARY.impl("decode_linear", F.linear, "CUDA")
 
 
 @torch.library.register_fake("speechlm_ext::decode_linear", lib=LIBRARY)

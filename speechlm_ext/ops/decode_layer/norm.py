@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import LIBRARY
-from speechlm_ext.ops.decode_layer import reference
+from speechlm_ext.ops.common.native import LIBRARY, call_kernel, native, stream_handle
 from speechlm_ext.ops.decode_layer.registration import refuse_gradients
 
 
@@ -43,8 +42,23 @@ LIBRARY.define(
 def _add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rounds_last: bool
 ) -> tuple[Tensor, Tensor]:
-    normed, summed = reference.add_rms_norm(x, residual, weight, eps, rounds_last)
-    return normed, x.new_empty(0) if residual is None else summed
+    x = x.contiguous()
+    normed, summed = torch.empty_like(x), x.new_empty(0)
+    if residual is not None:
+        residual, summed = residual.contiguous(), torch.empty_like(x)
+    call_kernel(
+        native.add_rms_norm,
+        x,
+        residual,
+        weight.contiguous(),
+        eps,
+        rounds_last,
+        normed,
+        None if residual is None else summed,
+        torch.get_num_threads(),
+        stream_handle(x),
+    )
+    return normed, summed
 
 
 LIBRARY.impl("add_rms_norm", _add_rms_norm, "CPU")

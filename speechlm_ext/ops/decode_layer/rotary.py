@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.native import LIBRARY, OpError
-from speechlm_ext.ops.decode_layer import reference
+from speechlm_ext.ops.common.native import LIBRARY, OpError, call_kernel, describe, native, stream_handle
 from speechlm_ext.ops.decode_layer.registration import refuse_gradients
 
 
@@ -63,8 +62,55 @@ LIBRARY.define(
     "rope_and_store(Tensor qkv, Tensor? cos, Tensor? sin, Tensor position, Tensor slot, Tensor(a!) keys, "
     "Tensor(b!) values, SymInt num_heads, Tensor? q_norm, Tensor? k_norm, float norm_eps, bool norm_over_all) -> Tensor"
 )
-LIBRARY.impl("rope_and_store", reference.rope_and_store, "CPU")
-LIBRARY.impl("rope_and_store", reference.rope_and_store, "CUDA")
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _rope_and_store(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor,
+    slot: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    norm_eps: float,
+    norm_over_all: bool,
+) -> Tensor:
+    if num_heads < 0 or keys.dim() != 4:
+        raise OpError(
+            "rope_and_store: num_heads must be 0 or more and keys [B, R, G, E]; "
+            f"got {num_heads} and {describe(keys)}"
+        )
+    query = qkv.new_empty(qkv.shape[0], num_heads, keys.shape[3])
+    call_kernel(
+        native.rope_and_store,
+        qkv.contiguous(),
+        _contiguous(cos),
+        _contiguous(sin),
+        position.contiguous(),
+        slot.contiguous(),
+        keys,
+        values,
+        num_heads,
+        _contiguous(q_norm),
+        _contiguous(k_norm),
+        norm_eps,
+        norm_over_all,
+        query,
+        torch.get_num_threads(),
+        stream_handle(qkv),
+    )
+    return query
+
+
+LIBRARY.impl("rope_and_store", _rope_and_store, "CPU")
+LIBRARY.impl("rope_and_store", _rope_and_store, "CUDA")
 
 
 @torch.library.register_fake("speechlm_ext::rope_and_store", lib=LIBRARY)
