@@ -116,6 +116,7 @@ class FrameTransformer(nn.Module):
         """Memory for the inner positions of ``num_slots`` rows."""
         return FrameCache(num_slots, self.num_inner, dtype, device)
 
+    @torch.no_grad()
     def step(self, hidden_BD: Tensor, embedded_BD: Tensor, stream: int, cache: FrameCache) -> Tensor:
         """Hidden states ``[B, D]`` of one stream, after those of the streams before it.
 

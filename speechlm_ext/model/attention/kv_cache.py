@@ -80,7 +80,7 @@ class KVCache:
         self._rows_per_step = torch.ones(num_slots, dtype=torch.int64, device=device)
         # int64 [B]: 1, and 0 for a slot without a request, which takes part in padded steps and stays empty.
         self.layers: Any = None
-        """The fused layers that use the cache, set by the backbone's first step; ``has_layers`` tells whether it was."""
+        """The fused layers of the backbone that uses the cache; ``has_layers``: whether it has looked for them."""
         self.has_layers = False
         self._prefill: Prefill | None = None
         self._step: Step | None = None

@@ -100,14 +100,20 @@ class DecodeLayers:
             f = layer.form
             keys, values = cache.layer_memory(index, f.num_kv_heads, f.head_size, f.head_size)
             qkv = decode_linear(normed_MD, layer.qkv.weight, layer.qkv.bias)
-            rope = (cos_PE, sin_PE) if f.has_rope else (None, None)
             query = rope_and_store(
-                qkv, *rope, place.position, place.block, keys, values, f.num_heads,
+                qkv,
+                cos_PE if f.has_rope else None,
+                sin_PE if f.has_rope else None,
+                place.position,
+                place.block,
+                keys,
+                values,
+                f.num_heads,
                 q_norm=None if f.query_norm is None else f.query_norm.weight,
                 k_norm=None if f.key_norm is None else f.key_norm.weight,
                 norm_eps=0.0 if f.query_norm is None else f.query_norm.variance_epsilon,
                 norm_over=self._family.norm_over,
-            )  # fmt: skip
+            )
             attended = decode_attention(query, keys, values, place.lengths, place.block, f.scale, f.window)
             out_MD = decode_linear(attended, f.output.weight, f.output.bias)
             normed_MD, residual_MD = self._norm_step(
@@ -152,6 +158,10 @@ _known: weakref.WeakKeyDictionary[nn.Module, DecodeLayers] = weakref.WeakKeyDict
 _logged: set[str] = set()
 
 
+class _RefusedError(Exception):
+    """Why a body has no fused layers."""
+
+
 def decode_layers(body: Any, reference: PlainStep, max_rows: int | None) -> DecodeLayers | None:
     """The fused layers of a body; None if it decodes through transformers' code.
 
@@ -162,37 +172,39 @@ def decode_layers(body: Any, reference: PlainStep, max_rows: int | None) -> Deco
         reference: a step through transformers' own layers.
         max_rows: positions up to which its rotary embeddings do not depend on others'; None for no bound.
     """
+    try:
+        return _make(body, reference, max_rows)
+    except _RefusedError as error:
+        message = f"decoding: {type(body).__name__} runs through transformers' layers: {error}"
+        if message not in _logged:
+            _logged.add(message)
+            logger.info("%s", message)
+        return None
+
+
+def _make(body: Any, reference: PlainStep, max_rows: int | None) -> DecodeLayers:
     family = family_of(body)
     if family is None:
-        return _refused(body, "it is not of a class that has a fused step")
+        raise _RefusedError("it is not of a class that has a fused step")
     forms = layer_forms(body, family)
     if forms is None:
-        return _refused(
-            body, "a layer is not exactly that of its class (adapters, hooks, another activation)"
-        )
+        raise _RefusedError("a layer is not exactly that of its class (adapters, hooks, another activation)")
     known = _known.get(body)
     if known is not None and known.is_current() and known.has_modules_of(forms):
         return known
-    if (dtype := next(body.parameters()).dtype) not in _TOLERANCE:
-        return _refused(body, f"{dtype} has no fused step")
+    if (dtype := forms[0].query.weight.dtype) not in _TOLERANCE:
+        raise _RefusedError(f"{dtype} has no fused step")
     layers = []
     for form in forms:
         qkv, gate_up = fuse_linears([form.query, form.key, form.value]), fuse_linears([form.gate, form.up])
         if qkv is None or gate_up is None:
-            return _refused(body, "its weights are held by something else and cannot be joined")
+            raise _RefusedError("its weights are held by something else and cannot be joined")
         layers.append(_Layer(form, qkv, gate_up))
     made = DecodeLayers(body, family, layers, max_rows)
     if (difference := _difference(body, made, reference)) > _TOLERANCE[dtype]:
-        return _refused(body, f"the fused step differs from them by {difference:.1g} of the largest value")
+        raise _RefusedError(f"the fused step differs from them by {difference:.1g} of the largest value")
     _known[body] = made
     return made
-
-
-def _refused(body: nn.Module, reason: str) -> None:
-    message = f"decoding: {type(body).__name__} runs through transformers' layers: {reason}"
-    if message not in _logged:
-        _logged.add(message)
-        logger.info("%s", message)
 
 
 @torch.no_grad()

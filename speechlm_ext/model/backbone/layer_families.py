@@ -57,10 +57,11 @@ class LayerForm:
     gate: nn.Linear
     up: nn.Linear
     down: nn.Linear
-    attention_norm: nn.Module
-    mlp_norm: nn.Module
-    query_norm: nn.Module | None
-    key_norm: nn.Module | None
+    attention_norm: Any
+    mlp_norm: Any
+    query_norm: Any
+    """RMSNorm of the queries, or None; ``key_norm`` of the keys."""
+    key_norm: Any
     num_heads: int
     num_kv_heads: int
     head_size: int
