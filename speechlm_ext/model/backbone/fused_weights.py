@@ -8,6 +8,7 @@ into its own buffers) ends the fusion; :class:`FusedLinear` notices.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,10 @@ class FusedLinear:
         return _is_view(self.weight, [x.weight for x in self.linears]) and (
             self.bias is None or _is_view(self.bias, [x.bias for x in self.linears])
         )
+
+
+#: Joint tensors that were made here, by the address of their memory.
+_joined: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 def fuse_linears(linears: Sequence[nn.Linear]) -> FusedLinear | None:
@@ -53,14 +58,21 @@ def _fuse(parameters: Sequence[Tensor]) -> Tensor | None:
     if _is_adjacent(parameters):  # as after an earlier fusion, or in a flat buffer
         size = (rows, *first.shape[1:])
         return first.detach().as_strided(size, first.stride())
-    if any(p.untyped_storage().nbytes() != p.numel() * p.element_size() for p in parameters):
+    if not all(_is_free(p) for p in parameters):
         return None
     # Parameters must not become tensors of inference mode, which could not be trained any more.
     with torch.inference_mode(False), torch.no_grad():
         joint = torch.cat([p.detach() for p in parameters])
         for p, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
             p.data = part
+    _joined[joint.untyped_storage().data_ptr()] = joint
     return joint
+
+
+def _is_free(p: Tensor) -> bool:
+    """Whether nothing else can expect a parameter to be where it is."""
+    storage = p.untyped_storage()
+    return storage.nbytes() == p.numel() * p.element_size() or storage.data_ptr() in _joined
 
 
 def _is_plain(p: Tensor) -> bool:
