@@ -67,4 +67,6 @@ def test_score_rules_match_their_definition(
 
 def test_attention_choice_says_why() -> None:
     name, reason = choose_attention("cpu", torch.float32)
+    assert name == "packed" and "no CUDA device" in reason
+    name, reason = choose_attention("cpu", torch.bfloat16)
     assert name == "sdpa" and "no CUDA device" in reason
