@@ -119,9 +119,7 @@ def _gpu_fallbacks() -> list[str]:
         found.append(f"attention in bfloat16 pads sequences to groups of similar length (SDPA): {why}")
     choice, why = choose_acceleration("cuda", torch.bfloat16)
     if choice == "compile":
-        found.append(
-            f"training compiles the backbone's layers at its start, for a minute or so: {why}; Liger needs no compilation"
-        )
+        found.append(f"training compiles the backbone's layers first, for a minute or so: {why}")
     elif choice == "eager":
         found.append(
             "training runs transformers' own norms, rotary positions and gates, in many passes over memory: "

@@ -148,9 +148,9 @@ class TrainConfig:
     precision: str = "fp32"
     """``fp32`` or ``bf16``; bf16 keeps fp32 master weights."""
     acceleration: Acceleration = "auto"
-    """Norms, rotary positions and gates of the backbone: ``packed`` (this package's, float32 on the CPU), ``liger`` (on a
-    GPU), ``compile`` (``torch.compile`` of the layers), ``eager`` (transformers' own); ``auto`` takes the first that the
-    device has, of packed on the CPU and of liger and compile on a GPU. All give the same losses up to rounding."""
+    """Norms, rotary positions and gates of the backbone: ``packed`` (this package's, float32 on the CPU), ``liger`` (on
+    a GPU), ``compile`` (``torch.compile`` of the layers), ``eager`` (transformers' own). ``auto`` takes packed on the
+    CPU, and liger, else compile, on a GPU, where they can be had. All give the same losses up to rounding."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     save_every: int = 500

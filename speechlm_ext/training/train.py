@@ -63,6 +63,12 @@ def _activation_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
+def describe_acceleration(config: TrainConfig, device: torch.device, layers: str, why: str) -> str:
+    """What computes a run's layers, as :func:`accelerate` has said, and its attention, each with the reason."""
+    attention, reason = choose_attention(device, _activation_dtype(config))
+    return f"layers: {layers} ({why})  attention: {attention} ({reason})"
+
+
 def run_train(config: TrainConfig) -> Path:
     """Train as configured; returns the last checkpoint's folder.
 
@@ -109,16 +115,14 @@ def run_train(config: TrainConfig) -> Path:
         log = RunLog(run_dir, state.step, config.steps, rank == 0, config.tensorboard)
     if rank == 0:
         logger.info(
-            "%s  %.2f M parameters  layout %s  %d process(es) x %d thread(s)  %s  layers: %s (%s)  attention: %s (%s)",
+            "%s  %.2f M parameters  layout %s  %d process(es) x %d thread(s)  %s  %s",
             f"resuming at step {state.step} from {resume}" if resume else "new run",
             model.num_parameters() / 1e6,
             loader.layout,
             world,
             threads,
             f"ZeRO {config.zero_stage} {config.precision}",
-            runs_with,
-            why,
-            *choose_attention(device, _activation_dtype(config)),
+            describe_acceleration(config, device, runs_with, why),
         )
     try:
         loop = TrainLoop(config, engine, model, loader, state=state, meter=meter, log=log, root=root)

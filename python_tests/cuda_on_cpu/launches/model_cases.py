@@ -18,6 +18,7 @@ from python_tests.cuda_on_cpu.launches.cases import Case, Setup, opus_layout
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.model.config import LossSettings, ModelConfig
+from speechlm_ext.model.host_facts import HostFacts
 from speechlm_ext.model.lm import SpeechLMModel
 from speechlm_ext.training.config import ModelSettings
 
@@ -51,12 +52,14 @@ def _batch() -> ops.PackedBatch:
 
 
 def train_step(device: torch.device, num_layers: int, scope: str = "own") -> Callable[[], Tensor]:
-    """Forward, backward and a fused AdamW step; without DeepSpeed, clipping and the log."""
-    model, batch = _model(device, num_layers, scope), _batch().to(device)
+    """Forward, backward and a fused AdamW step of the layers as transformers has them; the batch's facts are known on the
+    host. Without DeepSpeed, clipping and the log."""
+    model, batch, facts = _model(device, num_layers, scope), _batch().to(device), HostFacts.read(_batch())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> Tensor:
-        out = model(batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens)
+        tensors = batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens
+        out = model(*tensors, facts=facts)
         out.loss_sum.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Faster norms, rotary positions and gates: exact for the families that they fit, left out elsewhere, and chosen once."""
+"""Faster norms, rotary positions and gates: exact for the families that they fit, and left out elsewhere."""
 
 from __future__ import annotations
 

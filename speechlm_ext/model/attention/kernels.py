@@ -1,9 +1,10 @@
 """Attention over packed rows, and the choice of its kernel.
 
-Order of choice on a GPU: flash-attn varlen, torch's ``varlen_attn``, SDPA; on the CPU: this package's ``packed_attention``
-for float32, SDPA. All but SDPA read the packed row as it is; SDPA gathers the sequences into padded groups of similar
-length, so that its cost follows the sequences and not the square of the pack. All are registered with transformers as
-one attention implementation, ``speechlm``. Layers whose rule (``scores.py``) a kernel cannot compute run on SDPA; the log says so.
+Order of choice on a GPU: flash-attn varlen, torch's ``varlen_attn``, SDPA. On the CPU: this package's
+``packed_attention`` for float32, SDPA. All but SDPA read the packed row as it is; SDPA gathers the sequences into
+padded groups of similar length, so that its cost follows the sequences and not the square of the pack. All are
+registered with transformers as one attention implementation, ``speechlm``. Layers whose rule (``scores.py``) a kernel
+cannot compute run on SDPA; the log says so.
 
 Axes: N packed positions, H heads, G key/value heads, E head size, B sequences of a group, T its longest.
 """
