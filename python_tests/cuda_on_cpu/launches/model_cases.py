@@ -52,8 +52,8 @@ def _batch() -> ops.PackedBatch:
 
 
 def train_step(device: torch.device, num_layers: int, scope: str = "own") -> Callable[[], Tensor]:
-    """Forward, backward and a fused AdamW step of the layers as transformers has them; the batch's facts are known on the
-    host. Without DeepSpeed, clipping and the log."""
+    """Forward, backward and a fused AdamW step of transformers' own layers; the batch's facts are known on the host.
+    Without DeepSpeed, clipping and the log."""
     model, batch, facts = _model(device, num_layers, scope), _batch().to(device), HostFacts.read(_batch())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
