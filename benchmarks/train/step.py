@@ -1,16 +1,17 @@
 """A training step: positions per second and MFU, with each acceleration of the backbone by turns.
 
-MFU is the arithmetic of the model divided by the time of a step and by the device's own measured speed of a large matrix
-product in the same dtype (``benchmarks.gpu_check.limits``):
+MFU is the arithmetic of the model divided by the time of a step and by the device's own measured speed of a large
+matrix product in the same dtype (``gemm_tflop_per_s``):
 
     6 N (P_body + P_head) + 6 L H E Σ n_i²
 
-N packed rows, P_body and P_head the weights of the backbone and of the output table, L layers of H heads of size E, n_i
-rows of sequence i. The second term is causal attention, of which half the square is computed. The embedding is a look-up,
-and what is recomputed does not count. Every output row counts once, though several streams share its product.
+N packed rows, P_body and P_head the weights of the backbone and of the output table, L layers of H heads of size E,
+n_i rows of sequence i. The second term is causal attention, of which half the square is computed. The embedding is a
+look-up, and what is recomputed does not count. Every output row counts once, though several streams share its product.
 
-Models are Llama-shaped with nine streams (codec_ssl), with AdamW: on a GPU in bf16 on one packed row of 8,192 positions,
-on the CPU in float32 the demo's model on one of its packs. Each row's losses are compared with the eager ones.
+Models are Llama-shaped with nine streams (codec_ssl), with AdamW: on a GPU in bf16 on one packed row of 8,192
+positions, on the CPU in float32 the demo's model on one of its packs. The losses of
+all rows of a shape are compared.
 
 ``python -m benchmarks.train.step --device cpu``; ``--shapes 135m 360m 1p7b`` and ``--accelerations`` choose rows.
 """
@@ -145,6 +146,7 @@ def measure(
         "first_step_s": round(prepared + times[0], 1),
         "positions_per_s": round(rows / best, 1),
         "tflop_per_s": round(flops / best / 1e12, 4),
+        "gemm_tflop_per_s": round(limit / 1e12, 3),
         "mfu": round(flops / best / limit, 4),
         "loss": round(losses[-1], 5),
     }
@@ -172,7 +174,6 @@ def main() -> None:
     arguments = parser.parse_args()
     device, begun = arguments.device, time.monotonic()
     limit = peak(device)
-    emit({"name": "peak", "tflop_per_s": round(limit / 1e12, 3)})
     eager: dict[str, list[float]] = {}
     for name in arguments.shapes or DEFAULTS[device]:
         # A compiled row of each shape, at the end: it takes longest to begin.
