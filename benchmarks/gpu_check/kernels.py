@@ -30,6 +30,7 @@ from speechlm_ext.utils.console import make_output_safe
 MAKERS: dict[str, Callable[..., Case]] = {
     "delay_pack": bench_delay_pack.make_case,
     "kmeans_assign": bench_kmeans_assign.make_case,
+    "kmeans_chunks": bench_kmeans_assign.make_chunks_case,
     "kmeans_lloyd": bench_kmeans_assign.make_lloyd_case,
     "multistream_embed": bench_multistream_embed.make_case,
     "multistream_loss": bench_multistream_loss.make_case,

@@ -17,6 +17,7 @@ OTHER_ROWS: tuple[Named, ...] = (
     ("multistream_sample", "speech", "top_k"),
     ("delay_pack", "1p7b_8k"),
     ("kmeans_lloyd", "ssl_million"),
+    ("kmeans_chunks", "ssl_million"),
     ("multistream_embed", "16k_bf16", "sparse"),
     ("delay_pack", "million"),
     ("multistream_sample", "speech_1", "top_k"),

@@ -3,6 +3,7 @@
 ``load()`` builds the module (seconds when nothing changed); ``kernels_on_cpu(module, seed)`` makes every op run its
 CUDA code on CPU tensors. docs/testing.md lists the faults that the shim finds and those that it cannot.
 
+    cublas/     in place of the library of products
     include/    in place of CUDA's own headers, and of csrc's that says where tensors are
     kernel/     names that device code uses: indices, barriers, vectors, atomics, warp operations
     runtime/    fibers, launches, and the checks of every load and store

@@ -98,12 +98,14 @@ def test_centroids_of_kmeans_assign(shim):
     centroids = sparse(num_clusters, width, dtype=torch.float32)
     x = torch.ones(1, width)
     centroids[-1] = 1.0
-    terms = torch.zeros(4, num_clusters)
-    terms[1, 1:-1] = 1.0  # half norms
+    padded = num_clusters + 3  # to groups of four
+    terms = torch.zeros(4, padded)
+    terms[1, 1 : num_clusters - 1] = 1.0  # half norms
+    terms[1, num_clusters:] = float("inf")
     rows = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]])  # no errors
     labels, counts = torch.zeros(1, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
     distance = torch.full((1,), float("nan"), dtype=torch.float64)
-    products = torch.zeros(1, num_clusters)
+    products = torch.zeros(1, padded)
     shim.kmeans_rescore_cuda(products, x, centroids, terms, rows, labels, distance, counts, 0)
     assert (labels.tolist(), distance.tolist(), counts.tolist()) == ([num_clusters - 1], [0.0], [1, 2, 0])
 
