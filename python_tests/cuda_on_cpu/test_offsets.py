@@ -152,12 +152,13 @@ def test_rows_of_multistream_loss(shim):
     live[-1] = True
     targets, token_nll = torch.full((rows, 1), 2), torch.full((rows, 1), float("nan"))
     loss, correct = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    streams = [(0, False, [(0, columns - 4, 4)])]
+    count = torch.zeros(1, dtype=torch.int64)
+    streams = [(0, False, False, [(0, columns - 4, 4)])]
     bytes_ = shim.multistream_loss_workspace(logits, 1, streams, False)
     workspace = torch.full((bytes_,), 255, dtype=torch.uint8)
     shim.multistream_loss_rows(
         logits, torch.arange(rows), targets, live, coef, None, None, streams, 0.0, 0.0, 0.0, False, token_nll, None,
-        loss, correct, None, 1, workspace, 0,
+        loss, correct, count, None, 1, workspace, 0,
     )  # fmt: skip
     want = torch.logsumexp(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0) - 3.0
     torch.testing.assert_close(token_nll[-1, 0], want)

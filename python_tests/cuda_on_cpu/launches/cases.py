@@ -17,6 +17,7 @@ from torch import Tensor
 
 import speechlm_ext.ops as ops
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.ops.common.cublas import has_cublas
 from speechlm_ext.ops.kmeans_assign import kmeans_assign as assign_module
 from speechlm_ext.ops.kmeans_assign.sums import kmeans_sums
 from speechlm_ext.ops.multistream_loss import chunks as loss_chunks
@@ -108,8 +109,9 @@ def _loss(
     one_row_chunks: bool = False,
     needs_grad: bool = True,
     recompute: bool = False,
+    is_planned: bool = False,
 ) -> Callable[[], ops.MultiStreamLoss]:
-    """Four rows: two of text, one of speech, one without a target."""
+    """Four rows: two of text, one of speech, one without a target. ``is_planned``: as in a training step."""
     layout, N, S = opus_layout(), 4, 9
     targets, weight = torch.zeros(N, S, dtype=torch.int64), torch.zeros(N, S)
     text, speech = layout.content_ranges("text_bpe"), layout.content_ranges("codec_ssl")
@@ -117,13 +119,16 @@ def _loss(
         for s, span in enumerate(spans):
             if span is not None:
                 targets[n, s], weight[n, s] = span[0] + n, 0.5
+    has_cublas(weight.to(device))  # it multiplies and waits once on each device
+    scopes = layout.scopes(scope)
+    kinds = torch.tensor([1, 1, 0, 0]) if scope == "modality" else None
+    rows = ops.plan_loss_rows(weight, scopes=scopes, row_scope=kinds).to(device) if is_planned else None
     targets, weight = targets.to(device), weight.to(device)
+    kinds = None if kinds is None else kinds.to(device)
     D, new = 8, {"device": device, "dtype": dtype}
     hidden = torch.randn(N, D, **new).requires_grad_(needs_grad)  # type: ignore[arg-type]
     table = torch.randn(layout.vocab_size, D, **new).requires_grad_(needs_grad)  # type: ignore[arg-type]
-    vectors = torch.randn(S, D, **new).requires_grad_(needs_grad)  # type: ignore[arg-type]
-    kinds = torch.tensor([1, 1, 0, 0]).to(device) if scope == "modality" else None
-    scopes = layout.scopes(scope)
+    vectors = torch.randn(S - 1, D, **new).requires_grad_(needs_grad)  # type: ignore[arg-type]
 
     def call() -> ops.MultiStreamLoss:
         with ExitStack() as stack:
@@ -136,6 +141,8 @@ def _loss(
                 stream_embed=vectors,
                 recompute=recompute,
                 chunk_bytes=1 if one_row_chunks else None,
+                rows=rows,
+                check_values=not is_planned,
             )
 
     return call
@@ -221,6 +228,7 @@ CASES = [
     Case("multistream_embed", "backward, `sparse=True`", _with(_embed_backward, sparse=True)),
     Case("multistream_embed", "`segment_sum`", _segment_sum),
     Case("multistream_loss", "forward, own scopes", _loss),
+    Case("multistream_loss", "the same with planned rows", _with(_loss, is_planned=True)),
     Case("multistream_loss", "the same with two chunks more", _with(_loss, one_row_chunks=True)),
     Case("multistream_loss", "the same in float32", _with(_loss, dtype=torch.float32)),
     Case("multistream_loss", "the same without gradients", _with(_loss, needs_grad=False)),
@@ -229,6 +237,11 @@ CASES = [
     Case("multistream_loss", "forward, `recompute=True`", _with(_loss, recompute=True)),
     Case("multistream_loss", "backward, `recompute=True`", _with(_loss_backward, recompute=True)),
     Case("multistream_loss", "forward, scopes by modality", _with(_loss, scope="modality")),
+    Case(
+        "multistream_loss",
+        "planned rows, by modality",
+        _with(_loss, scope="modality", is_planned=True),
+    ),
     Case("multistream_loss", "`multistream_logprobs`, own scopes", _logprobs),
     Case("kmeans_assign", "a call, 1 chunk", _assign),
     Case("kmeans_assign", "a call, 3 chunks", _with(_assign, num_chunks=3)),

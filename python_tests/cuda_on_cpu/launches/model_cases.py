@@ -18,8 +18,8 @@ from python_tests.cuda_on_cpu.launches.cases import Case, Setup, opus_layout
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.model.config import LossSettings, ModelConfig
-from speechlm_ext.model.host_facts import HostFacts
 from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.ops.common.cublas import has_cublas
 from speechlm_ext.training.config import ModelSettings
 
 #: Numbers of layers that are counted: two give a and b, the third confirms them.
@@ -53,18 +53,18 @@ def _batch() -> ops.PackedBatch:
 
 def train_step(device: torch.device, num_layers: int, scope: str = "own") -> Callable[[], Tensor]:
     """Forward, backward and a fused AdamW step; without DeepSpeed, clipping and the log."""
-    model, batch = _model(device, num_layers, scope), _batch()
-    facts, batch = HostFacts.read(batch), batch.to(device)
+    model = _model(device, num_layers, scope)
+    facts, batch = model.facts(_batch()).to(device), _batch().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> Tensor:
-        inputs = (batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens)
-        out = model(*inputs, facts=facts)
+        out = model(batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens, facts=facts)
         out.loss_sum.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return out.loss_sum.detach()
 
+    has_cublas(batch.loss_weight)  # it multiplies and waits once on each device
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes its state

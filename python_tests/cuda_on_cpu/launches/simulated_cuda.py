@@ -213,7 +213,9 @@ def simulated_cuda(is_capturing: bool = False) -> Iterator[SimulatedRecorder]:
             "current_stream": lambda device=None: stream,
             "current_device": lambda: DEVICE.index,
             "current_blas_handle": lambda: 0,
-            "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132),
+            "get_device_properties": lambda device=None: SimpleNamespace(
+                multi_processor_count=132, total_memory=80 << 30
+            ),
             "is_current_stream_capturing": lambda: is_capturing,
             "mem_get_info": lambda device=None: (1 << 30, 1 << 30),
             "memory_reserved": lambda device=None: 0,
