@@ -6,6 +6,7 @@
 namespace speechlm {
 
 void bind_cublas(pybind11::module_& m);
+void bind_decode_layer(pybind11::module_& m);
 void bind_delay_pack(pybind11::module_& m);
 void bind_kmeans_assign(pybind11::module_& m);
 void bind_kmeans_sums(pybind11::module_& m);
@@ -20,6 +21,7 @@ void bind_planted(pybind11::module_& m);
 
 inline void bind_ops(pybind11::module_& m) {
   bind_cublas(m);
+  bind_decode_layer(m);
   bind_delay_pack(m);
   bind_kmeans_assign(m);
   bind_kmeans_sums(m);

@@ -38,6 +38,7 @@ SEEDS = range(8)
 
 #: Ops whose CUDA entry is another Python function than the CPU's: op name -> (module, function).
 CUDA_ENTRIES = {
+    "decode_attention": ("speechlm_ext.ops.decode_layer.attention", "_decode_attention_cuda"),
     "delay_pack_segments": ("speechlm_ext.ops.delay_pack.op", "_pack_segments_cuda"),
     "kmeans_assign": ("speechlm_ext.ops.kmeans_assign.kmeans_assign", "_assign_cuda"),
     "kmeans_sums": ("speechlm_ext.ops.kmeans_assign.sums", "_sums_cuda"),

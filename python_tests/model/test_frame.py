@@ -227,11 +227,11 @@ def test_stepping_through_a_frame_is_the_whole_of_it() -> None:
     """The cache, reused frame after frame by batches of changing size, gives what a full pass gives."""
     model = exact(make())
     cache = model.new_frame_cache(5)
-    cache.keys_LBHEP.fill_(torch.nan)  # what was there before is never read
-    cache.values_LBHEP.fill_(torch.nan)
     S, g = LAYOUT.num_streams, torch.Generator().manual_seed(2)
     with torch.no_grad():
         for rows in (3, 5, 1):
+            for store in cache.stores():
+                store.fill_(torch.nan)  # what was there before is never read
             hidden = torch.randn(rows, 16, generator=g, dtype=torch.float64)
             frames = torch.stack(
                 [torch.randint(*r, (rows,), generator=g) for r in LAYOUT.content_ranges("codec_ssl")], 1

@@ -234,15 +234,14 @@ class SpeechLMModel(nn.Module):
         """
         return self.head_input(run_prefill(self.backbone, self.embed(ids_NS), cache, slots, lengths))
 
-    def step_hidden(self, ids_BS: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
-        """Hidden states ``[B, D]`` of one more row for each of the first B slots.
+    def step_hidden(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states ``[B, D]`` of one more row for each of the first B slots. No gradients.
 
         Args:
             ids_BS: int ``[B, S]`` delayed ids.
             cache: updated in place.
-            num_keys: number of keys that attention reads; default those of the longest slot, the new row included.
         """
-        return self.head_input(run_step(self.backbone, self.embed(ids_BS), cache, num_keys))
+        return self.head_input(run_step(self.backbone, self.embed(ids_BS), cache))
 
     def new_frame_cache(self, num_slots: int) -> FrameCache:
         """Memory for :meth:`stream_hidden`, of a model with a frame transformer."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import speechlm_ext.ops as ops
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.ops import decode_layer
 from speechlm_ext.ops.common.cublas import has_cublas
 from speechlm_ext.ops.kmeans_assign import kmeans_assign as assign_module
 from speechlm_ext.ops.kmeans_assign.sums import kmeans_sums
@@ -203,6 +204,36 @@ def _sample(device: torch.device, in_parts: bool = False) -> Callable[[], object
     return call
 
 
+# ---- decode_layer ---------------------------------------------------------------------------------------------------
+def _rope(device: torch.device, **norms: object) -> Callable[[], object]:
+    qkv, cos = torch.randn(3, 8 * 16, device=device), torch.randn(20, 16, device=device)
+    keys, values = (torch.zeros(3, 20, 2, 16, device=device) for _ in range(2))
+    index = torch.arange(3, device=device)
+    weights = (torch.randn(16, device=device),) * 2 if norms else ()
+    return lambda: decode_layer.rope_and_store(qkv, cos, cos, index, index, keys, values, 4, *weights)
+
+
+def _attention(device: torch.device, window: int | None = None) -> Callable[[], object]:
+    query, index = torch.randn(3, 4, 16, device=device), torch.arange(3, device=device)
+    keys, values = (torch.zeros(3, 600, 2, 16, device=device) for _ in range(2))
+    return lambda: decode_layer.decode_attention(query, keys, values, index, index, 0.3, window)
+
+
+def _norm(device: torch.device) -> Callable[[], object]:
+    x, weight = torch.randn(3, 16, device=device), torch.randn(16, device=device)
+    return lambda: decode_layer.add_rms_norm(x, x, weight, 1e-6)
+
+
+def _silu(device: torch.device) -> Callable[[], object]:
+    x = torch.randn(3, 16, device=device)
+    return lambda: decode_layer.silu_mul(x)
+
+
+def _linear(device: torch.device) -> Callable[[], object]:
+    x, weight = torch.randn(3, 16, device=device), torch.randn(8, 16, device=device)
+    return lambda: decode_layer.decode_linear(x, weight)
+
+
 def _no_grad(setup: Callable[..., Callable[[], object]], **options: object) -> Setup:
     def no_grad(device: torch.device) -> Callable[[], object]:
         return torch.no_grad()(setup(device, **options))
@@ -250,4 +281,11 @@ CASES = [
     Case("kmeans_assign", "`kmeans_sums`", _sums),
     Case("multistream_sample", "a row in one call", _sample),
     Case("multistream_sample", "a row in two calls", _with(_sample, in_parts=True)),
+    Case("decode_layer", "`rope_and_store`", _rope),
+    Case("decode_layer", "`rope_and_store`, with norms", _with(_rope, norms=True)),
+    Case("decode_layer", "`decode_attention`", _attention),
+    Case("decode_layer", "`decode_attention`, captured", _with(_attention, window=300), is_capturing=True),
+    Case("decode_layer", "`add_rms_norm`", _norm),
+    Case("decode_layer", "`silu_mul`", _silu),
+    Case("decode_layer", "`decode_linear`", _linear),
 ]
