@@ -10,9 +10,9 @@ FIRST_ROWS: tuple[Named, ...] = (
     ("kmeans_assign", "ssl_million"),
     ("multistream_embed", "16k_bf16", "forward"),
     ("multistream_embed", "16k_bf16", "forward_backward"),
-    ("decode_attention", "1p7b", "1", "2000"),
-    ("decode_attention", "qwen3_1p7b", "256", "500"),
-    ("decode_rows", "1p7b", "1"),
+    ("decode_attention", "1p7b_1_2000"),
+    ("decode_attention", "qwen3_1p7b_256_500"),
+    ("decode_rows", "1p7b_1_2000"),
 )
 #: Of the second run.
 OTHER_ROWS: tuple[Named, ...] = (
@@ -23,9 +23,9 @@ OTHER_ROWS: tuple[Named, ...] = (
     ("kmeans_chunks", "ssl_million"),
     ("multistream_embed", "16k_bf16", "sparse"),
     ("delay_pack", "million"),
-    ("decode_attention", "1p7b", "256", "500"),
-    ("decode_attention", "135m", "16", "2000"),
-    ("decode_rows", "1p7b", "256"),
+    ("decode_attention", "1p7b_256_500"),
+    ("decode_attention", "135m_16_2000"),
+    ("decode_rows", "1p7b_256_500"),
     ("multistream_sample", "speech_1", "top_k"),
     ("multistream_loss", "1p7b_8k_v114k"),
     ("multistream_embed", "16k_bf16", "features"),
