@@ -13,6 +13,7 @@ void bind_kmeans_sums(pybind11::module_& m);
 void bind_multistream_embed(pybind11::module_& m);
 void bind_multistream_loss(pybind11::module_& m);
 void bind_multistream_sample(pybind11::module_& m);
+void bind_packed_layer(pybind11::module_& m);
 void bind_scatter_sum(pybind11::module_& m);
 
 #ifdef SPEECHLM_PLANT_FAULTS
@@ -28,6 +29,7 @@ inline void bind_ops(pybind11::module_& m) {
   bind_multistream_embed(m);
   bind_multistream_loss(m);
   bind_multistream_sample(m);
+  bind_packed_layer(m);
   bind_scatter_sum(m);
 }
 

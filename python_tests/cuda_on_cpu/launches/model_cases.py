@@ -56,7 +56,7 @@ def _batch() -> ops.PackedBatch:
 
 
 def train_step(device: torch.device, num_layers: int, scope: str = "own") -> Callable[[], Tensor]:
-    """Forward, backward and a fused AdamW step; without DeepSpeed, clipping and the log."""
+    """Forward, backward and a fused AdamW step of transformers' own layers; without DeepSpeed, clipping and the log."""
     model = _model(device, num_layers, scope)
     facts, batch = model.facts(_batch()).to(device), _batch().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
