@@ -40,6 +40,8 @@ class Case:
     """Called with a name and a result, of ours and of each rival; raises if the result is wrong."""
     limit: Run | None = None
     """A lower bound of the time, e.g. a copy of the bytes that must move."""
+    limit_flop: int = 0
+    """Operations of the limit, for its TFLOP/s on a GPU; 0: none."""
     rounds: int = ROUNDS
     needs_grad: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
@@ -183,9 +185,18 @@ def measure(case: Case, seconds: float = float("inf"), is_strict: bool = True) -
         "peak_bytes": peaks.pop("ours"),
         "rival_peak_bytes": peaks,
         "spread": round(statistics.median(times["ours"]) / best["ours"] - 1, 4),
+        **_speeds(case, best),
         **({"rival_errors": errors} if errors else {}),
         **case.extra,
     }
+
+
+def _speeds(case: Case, best: dict[str, float]) -> dict[str, float]:
+    """TFLOP/s of the limit, and of ours at the limit's operations."""
+    if case.limit_flop == 0 or case.device == "cpu":
+        return {}
+    names = {"limit": "limit_tflop_per_s", "ours": "tflop_per_s"}
+    return {entry: round(case.limit_flop / best[name] / 1e12, 1) for name, entry in names.items()}
 
 
 def compare(benchmark: Any, case: Case) -> None:

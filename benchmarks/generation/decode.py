@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -33,6 +34,7 @@ from benchmarks.generation.models import build, tts_prompt
 from speechlm_ext import SpeechLM
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
+from speechlm_ext.model import lm
 from speechlm_ext.utils.console import make_output_safe
 
 TEXT, WARM = 30, 3
@@ -74,15 +76,16 @@ class Clock:
 
 
 @contextlib.contextmanager
-def watched(model: SpeechLM, engine: Engine, clock: Clock) -> Iterator[None]:
+def watched(engine: Engine, clock: Clock) -> Iterator[None]:
     """Time the backbone and the head inside."""
-    backbone, head = model.backbone.forward, engine._head
-    model.backbone.forward, engine._head = clock.wrap(backbone), clock.wrap(head)
+    head = engine._head
+    engine._head = clock.wrap(head)
     engine._head.used_by, engine._head.streams = head.used_by, head.streams
     try:
-        yield
+        with mock.patch.object(lm, "run_step", clock.wrap(lm.run_step)):
+            yield
     finally:
-        model.backbone.forward, engine._head = backbone, head
+        engine._head = head
 
 
 def filled(model: SpeechLM, batch: int, frames: int, cuda_graphs: bool | None = None) -> Engine:
@@ -110,10 +113,10 @@ def run_out(engine: Engine, clock: Clock) -> list[float]:
     return clock.seconds(moments)
 
 
-def outside(model: SpeechLM, engine: Engine, device: str) -> tuple[float, list[float]]:
+def outside(engine: Engine, device: str) -> tuple[float, list[float]]:
     """Share of the steps that is neither the backbone nor the head, and the seconds of each step."""
     clock = Clock(device)
-    with watched(model, engine, clock):
+    with watched(engine, clock):
         steps = run_out(engine, clock)
     return 1 - sum(clock.seconds(clock.spans)) / sum(steps), steps
 
@@ -129,14 +132,12 @@ def measure_batch(model: SpeechLM, batch: int, frames: int, device: str) -> dict
     if device == "cuda":
         steps = run_out(engine, Clock(device))
     else:
-        share, steps = outside(model, engine, device)
+        share, steps = outside(engine, device)
     sync()
     seconds = time.perf_counter() - begun
     if device == "cuda":
         del engine  # its cache is the largest thing there
-        share, _ = outside(
-            model, filled(model, batch, min(frames, OUTSIDE_FRAMES), cuda_graphs=False), device
-        )
+        share, _ = outside(filled(model, batch, min(frames, OUTSIDE_FRAMES), cuda_graphs=False), device)
     return {
         "batch": batch,
         "prefill_ms": round(prefill * 1e3, 2),

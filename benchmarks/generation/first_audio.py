@@ -19,13 +19,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from speechlm_ext.generation.live.incremental import make_chunk_decoder
 
 from benchmarks.generation.models import build
 from speechlm_ext import SpeechLM
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.rows import FrameReader
 from speechlm_ext.generation.engine.slots import DecodeJob
+from speechlm_ext.generation.live.stream import make_chunk_decoder
 from speechlm_ext.generation.requests.encode_fields import raw_content
 from speechlm_ext.generation.requests.prompt import build_prompt
 from speechlm_ext.generation.requests.request import GenerationRequest, SamplingSettings

@@ -19,6 +19,7 @@ from benchmarks.common.emit import emit
 from benchmarks.common.harness import Case, measure
 from benchmarks.gpu_check.rows import FIRST_ROWS, OTHER_ROWS, name_of
 from benchmarks.ops import (
+    bench_decode_layer,
     bench_delay_pack,
     bench_kmeans_assign,
     bench_multistream_embed,
@@ -28,8 +29,11 @@ from benchmarks.ops import (
 from speechlm_ext.utils.console import make_output_safe
 
 MAKERS: dict[str, Callable[..., Case]] = {
+    "decode_attention": bench_decode_layer.make_attention_case,
+    "decode_rows": bench_decode_layer.make_rows_case,
     "delay_pack": bench_delay_pack.make_case,
     "kmeans_assign": bench_kmeans_assign.make_case,
+    "kmeans_chunks": bench_kmeans_assign.make_chunks_case,
     "kmeans_lloyd": bench_kmeans_assign.make_lloyd_case,
     "multistream_embed": bench_multistream_embed.make_case,
     "multistream_loss": bench_multistream_loss.make_case,

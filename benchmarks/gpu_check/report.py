@@ -181,6 +181,8 @@ def _op_tables(rows: list[dict[str, Any]]) -> list[str]:
                 )
                 ratios += "".join(f"; {name} failed" for name in row.get("rival_errors", {}))
                 share = "" if row.get("limit_fraction") is None else f"{row['limit_fraction']:.0%}"
+                if "limit_tflop_per_s" in row:
+                    share += f" ({row['tflop_per_s']:.0f} of {row['limit_tflop_per_s']:.0f} TFLOP/s)"
                 cells = (
                     row["shape"],
                     f"{row['seconds'] * 1e6:,.1f}",

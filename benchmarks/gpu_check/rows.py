@@ -10,6 +10,9 @@ FIRST_ROWS: tuple[Named, ...] = (
     ("kmeans_assign", "ssl_million"),
     ("multistream_embed", "16k_bf16", "forward"),
     ("multistream_embed", "16k_bf16", "forward_backward"),
+    ("decode_attention", "1p7b_1_2000"),
+    ("decode_attention", "qwen3_1p7b_256_500"),
+    ("decode_rows", "1p7b_1_2000"),
 )
 #: Of the second run.
 OTHER_ROWS: tuple[Named, ...] = (
@@ -17,8 +20,12 @@ OTHER_ROWS: tuple[Named, ...] = (
     ("multistream_sample", "speech", "top_k"),
     ("delay_pack", "1p7b_8k"),
     ("kmeans_lloyd", "ssl_million"),
+    ("kmeans_chunks", "ssl_million"),
     ("multistream_embed", "16k_bf16", "sparse"),
     ("delay_pack", "million"),
+    ("decode_attention", "1p7b_256_500"),
+    ("decode_attention", "135m_16_2000"),
+    ("decode_rows", "1p7b_256_500"),
     ("multistream_sample", "speech_1", "top_k"),
     ("multistream_loss", "1p7b_8k_v114k"),
     ("multistream_embed", "16k_bf16", "features"),

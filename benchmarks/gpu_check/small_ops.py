@@ -9,6 +9,7 @@ import torch
 
 import speechlm_ext as sx
 from benchmarks.common.emit import emit
+from speechlm_ext.ops.decode_layer import add_rms_norm, decode_attention, rope_and_store, silu_mul
 from speechlm_ext.ops.kmeans_assign.sums import kmeans_sums
 
 
@@ -113,9 +114,39 @@ def sample(device: str) -> None:
                 row = sx.ops.multistream_sample(logits, state, streams=streams, partial=row)
 
 
+def decode(device: str) -> None:
+    """The parts of a decode layer in every dtype: odd sizes and whole vectors, heads that share keys, norms over a head
+    and over all, rows out of range, windows and sinks."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for heads, groups, key_size, value_size in (
+            (9, 3, 64, 64),
+            (8, 1, 128, 128),
+            (4, 4, 38, 13),
+            (6, 3, 64, 32),
+        ):
+            keys = torch.zeros(7, 600, groups, key_size, device=device).to(dtype)
+            values = torch.zeros(7, 600, groups, value_size, device=device).to(dtype)
+            position = torch.tensor([0, 599, 255, 256, -1, 700, 511], device=device)
+            slot = torch.tensor([6, 0, 5, 1, 4, 2, 9], device=device)
+            width = (heads + groups) * key_size + groups * value_size
+            qkv = torch.randn(7, width, device=device).to(dtype)
+            cos, sin = (torch.randn(600, key_size, device=device).to(dtype) for _ in range(2))
+            norms = [torch.randn(n * key_size, device=device).to(dtype) for n in (1, 1, heads, groups)]
+            rope_and_store(qkv, cos, sin, position, slot, keys, values, heads, *norms[:2], 1e-6)
+            query = rope_and_store(
+                qkv, cos, sin, position, slot, keys, values, heads, *norms[2:], 1e-6, "all"
+            )
+            decode_attention(query, keys, values, position + 1, slot, 0.1)
+            sinks = torch.randn(heads, device=device)
+            decode_attention(query, keys, values, position + 1, slot, 0.1, 300, 20.0, sinks)
+            add_rms_norm(qkv, qkv, qkv[0].contiguous(), 1e-6)
+            silu_mul(qkv[:, : width // 2 * 2])
+
+
 #: In order of value: a tool that runs out of time has seen the first.
 OPS: dict[str, Callable[[str], None]] = {
     "multistream_sample": sample,
+    "decode_layer": decode,
     "multistream_loss": loss,
     "multistream_embed": embed,
     "kmeans_assign": kmeans,

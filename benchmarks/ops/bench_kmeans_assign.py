@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from speechlm_ext.kmeans.fit.lloyd import lloyd_step
 from speechlm_ext.kmeans.fit.ranks import Ranks
 from speechlm_ext.kmeans.fit.scan import scan
 from speechlm_ext.kmeans.fit.state import State
+from speechlm_ext.ops.common.cublas import has_cublas, product
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.common.precision import multiply_float16
+from speechlm_ext.ops.kmeans_assign import kmeans_assign as assign_module
 from speechlm_ext.ops.kmeans_assign.kmeans_assign import _coarse
 from speechlm_ext.ops.kmeans_assign.reference import kmeans_assign as direct
 
@@ -113,7 +116,10 @@ def own_products(x: torch.Tensor, index: sx.ops.CentroidIndex, device: str) -> A
         def run() -> None:
             for start in range(0, len(x), most):
                 n = min(most, len(x) - start)
-                multiply_float16(out[:n], codes[:n], index.codes)
+                if has_cublas(out):
+                    product(out[:n], codes[:n], index.codes.T, accumulate=False)
+                else:
+                    multiply_float16(out[:n], codes[:n], index.codes)
 
         return run
     labels, counts = torch.empty(len(x), dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
@@ -150,6 +156,38 @@ def make_case(shape: str, device: str) -> Case:
             wrong=wrong,
             flops=2 * sizes.N * sizes.F * sizes.K,
         ),
+    )
+
+
+def make_chunks_case(shape: str, device: str) -> Case:
+    """On a GPU: other sizes of a chunk's products, and torch's products on one stream, in the rivals' places."""
+    sizes = SHAPES[shape]
+    x, centroids = make_inputs(sizes, device)
+    index = sx.ops.CentroidIndex.build(centroids)
+    want = sx.ops.kmeans_assign(x, index)
+
+    def with_setting(name: str, value: Any) -> Any:
+        def run() -> torch.Tensor:
+            with mock.patch.object(assign_module, name, value):
+                return sx.ops.kmeans_assign(x, index)
+
+        return run
+
+    rivals = {f"products_of_{mib}_mib": with_setting("_PRODUCT_BYTES", mib << 20) for mib in (8, 32, 64, 256)}
+    rivals["products_by_torch"] = with_setting("has_cublas", lambda tensor: False)
+
+    def check(name: str, labels: torch.Tensor) -> None:
+        assert torch.equal(labels, want), f"{name} gives other labels"
+
+    return Case(
+        op="kmeans_assign",
+        shape=f"{shape}_chunks",
+        device=device,
+        ours=lambda: sx.ops.kmeans_assign(x, index),
+        rivals=rivals,
+        check=check,
+        limit=own_products(x, index, device),
+        rounds=5,
     )
 
 

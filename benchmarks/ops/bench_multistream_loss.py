@@ -2,7 +2,10 @@
 
 Rivals: ESPnet-SpeechLM's way at the same scopes (the hidden states of all streams, stream 0 over the whole vocabulary,
 the others over the codes), that compiled by torch, torch's own `F.linear_cross_entropy` once per stream, and on a GPU
-Liger's fused loss, called as ESPnet-SpeechLM calls it. The limit is the op's own matrix products by themselves.
+Liger's fused loss (called as ESPnet-SpeechLM calls it, and once per stream) and QuACK's once per stream; a row names
+those that are not installed. The limit is the op's own matrix products by themselves; a GPU's row has their TFLOP/s.
+
+Rows are planned on the host, as in training: the op waits for nothing.
 
 Shapes: half of the rows text and half speech; speech alone; speech alone with stream 0 over speech ids, against
 ESPnet's way over all ids as well; and a vocabulary of speech alone that every stream runs over.
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 import speechlm_ext as sx
 from benchmarks.common.harness import ROUNDS, Case, compare, compiled, devices
 from speechlm_ext.ops.multistream_loss import chunks as internals
+from speechlm_ext.ops.multistream_loss.rows import plan_rows
 from speechlm_ext.ops.multistream_loss.scopes import read_scopes
 
 
@@ -75,7 +79,7 @@ def make_inputs(shape, device, dtype):
 
 
 def own_products(shape, parts, live, scopes):
-    """The op's matrix products, into memory that is there already.
+    """The op's matrix products, into memory that is there already, and their number of operations.
 
     On a GPU each is whole, since that is the fastest way to compute it; on the CPU they are cut as the op cuts them,
     which keeps their results in the caches.
@@ -85,11 +89,10 @@ def own_products(shape, parts, live, scopes):
     sets, _ = read_scopes([scopes], shape.V, False)
     grad_weight, grad_hidden = torch.zeros_like(weight), torch.zeros_like(hidden)
     work = []
-    for group, rows in internals.plan_products(sets[0], live):
+    for group, rows in plan_rows(sets, live, None)[0]:
         chunk = len(rows)
         if device.type == "cpu":
-            fitting = internals.CHUNK_BYTES["cpu"] // (group.columns * dtype.itemsize)
-            chunk = max(internals.MIN_ROWS, fitting)
+            chunk = internals.chunk_rows(group, len(rows), dtype, device)
         logits = torch.zeros(min(chunk, len(rows)), group.columns, device=device, dtype=dtype)
         work.append((group, len(rows), chunk, logits))
 
@@ -104,7 +107,9 @@ def own_products(shape, parts, live, scopes):
                     out.addmm_(z, weight[ids])
                     grad_weight[ids].addmm_(z.T, h)
 
-    return run
+    columns = [sum(interval.num_ids for interval in group.root) for group, *_ in work]
+    flop = sum(6 * num_rows * n * shape.D for (_, num_rows, *_), n in zip(work, columns, strict=True))
+    return run, flop
 
 
 def one_by_one(loss_of_stream):
@@ -143,6 +148,45 @@ def liger(hidden, weight, embed, targets, weights, scopes):
     return first + CODE_WEIGHT * loss(weight[low:high], rest, (targets[live, 1:] - low).flatten())
 
 
+def sums_by_stream(loss_of_stream):
+    """The weighted sum of a summed loss per stream; within a stream all weights are equal."""
+
+    def run(hidden, weight, embed, targets, weights, scopes):
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for s, [(low, high)] in enumerate(scopes):
+            live = weights[:, s] > 0
+            loss = loss_of_stream(hidden[live] + embed[s], weight[low:high], targets[live, s] - low)
+            total = total + (CODE_WEIGHT if s else 1) * loss.float()
+        return total
+
+    return run
+
+
+def liger_stream(hidden, weight, targets):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)(
+        weight, hidden, targets
+    )
+
+
+def quack_stream(hidden, weight, targets):
+    """In chunks where QuACK can, which needs sizes that 8 divides; else its whole logits."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy_func
+
+    if all(size % 8 == 0 for size in (*hidden.shape, *weight.shape)):
+        return chunked_linear_cross_entropy(hidden, weight, targets, reduction="sum")
+    return linear_cross_entropy_func(hidden, weight, None, targets, reduction="sum")
+
+
+#: On a GPU: name -> package, and the loss of one call.
+FUSED = {
+    "liger": ("liger_kernel", liger),
+    "liger_per_stream": ("liger_kernel", sums_by_stream(liger_stream)),
+    "quack_per_stream": ("quack", sums_by_stream(quack_stream)),
+}
+
+
 def make_case(shape, device):
     sizes = SHAPES[shape]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -151,9 +195,19 @@ def make_case(shape, device):
     def gradients(loss):
         return (loss.detach(), *torch.autograd.grad(loss, parts))
 
+    rows = sx.ops.plan_loss_rows(weights.cpu(), scopes=scopes).to(targets.device)
+
     def ours():
-        hidden, weight, embed = parts
-        out = sx.ops.multistream_loss(hidden, weight, targets, weights, scopes=scopes, stream_embed=embed)
+        out = sx.ops.multistream_loss(
+            parts[0],
+            parts[1],
+            targets,
+            weights,
+            scopes=scopes,
+            stream_embed=parts[2],
+            rows=rows,
+            check_values=False,
+        )
         return gradients(out.loss_sum)
 
     espnet = one_by_one(eager)
@@ -165,8 +219,12 @@ def make_case(shape, device):
         rivals["torch_linear_cross_entropy"] = lambda: gradients(
             one_by_one(chunked)(*parts, targets, weights, scopes)
         )
-    if device == "cuda" and importlib.util.find_spec("liger_kernel") and sizes.first is None:
-        rivals["liger"] = lambda: gradients(liger(*parts, targets, weights, scopes))
+    missing = []
+    for name, (package, loss) in FUSED.items() if device == "cuda" and sizes.first is None else ():
+        if importlib.util.find_spec(package):
+            rivals[name] = lambda loss=loss: gradients(loss(*parts, targets, weights, scopes))
+        else:
+            missing.append(f"{name}: {package} is not installed")
     if sizes.first is not None:
         everything = [[(0, sizes.V)], *scopes[1:]]
         rivals["espnet_all_ids"] = lambda: gradients(espnet(*parts, targets, weights, everything))
@@ -190,6 +248,7 @@ def make_case(shape, device):
                 f"{name} computes something else: {error}"
             )
 
+    products, flop = own_products(sizes, parts, weights > 0, scopes)
     return Case(
         op="multistream_loss",
         shape=shape,
@@ -197,7 +256,9 @@ def make_case(shape, device):
         ours=ours,
         rivals=rivals,
         check=check,
-        limit=own_products(sizes, parts, weights > 0, scopes),
+        limit=products,
+        limit_flop=flop,
+        extra={"rivals_skipped": missing} if missing else {},
         rounds=5 if sizes.N > 1000 else ROUNDS,
     )
 

@@ -92,6 +92,11 @@ inline int64_t padded_clusters(int64_t num_clusters) {
   return round_up(num_clusters, kMultiple);
 }
 
+// On a GPU a thread takes this many clusters at once: the rows of the centroids' codes, their terms and the products of
+// a row are padded to it, by zeros with an infinite half norm.
+constexpr int64_t kClusterGroup = 4;
+SX_HOST_DEVICE inline int64_t padded_groups(int64_t num_clusters) { return round_up(num_clusters, kClusterGroup); }
+
 // On a GPU: rows to float16 codes with their terms, a product of the codes by the vendor's library, then the labels.
 template <typename T>
 struct KmeansQuantizeArgs {
@@ -114,7 +119,7 @@ struct KmeansRescoreArgs {
   int64_t num_rows = 0;
   int64_t num_clusters = 0;
   int64_t width = 0;
-  const float* products = nullptr;  // [N, K]
+  const float* products = nullptr;  // [N, padded K]
   const T* x = nullptr;             // [N, F]
   const C* centroids = nullptr;     // [K, F]
   CentroidTerms terms;
@@ -127,6 +132,20 @@ struct KmeansRescoreArgs {
 // Equal in every run. Nothing waits for the device.
 template <typename T, typename C>
 void kmeans_rescore_cuda(const KmeansRescoreArgs<T, C>& args, int device, void* stream);
+
+// All of it in one call.
+template <typename T, typename C>
+struct KmeansChunksArgs {
+  KmeansQuantizeArgs<T> rows;        // of all rows; `codes` holds code_rows of them, `terms` all
+  KmeansRescoreArgs<T, C> labels;    // of all rows; without products and the rows' terms
+  const uint16_t* codes = nullptr;   // [padded K, padded F] of the centroids
+  int64_t chunk = 0, code_rows = 0;  // rows at a time; a multiple of `chunk`, unless it is all rows
+  float* products = nullptr;         // [2, chunk, padded K]; one buffer is enough for one chunk
+  void* blas = nullptr;              // torch's cuBLAS handle
+};
+
+template <typename T, typename C>
+void kmeans_assign_cuda(const KmeansChunksArgs<T, C>& args, int device, void* stream);
 
 template <typename C>
 struct KmeansIndexArgs {

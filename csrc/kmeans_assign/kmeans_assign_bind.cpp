@@ -4,7 +4,6 @@
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 #include "kmeans_assign/kmeans_assign.h"
-#include "kmeans_assign/kmeans_sums.h"
 
 namespace speechlm {
 namespace {
@@ -35,6 +34,11 @@ CentroidTerms centroid_terms(const float* first, int64_t padded) {
 void check_clusters(int64_t num_clusters) {
   SX_CHECK(num_clusters >= 1 && num_clusters < (int64_t{1} << 31), kOp, ": 1 to 2^31 - 1 centroids; got ",
            num_clusters);
+}
+
+// On a GPU they are read by 16 bytes.
+void check_vectors(const float* data, const char* name) {
+  SX_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, kOp, ": ", name, " must begin at a multiple of 16 bytes");
 }
 
 void kmeans_index(const TensorView& centroids, const TensorView& centre, const TensorView& codes,
@@ -100,27 +104,57 @@ void kmeans_assign(const TensorView& x, const TensorView& centroids, const Tenso
   });
 }
 
+template <typename T>
+KmeansQuantizeArgs<T> quantize_args(const Expect& expect, const TensorView& x, const TensorView& centre,
+                                    const TensorView& unit, bool exact, const TensorView& codes,
+                                    const TensorView& terms) {
+  const int64_t N = x.sizes[0], F = x.sizes[1];
+  expect(codes, "row codes", {DType::kFloat16}, {-1, -1});
+  expect(terms, "row terms", {DType::kFloat32}, {-1, kRowTerms});
+  SX_CHECK(codes.sizes[1] >= F && terms.sizes[0] >= N, kOp, ": row codes and terms must hold ", N, " rows; got ",
+           codes.describe(), " and ", terms.describe());
+  KmeansQuantizeArgs<T> args;
+  args.num_rows = N;
+  args.width = F;
+  args.padded_width = codes.sizes[1];
+  args.x = x.ptr<T>();
+  args.centre = expect.ptr<double>(centre, "centre", {F});
+  args.unit = expect.ptr<double>(unit, "unit", {1});
+  args.exact = exact;
+  args.codes = codes.ptr<uint16_t>();
+  args.terms = terms.ptr<RowTerms>();
+  return args;
+}
+
+// Without the products and the rows' terms.
+template <typename T, typename C>
+KmeansRescoreArgs<T, C> rescore_args(const Expect& expect, const TensorView& x, const TensorView& centroids,
+                                     const TensorView& terms, const TensorView& labels,
+                                     const std::optional<TensorView>& distance, const TensorView& counts) {
+  const int64_t N = x.sizes[0], K = centroids.sizes[0], padded = padded_groups(K);
+  expect(counts, "counts", {DType::kInt64}, {3});
+  KmeansRescoreArgs<T, C> args;
+  args.num_rows = N;
+  args.num_clusters = K;
+  args.width = x.sizes[1];
+  args.x = x.ptr<T>();
+  args.centroids = centroids.ptr<C>();
+  args.terms = centroid_terms(expect.ptr<float>(terms, "terms", {4, padded}), padded);
+  check_vectors(args.terms.scale, "terms");
+  args.labels = expect.ptr<int32_t>(labels, "labels", {N});
+  args.distance = expect.ptr<double>(distance, "distance", {N});
+  args.counts = counts.ptr<unsigned long long>();
+  return args;
+}
+
 void kmeans_quantize_rows(const TensorView& x, const TensorView& centre, const TensorView& unit, bool exact,
                           const TensorView& codes, const TensorView& terms, uintptr_t stream) {
   const Expect expect(kOp, Device::kCuda);
   expect(x, "x", kFloats, {-1, -1});
-  const int64_t N = x.sizes[0], F = x.sizes[1];
-  expect(codes, "row codes", {DType::kFloat16}, {-1, -1});
-  expect(terms, "row terms", {DType::kFloat32}, {-1, kRowTerms});
-  SX_CHECK(codes.sizes[0] >= N && codes.sizes[1] >= F && terms.sizes[0] >= N, kOp, ": row codes and terms must hold ",
-           N, " rows; got ", codes.describe(), " and ", terms.describe());
   with_float(x.dtype, [&](auto value) {
-    using T = decltype(value);
-    KmeansQuantizeArgs<T> args;
-    args.num_rows = N;
-    args.width = F;
-    args.padded_width = codes.sizes[1];
-    args.x = x.ptr<T>();
-    args.centre = expect.ptr<double>(centre, "centre", {F});
-    args.unit = expect.ptr<double>(unit, "unit", {1});
-    args.exact = exact;
-    args.codes = codes.ptr<uint16_t>();
-    args.terms = terms.ptr<RowTerms>();
+    const auto args = quantize_args<decltype(value)>(expect, x, centre, unit, exact, codes, terms);
+    SX_CHECK(codes.sizes[0] >= args.num_rows, kOp, ": row codes must hold ", args.num_rows, " rows; got ",
+             codes.describe());
     const py::gil_scoped_release no_gil;
     if constexpr (kHasCuda) kmeans_quantize_rows_cuda(args, x.device_index, reinterpret_cast<void*>(stream));
   });
@@ -131,61 +165,58 @@ void kmeans_rescore(const TensorView& products, const TensorView& x, const Tenso
                     const std::optional<TensorView>& distance, const TensorView& counts, uintptr_t stream) {
   const Expect expect(kOp, Device::kCuda);
   expect(x, "x", kFloats, {-1, -1});
-  const int64_t N = x.sizes[0], F = x.sizes[1];
-  expect(centroids, "centroids", kWideFloats, {-1, F});
-  const int64_t K = centroids.sizes[0];
-  check_clusters(K);
+  const int64_t N = x.sizes[0];
+  expect(centroids, "centroids", kWideFloats, {-1, x.sizes[1]});
+  check_clusters(centroids.sizes[0]);
   expect(rows, "row terms", {DType::kFloat32}, {N, kRowTerms});
-  expect(counts, "counts", {DType::kInt64}, {3});
   with_float(x.dtype, [&](auto row_value) {
     with_wide_float(centroids.dtype, [&](auto centroid_value) {
-      using T = decltype(row_value);
-      using C = decltype(centroid_value);
-      KmeansRescoreArgs<T, C> args;
-      args.num_rows = N;
-      args.num_clusters = K;
-      args.width = F;
-      args.products = expect.ptr<float>(products, "products", {N, K});
-      args.x = x.ptr<T>();
-      args.centroids = centroids.ptr<C>();
-      args.terms = centroid_terms(expect.ptr<float>(terms, "terms", {4, K}), K);
+      auto args = rescore_args<decltype(row_value), decltype(centroid_value)>(expect, x, centroids, terms, labels,
+                                                                              distance, counts);
+      args.products = expect.ptr<float>(products, "products", {N, padded_groups(args.num_clusters)});
+      check_vectors(args.products, "products");
       args.rows = rows.ptr<RowTerms>();
-      args.labels = expect.ptr<int32_t>(labels, "labels", {N});
-      args.distance = expect.ptr<double>(distance, "distance", {N});
-      args.counts = counts.ptr<unsigned long long>();
       const py::gil_scoped_release no_gil;
       if constexpr (kHasCuda) kmeans_rescore_cuda(args, x.device_index, reinterpret_cast<void*>(stream));
     });
   });
 }
 
-void kmeans_sums(const TensorView& x, const TensorView& labels, const TensorView& offset, const TensorView& step,
-                 const TensorView& sums, const std::optional<TensorView>& counts,
-                 const std::optional<TensorView>& order, int threads, uintptr_t stream) {
-  constexpr const char* kSums = "kmeans_sums";
-  const Expect expect(kSums, "x", x);
+// `products` [buffers, chunk, padded K] and `row_codes` give the sizes of the chunks.
+void kmeans_assign_on_gpu(const TensorView& x, const TensorView& centroids, const TensorView& codes,
+                          const TensorView& terms, const TensorView& centre, const TensorView& unit, bool exact,
+                          const TensorView& labels, const std::optional<TensorView>& distance, const TensorView& counts,
+                          const TensorView& row_codes, const TensorView& row_terms, const TensorView& products,
+                          uintptr_t blas, uintptr_t stream) {
+  const Expect expect(kOp, Device::kCuda);
   expect(x, "x", kFloats, {-1, -1});
   const int64_t N = x.sizes[0], F = x.sizes[1];
-  SX_CHECK(expect.on_cuda() ? order.has_value() : counts.has_value(), kSums, ": ",
-           expect.on_cuda() ? "order" : "counts", " must be given");
-  double* const total = expect.ptr<double>(sums, "sums", {-1, F});
-  const int64_t K = sums.sizes[0];
-  with_float(x.dtype, [&](auto value) {
-    using T = decltype(value);
-    KmeansSumsArgs<T> args;
-    args.num_rows = N;
-    args.num_clusters = K;
-    args.width = F;
-    args.x = x.ptr<T>();
-    args.labels = expect.ptr<int32_t>(labels, "labels", {N});
-    args.offset = expect.ptr<double>(offset, "offset", {F});
-    args.step = expect.ptr<double>(step, "step", {F});
-    args.sums = total;
-    args.counts = expect.ptr<int64_t>(counts, "counts", {K});
-    const int64_t* by_label = expect.ptr<int64_t>(order, "order", {N});
-    const py::gil_scoped_release no_gil;
-    if (!expect.on_cuda()) return kmeans_sums_cpu(args, threads);
-    if constexpr (kHasCuda) kmeans_sums_cuda(args, by_label, x.device_index, reinterpret_cast<void*>(stream));
+  expect(centroids, "centroids", kWideFloats, {-1, F});
+  const int64_t K = centroids.sizes[0], padded = padded_groups(K);
+  check_clusters(K);
+  expect(products, "products", {DType::kFloat32}, {-1, -1, padded});
+  const int64_t chunk = products.sizes[1], code_rows = row_codes.rank() == 2 ? row_codes.sizes[0] : 0;
+  SX_CHECK(N == 0 || (chunk >= 1 && (N <= chunk || products.sizes[0] >= 2)), kOp,
+           ": products must have two buffers of at least one row; got ", products.describe());
+  SX_CHECK(N == 0 || code_rows >= N || (code_rows >= chunk && code_rows % chunk == 0), kOp,
+           ": row codes must hold all rows or a multiple of ", chunk, "; got ", row_codes.describe());
+  with_float(x.dtype, [&](auto row_value) {
+    with_wide_float(centroids.dtype, [&](auto centroid_value) {
+      using T = decltype(row_value);
+      using C = decltype(centroid_value);
+      KmeansChunksArgs<T, C> args;
+      args.rows = quantize_args<T>(expect, x, centre, unit, exact, row_codes, row_terms);
+      args.labels = rescore_args<T, C>(expect, x, centroids, terms, labels, distance, counts);
+      expect(codes, "codes", {DType::kFloat16}, {padded, args.rows.padded_width});
+      args.codes = codes.ptr<uint16_t>();
+      args.chunk = chunk;
+      args.code_rows = code_rows;
+      args.products = products.ptr<float>();
+      check_vectors(args.products, "products");
+      args.blas = reinterpret_cast<void*>(blas);
+      const py::gil_scoped_release no_gil;
+      if constexpr (kHasCuda) kmeans_assign_cuda(args, x.device_index, reinterpret_cast<void*>(stream));
+    });
   });
 }
 
@@ -199,11 +230,12 @@ void bind_kmeans_assign(py::module_& m) {
         py::arg("exact"), py::arg("labels"), py::arg("distance").none(true), py::arg("counts"), py::arg("threads"),
         py::arg("products_only") = false);
   m.def("has_coarse_tiles", [] { return tiles_in_use() != Tiles::kNone; });
-  m.def("kmeans_sums", &kmeans_sums, py::arg("x"), py::arg("labels"), py::arg("offset"), py::arg("step"),
-        py::arg("sums"), py::arg("counts").none(true), py::arg("order").none(true), py::arg("threads"),
-        py::arg("stream"));
   m.def("kmeans_rows_cuda", &kmeans_quantize_rows, py::arg("x"), py::arg("centre"), py::arg("unit"), py::arg("exact"),
         py::arg("codes"), py::arg("terms"), py::arg("stream"));
+  m.def("kmeans_assign_cuda", &kmeans_assign_on_gpu, py::arg("x"), py::arg("centroids"), py::arg("codes"),
+        py::arg("terms"), py::arg("centre"), py::arg("unit"), py::arg("exact"), py::arg("labels"),
+        py::arg("distance").none(true), py::arg("counts"), py::arg("row_codes"), py::arg("row_terms"),
+        py::arg("products"), py::arg("blas"), py::arg("stream"));
   m.def("kmeans_rescore_cuda", &kmeans_rescore, py::arg("products"), py::arg("x"), py::arg("centroids"),
         py::arg("terms"), py::arg("rows"), py::arg("labels"), py::arg("distance").none(true), py::arg("counts"),
         py::arg("stream"));

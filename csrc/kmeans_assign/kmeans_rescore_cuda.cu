@@ -1,10 +1,11 @@
 // kmeans_assign on the GPU, last step: picks each row's nearest centroid from the coarse products. A block handles
-// kRows rows, so that the centroids' terms are loaded once for all of them. One pass over a row's products finds the
-// least upper bound, and each thread keeps the lowest of its own lower bounds; unless a thread has two below the least
-// upper bound (overflow), those are all candidates. If there is more than one, a warp rescores each by its direct
-// float64 distance. Bytes that must move: the products once.
+// kRows rows, so that the centroids' terms are loaded once for all of them. One pass over a row's products, four at a
+// time, finds the least upper bound, and each thread keeps the two lowest of its groups' lower bounds; unless a thread
+// has two groups below the least upper bound (overflow), those hold all candidates. If there is more than one, a warp
+// rescores each by its direct float64 distance. Bytes that must move: the products once.
 #include <cmath>
 
+#include "common/cuda/vec.cuh"
 #include "common/cuda/warp.cuh"
 #include "kmeans_assign/kmeans_assign.h"
 
@@ -14,20 +15,27 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRows = 4;
+constexpr int kGroup = kClusterGroup;  // clusters of a thread's load: 16 bytes
 
 struct ScoreBounds {
   float low;
   float high;
 };
 
-// Bounds of one score. NaN, which only infinite terms give, becomes "may be anything".
+// Bounds of one score. NaN, which only infinite terms give, becomes "may be anything": here for the lower bound; fminf,
+// which the upper one goes to, leaves it out. The roundings are spelled out, so that a second call gives the same bits.
 __device__ inline ScoreBounds bounds_of(float product, float scale, float half_norm, float norm, float residual,
                                         const RowTerms& r) {
-  const float z = product * scale * r.alpha;
-  const float error = norm * r.rho + residual * r.hat + r.eta;
-  const float low = (half_norm * r.beta_low - z) - error, high = (half_norm * r.beta_high - z) + error;
-  return {fmaxf(low, -INFINITY), fminf(high, INFINITY)};
+  const float z = -__fmul_rn(product, scale);
+  const float error = __fmaf_rn(norm, r.rho, __fmaf_rn(residual, r.hat, r.eta));
+  const float low = __fmaf_rn(z, r.alpha, __fmul_rn(half_norm, r.beta_low));
+  const float high = __fmaf_rn(z, r.alpha, __fmul_rn(half_norm, r.beta_high));
+  return {fmaxf(__fsub_rn(low, error), -INFINITY), __fadd_rn(high, error)};
 }
+
+using Group = Vec<float, kGroup>;
+
+__device__ inline Group load(const float* at) { return *reinterpret_cast<const Group*>(at); }
 
 // The smallest float64 distance and its centroid, the lowest index among equals.
 struct Nearest {
@@ -58,10 +66,18 @@ __device__ inline double direct_distance(const KmeansRescoreArgs<T, C>& a, int64
 struct Shared {
   float least[kRows][kWarps];
   int count[kRows];     // candidates in the list
-  int overflow[kRows];  // whether a thread had two
-  int list[kRows][kThreads];
+  int overflow[kRows];  // whether a thread had two groups
+  int list[kRows][kThreads * kGroup];
   Nearest nearest[kWarps];
 };
+
+// The lower bound of one score, as the pass over all of them has it.
+template <typename T, typename C>
+__device__ inline float low_of(const KmeansRescoreArgs<T, C>& a, const RowTerms& r, int64_t n, int64_t k) {
+  return bounds_of(a.products[n * padded_groups(a.num_clusters) + k], a.terms.scale[k], a.terms.half_norm[k],
+                   a.terms.norm[k], a.terms.residual[k], r)
+      .low;
+}
 
 // Compares the `count` candidates in `list`; the block's nearest so far stays in s.nearest, warp by warp.
 template <typename T, typename C>
@@ -99,10 +115,8 @@ __device__ inline void rescore(const KmeansRescoreArgs<T, C>& a, Shared& s, int 
         if (thread == 0) s.count[i] = 0;
         __syncthreads();
         const int64_t k = first + thread;
-        if (k < a.num_clusters) {
-          const ScoreBounds e = bounds_of(a.products[n * a.num_clusters + k], a.terms.scale[k], a.terms.half_norm[k],
-                                          a.terms.norm[k], a.terms.residual[k], r);
-          if (e.low <= least) s.list[i][atomicAdd(&s.count[i], 1)] = static_cast<int>(k);
+        if (k < a.num_clusters && low_of(a, r, n, k) <= least) {
+          s.list[i][atomicAdd(&s.count[i], 1)] = static_cast<int>(k);
         }
         __syncthreads();
         total += s.count[i];
@@ -131,38 +145,47 @@ __device__ inline void rescore(const KmeansRescoreArgs<T, C>& a, Shared& s, int 
 }
 
 template <typename T, typename C>
-// At least two blocks per multiprocessor: by itself the compiler aims at more of them, and spills.
-__global__ void __launch_bounds__(kThreads, 2) rescore_kernel(const KmeansRescoreArgs<T, C> a) {
+// At least three blocks per multiprocessor: each has 32 KB of loads under way.
+__global__ void __launch_bounds__(kThreads, 3) rescore_kernel(const KmeansRescoreArgs<T, C> a) {
   SX_SHARED(Shared, shared, 1);
   Shared& s = shared[0];
   const auto thread = static_cast<int>(threadIdx.x);
-  const int64_t groups = ceil_div(a.num_rows, kRows);
+  const int64_t groups = ceil_div(a.num_rows, kRows), stride = padded_groups(a.num_clusters);
+  const auto padded = static_cast<unsigned>(stride);  // up to 2^31
   for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
     const int64_t first = group * kRows;
     RowTerms rows[kRows];
+    const float* products[kRows];
     float least[kRows], low[kRows], next[kRows];
-    int lowest[kRows];
+    int lowest[kRows];  // first cluster of the group of `low`
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      rows[i] = a.rows[min(first + i, a.num_rows - 1)];
+      const int64_t n = min(first + i, a.num_rows - 1);
+      rows[i] = a.rows[n];
+      products[i] = a.products + n * stride;
       least[i] = low[i] = next[i] = INFINITY;
-      lowest[i] = 0;
+      lowest[i] = thread * kGroup;
     }
-    for (int64_t k = thread; k < a.num_clusters; k += kThreads) {
-      const float scale = a.terms.scale[k], half_norm = a.terms.half_norm[k];
-      const float norm = a.terms.norm[k], residual = a.terms.residual[k];
+#pragma unroll 1
+    for (unsigned k = thread * kGroup; k < padded; k += kThreads * kGroup) {
+      Group product[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) product[i] = load(products[i] + k);
+      const Group scale = load(a.terms.scale + k), half_norm = load(a.terms.half_norm + k);
+      const Group norm = load(a.terms.norm + k), residual = load(a.terms.residual + k);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int64_t n = min(first + i, a.num_rows - 1);
-        const ScoreBounds e = bounds_of(a.products[n * a.num_clusters + k], scale, half_norm, norm, residual, rows[i]);
-        least[i] = fminf(least[i], e.high);
-        if (e.low < low[i]) {
-          next[i] = low[i];
-          low[i] = e.low;
-          lowest[i] = static_cast<int>(k);
-        } else {
-          next[i] = fminf(next[i], e.low);
+        float lower = INFINITY;
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+          const ScoreBounds e =
+              bounds_of(product[i].v[j], scale.v[j], half_norm.v[j], norm.v[j], residual.v[j], rows[i]);
+          least[i] = fminf(least[i], e.high);
+          lower = fminf(lower, e.low);
         }
+        next[i] = fminf(next[i], fmaxf(low[i], lower));
+        lowest[i] = lower < low[i] ? static_cast<int>(k) : lowest[i];
+        low[i] = fminf(low[i], lower);
       }
     }
     if (thread < kRows) s.count[thread] = s.overflow[thread] = 0;
@@ -175,9 +198,17 @@ __global__ void __launch_bounds__(kThreads, 2) rescore_kernel(const KmeansRescor
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       for (int w = 0; w < kWarps; ++w) least[i] = fminf(least[i], s.least[i][w]);
-      if (thread >= a.num_clusters) continue;  // this thread saw none
-      if (low[i] <= least[i]) s.list[i][atomicAdd(&s.count[i], 1)] = lowest[i];
-      if (next[i] <= least[i] && thread + kThreads < a.num_clusters) atomicMax(&s.overflow[i], 1);
+      if (static_cast<unsigned>(thread * kGroup) >= padded) continue;  // this thread saw none
+      if (low[i] <= least[i] && first + i < a.num_rows) {
+        const int64_t end = min(static_cast<int64_t>(lowest[i]) + kGroup, a.num_clusters);
+        for (int64_t k = lowest[i]; k < end; ++k) {
+          if (low_of(a, rows[i], first + i, k) <= least[i]) {
+            s.list[i][atomicAdd(&s.count[i], 1)] = static_cast<int>(k);
+          }
+        }
+      }
+      if (next[i] <= least[i] && static_cast<unsigned>((thread + kThreads) * kGroup) < padded)
+        atomicMax(&s.overflow[i], 1);
     }
     __syncthreads();
 #pragma unroll 1

@@ -1,5 +1,5 @@
 // The CPU's inner loops over the columns of one row, by instruction set. Sums run in 64 lanes whatever the set, so all
-// sets give equal bits. `bias` may be null everywhere.
+// sets give equal bits. `bias` may be null everywhere, the factors `f` nowhere.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,10 @@ struct LossLoops {
   T (*exp_sum)(T* out, const T* z, const T* bias, int64_t n, T largest);
   // Sum of exp(x) * x, x = z + bias - largest.
   T (*exp_dot)(const T* z, const T* bias, int64_t n, T largest);
+  // Sum of e * f, and their largest product or *largest, which passes over NaNs.
+  T (*dot_max)(const T* e, const T* f, int64_t n, T* largest);
+  // v = scale * e * f; out += v, and sums += v unless null.
+  void (*accumulate_product)(T* out, T* sums, const T* e, const T* f, int64_t n, T scale);
   // v = scale * e - minus; out += v, and sums += v unless null.
   void (*accumulate)(T* out, T* sums, const T* e, int64_t n, T scale, T minus);
   // e = scale * e - minus, and sums += e unless null.

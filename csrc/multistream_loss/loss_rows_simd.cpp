@@ -114,6 +114,27 @@ T exp_dot_of(const T* __restrict z, const T* __restrict bias, int64_t n, T large
 }
 
 template <typename T>
+T dot_max(const T* __restrict e, const T* __restrict f, int64_t n, T* largest) {
+  T lanes[kLanes] = {}, tops[kLanes];
+  for (T& top : tops) top = *largest;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const T v = e[i + j] * f[i + j];
+      lanes[j] += v;
+      tops[j] = v > tops[j] ? v : tops[j];
+    }
+  }
+  for (int64_t j = 0; i + j < n; ++j) {
+    const T v = e[i + j] * f[i + j];
+    lanes[j] += v;
+    tops[j] = v > tops[j] ? v : tops[j];
+  }
+  for (T top : tops) *largest = top > *largest ? top : *largest;
+  return join(lanes);
+}
+
+template <typename T>
 T max(const T* z, const T* bias, int64_t n) {
   return bias ? max_of<T, true>(z, bias, n) : max_of<T, false>(z, bias, n);
 }
@@ -131,6 +152,20 @@ T exp_sum(T* out, const T* z, const T* bias, int64_t n, T largest) {
 template <typename T>
 T exp_dot(const T* z, const T* bias, int64_t n, T largest) {
   return bias ? exp_dot_of<T, true>(z, bias, n, largest) : exp_dot_of<T, false>(z, bias, n, largest);
+}
+
+template <typename T>
+void accumulate_product(T* __restrict out, T* __restrict sums, const T* __restrict e, const T* __restrict f, int64_t n,
+                        T scale) {
+  if (sums == nullptr) {
+    for (int64_t i = 0; i < n; ++i) out[i] += scale * e[i] * f[i];
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const T v = scale * e[i] * f[i];
+    out[i] += v;
+    sums[i] += v;
+  }
 }
 
 template <typename T>
@@ -162,7 +197,8 @@ void finish(T* __restrict e, T* __restrict sums, int64_t n, T scale, T minus) {
 
 template <typename T>
 const LossLoops<T>& loss_loops() {
-  static const LossLoops<T> table{&max<T>, &sum<T>, &exp_sum<T>, &exp_dot<T>, &accumulate<T>, &finish<T>};
+  static const LossLoops<T> table{
+      &max<T>, &sum<T>, &exp_sum<T>, &exp_dot<T>, &dot_max<T>, &accumulate_product<T>, &accumulate<T>, &finish<T>};
   return table;
 }
 

@@ -26,16 +26,22 @@ struct alignas(16) LossTerms {
   Acc minus_target;
 };
 
+// Several streams of equal slices share the exponentials of a row where their biases allow it (the factorised softmax):
+//   exp(z + b - largest - top) = exp(z - largest) * exp(b - top),  largest = max z,  top = max b,
+// so a row takes one exponential per column, and a stream one product. Its total is at least exp(min b - top): within
+// this range nothing of weight underflows. A bias with a wider range, or one that is not finite, is added to the
+// logits.
+constexpr double kMaxBiasRange = 40;
+
 template <typename Acc>
 struct TokenLoss {
   Acc nll;
   Acc log_total;  // the entropy is log_total - weighted / total
   double loss;    // coef * loss
-  bool is_correct;
   LossTerms<Acc> terms;
 };
 
-// `at_target`: the target's logit, 0 for a target outside the scope. `columns`: of the scope.
+// `at_target`: the target's logit, NaN for a target outside the scope. `columns`: of the scope.
 template <typename Acc>
 SX_HOST_DEVICE inline TokenLoss<Acc> token_loss(const SoftmaxSums<Acc>& sums, Acc at_target, int64_t columns,
                                                 const LossOptions& options, Acc coef, Acc coef_nll) {
@@ -50,7 +56,6 @@ SX_HOST_DEVICE inline TokenLoss<Acc> token_loss(const SoftmaxSums<Acc>& sums, Ac
   return {nll,
           log_total,
           static_cast<double>(coef) * static_cast<double>(loss),
-          at_target == sums.largest,
           {sums.largest, (coef * (1 + 2 * zl * lse) + coef_nll) / sums.total, coef * ls / width,
            coef * (1 - ls) + coef_nll}};
 }

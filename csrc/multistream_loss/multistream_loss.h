@@ -1,7 +1,8 @@
 // The row kernel of multistream_loss: from a chunk of shared logits Z = h W^T to the losses of all streams and, in
 // place, to the sum over streams of their logit gradients.
 //
-// Stream s sees the logits z + bias[s] (bias[s] = e_s W^T + bias) over its scope, a few slices of the chunk's columns:
+// Stream s sees the logits z + bias[s] (bias[s] = e_s W^T + bias) over its scope, a few slices of the chunk's columns;
+// a stream without a vector in a model without a bias sees z itself:
 //   loss = (1 - ls) * nll + ls * mean(lse - y) + z_loss * lse^2,  y = softcap(z + bias), lse = logsumexp(y)
 // and adds d(coef * loss + coef_nll * nll)/dz to the columns of its scope.
 #pragma once
@@ -32,8 +33,10 @@ struct LossStream {
   int64_t index;        // column of targets, live, coef
   int64_t first_slice;  // of its slices
   int64_t num_slices;
-  int64_t width;  // columns of its scope
-  int64_t sums;   // index of its first column sum, -1: not wanted
+  int64_t width;     // columns of its scope
+  int64_t bias;      // its row of bias, -1: none
+  int64_t sums_row;  // its row of column_sums, -1: not wanted
+  int64_t sums;      // columns of the scopes of the streams before it that want sums
 };
 
 // T is the type of the logits; all else is float, or double for double. The CPU takes float and double.
@@ -52,16 +55,19 @@ struct LossRowsArgs {
   T* logits = nullptr;                  // [num_rows, num_columns]; with want_grad it becomes the gradient
   const int64_t* rows = nullptr;        // [num_rows] in [0, N): the row of targets etc. of each row of the chunk
   const int64_t* targets = nullptr;     // [N, S] ids
-  const uint8_t* live = nullptr;        // [N, S] bool: whether the target counts
+  const uint8_t* live = nullptr;        // [N, S] bool: whether the target counts; outside its scope its loss is NaN
   const Acc* coef = nullptr;            // [N, S] factor of the loss
   const Acc* coef_nll = nullptr;        // [N, S] factor of the nll in the gradient, or null
-  const Acc* bias = nullptr;            // [num_streams, num_columns] added to the logits, or null
+  int64_t num_bias = 0;                 // rows of bias
+  const Acc* bias = nullptr;            // [num_bias, num_columns] added to the logits of the streams that have a row
   Acc* token_nll = nullptr;             // [N, S] or null; written where live
   Acc* token_entropy = nullptr;         // [N, S] or null; of each live token's softmax, in nats
-  double* stream_loss = nullptr;        // [num_streams] += coef * loss
-  int64_t* stream_correct = nullptr;    // [num_streams] += live targets that are the most likely id
-  int64_t num_sums = 0;                 // columns of all column sums that are wanted
-  Acc* column_sums = nullptr;           // [num_sums] += gradient of each stream, summed over the rows
+  double* stream_loss = nullptr;        // [S] += coef * loss
+  int64_t* stream_correct = nullptr;    // [S] += live targets that are the most likely id
+  int64_t* stream_count = nullptr;      // [S] += live targets
+  int64_t num_sums = 0;                 // columns of the scopes of all streams that want sums
+  int64_t num_sums_rows = 0;            // these streams
+  Acc* column_sums = nullptr;           // [num_sums_rows, num_columns] += gradient of each stream, summed over the rows
 };
 
 // Equal to the bit for any number of threads: rows are taken in blocks whose borders depend on the sizes alone.

@@ -17,19 +17,23 @@ struct Scopes {
   std::vector<LossStream> streams;
   std::vector<LossSlice> slices;
   int64_t num_sums = 0;
+  int64_t num_sums_rows = 0;
+  int64_t num_bias = 0;
 };
 
-// One entry per stream: (index, wants column sums, [(id, begin, count), …]).
-using StreamTuple = std::tuple<int64_t, bool, std::vector<std::tuple<int64_t, int64_t, int64_t>>>;
+// One entry per stream: (index, has a row of bias, wants column sums, [(id, begin, count), …]). Rows of bias and of
+// column sums belong to the streams that have one, in their order.
+using StreamTuple = std::tuple<int64_t, bool, bool, std::vector<std::tuple<int64_t, int64_t, int64_t>>>;
 
 Scopes scopes_of(const std::vector<StreamTuple>& given, int64_t num_targets, int64_t num_columns) {
   Scopes out;
   SX_CHECK(!given.empty() && static_cast<int64_t>(given.size()) <= kMaxLossStreams, kOp, ": a chunk serves 1 to ",
            kMaxLossStreams, " streams; got ", given.size());
-  for (const auto& [index, wants_sums, slices] : given) {
+  for (const auto& [index, has_bias, wants_sums, slices] : given) {
     SX_CHECK(index >= 0 && index < num_targets, kOp, ": stream ", index, " of ", num_targets);
     int64_t end = 0;
-    LossStream stream{index, static_cast<int64_t>(out.slices.size()), static_cast<int64_t>(slices.size()), 0, -1};
+    LossStream stream{index, static_cast<int64_t>(out.slices.size()), static_cast<int64_t>(slices.size()), 0, -1, -1,
+                      0};
     for (const auto& [id, begin, count] : slices) {
       SX_CHECK(begin >= 0 && count >= 1 && begin <= num_columns - count, kOp, ": columns ", begin, " to ",
                begin + count, " of ", num_columns);
@@ -40,7 +44,9 @@ Scopes scopes_of(const std::vector<StreamTuple>& given, int64_t num_targets, int
       stream.width += count;
     }
     SX_CHECK(stream.width > 0, kOp, ": the scope of stream ", index, " is empty");
+    if (has_bias) stream.bias = out.num_bias++;
     if (wants_sums) {
+      stream.sums_row = out.num_sums_rows++;
       stream.sums = out.num_sums;
       out.num_sums += stream.width;
     }
@@ -58,7 +64,9 @@ LossRowsArgs<T> sized_args(const TensorView& logits, const Scopes& scopes, bool 
   args.want_grad = want_grad;
   args.streams = scopes.streams.data();
   args.slices = scopes.slices.data();
+  args.num_bias = scopes.num_bias;
   args.num_sums = scopes.num_sums;
+  args.num_sums_rows = scopes.num_sums_rows;
   return args;
 }
 
@@ -90,14 +98,15 @@ void multistream_loss_rows(const TensorView& logits, const TensorView& rows, con
                            double z_loss, double label_smoothing, double softcap, bool want_grad,
                            const std::optional<TensorView>& token_nll, const std::optional<TensorView>& token_entropy,
                            const TensorView& stream_loss, const TensorView& stream_correct,
-                           const std::optional<TensorView>& column_sums, int threads,
+                           const TensorView& stream_count, const std::optional<TensorView>& column_sums, int threads,
                            const std::optional<TensorView>& workspace, uintptr_t stream) {
   const Expect expect(kOp, "logits", logits);
   expect(logits, "logits", expect.on_cuda() ? kFloats : kWideFloats, {-1, -1});
   expect(targets, "targets", {DType::kInt64}, {-1, -1});
   const int64_t R = logits.sizes[0], C = logits.sizes[1], N = targets.sizes[0], S = targets.sizes[1];
   const Scopes scopes = scopes_of(streams, S, C);
-  const auto k = static_cast<int64_t>(scopes.streams.size());
+  SX_CHECK(bias.has_value() == (scopes.num_bias > 0), kOp, ": bias must be given if streams have a row of it; ",
+           scopes.num_bias, " have one");
   with_float(logits.dtype, [&](auto value) {
     using T = decltype(value);
     using Acc = Accumulator<T>;
@@ -111,12 +120,13 @@ void multistream_loss_rows(const TensorView& logits, const TensorView& rows, con
     args.live = expect.ptr<uint8_t>(live, "live", {N, S});
     args.coef = expect.ptr<Acc>(coef, "coef", {N, S});
     args.coef_nll = expect.ptr<Acc>(coef_nll, "coef_nll", {N, S});
-    args.bias = expect.ptr<Acc>(bias, "bias", {k, C});
+    args.bias = expect.ptr<Acc>(bias, "bias", {scopes.num_bias, C});
     args.token_nll = expect.ptr<Acc>(token_nll, "token_nll", {N, S});
     args.token_entropy = expect.ptr<Acc>(token_entropy, "token_entropy", {N, S});
-    args.stream_loss = expect.ptr<double>(stream_loss, "stream_loss", {k});
-    args.stream_correct = expect.ptr<int64_t>(stream_correct, "stream_correct", {k});
-    args.column_sums = expect.ptr<Acc>(column_sums, "column_sums", {scopes.num_sums});
+    args.stream_loss = expect.ptr<double>(stream_loss, "stream_loss", {S});
+    args.stream_correct = expect.ptr<int64_t>(stream_correct, "stream_correct", {S});
+    args.stream_count = expect.ptr<int64_t>(stream_count, "stream_count", {S});
+    args.column_sums = expect.ptr<Acc>(column_sums, "column_sums", {scopes.num_sums_rows, C});
     if constexpr (kHasCuda) {
       if (expect.on_cuda()) {  // the kernel itself checks the rows
         SX_CHECK(workspace.has_value(), kOp, ": workspace must be given on CUDA");
@@ -140,7 +150,7 @@ void bind_multistream_loss(py::module_& m) {
         py::arg("live"), py::arg("coef"), py::arg("coef_nll").none(true), py::arg("bias").none(true),
         py::arg("streams"), py::arg("z_loss"), py::arg("label_smoothing"), py::arg("softcap"), py::arg("want_grad"),
         py::arg("token_nll").none(true), py::arg("token_entropy").none(true), py::arg("stream_loss"),
-        py::arg("stream_correct"), py::arg("column_sums").none(true), py::arg("threads"),
+        py::arg("stream_correct"), py::arg("stream_count"), py::arg("column_sums").none(true), py::arg("threads"),
         py::arg("workspace").none(true) = py::none(), py::arg("stream") = 0);
   m.def("multistream_loss_workspace", &workspace_bytes, py::arg("logits"), py::arg("num_targets"), py::arg("streams"),
         py::arg("want_grad"));

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "multistream_loss/loss_kernels.cuh"
+#include "multistream_loss/loss_tiles.h"
 
 namespace speechlm {
 namespace {
@@ -23,43 +24,53 @@ __global__ void __launch_bounds__(kThreads) table_kernel(const TablePiece piece,
   for (int64_t i = threadIdx.x; i < piece.count; i += kThreads) table[piece.first + i] = piece.words[i];
 }
 
-// Block k: loss and correct targets of stream k.
-template <typename Acc>
+// Block k: loss, correct and live targets of stream k.
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    totals_kernel(const LossWorkspace<Acc> w, int64_t num_rows, double* stream_loss, int64_t* stream_correct) {
+    totals_kernel(const LossRowsArgs<T> a, const LossTable table, const LossWorkspace<Accumulator<T>> w) {
   SX_SHARED(double, loss, kThreads);
   SX_SHARED(int64_t, correct, kThreads);
+  SX_SHARED(int64_t, live, kThreads);
   const auto thread = static_cast<int>(threadIdx.x);
   double my_loss = 0;
-  int64_t my_correct = 0;
-  for (int64_t r = thread; r < num_rows; r += kThreads) {
-    my_loss += w.loss[r * gridDim.x + blockIdx.x];
-    my_correct += w.correct[r * gridDim.x + blockIdx.x];
+  int64_t my_correct = 0, my_live = 0;
+  for (int64_t r = thread; r < a.num_rows; r += kThreads) {
+    const int64_t at = r * gridDim.x + blockIdx.x;
+    my_loss += w.loss[at];
+    my_correct += w.correct[at];
+    my_live += w.target[at] != kNotLive ? 1 : 0;
   }
   loss[thread] = my_loss;
   correct[thread] = my_correct;
+  live[thread] = my_live;
   __syncthreads();
   for (int half = kThreads / 2; half > 0; half /= 2) {
     if (thread < half) {
       loss[thread] += loss[thread + half];
       correct[thread] += correct[thread + half];
+      live[thread] += live[thread + half];
     }
     __syncthreads();
   }
   if (thread != 0) return;
-  stream_loss[blockIdx.x] += loss[0];
-  stream_correct[blockIdx.x] += correct[0];
+  const int64_t index = table.streams[blockIdx.x].index;
+  a.stream_loss[index] += loss[0];
+  a.stream_correct[index] += correct[0];
+  a.stream_count[index] += live[0];
 }
 
-template <typename Acc>
+// Block (x, k): kThreads columns of the scope of stream k, over the splits.
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    column_sums_kernel(const LossWorkspace<Acc> w, int64_t num_sums, Acc* column_sums) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < num_sums; i += step) {
-    Acc sum = 0;
-    for (int64_t split = 0; split < w.num_splits; ++split) sum += w.partials[split * num_sums + i];
-    column_sums[i] += sum;
-  }
+    column_sums_kernel(const LossRowsArgs<T> a, const LossTable table, const LossWorkspace<Accumulator<T>> w) {
+  const LossStream& s = table.streams[blockIdx.y];
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (s.sums_row < 0 || place >= s.width) return;
+  Accumulator<T> sum = 0;
+  for (int64_t split = 0; split < w.num_splits; ++split) sum += w.partials[split * a.num_sums + s.sums + place];
+  int64_t i = s.first_slice;
+  while (place - table.slices[i].before >= table.slices[i].count) ++i;
+  a.column_sums[s.sums_row * a.num_columns + table.slices[i].begin + (place - table.slices[i].before)] += sum;
 }
 
 template <typename T>
@@ -69,21 +80,12 @@ int64_t num_slices_of(const LossRowsArgs<T>& args) {
   return total;
 }
 
-template <typename T>
-bool equal_slices(const LossRowsArgs<T>& args, const LossStream& a, const LossStream& b) {
-  return a.num_slices == b.num_slices &&
-         std::equal(args.slices + a.first_slice, args.slices + a.first_slice + a.num_slices,
-                    args.slices + b.first_slice, [](const LossSlice& x, const LossSlice& y) {
-                      return x.id == y.id && x.begin == y.begin && x.count == y.count;
-                    });
-}
-
-static_assert(sizeof(LossStream) == 5 * sizeof(int64_t) && sizeof(PlacedSlice) == 4 * sizeof(int64_t),
+static_assert(sizeof(LossStream) == 7 * sizeof(int64_t) && sizeof(PlacedSlice) == 4 * sizeof(int64_t),
               "the table is an array of int64");
 
 template <typename T>
 int64_t table_words(const LossRowsArgs<T>& args) {  // with as many tiles as streams
-  return 5 * args.num_streams + 4 * num_slices_of(args) + (args.num_streams + 1) + args.num_streams;
+  return 7 * args.num_streams + 4 * num_slices_of(args) + (args.num_streams + 1) + args.num_streams;
 }
 
 // The words of the table; `table` becomes the addresses of its parts if it starts at `base`.
@@ -93,7 +95,7 @@ std::vector<int64_t> build_table(const LossRowsArgs<T>& args, const int64_t* bas
   words.reserve(table_words(args));
   for (int64_t k = 0; k < args.num_streams; ++k) {
     const LossStream& s = args.streams[k];
-    words.insert(words.end(), {s.index, s.first_slice, s.num_slices, s.width, s.sums});
+    words.insert(words.end(), {s.index, s.first_slice, s.num_slices, s.width, s.bias, s.sums_row, s.sums});
   }
   table.streams = reinterpret_cast<const LossStream*>(base);
   table.slices = reinterpret_cast<const PlacedSlice*>(base + words.size());
@@ -106,16 +108,9 @@ std::vector<int64_t> build_table(const LossRowsArgs<T>& args, const int64_t* bas
     }
   }
   std::vector<int64_t> tile_begins, members;
-  std::vector<bool> is_placed(args.num_streams);
-  for (int64_t k = 0; k < args.num_streams; ++k) {
-    if (is_placed[k]) continue;
+  for (const auto& tile : loss_tiles(args, kLossTile)) {
     tile_begins.push_back(static_cast<int64_t>(members.size()));
-    for (int64_t other = k; other < args.num_streams; ++other) {
-      if (is_placed[other] || !equal_slices(args, args.streams[k], args.streams[other])) continue;
-      if (static_cast<int64_t>(members.size()) - tile_begins.back() == kLossTile) break;  // the next tile begins there
-      is_placed[other] = true;
-      members.push_back(other);
-    }
+    members.insert(members.end(), tile.begin(), tile.end());
   }
   table.num_tiles = static_cast<int64_t>(tile_begins.size());
   tile_begins.push_back(args.num_streams);
@@ -152,6 +147,11 @@ int64_t layout(void* base, const LossRowsArgs<T>& args, LossWorkspace<Accumulato
   w.split_rows = round_up(std::max(kMinSplitRows, ceil_div(args.num_rows, max_splits)), kGradientRows);
   w.num_splits = ceil_div(args.num_rows, w.split_rows);
   w.partials = args.want_grad && args.num_sums > 0 ? memory.allocate<Acc>(w.num_splits * args.num_sums) : nullptr;
+  if (args.num_bias > 0) {
+    w.factors = memory.allocate<Acc>(args.num_bias * args.num_columns);
+    w.tops = memory.allocate<Acc>(args.num_streams);
+    w.is_narrow = memory.allocate<uint8_t>(args.num_streams);
+  }
   return memory.used();
 }
 
@@ -174,14 +174,19 @@ void multistream_loss_rows_cuda(const LossRowsArgs<T>& args, void* workspace, in
   if (args.column_sums == nullptr) w.partials = nullptr;
   LossTable table;
   upload(build_table(args, w.table, table), w.table, on);
+  // The other terms need the logits themselves, and a stream by itself has no one to share with.
+  const bool plain = !(args.options.softcap > 0 || args.options.label_smoothing > 0) && args.token_entropy == nullptr;
+  if (!plain || table.num_tiles == args.num_streams) w.factors = nullptr;
+  if (w.factors != nullptr) launch_factors(args, table, w, on);
   launch_statistics(args, table, w, on);
-  SX_LAUNCH(totals_kernel<Accumulator<T>>, static_cast<unsigned>(args.num_streams), kThreads, 0, on, w, args.num_rows,
-            args.stream_loss, args.stream_correct);
+  SX_LAUNCH(totals_kernel<T>, static_cast<unsigned>(args.num_streams), kThreads, 0, on, args, table, w);
   if (args.want_grad) {
     launch_gradient(args, table, w, on);
     if (w.partials != nullptr) {
-      SX_LAUNCH(column_sums_kernel<Accumulator<T>>, grid_for(args.num_sums, kThreads), kThreads, 0, on, w,
-                args.num_sums, args.column_sums);
+      int64_t widest = 0;
+      for (int64_t k = 0; k < args.num_streams; ++k) widest = std::max(widest, args.streams[k].width);
+      const dim3 grid(static_cast<unsigned>(ceil_div(widest, kThreads)), static_cast<unsigned>(args.num_streams));
+      SX_LAUNCH(column_sums_kernel<T>, grid, kThreads, 0, on, args, table, w);
     }
   }
   cuda_check(cudaGetLastError(), "multistream_loss: launch of the sums");

@@ -1,7 +1,6 @@
 // The second kernel of multistream_loss on the GPU: from logits to the sum of all streams' gradients, in place. A
 // thread owns a column and holds the logits and gradients of a few rows, so that every stream still sees the logits. It
 // owns its column of its split's sums as well: no atomics, the same bits in every run.
-#include "common/cuda/vec.cuh"
 #include "multistream_loss/loss_kernels.cuh"
 
 namespace speechlm {
@@ -27,6 +26,63 @@ __device__ inline int64_t place_in_scope(const LossTable& table, const LossStrea
   return at < slice.count ? slice.before + at : -1;
 }
 
+// What a thread of the gradient kernel knows of its column and of the rows that it holds.
+template <typename Acc>
+struct ColumnRows {
+  int64_t column;
+  const LossTerms<Acc>* terms;  // in shared memory, [num_streams, kRows]
+  const int32_t* targets;       // the same
+};
+
+// Adds the gradients of stream k to `grad`; returns their sum over the rows. `bias`: of the column.
+template <bool kCap, typename Acc>
+__device__ inline Acc add_stream(const ColumnRows<Acc>& at, int64_t k, const Acc (&z)[kRows], Acc bias,
+                                 Softcap<Acc>& cap, Acc (&grad)[kRows]) {
+  Acc sum = 0;
+#pragma unroll
+  for (int four = 0; four < kRows; four += 4) {
+    const auto target = *reinterpret_cast<const Vec<int32_t, 4>*>(at.targets + k * kRows + four);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (target.v[i] == kNotLive) continue;  // the same for all threads
+      const int r = four + i;
+      const LossTerms<Acc> of = at.terms[k * kRows + r];
+      const Acc y = logit_of<kCap>(z[r], bias, cap);
+      Acc value = of.scale * exponential(y - of.largest) - of.minus;
+      if (target.v[i] == at.column) value -= of.minus_target;
+      if (kCap) value *= 1 - cap.tangent * cap.tangent;  // the slope of the cap
+      grad[r] += value;
+      sum += value;
+    }
+  }
+  return sum;
+}
+
+// The same from the exponentials that the streams of a tile share; `factor`: of the stream and the column. The terms of
+// a stream that is not live are 0.
+template <typename Acc>
+__device__ inline Acc add_stream_from_exponentials(const ColumnRows<Acc>& at, int64_t k, const Acc (&e)[kRows],
+                                                   Acc factor, Acc (&grad)[kRows]) {
+  Acc sum = 0, hits = 0;
+#pragma unroll
+  for (int four = 0; four < kRows; four += 4) {
+    const auto target = *reinterpret_cast<const Vec<int32_t, 4>*>(at.targets + k * kRows + four);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = four + i;
+      const LossTerms<Acc> of = at.terms[k * kRows + r];
+      const Acc value = of.scale * e[r];
+      sum += value;
+      grad[r] += value * factor;
+      if (target.v[i] == at.column) {
+        grad[r] -= of.minus_target;
+        hits += of.minus_target;
+      }
+    }
+  }
+  return sum * factor - hits;
+}
+
 // Minimum resident blocks per multiprocessor, for __launch_bounds__: by itself the compiler aims at more of them, and
 // spills.
 template <typename T>
@@ -44,52 +100,51 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T>)
   const int64_t split_begin = static_cast<int64_t>(blockIdx.y) * w.split_rows;
   const int64_t split_end = min(a.num_rows, split_begin + w.split_rows);
   Softcap<Acc> cap(a.options.softcap);
+  uint64_t sharing = 0;  // tiles that share exponentials
+  for (int64_t t = 0; t < table.num_tiles; ++t) {
+    if (shares_exponentials(table, w, t)) sharing |= uint64_t{1} << t;
+  }
   for (int64_t begin = split_begin; begin < split_end; begin += kRows) {
     const auto count = static_cast<int>(min(static_cast<int64_t>(kRows), split_end - begin));
     if (begin > split_begin) __syncthreads();  // all have read the terms of the rows before
     for (int i = static_cast<int>(threadIdx.x); i < num_streams * kRows; i += kThreads) {
       const int r = i / num_streams, k = i % num_streams;  // neighbours in memory for neighbouring threads
       const int64_t from = (begin + r) * a.num_streams + k;
-      const int32_t target = r < count ? w.target[from] : kNotLive;
-      targets[k * kRows + r] = target;
-      if (target != kNotLive) terms[k * kRows + r] = w.terms[from];
+      targets[k * kRows + r] = r < count ? w.target[from] : kNotLive;
+      terms[k * kRows + r] = r < count ? w.terms[from] : LossTerms<Acc>{static_cast<Acc>(NAN), 0, 0, 0};
     }
     __syncthreads();
     if (column >= a.num_columns) continue;
+    const ColumnRows<Acc> at{column, terms, targets};
     T* logits = a.logits + begin * a.num_columns + column;
-    Acc z[kRows], grad[kRows];
+    Acc grad[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      z[r] = r < count ? widen(logits[r * a.num_columns]) : Acc{0};
-      grad[r] = 0;
-    }
+    for (int r = 0; r < kRows; ++r) grad[r] = 0;
     for (int64_t t = 0; t < table.num_tiles; ++t) {
       const int64_t first = table.tile_begins[t], last = table.tile_begins[t + 1];
       const int64_t place = place_in_scope(table, table.streams[table.members[first]], column);
       if (place < 0) continue;
+      const bool shares = (sharing >> t & 1u) != 0;
+      Acc z[kRows];  // read again for every tile: the caches have them, and the registers do not
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        z[r] = r < count ? widen(logits[r * a.num_columns]) : Acc{0};
+        if (!shares) continue;
+        const Acc largest = terms[table.members[first] * kRows + r].largest;
+        z[r] = largest == largest ? exponential(z[r] - largest) : Acc{0};
+      }
       for (int64_t m = first; m < last; ++m) {
         const int64_t k = table.members[m];
-        const Acc bias = a.bias != nullptr ? a.bias[k * a.num_columns + column] : Acc{0};
-        Acc sum = 0;
-#pragma unroll
-        for (int four = 0; four < kRows; four += 4) {
-          const auto target = *reinterpret_cast<const Vec<int32_t, 4>*>(targets + k * kRows + four);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (target.v[i] == kNotLive) continue;  // the same for all threads
-            const int r = four + i;
-            const LossTerms<Acc> of = terms[k * kRows + r];
-            const Acc y = logit_of<kCap>(z[r], bias, cap);
-            Acc value = of.scale * exponential(y - of.largest) - of.minus;
-            if (target.v[i] == column) value -= of.minus_target;
-            if (kCap) value *= 1 - cap.tangent * cap.tangent;  // the slope of the cap
-            grad[r] += value;
-            sum += value;
-          }
+        const LossStream& s = table.streams[k];
+        const int64_t at_bias = s.bias * a.num_columns + column;
+        Acc sum;
+        if (shares) {
+          sum = add_stream_from_exponentials(at, k, z, s.bias < 0 ? Acc{1} : w.factors[at_bias], grad);
+        } else {
+          sum = add_stream<kCap>(at, k, z, s.bias < 0 ? Acc{0} : a.bias[at_bias], cap, grad);
         }
-        const int64_t sums = table.streams[k].sums;
-        if (w.partials == nullptr || sums < 0) continue;
-        Acc& partial = w.partials[blockIdx.y * a.num_sums + sums + place];
+        if (w.partials == nullptr || s.sums_row < 0) continue;
+        Acc& partial = w.partials[blockIdx.y * a.num_sums + s.sums + place];
         partial = begin == split_begin ? sum : partial + sum;
       }
     }

@@ -34,7 +34,7 @@ struct ScatterSumArgs {
   EmbedShape shape;
   EmbedRule rule;
   const T* values = nullptr;  // [N, D]
-  T* out = nullptr;           // [V, D], zero before; compact: [K, D]
+  T* out = nullptr;           // [V, D], on the CPU zero before; compact: [K, D]
   int64_t* rows = nullptr;    // compact: [K], becomes the touched rows of the table, ascending; else null
 };
 

@@ -3,6 +3,7 @@
 ``load()`` builds the module (seconds when nothing changed); ``kernels_on_cpu(module, seed)`` makes every op run its
 CUDA code on CPU tensors. docs/testing.md lists the faults that the shim finds and those that it cannot.
 
+    cublas/     in place of the library of products
     include/    in place of CUDA's own headers, and of csrc's that says where tensors are
     kernel/     names that device code uses: indices, barriers, vectors, atomics, warp operations
     runtime/    fibers, launches, and the checks of every load and store
@@ -37,6 +38,7 @@ SEEDS = range(8)
 
 #: Ops whose CUDA entry is another Python function than the CPU's: op name -> (module, function).
 CUDA_ENTRIES = {
+    "decode_attention": ("speechlm_ext.ops.decode_layer.attention", "_decode_attention_cuda"),
     "delay_pack_segments": ("speechlm_ext.ops.delay_pack.op", "_pack_segments_cuda"),
     "kmeans_assign": ("speechlm_ext.ops.kmeans_assign.kmeans_assign", "_assign_cuda"),
     "kmeans_sums": ("speechlm_ext.ops.kmeans_assign.sums", "_sums_cuda"),

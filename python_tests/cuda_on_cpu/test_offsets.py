@@ -98,12 +98,14 @@ def test_centroids_of_kmeans_assign(shim):
     centroids = sparse(num_clusters, width, dtype=torch.float32)
     x = torch.ones(1, width)
     centroids[-1] = 1.0
-    terms = torch.zeros(4, num_clusters)
-    terms[1, 1:-1] = 1.0  # half norms
+    padded = num_clusters + 3  # to groups of four
+    terms = torch.zeros(4, padded)
+    terms[1, 1 : num_clusters - 1] = 1.0  # half norms
+    terms[1, num_clusters:] = float("inf")
     rows = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]])  # no errors
     labels, counts = torch.zeros(1, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
     distance = torch.full((1,), float("nan"), dtype=torch.float64)
-    products = torch.zeros(1, num_clusters)
+    products = torch.zeros(1, padded)
     shim.kmeans_rescore_cuda(products, x, centroids, terms, rows, labels, distance, counts, 0)
     assert (labels.tolist(), distance.tolist(), counts.tolist()) == ([num_clusters - 1], [0.0], [1, 2, 0])
 
@@ -150,12 +152,13 @@ def test_rows_of_multistream_loss(shim):
     live[-1] = True
     targets, token_nll = torch.full((rows, 1), 2), torch.full((rows, 1), float("nan"))
     loss, correct = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    streams = [(0, False, [(0, columns - 4, 4)])]
+    count = torch.zeros(1, dtype=torch.int64)
+    streams = [(0, False, False, [(0, columns - 4, 4)])]
     bytes_ = shim.multistream_loss_workspace(logits, 1, streams, False)
     workspace = torch.full((bytes_,), 255, dtype=torch.uint8)
     shim.multistream_loss_rows(
         logits, torch.arange(rows), targets, live, coef, None, None, streams, 0.0, 0.0, 0.0, False, token_nll, None,
-        loss, correct, None, 1, workspace, 0,
+        loss, correct, count, None, 1, workspace, 0,
     )  # fmt: skip
     want = torch.logsumexp(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0) - 3.0
     torch.testing.assert_close(token_nll[-1, 0], want)

@@ -18,7 +18,6 @@ from python_tests.generation.test_generate import CHAIN
 from python_tests.generation.tools import decode, make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation import GenerationRequest, SamplingSettings, generate
-from speechlm_ext.generation.engine import graphs
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.live import stream as stream_room
@@ -275,9 +274,8 @@ def test_several_targets_and_beams(tokenizers):
 
 
 @pytest.mark.parametrize("live", [True, False])
-def test_captured_steps_give_the_same(recorded, monkeypatch, live):
+def test_captured_steps_give_the_same(recorded, live):
     """Steps with a call for each stream: a request alone, captured before its first row, and a batch as it goes."""
-    monkeypatch.setattr(graphs, "KEYS", 16)
     layout, model = build(tasks=TASKS)
     prompts = prompts_of(layout, 9, np.random.default_rng(8))
     engine = make_engine(model, 3)

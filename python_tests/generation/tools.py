@@ -105,15 +105,14 @@ class ScriptedModel(torch.nn.Module):
             for slot in slots:
                 self.trail[slot] = self.trail[source][: None if length is None else length + 1]
 
-        def truncate(self, slot: int, length: int) -> None:
-            assert length == 0, "a hash cannot forget a part"
+        def move(self, source: int, slot: int) -> None:
+            self.trail[slot], self.trail[source] = self.trail[source], [0]
+
+        def release(self, slot: int) -> None:
             self.trail[slot] = [0]
 
         def restore(self, slot: int, length: int) -> None:
             assert length == 0, "a hash cannot be had back"
-
-        def clear(self, slot: int) -> None:
-            self.truncate(slot, 0)
 
         def feed(self, slot: int, row: torch.Tensor) -> None:
             trail = self.trail[slot]
@@ -128,7 +127,7 @@ class ScriptedModel(torch.nn.Module):
             for row in rows:
                 cache.feed(slot, row)
 
-    def step_hidden(self, ids_BS, cache, num_keys=None):
+    def step_hidden(self, ids_BS, cache):
         for slot, row in enumerate(ids_BS):
             cache.feed(slot, row)
         trails = cache.trail[: len(ids_BS)]

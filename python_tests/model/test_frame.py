@@ -14,6 +14,7 @@ from speechlm_ext import SpeechLM
 from speechlm_ext.errors import CheckpointError, ConfigError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model import FrameTransformerConfig, LossSettings, ModelConfig
+from speechlm_ext.ops import PackedBatch
 from speechlm_ext.training import ModelSettings
 
 LAYOUT = TokenLayout.build(ssl=6, codec=[5, 4, 3], text=9, delays=[0] * 4)
@@ -212,15 +213,25 @@ def test_text_alone_costs_nothing_and_every_parameter_has_a_gradient() -> None:
     assert sizes[1:] == [int((mixed["loss_weight"][:, 1:] > 0).any(1).sum())] and sizes[1] < 15
 
 
+@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_batch_known_on_the_host_has_the_same_loss(scope: str, text_only: bool) -> None:
+    model, b = make(loss=LossSettings(scope=scope)), batch([5, 1, 8], text_only)
+    b["loss_weight"] = b["loss_weight"].float()
+    facts = model.facts(PackedBatch(**b))
+    assert len(facts.frame_rows_R) >= 1
+    assert torch.equal(model(**b, facts=facts).loss_sum, model(**b).loss_sum)
+
+
 def test_stepping_through_a_frame_is_the_whole_of_it() -> None:
     """The cache, reused frame after frame by batches of changing size, gives what a full pass gives."""
     model = exact(make())
     cache = model.new_frame_cache(5)
-    cache.keys_LBHEP.fill_(torch.nan)  # what was there before is never read
-    cache.values_LBHEP.fill_(torch.nan)
     S, g = LAYOUT.num_streams, torch.Generator().manual_seed(2)
     with torch.no_grad():
         for rows in (3, 5, 1):
+            for store in cache.stores():
+                store.fill_(torch.nan)  # what was there before is never read
             hidden = torch.randn(rows, 16, generator=g, dtype=torch.float64)
             frames = torch.stack(
                 [torch.randint(*r, (rows,), generator=g) for r in LAYOUT.content_ranges("codec_ssl")], 1

@@ -13,7 +13,7 @@ from speechlm_ext import SpeechLM
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.layout import TokenLayout
 from speechlm_ext.model import LossSettings, ModelConfig
-from speechlm_ext.ops import separate_head_rows
+from speechlm_ext.ops import PackedBatch, separate_head_rows
 
 SSL, TEXT, SPECIAL = LAYOUT.interval("ssl"), LAYOUT.interval("text_bpe"), LAYOUT.interval("special")
 END = LAYOUT.sos_eos_id
@@ -114,3 +114,34 @@ def test_settings_that_do_not_go_together() -> None:
         make(heads="own")
     with pytest.raises(ConfigError, match="must be 'full', 'codec', 'own' or 'modality', got 'x'"):
         LossSettings(scope="x")
+
+
+@pytest.mark.parametrize("heads", ["shared", "separate"])
+@pytest.mark.parametrize("scope", ["full", "codec", "own", "modality"])
+def test_a_batch_known_on_the_host_has_the_same_loss(
+    scope: str, heads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and nothing is looked for in the batch: no value decides a size."""
+    torch.manual_seed(0)
+    model = make(loss=LossSettings(scope=scope), heads=heads)
+    ids, position, bounds = rows([7, 12])
+    labels, weight = ids.roll(-1, 0), torch.rand(19, LAYOUT.num_streams)
+    labels[4:9, 0] = torch.randint(*TEXT, (5,))
+    weight[labels == LAYOUT.pad_id] = 0
+    weight[4:9, 1:] = weight[2] = 0
+    batch = PackedBatch(ids, labels, weight, position, bounds)
+    arguments = (ids, labels, weight, position, bounds)
+    expected = model(*arguments)
+    expected.loss_sum.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    facts = model.facts(batch)
+    assert facts.bounds == (0, 7, 19) and facts.loss_rows.num_rows == 19
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)
+    found = model(*arguments, facts=facts)
+    assert torch.equal(found.loss_sum, expected.loss_sum) and torch.equal(
+        found.stream_count, expected.stream_count
+    )
+    found.loss_sum.backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)

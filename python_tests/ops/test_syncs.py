@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import speechlm_ext as sx
+from speechlm_ext.ops.decode_layer import add_rms_norm, decode_attention, rope_and_store, silu_mul
 
 
 def pack(device: str) -> Callable[[], object]:
@@ -49,7 +50,28 @@ def sample(device: str) -> Callable[[], object]:
     return lambda: sx.ops.multistream_sample(logits, state)
 
 
-OPS = {"delay_pack": pack, "multistream_embed": embed, "kmeans_assign": assign, "multistream_sample": sample}
+def decode(device: str) -> Callable[[], object]:
+    """A decode layer's step, without its products."""
+    keys, values = torch.zeros(2, 3, 300, 2, 16, device=device).unbind()
+    position, slot = torch.tensor([7, 255, 299], device=device), torch.arange(3, device=device)
+    qkv, cos = torch.randn(3, 8 * 16, device=device), torch.randn(300, 16, device=device)
+    weight = torch.randn(128, device=device)
+
+    def call() -> object:
+        query = rope_and_store(qkv, cos, cos, position, slot, keys, values, 4)
+        mixed = decode_attention(query, keys, values, position + 1, slot, 0.3, window=270)
+        return mixed, add_rms_norm(qkv, qkv, weight, 1e-6), silu_mul(qkv)
+
+    return call
+
+
+OPS = {
+    "decode_layer": decode,
+    "delay_pack": pack,
+    "multistream_embed": embed,
+    "kmeans_assign": assign,
+    "multistream_sample": sample,
+}
 
 
 @contextmanager

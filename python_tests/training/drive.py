@@ -25,12 +25,15 @@ from python_tests.training.runs import (
 )
 from python_tests.training.tiny import config, make_tokens
 from speechlm_ext.errors import CheckpointError, SpeechLMError
+from speechlm_ext.model.attention import kernels
+from speechlm_ext.model.backbone import body
 from speechlm_ext.training import checkpoint, run_train
 from speechlm_ext.training.engine import import_deepspeed
 from speechlm_ext.training.log import RunLog
 
 WRITE = RunLog.write
 deepspeed = import_deepspeed()
+CHOOSE = kernels.choose_attention
 INITIALIZE = deepspeed.initialize
 READ_STATE = checkpoint.read_state
 RANK = int(os.environ["RANK"])
@@ -76,6 +79,8 @@ def do(root: Path, run: Run) -> str | None:
     deepspeed.initialize = partition_everything if run.partition else INITIALIZE
     if run.breaks_at:
         deepspeed.initialize = breaking(run.breaks_at)
+    kernels.choose_attention = CHOOSE if run.attention is None else lambda *_: (run.attention, "a test")
+    body.choose_attention = kernels.choose_attention
     checkpoint.read_state = unseen if run.unseen and RANK > 0 else READ_STATE
 
     def write(log, row):  # type: ignore[no-untyped-def]

@@ -175,10 +175,33 @@ def trained_head(rank: int, stage: int, variant: tuple[bool, LossSettings], name
     return found
 
 
+def sparse_table(rank: int, stage: int) -> dict[str, Tensor]:
+    """A table with a sparse gradient after a step of SGD, or none if the ZeRO stage refuses such a gradient."""
+    table = MultiStreamEmbedding(40, 8, sparse=True)
+    table.load_text_rows(torch.ones(39, 8), 1, 40)
+    engine = new_engine(table, 0.5, stage)
+    try:
+        engine.backward(engine(sparse_ids(rank)).square().sum())
+        assert table.weight.grad is not None and table.weight.grad.is_sparse
+        engine.step()
+        return {f"sparse.{stage}": table.weight.detach().clone()}
+    except RuntimeError as error:
+        assert "sparse" in str(error).lower(), error
+        return {}
+    finally:
+        engine.destroy()
+
+
+def sparse_ids(rank: int) -> Tensor:
+    return torch.arange(9).view(3, 3) * (1 + rank)
+
+
 def main(root: Path) -> None:
     rank, _, _ = init_distributed()
     found = trained_table(rank)
     for stage in (1, 2, 3):
         for number, variant in enumerate(VARIANTS):
             found |= trained_head(rank, stage, variant, f"{stage}.{number}")
+    for stage in (0, 1, 2, 3):
+        found |= sparse_table(rank, stage)
     save_file({k: v.contiguous() for k, v in found.items()}, root / f"partitioned.{rank}")

@@ -28,6 +28,7 @@ class Run:
         stop_at: step behind which the run ends as by a crash.
         kill_at: the same by SIGKILL, in a process of its own.
         breaks_at: backward pass in which the last rank's gradient overflows; the loss does not.
+        attention: kernel of packed rows, instead of the one that is chosen.
         partition: with ZeRO-3, partition small parameters too, as those of a real model are.
         unseen: all ranks but the first do not see the checkpoint.
         error: name of the run, if it is expected to fail.
@@ -39,6 +40,7 @@ class Run:
     stop_at: int | None = None
     kill_at: int | None = None
     breaks_at: int | None = None
+    attention: str | None = None
     partition: bool = False
     unseen: bool = False
     error: str | None = None
@@ -74,6 +76,10 @@ BY_HEART = {
 }
 
 
+#: Heads of sixteen, which the package's own attention takes.
+WIDE = {"model": {"hidden_size": 32, "num_kv_heads": 1}, "steps": 30, "save_every": 30}
+
+
 def on_two_processes() -> list[Run]:
     """Runs of two processes, with a pack each."""
     runs = [Run(f"two-processes-{s}", {"zero_stage": s}, stop_at=3) for s in (0, 1, 2, 3)]
@@ -98,6 +104,9 @@ def on_one_process(root: Path) -> list[Run]:
     runs += [
         Run("falls", {"data": falls, "steps": 12}),
         Run("multi-scale/falls", {**MULTISCALE, "data": {**MULTISCALE["data"], **falls}, "steps": 12}),
+        Run("wide/packed", WIDE),
+        Run("wide/eager", {**WIDE, "acceleration": "eager"}),
+        Run("wide/sdpa", {**WIDE, "acceleration": "eager"}, attention="sdpa"),
         Run("multi-scale/recomputed", {**MULTISCALE, "activation_checkpointing": True}),
         Run("multi-scale/by-heart", BY_HEART, tokens="three-utterances"),
         Run("multi-scale/two-packs", {**SMALL, "accumulation": 2}),

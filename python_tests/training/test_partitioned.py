@@ -19,8 +19,10 @@ from python_tests.training.partitioned import (
     batch,
     fill,
     fill_and_step,
+    sparse_ids,
     values,
 )
+from speechlm_ext.model.embedding import MultiStreamEmbedding
 
 Found = list[dict[str, torch.Tensor]]
 
@@ -71,6 +73,18 @@ def test_two_processes_learn_what_one_does(stage: int, variant: int, found: Foun
         assert not torch.equal(want, before[key.replace(f"{stage}.{variant}", "before")])
         for rank in (0, 1):
             torch.testing.assert_close(found[rank][key], want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sparse_gradient_needs_a_run_without_zero(found: Found) -> None:
+    """Stages 1 to 3 put all gradients into one flat buffer; without ZeRO the ranks' sparse gradients are averaged."""
+    table = MultiStreamEmbedding(40, 8)
+    table.load_text_rows(torch.ones(39, 8), 1, 40)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.5)
+    torch.stack([table(sparse_ids(rank)).square().sum() for rank in (0, 1)]).mean().backward()
+    optimizer.step()
+    for rank in (0, 1):
+        assert {key for key in found[rank] if key.startswith("sparse")} == {"sparse.0"}
+        torch.testing.assert_close(found[rank]["sparse.0"], table.weight.detach())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

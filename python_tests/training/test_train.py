@@ -30,10 +30,12 @@ from python_tests.training.runs import (
 from python_tests.training.tiny import config
 from speechlm_ext import SpeechLM
 from speechlm_ext.data.loader import PackLoader
+from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.data.tokens.folder import TokenFolder
 from speechlm_ext.generation import SamplingSettings
 from speechlm_ext.generation.requests.encode_fields import content_frames
-from speechlm_ext.training.train import build_model
+from speechlm_ext.training import TrainConfig
+from speechlm_ext.training.train import build_model, describe_acceleration
 
 
 def assert_weights(ours: Path, theirs: Path, rtol: float = 0, atol: float = 0) -> None:
@@ -119,6 +121,24 @@ def test_gradient_norms_are_equal_whatever_is_partitioned(runs: Path, way: str) 
 def test_losses_are_equal_with_recomputation_and_any_stage(runs: Path, way: str) -> None:
     ours, theirs = losses(runs / "multi-scale" / way), losses(runs / "multi-scale" / "plain")
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("way", ["eager", "sdpa"])
+def test_accelerations_learn_the_same(runs: Path, way: str) -> None:
+    """Thirty steps with the package's own layers and attention, with transformers' layers, and with SDPA as well."""
+    ours, theirs = losses(runs / "wide" / "packed"), losses(runs / "wide" / way)
+    assert len(ours) == 30 and ours[-1] < 0.9 * ours[0]
+    assert not torch.equal(ours, theirs), "both ran the same kernels"
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
+
+
+def test_first_line_of_the_log_names_what_the_run_uses() -> None:
+    settings = TrainConfig(run_dir="x", data=PlanConfig(tokens=["y"]), zero_stage=1)
+    line = describe_acceleration(
+        settings, torch.device("cpu"), "packed norm, rotary, gate", "float32 on the CPU"
+    )
+    assert "layers: packed norm, rotary, gate (float32 on the CPU)" in line
+    assert "attention: packed (no CUDA device in use (cpu); the package's own kernel)" in line
 
 
 def test_bf16_keeps_fp32_masters(runs: Path) -> None:

@@ -102,6 +102,7 @@ def _gpu_fallbacks() -> list[str]:
     import torch
 
     from speechlm_ext.model.attention.kernels import choose_attention
+    from speechlm_ext.model.backbone.acceleration import choose_acceleration
     from speechlm_ext.ops.common import matmul
 
     found, info = [], _build_info()
@@ -116,6 +117,14 @@ def _gpu_fallbacks() -> list[str]:
     kernel, why = choose_attention(torch.device("cuda"), torch.bfloat16)
     if kernel == "sdpa":
         found.append(f"attention in bfloat16 pads sequences to groups of similar length (SDPA): {why}")
+    choice, why = choose_acceleration("cuda", torch.bfloat16)
+    if choice == "compile":
+        found.append(f"training compiles the backbone's layers first, for a minute or so: {why}")
+    elif choice == "eager":
+        found.append(
+            "training runs transformers' own norms, rotary positions and gates, in many passes over memory: "
+            + why
+        )
     if not matmul.GIVES_FLOAT32:
         found.append(
             f"kmeans_assign multiplies in float32 on the GPU: torch {torch.__version__} has no 16-bit product with "

@@ -22,6 +22,7 @@ from speechlm_ext.utils.machine import package_versions
 EXTRAS: dict[str, dict[str, str]] = {
     "train": {"deepspeed": "training", "tensorboard": "training curves in TensorBoard"},
     "flash": {"flash_attn": "the fastest attention for packed rows on a GPU"},
+    "liger": {"liger_kernel": "norms, rotary positions and gates of the backbone in training on a GPU"},
     "eval": {
         "jiwer": "WER and CER",
         "langcodes": "language tags in evaluation",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.model.head import MultiStreamHead
+from speechlm_ext.ops.decode_layer import decode_linear
 
 
 class DecodeHead:
@@ -103,7 +104,10 @@ class DecodeHead:
                 continue
             into = out_BC[:, column : column + count]
             bias = self.bias_C[column : column + count]
-            torch.addmm(bias, hidden_BD, weight[row : row + count].T, out=into)
+            if into.is_cuda:
+                torch.addmm(bias, hidden_BD, weight[row : row + count].T, out=into)
+            else:  # a row's bits do not depend on the other rows
+                into.copy_(decode_linear(hidden_BD, weight[row : row + count], bias))
             if cap is not None:
                 into.div_(cap).tanh_().mul_(cap)
         return out_BC

@@ -23,9 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModel
 
+from speechlm_ext.model.attention.kv_cache import KVCache, Step
+from speechlm_ext.model.attention.scores import ScoreRule
+from speechlm_ext.model.backbone.body import run_inner_step
 from speechlm_ext.model.config import FrameTransformerConfig
+from speechlm_ext.ops.decode_layer import add_rms_norm, decode_linear
 
 NAME = "speechlm_frame"
+NORM_EPS = 1e-5
 
 
 class Frames(NamedTuple):
@@ -60,7 +65,7 @@ class FrameTransformer(nn.Module):
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_heads,
             max_position_embeddings=self.num_inner,
-            rms_norm_eps=1e-5,
+            rms_norm_eps=NORM_EPS,
             vocab_size=1,
             pad_token_id=None,
             bos_token_id=None,
@@ -69,7 +74,7 @@ class FrameTransformer(nn.Module):
         )
         self.body = AutoModel.from_config(settings, attn_implementation=NAME)
         self.body.set_input_embeddings(nn.Identity())
-        self.token_norm = nn.RMSNorm(width, eps=1e-5)
+        self.token_norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.from_token = nn.Linear(width, config.hidden_size, bias=False)
         self.from_hidden = nn.Linear(width, config.hidden_size, bias=False)
         self.stream_embed = nn.Parameter(torch.empty(self.num_inner, config.hidden_size))
@@ -109,12 +114,9 @@ class FrameTransformer(nn.Module):
     # ---- decoding -----------------------------------------------------------------------------------------------
     def new_cache(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> FrameCache:
         """Memory for the inner positions of ``num_slots`` rows."""
-        c = self.body.config
-        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        return FrameCache(
-            c.num_hidden_layers, c.num_attention_heads, size, num_slots, self.num_inner, dtype, device
-        )
+        return FrameCache(num_slots, self.num_inner, dtype, device)
 
+    @torch.no_grad()
     def step(self, hidden_BD: Tensor, embedded_BD: Tensor, stream: int, cache: FrameCache) -> Tensor:
         """Hidden states ``[B, D]`` of one stream, after those of the streams before it.
 
@@ -127,47 +129,31 @@ class FrameTransformer(nn.Module):
             cache: of this frame's earlier streams, updated in place.
         """
         inner = stream - 1
-        inputs_BD = self._inputs(hidden_BD, embedded_BD, self.stream_embed[inner])
-        cache.inner = inner
-        out = self.body(
-            inputs_embeds=inputs_BD[:, None],
-            position_ids=self._positions[None, inner : inner + 1],
-            use_cache=False,
-            kv=cache,
-        ).last_hidden_state
-        return hidden_BD + self.to_hidden(out[:, 0])
+        normed_BD, _ = add_rms_norm(embedded_BD, None, self.token_norm.weight, NORM_EPS)
+        inputs_BD = decode_linear(hidden_BD, self.from_hidden.weight)
+        inputs_BD = inputs_BD + decode_linear(normed_BD, self.from_token.weight) + self.stream_embed[inner]
+        out_BD = run_inner_step(self.body, inputs_BD, cache, inner)
+        return hidden_BD + decode_linear(out_BD, self.to_hidden.weight)
 
 
-class FrameCache:
+class FrameCache(KVCache):
     """Keys and values of the inner positions of the current frame, overwritten by each frame.
 
-    All rows take position s in the same call, so no mask and no lengths are needed.
+    All rows take position s in the same call, so nothing is counted.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_heads: int,
-        head_size: int,
-        num_slots: int,
-        num_inner: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (num_layers, num_slots, num_heads, num_inner, head_size)
-        self.keys_LBHEP = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_LBHEP = torch.zeros(shape, dtype=dtype, device=device)
-        self.inner = 0
-        """The inner position that the next forward writes."""
+    def __init__(self, num_slots: int, num_inner: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(num_slots, num_inner, dtype, device)
+        # Row e holds e for each slot: the positions and lengths of a step, without a copy from the host.
+        self._inner_EB = torch.arange(num_inner + 1, device=device)[:, None].repeat(1, num_slots)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :meth:`KVCache.attend` in a step: ``[B, H, 1, P]`` to ``[B, 1, H, P]``."""
-        B, e = query.shape[0], self.inner
-        keys, values = self.keys_LBHEP[layer, :B], self.values_LBHEP[layer, :B]
-        keys[:, :, e], values[:, :, e] = key[:, :, 0], value[:, :, 0]
-        seen = slice(0, e + 1)
-        out = F.scaled_dot_product_attention(query, keys[:, :, seen], values[:, :, seen], scale=scale)
-        return out.transpose(1, 2)
+    def begin_inner(self, num_rows: int, inner: int) -> None:
+        """Prepare a forward of the first ``num_rows`` slots at position ``inner``."""
+        self._step = Step(
+            self.block_table[:num_rows],
+            self._inner_EB[inner, :num_rows],
+            self._inner_EB[inner + 1, :num_rows],
+        )
 
 
 def frame_attention(
@@ -178,7 +164,7 @@ def frame_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    kv: FrameCache | None = None,
+    kv: KVCache | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The body's attention for transformers: causal over whole frames, or through the cache of the frame being decoded.
@@ -191,7 +177,7 @@ def frame_attention(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kv is not None:
-        return kv.attend(module.layer_idx, query, key, value, scale), None  # type: ignore[arg-type]
+        return kv.attend(module.layer_idx, query, key, value, ScoreRule(scale)), None  # type: ignore[arg-type]
     causal = query.shape[2] > 1
     out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
     return out.transpose(1, 2), None

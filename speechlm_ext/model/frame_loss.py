@@ -42,6 +42,20 @@ class FrameRows:
         return torch.cat((value_MS[:N, :1], further_NE), dim=1)
 
 
+def frame_positions(weight_NS: Tensor) -> Tensor:
+    """int64 ``[R]``: positions with a loss in streams 1 to S - 1, but at least one, of weight zero: so every rank runs
+    every module, and every parameter has a gradient."""
+    rows_R = (weight_NS[:, 1:] > 0).any(dim=1).nonzero().squeeze(1)
+    return rows_R if len(rows_R) else rows_R.new_zeros(1)
+
+
+def unrolled_kinds(kind_N: Tensor | None, rows_R: Tensor, num_rows: int, num_streams: int) -> Tensor:
+    """int64 ``[M]``: the kind of each of the op's rows, from the content of each position (None: the first)."""
+    kind_N = rows_R.new_zeros(num_rows) if kind_N is None else kind_N
+    stream_E = torch.arange(1, num_streams, device=rows_R.device)
+    return torch.cat((kind_N * num_streams, (kind_N[rows_R, None] * num_streams + stream_E).flatten()))
+
+
 def frame_rows(
     hidden_ND: Tensor,
     targets_NS: Tensor,
@@ -54,22 +68,19 @@ def frame_rows(
 
     ``kind_N`` is the content of each position (None: all of the first), ``scopes`` those of every content and stream.
     """
-    S = targets_NS.shape[1]
     hidden_RED, rows_R = frames.hidden_RED, frames.rows_R
-    kind_N = torch.zeros_like(targets_NS[:, 0], dtype=torch.int64) if kind_N is None else kind_N
-    stream_E = torch.arange(1, S, device=rows_R.device)
-    kind_M = torch.cat((kind_N * S, (kind_N[rows_R, None] * S + stream_E).flatten()))
+    kind_M = unrolled_kinds(kind_N, rows_R, *targets_NS.shape)
     return FrameRows(
         torch.cat((hidden_ND, hidden_RED.to(hidden_ND.dtype).flatten(0, 1))),
-        _unrolled(targets_NS, rows_R),
-        _unrolled(weight_NS, rows_R),
+        unrolled(targets_NS, rows_R),
+        unrolled(weight_NS, rows_R),
         kind_M,
         scopes,
         rows_R,
     )
 
 
-def _unrolled(value_NS: Tensor, rows_R: Tensor) -> Tensor:
+def unrolled(value_NS: Tensor, rows_R: Tensor) -> Tensor:
     """``[M, S]``: column 0 of every position, then each further stream of a frame in a row of its own, else zero."""
     N, S = value_NS.shape
     out_MS = value_NS.new_zeros(N + len(rows_R) * (S - 1), S)

@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.model.config import LossSettings
 from speechlm_ext.model.frame import Frames
-from speechlm_ext.model.frame_loss import FrameRows, frame_rows
-from speechlm_ext.ops import MultiStreamLoss, multistream_logprobs, multistream_loss, separate_head_rows
+from speechlm_ext.model.frame_loss import FrameRows, frame_rows, unrolled, unrolled_kinds
+from speechlm_ext.ops import (
+    LossRows,
+    MultiStreamLoss,
+    multistream_logprobs,
+    multistream_loss,
+    plan_loss_rows,
+    separate_head_rows,
+)
 from speechlm_ext.ops.multistream_loss.arguments import Heads, head_rows
 
 
@@ -20,7 +27,7 @@ class MultiStreamHead(nn.Module):
     """``logits_s = (h + e_s) Wᵀ + b`` over each stream's scope.
 
     The module owns the weight and is called inside the model's forward, so that engines which partition
-    parameters gather it at the right time. ``e_0`` is a constant zero: stream 0 sees ``h`` itself.
+    parameters gather it at the right time. Stream 0 has no vector: it sees ``h`` itself.
 
     Args:
         vocab_size, hidden_size, num_streams: V, D, S.
@@ -60,7 +67,7 @@ class MultiStreamHead(nn.Module):
         )
 
     def stream_vectors(self) -> Tensor | None:
-        """``e_s`` as ``[S, D]``, or None with one stream or separate heads."""
+        """``e_s`` as ``[S, D]``, zeros for stream 0; None with one stream or separate heads."""
         if self.stream_embed is None:
             return None
         return torch.cat((self.stream_embed.new_zeros(1, self.stream_embed.shape[1]), self.stream_embed))
@@ -92,26 +99,43 @@ class MultiStreamHead(nn.Module):
         loss_weight_NS: Tensor,
         reduction: Literal["sum", "none"] = "sum",
         frames: Frames | None = None,
+        rows: LossRows | None = None,
     ) -> MultiStreamLoss:
         """Weighted cross-entropy over all streams; see :func:`speechlm_ext.ops.multistream_loss`.
 
         Args:
             hidden_ND: of all streams, or with ``frames`` of stream 0.
             frames: hidden states of the other streams of a multi-scale model.
+            rows: of :meth:`plan_rows`. With them no value in the tensors is checked on a GPU and nothing waits for it:
+                labels and weights are those of :func:`speechlm_ext.ops.delay_pack`, and a label outside its scope makes
+                the loss NaN.
         """
         settings = self.settings
-        inputs, options, rows = self._op_arguments(hidden_ND, targets_NS, loss_weight_NS, frames)
+        inputs, options, unrolled = self._op_arguments(hidden_ND, targets_NS, loss_weight_NS, frames)
         out = multistream_loss(
             *inputs,
             z_loss=settings.z_loss,
             label_smoothing=settings.label_smoothing,
             reduction=reduction,
             recompute=settings.recompute,
+            rows=rows,
+            check_values=rows is None or hidden_ND.device.type == "cpu",
             **options,
         )
-        if rows is None or out.token_nll is None:
+        if unrolled is None or out.token_nll is None:
             return out
-        return out._replace(token_nll=rows.unroll(out.token_nll))
+        return out._replace(token_nll=unrolled.unroll(out.token_nll))
+
+    def plan_rows(
+        self, targets_NS: Tensor, loss_weight_NS: Tensor, frame_rows_R: Tensor | None = None
+    ) -> LossRows:
+        """Rows of the op's products, from a batch on the CPU; ``frame_rows_R``: the frames of a multi-scale model."""
+        kind_N = self.row_scope(targets_NS, loss_weight_NS)
+        if frame_rows_R is None:
+            return plan_loss_rows(loss_weight_NS, scopes=self.scopes, row_scope=kind_N, heads=self.heads)
+        kind_M = unrolled_kinds(kind_N, frame_rows_R, *targets_NS.shape)
+        weight_MS = unrolled(loss_weight_NS, frame_rows_R)
+        return plan_loss_rows(weight_MS, scopes=self._frame_scopes(), row_scope=kind_M)
 
     def logprobs(
         self, hidden_ND: Tensor, targets_NS: Tensor, mask_NS: Tensor, frames: Frames | None = None
@@ -128,7 +152,7 @@ class MultiStreamHead(nn.Module):
         options: dict[str, Any] = {"bias": self.bias, "softcap": self.settings.softcap}
         if frames is None:
             options |= {"scopes": self.scopes, "row_scope": self.row_scope(targets_NS, weight_NS)}
-            options |= {"heads": self.heads, "stream_embed": self.stream_vectors()}
+            options |= {"heads": self.heads, "stream_embed": self.stream_embed}
             return (hidden_ND, self.weight, targets_NS, weight_NS), options, None
         rows = self._frame_rows(hidden_ND, targets_NS, weight_NS, frames)
         options |= {"scopes": rows.scopes, "row_scope": rows.kind_M}
@@ -141,13 +165,18 @@ class MultiStreamHead(nn.Module):
         if self.stream_embed is not None:
             frames = Frames(frames.rows_R, frames.hidden_RED + self.stream_embed)
         kind_N = self.row_scope(targets_NS, weight_NS)
+        scopes = self._frame_scopes()
+        return frame_rows(hidden_ND, self.places(targets_NS), weight_NS, frames, kind_N, scopes)
+
+    def _frame_scopes(self) -> list[Any]:
+        """Scopes of every content and stream of a multi-scale model, in rows of the weight."""
         # The scope of one stream of one content, in every column: one product of that width computes the kind.
         scopes = []
         for content in self.scopes if self.contents is not None else [self.scopes]:
             for s, scope in enumerate(content):
                 rows = [self.rows_of(s, start, end) for start, end in scope]
                 scopes.append([[(r.start, r.stop) for r in rows]] * len(content))
-        return frame_rows(hidden_ND, self.places(targets_NS), weight_NS, frames, kind_N, scopes)
+        return scopes
 
     def places(self, targets_NS: Tensor) -> Tensor:
         """Rows of the weight for ids, int64 ``[N, S]``: the ids themselves for a shared head; -1 where a stream has no

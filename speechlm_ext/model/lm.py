@@ -38,9 +38,10 @@ from speechlm_ext.model.config import LossSettings, ModelConfig
 from speechlm_ext.model.decode_head import DecodeHead
 from speechlm_ext.model.embedding import MultiStreamEmbedding
 from speechlm_ext.model.frame import FrameCache, Frames, FrameTransformer
+from speechlm_ext.model.frame_loss import frame_positions
 from speechlm_ext.model.head import MultiStreamHead
 from speechlm_ext.model.host_facts import HostFacts
-from speechlm_ext.ops import MultiStreamLoss
+from speechlm_ext.ops import MultiStreamLoss, PackedBatch
 
 if TYPE_CHECKING:
     from speechlm_ext.tasks import TaskTemplate
@@ -174,17 +175,25 @@ class SpeechLMModel(nn.Module):
             facts: as in :meth:`hidden`.
         """
         hidden_ND = self.hidden(ids, position, cu_seqlens, facts)
-        frames = self._frames(hidden_ND, labels, loss_weight)
-        return self.head(hidden_ND, labels, loss_weight, reduction, frames)
+        frames = self._frames(hidden_ND, labels, loss_weight, facts)
+        rows = None if facts is None else facts.loss_rows
+        return self.head(hidden_ND, labels, loss_weight, reduction, frames, rows)
 
-    def _frames(self, hidden_ND: Tensor, labels_NS: Tensor, weight_NS: Tensor) -> Frames | None:
+    def facts(self, batch: PackedBatch) -> HostFacts:
+        """What :meth:`forward` has to know about a batch that is still on the CPU; move it with the batch."""
+        rows_R = None if self.frame is None else frame_positions(batch.loss_weight)
+        rows = self.head.plan_rows(batch.labels, batch.loss_weight, rows_R)
+        return replace(HostFacts.read(batch), loss_rows=rows, frame_rows_R=rows_R)
+
+    def _frames(
+        self, hidden_ND: Tensor, labels_NS: Tensor, weight_NS: Tensor, facts: HostFacts | None = None
+    ) -> Frames | None:
         """Hidden states of streams 1 to S - 1 where their labels have weights; None without a frame transformer."""
         if self.frame is None:
             return None
-        rows_R = (weight_NS[:, 1:] > 0).any(dim=1).nonzero().squeeze(1)
-        if len(rows_R) == 0:
-            # One frame of weight zero, so that every rank runs every module and every parameter has a gradient.
-            rows_R = rows_R.new_zeros(1)
+        rows_R = None if facts is None else facts.frame_rows_R
+        if rows_R is None:
+            rows_R = frame_positions(weight_NS)
         tokens_RE = labels_NS[rows_R, :-1]
         return Frames(rows_R, self.frame(hidden_ND[rows_R], self.embedding(tokens_RE[..., None])))
 
@@ -225,15 +234,14 @@ class SpeechLMModel(nn.Module):
         """
         return self.head_input(run_prefill(self.backbone, self.embed(ids_NS), cache, slots, lengths))
 
-    def step_hidden(self, ids_BS: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
-        """Hidden states ``[B, D]`` of one more row for each of the first B slots.
+    def step_hidden(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states ``[B, D]`` of one more row for each of the first B slots. No gradients.
 
         Args:
             ids_BS: int ``[B, S]`` delayed ids.
             cache: updated in place.
-            num_keys: number of keys that attention reads; default those of the longest slot, the new row included.
         """
-        return self.head_input(run_step(self.backbone, self.embed(ids_BS), cache, num_keys))
+        return self.head_input(run_step(self.backbone, self.embed(ids_BS), cache))
 
     def new_frame_cache(self, num_slots: int) -> FrameCache:
         """Memory for :meth:`stream_hidden`, of a model with a frame transformer."""

@@ -7,12 +7,13 @@ from speechlm_ext.ops.delay_pack.unpack import DelayUnpacker, delay_unpack
 from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 from speechlm_ext.ops.kmeans_assign.kmeans_assign import AssignStats, kmeans_assign
 from speechlm_ext.ops.multistream_embed.multistream_embed import multistream_embed
-from speechlm_ext.ops.multistream_loss.arguments import separate_head_rows
+from speechlm_ext.ops.multistream_loss.arguments import plan_loss_rows, separate_head_rows
 from speechlm_ext.ops.multistream_loss.multistream_loss import (
     MultiStreamLoss,
     multistream_logprobs,
     multistream_loss,
 )
+from speechlm_ext.ops.multistream_loss.rows import LossRows
 from speechlm_ext.ops.multistream_sample.decode_state import DecodeState
 from speechlm_ext.ops.multistream_sample.multistream_sample import SampledStep, multistream_sample
 from speechlm_ext.ops.scatter_sum.scatter_sum import scatter_sum_rows, segment_sum
@@ -22,6 +23,7 @@ __all__ = [
     "CentroidIndex",
     "DecodeState",
     "DelayUnpacker",
+    "LossRows",
     "MultiStreamLoss",
     "OpError",
     "PackedBatch",
@@ -34,6 +36,7 @@ __all__ = [
     "multistream_logprobs",
     "multistream_loss",
     "multistream_sample",
+    "plan_loss_rows",
     "scatter_sum_rows",
     "segment_sum",
     "separate_head_rows",

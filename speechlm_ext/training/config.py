@@ -11,6 +11,7 @@ import yaml
 
 from speechlm_ext.data.plan.plan import PlanConfig
 from speechlm_ext.errors import ConfigError
+from speechlm_ext.model.backbone.acceleration import Acceleration
 from speechlm_ext.model.backbone.body import backbone_settings
 from speechlm_ext.model.config import FrameTransformerConfig, LossSettings, ModelConfig
 from speechlm_ext.utils.options import check_positive
@@ -146,6 +147,10 @@ class TrainConfig:
     """DeepSpeed ZeRO stage: 1 partitions the optimizer over processes, 2 gradients too, 3 weights too; 0 nothing."""
     precision: str = "fp32"
     """``fp32`` or ``bf16``; bf16 keeps fp32 master weights."""
+    acceleration: Acceleration = "auto"
+    """Norms, rotary positions and gates of the backbone: ``packed`` (this package's, float32 on the CPU), ``liger`` (on
+    a GPU), ``compile`` (``torch.compile`` of the layers), ``eager`` (transformers' own). ``auto`` takes packed on the
+    CPU, and liger, else compile, on a GPU, where they can be had. All give the same losses up to rounding."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     save_every: int = 500

@@ -83,6 +83,9 @@ def build_engine(model: nn.Module, config: TrainConfig) -> Any:
         "wall_clock_breakdown": False,
     }
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if world == 1 and stage == 0:
+        # One process has the whole gradient: without this it is copied into buckets and back.
+        engine.enable_backward_allreduce = False
     return engine
 
 

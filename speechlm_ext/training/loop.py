@@ -17,7 +17,7 @@ import torch
 
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.errors import SpeechLMError, TrainingError
-from speechlm_ext.model import HostFacts, SpeechLMModel
+from speechlm_ext.model import SpeechLMModel
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig
 from speechlm_ext.training.engine import from_rank_0, gradient_norm
@@ -86,7 +86,7 @@ class TrainLoop:
         """Take one optimizer step; returns its loss and, where it is known by then, the norm of its gradient."""
         engine, meter = self.engine, self.meter
         packs = [next(self.packs) for _ in range(self.config.accumulation)]
-        facts = [HostFacts.read(pack) for pack in packs]
+        facts = [self.model.facts(pack).to(meter.device) for pack in packs]
         batches = [pack.to(meter.device) for pack in packs]
         weight = torch.stack([b.loss_weight.sum() for b in batches]).double().sum()
         torch.distributed.all_reduce(weight)

@@ -16,6 +16,8 @@ import torch
 from speechlm_ext.data.loader import PackLoader
 from speechlm_ext.errors import CheckpointError, ConfigError, StorageError
 from speechlm_ext.model import SpeechLMModel
+from speechlm_ext.model.attention.kernels import choose_attention
+from speechlm_ext.model.backbone.acceleration import accelerate, choose_acceleration
 from speechlm_ext.training import checkpoint as ckpt
 from speechlm_ext.training.config import TrainConfig, to_yaml
 from speechlm_ext.training.engine import build_engine, raise_on_all_ranks
@@ -57,6 +59,16 @@ def build_model(config: TrainConfig, loader: PackLoader) -> SpeechLMModel:
     return model
 
 
+def _activation_dtype(config: TrainConfig) -> torch.dtype:
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def describe_acceleration(config: TrainConfig, device: torch.device, layers: str, why: str) -> str:
+    """What computes a run's layers, as :func:`accelerate` has said, and its attention, each with the reason."""
+    attention, reason = choose_attention(device, _activation_dtype(config))
+    return f"layers: {layers} ({why})  attention: {attention} ({reason})"
+
+
 def run_train(config: TrainConfig) -> Path:
     """Train as configured; returns the last checkpoint's folder.
 
@@ -89,7 +101,9 @@ def run_train(config: TrainConfig) -> Path:
             weights = ckpt.load_weights(model, resume)
             moments = ckpt.read_moments(model, resume)
             meter.restore(state.meter, str(resume / ckpt.STATE_NAME))
-    model.to(device)
+        model.to(device)
+        choice, why = choose_acceleration(device, _activation_dtype(config), config.acceleration)
+        runs_with = accelerate(model.backbone, choice)
     engine = build_engine(model, config)
     if weights is not None and moments is not None:
         load_optimizer(engine, model, moments, weights, state.optimizer_step)
@@ -101,13 +115,14 @@ def run_train(config: TrainConfig) -> Path:
         log = RunLog(run_dir, state.step, config.steps, rank == 0, config.tensorboard)
     if rank == 0:
         logger.info(
-            "%s  %.2f M parameters  layout %s  %d process(es) x %d thread(s)  %s",
+            "%s  %.2f M parameters  layout %s  %d process(es) x %d thread(s)  %s  %s",
             f"resuming at step {state.step} from {resume}" if resume else "new run",
             model.num_parameters() / 1e6,
             loader.layout,
             world,
             threads,
             f"ZeRO {config.zero_stage} {config.precision}",
+            describe_acceleration(config, device, runs_with, why),
         )
     try:
         loop = TrainLoop(config, engine, model, loader, state=state, meter=meter, log=log, root=root)

@@ -13,7 +13,10 @@ constexpr int kSampleWarps = kSampleThreads / 32;
 constexpr int kMaxListed = 1024;  // buckets of a histogram, and columns that are compared with each other
 
 struct BlockMemory {
-  Wide amounts[kMaxListed];
+  union {  // a histogram
+    Wide amounts[kMaxListed];
+    unsigned counts[kMaxListed];
+  };
   Wide ranks[kMaxListed];
   Wide warps[kSampleWarps];
   Wide found, before;
@@ -70,11 +73,23 @@ __device__ inline Wide block_prefix(BlockMemory& m, Wide value, Wide& total) {
   return before;
 }
 
+// The histogram of amounts, or of columns. In shared memory a GPU adds 32 bits by itself, but 64 in a loop of
+// compare-and-swap, so what fits in 32 bits is counted there.
+template <typename Amount>
+__device__ inline Amount* histogram_of(BlockMemory& m) {
+  if constexpr (sizeof(Amount) == sizeof(unsigned)) {
+    return m.counts;
+  } else {
+    return m.amounts;
+  }
+}
+
 // Adds to a histogram; slot -1: nothing. All lanes of a warp must call it: if their slots agree, one of them adds.
-__device__ inline void add_to(Wide* histogram, int slot, Wide amount) {
+template <typename Amount>
+__device__ inline void add_to(Amount* histogram, int slot, Amount amount) {
   const int first = __shfl_sync(kFullMask, slot, 0);
   if (__all_sync(kFullMask, slot == first)) {
-    const Wide sum = warp_sum(amount);
+    const Amount sum = warp_sum(amount);
     if (thread_index() % 32 == 0 && slot >= 0) atomicAdd(&histogram[slot], sum);
   } else if (slot >= 0) {
     atomicAdd(&histogram[slot], amount);
@@ -83,8 +98,8 @@ __device__ inline void add_to(Wide* histogram, int slot, Wide amount) {
 
 // The slot in which the sum of the slots from the first on reaches `target` (at least 1); `before` becomes the sum of
 // those before it. The histogram has kEach slots for each thread, and reaches the target.
-template <int kEach>
-__device__ inline int locate(BlockMemory& m, const Wide* histogram, Wide target, Wide& before) {
+template <int kEach, typename Amount>
+__device__ inline int locate(BlockMemory& m, const Amount* histogram, Wide target, Wide& before) {
   Wide mine = 0, total;
   for (int i = 0; i < kEach; ++i) mine += histogram[thread_index() * kEach + i];
   Wide sum = block_prefix(m, mine, total);

@@ -36,17 +36,19 @@ struct Buckets {
 };
 
 struct CountOne {
-  __device__ Wide operator()(float) const { return 1; }
+  __device__ unsigned operator()(float) const { return 1; }
 };
 
 // The rank at which the amounts of the columns, best first, reach `target` (at least 1, at most their sum).
 template <typename T, typename Amount>
 __device__ Wide find_border(BlockMemory& m, const BlockScope<T>& scope, const Buckets& bucket_of, const Amount& amount,
                             Wide target) {
+  using Count = decltype(amount(0.0f));
+  Count* const amounts = histogram_of<Count>(m);
   const int thread = thread_index();
   const auto clear = [&](int count) {
     __syncthreads();
-    for (int i = thread; i < count; i += kSampleThreads) m.amounts[i] = 0;
+    for (int i = thread; i < count; i += kSampleThreads) amounts[i] = 0;
     if (thread == 0) m.count = 0;
     __syncthreads();
   };
@@ -54,11 +56,11 @@ __device__ Wide find_border(BlockMemory& m, const BlockScope<T>& scope, const Bu
   for (int first = 0; first < scope.size; first += kSampleThreads) {
     const int place = first + thread;
     const float x = place < scope.size ? scope(place) : 0.0f;
-    add_to(m.amounts, place < scope.size ? bucket_of(x) : -1, place < scope.size ? amount(x) : 0);
+    add_to(amounts, place < scope.size ? bucket_of(x) : -1, place < scope.size ? amount(x) : Count{0});
   }
   __syncthreads();
   Wide before;
-  const int bucket = locate<kMaxListed / kSampleThreads>(m, m.amounts, target, before);
+  const int bucket = locate<kMaxListed / kSampleThreads>(m, amounts, target, before);
   Wide prefix = 0;
   int shift = 64;  // members of the bucket agree with the border in the bits from here on
   const auto is_member = [&](int place, float x) {
@@ -86,23 +88,23 @@ __device__ Wide find_border(BlockMemory& m, const BlockScope<T>& scope, const Bu
       const float x = place < scope.size ? scope(place) : 0.0f;
       const bool is_in = place < scope.size && is_member(place, x);
       const int digit = static_cast<int>(rank_of(x, place) >> next & 255u);
-      add_to(m.amounts, is_in ? digit : -1, is_in ? amount(x) : 0);
+      add_to(amounts, is_in ? digit : -1, is_in ? amount(x) : Count{0});
     }
     __syncthreads();
     Wide skipped;
-    const int digit = locate<1>(m, m.amounts, target - before, skipped);
+    const int digit = locate<1>(m, amounts, target - before, skipped);
     before += skipped;
     prefix = prefix << (shift - next) | static_cast<Wide>(digit);
     shift = next;
   }
   const int count = static_cast<int>(m.count);
-  for (int i = thread; i < count; i += kSampleThreads) m.amounts[i] = amount(logit_of_rank(m.ranks[i]));
+  for (int i = thread; i < count; i += kSampleThreads) amounts[i] = amount(logit_of_rank(m.ranks[i]));
   __syncthreads();
   for (int i = thread; i < count; i += kSampleThreads) {
     const Wide rank = m.ranks[i];
     Wide sum = before;
-    for (int j = 0; j < count; ++j) sum += m.ranks[j] < rank ? m.amounts[j] : 0;
-    if (sum < target && target <= sum + m.amounts[i]) m.found = rank;
+    for (int j = 0; j < count; ++j) sum += m.ranks[j] < rank ? amounts[j] : 0;
+    if (sum < target && target <= sum + amounts[i]) m.found = rank;
   }
   __syncthreads();
   return m.found;

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cuda_on_cpu/kernel/driver.h"
+#include "cuda_on_cpu/kernel/events.h"
 #include "cuda_on_cpu/kernel/fault.h"
 #include "cuda_on_cpu/kernel/index.h"
 
@@ -89,9 +90,10 @@ void launch(const char* name, const Site& site, dim3 grid, dim3 block, size_t dy
 #define gridDim (::cuda_on_cpu::self().grid_dim)
 constexpr int warpSize = cuda_on_cpu::kWarp;
 
-#define SX_LAUNCH(kernel, grid, block, smem, stream, ...)                                                           \
-  ((void)(stream), ::cuda_on_cpu::launch(#kernel, ::cuda_on_cpu::Site{__FILE__, __LINE__}, (grid), (block), (smem), \
-                                         kernel, __VA_ARGS__))
+#define SX_LAUNCH(kernel, grid, block, smem, stream, ...)                                                   \
+  (::cuda_on_cpu::note_stream("launch", #kernel, (stream)),                                                 \
+   ::cuda_on_cpu::launch(#kernel, ::cuda_on_cpu::Site{__FILE__, __LINE__}, (grid), (block), (smem), kernel, \
+                         __VA_ARGS__))
 #define SX_SHARED(type, name, count)                 \
   static const char name##_tag = 0;                  \
   type(&name)[count] = *static_cast<type(*)[count]>( \

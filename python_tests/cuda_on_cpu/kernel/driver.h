@@ -31,6 +31,7 @@ struct Machine {
   int driver_version = 13000, runtime_version = 13000;
   int capability[2] = {9, 0};
   int shared_bytes = 227 * 1024;  // for one block
+  bool is_capturing = false;      // every stream
 };
 Machine& machine();
 

@@ -24,6 +24,9 @@ void fence();
 void begin_atomic(const void* address);
 void finish_atomic(const void* address, bool has_changed, const void* instruction);
 
+// A library's access to a matrix: a fault unless all of it belongs to the arguments of the call.
+void expect_memory(const void* address, size_t bytes, const char* what);
+
 void copy_later(void* to, const void* from, size_t bytes, const Site& site);
 void commit_copies();
 void wait_for_copies(int groups_left);

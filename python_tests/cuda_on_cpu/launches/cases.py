@@ -17,6 +17,8 @@ from torch import Tensor
 
 import speechlm_ext.ops as ops
 from speechlm_ext.layout import TokenLayout
+from speechlm_ext.ops import decode_layer
+from speechlm_ext.ops.common.cublas import has_cublas
 from speechlm_ext.ops.kmeans_assign import kmeans_assign as assign_module
 from speechlm_ext.ops.kmeans_assign.sums import kmeans_sums
 from speechlm_ext.ops.multistream_loss import chunks as loss_chunks
@@ -108,8 +110,9 @@ def _loss(
     one_row_chunks: bool = False,
     needs_grad: bool = True,
     recompute: bool = False,
+    is_planned: bool = False,
 ) -> Callable[[], ops.MultiStreamLoss]:
-    """Four rows: two of text, one of speech, one without a target."""
+    """Four rows: two of text, one of speech, one without a target. ``is_planned``: as in a training step."""
     layout, N, S = opus_layout(), 4, 9
     targets, weight = torch.zeros(N, S, dtype=torch.int64), torch.zeros(N, S)
     text, speech = layout.content_ranges("text_bpe"), layout.content_ranges("codec_ssl")
@@ -117,13 +120,16 @@ def _loss(
         for s, span in enumerate(spans):
             if span is not None:
                 targets[n, s], weight[n, s] = span[0] + n, 0.5
+    has_cublas(weight.to(device))  # it multiplies and waits once on each device
+    scopes = layout.scopes(scope)
+    kinds = torch.tensor([1, 1, 0, 0]) if scope == "modality" else None
+    rows = ops.plan_loss_rows(weight, scopes=scopes, row_scope=kinds).to(device) if is_planned else None
     targets, weight = targets.to(device), weight.to(device)
+    kinds = None if kinds is None else kinds.to(device)
     D, new = 8, {"device": device, "dtype": dtype}
     hidden = torch.randn(N, D, **new).requires_grad_(needs_grad)  # type: ignore[arg-type]
     table = torch.randn(layout.vocab_size, D, **new).requires_grad_(needs_grad)  # type: ignore[arg-type]
-    vectors = torch.randn(S, D, **new).requires_grad_(needs_grad)  # type: ignore[arg-type]
-    kinds = torch.tensor([1, 1, 0, 0]).to(device) if scope == "modality" else None
-    scopes = layout.scopes(scope)
+    vectors = torch.randn(S - 1, D, **new).requires_grad_(needs_grad)  # type: ignore[arg-type]
 
     def call() -> ops.MultiStreamLoss:
         with ExitStack() as stack:
@@ -136,6 +142,8 @@ def _loss(
                 stream_embed=vectors,
                 recompute=recompute,
                 chunk_bytes=1 if one_row_chunks else None,
+                rows=rows,
+                check_values=not is_planned,
             )
 
     return call
@@ -161,10 +169,11 @@ def _index(device: torch.device) -> Callable[[], object]:
 
 def _assign(device: torch.device, num_chunks: int = 1, nonfinite: str = "label") -> Callable[[], object]:
     index = ops.CentroidIndex.build(torch.randn(16, 8, device=device))
-    x = torch.randn(256 * num_chunks, 8, device=device)
+    x = torch.randn(128 * num_chunks, 8, device=device)
+    assign_module.has_cublas(x)  # which multiplies and waits once on each device
 
     def call() -> object:
-        with mock.patch.object(assign_module, "_PRODUCT_BYTES", 1):  # chunks of 256 rows
+        with mock.patch.object(assign_module, "_PRODUCT_BYTES", 1):  # chunks of 128 rows
             return ops.kmeans_assign(x, index, nonfinite=nonfinite)  # type: ignore[call-overload]
 
     return call
@@ -195,6 +204,36 @@ def _sample(device: torch.device, in_parts: bool = False) -> Callable[[], object
     return call
 
 
+# ---- decode_layer ---------------------------------------------------------------------------------------------------
+def _rope(device: torch.device, **norms: object) -> Callable[[], object]:
+    qkv, cos = torch.randn(3, 8 * 16, device=device), torch.randn(20, 16, device=device)
+    keys, values = (torch.zeros(3, 20, 2, 16, device=device) for _ in range(2))
+    index = torch.arange(3, device=device)
+    weights = (torch.randn(16, device=device),) * 2 if norms else ()
+    return lambda: decode_layer.rope_and_store(qkv, cos, cos, index, index, keys, values, 4, *weights)
+
+
+def _attention(device: torch.device, window: int | None = None) -> Callable[[], object]:
+    query, index = torch.randn(3, 4, 16, device=device), torch.arange(3, device=device)
+    keys, values = (torch.zeros(3, 600, 2, 16, device=device) for _ in range(2))
+    return lambda: decode_layer.decode_attention(query, keys, values, index, index, 0.3, window)
+
+
+def _norm(device: torch.device) -> Callable[[], object]:
+    x, weight = torch.randn(3, 16, device=device), torch.randn(16, device=device)
+    return lambda: decode_layer.add_rms_norm(x, x, weight, 1e-6)
+
+
+def _silu(device: torch.device) -> Callable[[], object]:
+    x = torch.randn(3, 16, device=device)
+    return lambda: decode_layer.silu_mul(x)
+
+
+def _linear(device: torch.device) -> Callable[[], object]:
+    x, weight = torch.randn(3, 16, device=device), torch.randn(8, 16, device=device)
+    return lambda: decode_layer.decode_linear(x, weight)
+
+
 def _no_grad(setup: Callable[..., Callable[[], object]], **options: object) -> Setup:
     def no_grad(device: torch.device) -> Callable[[], object]:
         return torch.no_grad()(setup(device, **options))
@@ -220,6 +259,7 @@ CASES = [
     Case("multistream_embed", "backward, `sparse=True`", _with(_embed_backward, sparse=True)),
     Case("multistream_embed", "`segment_sum`", _segment_sum),
     Case("multistream_loss", "forward, own scopes", _loss),
+    Case("multistream_loss", "the same with planned rows", _with(_loss, is_planned=True)),
     Case("multistream_loss", "the same with two chunks more", _with(_loss, one_row_chunks=True)),
     Case("multistream_loss", "the same in float32", _with(_loss, dtype=torch.float32)),
     Case("multistream_loss", "the same without gradients", _with(_loss, needs_grad=False)),
@@ -228,6 +268,11 @@ CASES = [
     Case("multistream_loss", "forward, `recompute=True`", _with(_loss, recompute=True)),
     Case("multistream_loss", "backward, `recompute=True`", _with(_loss_backward, recompute=True)),
     Case("multistream_loss", "forward, scopes by modality", _with(_loss, scope="modality")),
+    Case(
+        "multistream_loss",
+        "planned rows, by modality",
+        _with(_loss, scope="modality", is_planned=True),
+    ),
     Case("multistream_loss", "`multistream_logprobs`, own scopes", _logprobs),
     Case("kmeans_assign", "a call, 1 chunk", _assign),
     Case("kmeans_assign", "a call, 3 chunks", _with(_assign, num_chunks=3)),
@@ -236,4 +281,11 @@ CASES = [
     Case("kmeans_assign", "`kmeans_sums`", _sums),
     Case("multistream_sample", "a row in one call", _sample),
     Case("multistream_sample", "a row in two calls", _with(_sample, in_parts=True)),
+    Case("decode_layer", "`rope_and_store`", _rope),
+    Case("decode_layer", "`rope_and_store`, with norms", _with(_rope, norms=True)),
+    Case("decode_layer", "`decode_attention`", _attention),
+    Case("decode_layer", "`decode_attention`, captured", _with(_attention, window=300), is_capturing=True),
+    Case("decode_layer", "`add_rms_norm`", _norm),
+    Case("decode_layer", "`silu_mul`", _silu),
+    Case("decode_layer", "`decode_linear`", _linear),
 ]

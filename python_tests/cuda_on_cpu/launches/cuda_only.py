@@ -32,13 +32,19 @@ def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(hidden, float("-inf")).softmax(-1)
 
 
+def _each_head(x: Tensor, num_heads: int) -> Tensor:
+    """``[T, G, E]`` -> ``[T, H, E]``: each key/value head for the query heads that share it."""
+    return x.repeat_interleave(num_heads // x.shape[1], 1)
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     scale = q.shape[-1] ** -0.5 if rest[4] is None else rest[4]
     out = torch.empty_like(q)
     bounds = cu.tolist()
     for a, b in zip(bounds, bounds[1:], strict=False):
-        p = _probabilities(q[a:b].float(), k[a:b].float(), scale)
-        out[a:b] = torch.einsum("hij,jhe->ihe", p, v[a:b].float()).to(q.dtype)
+        keys, values = (_each_head(x[a:b].float(), q.shape[1]) for x in (k, v))
+        p = _probabilities(q[a:b].float(), keys, scale)
+        out[a:b] = torch.einsum("hij,jhe->ihe", p, values).to(q.dtype)
     return out, torch.zeros(q.shape[1], q.shape[0]), torch.zeros(2, dtype=torch.uint64)
 
 
@@ -49,13 +55,15 @@ def _varlen_backward(
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     bounds = cu.tolist()
     for a, b in zip(bounds, bounds[1:], strict=False):
-        q_, k_, v_, o_, g_ = (x[a:b].float() for x in (q, k, v, out, grad))
+        q_, o_, g_ = (x[a:b].float() for x in (q, out, grad))
+        k_, v_ = (_each_head(x[a:b].float(), q.shape[1]) for x in (k, v))
         p = _probabilities(q_, k_, scale)
         into = torch.einsum("ihe,jhe->hij", g_, v_) - (g_ * o_).sum(-1).T[:, :, None]
         scores = p * into * scale
         grads[0][a:b] = torch.einsum("hij,jhe->ihe", scores, k_).to(q.dtype)
-        grads[1][a:b] = torch.einsum("hij,ihe->jhe", scores, q_).to(q.dtype)
-        grads[2][a:b] = torch.einsum("hij,ihe->jhe", p, g_).to(q.dtype)
+        for into_, by_head in ((grads[1], (scores, q_)), (grads[2], (p, g_))):
+            whole = torch.einsum("hij,ihe->jhe", *by_head)
+            into_[a:b] = whole.unflatten(1, (k.shape[1], -1)).sum(2).to(q.dtype)
     return grads
 
 

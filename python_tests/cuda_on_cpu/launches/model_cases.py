@@ -5,8 +5,10 @@ Both have the form a + b L for L layers. The weights are bfloat16, as on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,9 +19,11 @@ from benchmarks.generation.models import tts_prompt
 from python_tests.cuda_on_cpu.launches.cases import Case, Setup, opus_layout
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
+from speechlm_ext.model.backbone import decode_layers
+from speechlm_ext.model.backbone.fused_weights import FusedLinear
 from speechlm_ext.model.config import LossSettings, ModelConfig
-from speechlm_ext.model.host_facts import HostFacts
 from speechlm_ext.model.lm import SpeechLMModel
+from speechlm_ext.ops.common.cublas import has_cublas
 from speechlm_ext.training.config import ModelSettings
 
 #: Numbers of layers that are counted: two give a and b, the third confirms them.
@@ -52,19 +56,19 @@ def _batch() -> ops.PackedBatch:
 
 
 def train_step(device: torch.device, num_layers: int, scope: str = "own") -> Callable[[], Tensor]:
-    """Forward, backward and a fused AdamW step; without DeepSpeed, clipping and the log."""
-    model, batch = _model(device, num_layers, scope), _batch()
-    facts, batch = HostFacts.read(batch), batch.to(device)
+    """Forward, backward and a fused AdamW step of transformers' own layers; without DeepSpeed, clipping and the log."""
+    model = _model(device, num_layers, scope)
+    facts, batch = model.facts(_batch()).to(device), _batch().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> Tensor:
-        inputs = (batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens)
-        out = model(*inputs, facts=facts)
+        out = model(batch.ids, batch.labels, batch.loss_weight, batch.position, batch.cu_seqlens, facts=facts)
         out.loss_sum.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return out.loss_sum.detach()
 
+    has_cublas(batch.loss_weight)  # it multiplies and waits once on each device
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes its state
@@ -72,20 +76,38 @@ def train_step(device: torch.device, num_layers: int, scope: str = "own") -> Cal
     return step
 
 
+class _JointCopy(FusedLinear):
+    """Joint weights of simulated CUDA tensors, which have no address: a copy, that is not checked."""
+
+    @classmethod
+    def of(cls, linears: Sequence[torch.nn.Linear]) -> _JointCopy:
+        return cls(tuple(linears), torch.cat([x.weight.detach() for x in linears]), None)
+
+    def is_current(self) -> bool:
+        return True
+
+
+def _decoding(device: torch.device, num_layers: int) -> Engine:
+    """An engine in the middle of two requests."""
+    model = _model(device, num_layers, "own").eval()
+    is_simulated = type(model.embedding.weight.data) is not torch.Tensor
+    fuse = mock.patch.object(decode_layers, "fuse_linears", _JointCopy.of)
+    with fuse if is_simulated else contextlib.nullcontext():
+        engine = Engine(model, num_slots=2, cuda_graphs=False)
+        engine.admit([DecodeJob(i, tts_prompt(opus_layout(), str(i), 3, 40, seed=i)) for i in range(2)])
+        engine.step()
+    assert engine._cache.layers is not None
+    return engine
+
+
 def decode_step(device: torch.device, num_layers: int) -> Callable[[], object]:
     """A step of two requests outside a CUDA graph; in a graph all of it is one launch."""
-    engine = Engine(_model(device, num_layers, "own").eval(), num_slots=2, cuda_graphs=False)
-    engine.admit([DecodeJob(i, tts_prompt(opus_layout(), str(i), 3, 40, seed=i)) for i in range(2)])
-    engine.step()
-    return engine.step
+    return _decoding(device, num_layers).step
 
 
 def decode_check(device: torch.device) -> Callable[[], object]:
     """The check for requests that are done, once in eight steps."""
-    engine = Engine(_model(device, 1, "own").eval(), num_slots=2, cuda_graphs=False)
-    engine.admit([DecodeJob(i, tts_prompt(opus_layout(), str(i), 3, 40, seed=i)) for i in range(2)])
-    engine.step()
-    return engine.collect
+    return _decoding(device, 1).collect
 
 
 #: Name -> setup for a number of layers.

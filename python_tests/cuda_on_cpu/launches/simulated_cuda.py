@@ -211,6 +211,11 @@ def simulated_cuda(is_capturing: bool = False) -> Iterator[SimulatedRecorder]:
         replaced: dict[str, Callable[..., Any]] = {
             "_lazy_init": lambda: None,
             "current_stream": lambda device=None: stream,
+            "current_device": lambda: DEVICE.index,
+            "current_blas_handle": lambda: 0,
+            "get_device_properties": lambda device=None: SimpleNamespace(
+                multi_processor_count=132, total_memory=80 << 30
+            ),
             "is_current_stream_capturing": lambda: is_capturing,
             "mem_get_info": lambda device=None: (1 << 30, 1 << 30),
             "memory_reserved": lambda device=None: 0,

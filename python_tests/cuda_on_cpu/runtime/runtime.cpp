@@ -152,6 +152,14 @@ void allow_memory(const void* data, size_t bytes) {
 
 void forget_memory() { g_allowed.clear(); }
 
+void expect_memory(const void* address, size_t bytes, const char* what) {
+#ifndef SX_NO_HOOKS
+  const char* p = static_cast<const char*>(address);
+  if (std::any_of(g_allowed.begin(), g_allowed.end(), [&](const Range& r) { return inside(r, p, bytes); })) return;
+  fault(concat(what, ": ", bytes, " bytes that belong to no argument of the call"), Site{});
+#endif
+}
+
 void allow_dynamic_shared(const void* kernel, size_t bytes) { g_dynamic_shared[kernel] = bytes; }
 
 void run_grid(const Launch& launch) {

@@ -10,7 +10,6 @@ from python_tests.generation.conftest import make_model
 from python_tests.generation.engine.recorded_graphs import captures, make_engine
 from python_tests.generation.engine.test_slots import TASKS, prompts_of
 from python_tests.generation.tools import decode, make_layout, make_prompt, random_content
-from speechlm_ext.generation.engine import graphs
 from speechlm_ext.generation.engine.capture import GraphCapture
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.memory import MOST_ROWS, rows_at_start
@@ -18,11 +17,6 @@ from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.requests.request import SamplingSettings
 
 MODE = "thread_local"
-
-
-@pytest.fixture(autouse=True)
-def _few_keys(monkeypatch):
-    monkeypatch.setattr(graphs, "KEYS", 16)
 
 
 def tts(layout, rng, name="r", length=40, words=6, **settings):
@@ -45,21 +39,20 @@ def assert_same(found, wanted) -> None:
     np.testing.assert_allclose(found.logprob_TS, wanted.logprob_TS, atol=1e-4)
 
 
-def test_a_stream_captures_its_sizes_before_its_first_row(recorded):
+def test_a_stream_captures_its_step_before_its_first_row(recorded):
+    """One graph serves the whole stream, and those of other lengths after it."""
     layout, rng = make_layout(), np.random.default_rng(0)
     model = make_model(layout, tasks=TASKS)
-    prompt = tts(layout, rng)
     engine = make_engine(model, 1)
-    engine.admit([DecodeJob(0, prompt)])
-    first, last = len(prompt.frames_PS), len(prompt.frames_PS) + 40 + layout.max_delay + 2
-    reached = range(-(-first // 16) * 16, -(-last // 16) * 16 + 1, 16)
-    assert [(n, keys) for n, keys, _ in engine._graphs.sizes] == [(1, keys) for keys in reached]
-    assert captures(recorded) == [(0, MODE)] * len(reached), "one pool for all"
-    assert "replay" not in recorded
-    recorded.clear()
-    (found,) = finish(engine).values()
-    assert len(recorded) >= 40 and set(recorded) == {"replay"}, "every step is a replay"
-    assert_same(found, decode(model, [prompt])[0])
+    for length in (40, 3, 17):
+        prompt = tts(layout, rng, length=length)
+        engine.admit([DecodeJob(0, prompt)])
+        assert [n for n, _ in engine._graphs.sizes] == [1]
+        recorded[:] = [(0, MODE)] if length == 40 and recorded == [(0, MODE)] else []
+        (found,) = finish(engine).values()
+        assert captures(recorded) == ([(0, MODE)] if length == 40 else [])
+        assert recorded.count("replay") > length, "every step is a replay"
+        assert_same(found, decode(model, [prompt])[0])
 
 
 def test_several_requests_capture_every_number_that_can_be_left(recorded):
@@ -68,7 +61,7 @@ def test_several_requests_capture_every_number_that_can_be_left(recorded):
     prompts = [tts(layout, rng, f"r{n}", length=3 + n) for n in range(3)]
     engine = make_engine(model, 4)
     engine.admit([DecodeJob(n, prompt) for n, prompt in enumerate(prompts)])
-    assert {n for n, _, _ in engine._graphs.sizes} == {1, 2, 4}
+    assert {n for n, _ in engine._graphs.sizes} == {1, 2, 4}
     recorded.clear()
     found = finish(engine)
     assert set(recorded) == {"replay"}
@@ -87,7 +80,7 @@ def test_guidance_never_leaves_one_row(recorded):
     object.__setattr__(prompt, "unconditional_PS", bare)
     engine = make_engine(model, 2)
     engine.admit([DecodeJob(0, prompt)])
-    assert {n for n, _, _ in engine._graphs.sizes} == {2}
+    assert {n for n, _ in engine._graphs.sizes} == {2}
     assert_same(finish(engine)[0], decode(model, [prompt])[0])
 
 
@@ -164,19 +157,6 @@ def test_the_rows_of_an_earlier_turn_are_kept_beside_a_short_request(recorded):
         assert_same(found[name], decode(model, [prompt])[0])
 
 
-def test_the_number_of_captures_at_a_start_is_bounded(recorded, monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_PREPARED", 3)
-    layout, rng = make_layout(), np.random.default_rng(7)
-    model = make_model(layout, tasks=TASKS)
-    prompt = tts(layout, rng, length=80)
-    engine = make_engine(model, 1)
-    engine.admit([DecodeJob(0, prompt)])
-    first = -(-len(prompt.frames_PS) // 16) * 16
-    assert [keys for _, keys, _ in engine._graphs.sizes] == [first, first + 16, first + 32]
-    assert_same(finish(engine)[0], decode(model, [prompt])[0])
-    assert len(captures(recorded)) == 3
-
-
 def test_memory_that_grows_costs_the_graphs_and_their_pool(recorded):
     layout, rng = make_layout(), np.random.default_rng(8)
     model = make_model(layout, tasks=TASKS, positions=1024)
@@ -222,12 +202,12 @@ def test_a_capture_that_fails_is_ended_and_raises(recorded):
 def test_rows_at_start_are_the_formula():
     # 24 layers of 8 heads of 128 for keys and values, 2 bytes each: 96 KiB a row.
     row = 24 * 8 * (128 + 128) * 2
-    assert rows_at_start(row, 16, 4096, 80 << 30, 256) == 4096
-    assert rows_at_start(row, 16, 131072, 80 << 30, 256) == MOST_ROWS
-    affordable = rows_at_start(row, 256, 131072, 80 << 30, 256)
+    assert rows_at_start(row, 16, 4096, 80 << 30) == 4096
+    assert rows_at_start(row, 16, 131072, 80 << 30) == MOST_ROWS
+    affordable = rows_at_start(row, 256, 131072, 80 << 30)
     assert affordable % 256 == 0 and 256 * row * affordable <= (20 << 30) < 256 * row * (affordable + 256)
-    assert rows_at_start(row, 1, 1000, 80 << 30, 256) == 1024
-    assert rows_at_start(row, 256, 131072, 1, 256) == 256
+    assert rows_at_start(row, 1, 1000, 80 << 30) == 1024
+    assert rows_at_start(row, 256, 131072, 1) == 256
 
 
 def test_bytes_of_a_row():

@@ -9,7 +9,6 @@ import torch
 from python_tests.generation.conftest import make_model
 from python_tests.generation.tools import ScriptedModel, decode, make_layout, make_prompt, random_content
 from speechlm_ext.errors import GenerationError
-from speechlm_ext.generation.engine import graphs
 from speechlm_ext.generation.engine.engine import Engine
 from speechlm_ext.generation.engine.slots import DecodeJob
 from speechlm_ext.generation.requests.request import SamplingSettings
@@ -191,9 +190,8 @@ def test_steps_of_fixed_sizes_give_the_same(num_slots):
         np.testing.assert_array_equal(found[number].rows_RS, decode(model, [prompt])[0].rows_RS)
 
 
-def test_steps_of_fixed_sizes_for_a_long_time(monkeypatch):
-    """A slot that pads steps counts rows for as long as no request comes, past the rows that it has."""
-    monkeypatch.setattr(graphs, "KEYS", 64)
+def test_steps_of_fixed_sizes_for_a_long_time():
+    """A slot that pads steps stays empty for as long as no request comes."""
     layout, rng = make_layout(), np.random.default_rng(8)
     model = make_model(layout, tasks=TASKS, positions=1024)
 
@@ -203,12 +201,13 @@ def test_steps_of_fixed_sizes_for_a_long_time(monkeypatch):
         return DecodeJob(number, make_prompt(layout, TASKS[0], [text], settings=settings, name=f"r{number}"))
 
     engine, number = Engine(model, 4, cuda_graphs=True), 0
-    while max(engine._cache.held) <= engine._cache.num_rows:
+    for _ in range(2 * max(engine._cache.num_rows, 64)):
         while len(engine.active) < 3:
             engine.admit([work(number, 20 + number % 3)])
             number += 1
         engine.step()
         engine.collect()
+        assert engine._cache.held[3] == int(engine._cache.lengths[3]) == 0
     engine.cancel(engine.active[-1].job.key)
     long = work(number, 2 * engine._cache.num_rows)
     engine.admit([long])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from speechlm_ext.model.attention import kernels
 from speechlm_ext.model.attention.kernels import Packing, choose_attention, packed_attention
 from speechlm_ext.model.attention.scores import ScoreRule
 
@@ -67,4 +68,48 @@ def test_score_rules_match_their_definition(
 
 def test_attention_choice_says_why() -> None:
     name, reason = choose_attention("cpu", torch.float32)
+    assert name == "packed" and "no CUDA device" in reason
+    name, reason = choose_attention("cpu", torch.bfloat16)
     assert name == "sdpa" and "no CUDA device" in reason
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("release", ["is_causal", "window_size", "enable_gqa"])
+def test_varlen_attn_of_every_release_is_called_as_it_takes_its_arguments(
+    release: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three signatures that torch has had; keys are repeated only where grouped heads are not taken."""
+    lengths, rule = [9, 1, 5], ScoreRule(0.4, window)
+    q, k, v = (torch.randn(15, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    heads: list[int] = []
+
+    def attend(q, k, v, scale, window):  # type: ignore[no-untyped-def]
+        heads.append(k.shape[1])
+        return naive(q, k, v, lengths, ScoreRule(scale, window))
+
+    def first(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):  # type: ignore[no-untyped-def]
+        assert is_causal and max_q == 9
+        return attend(q, k, v, 8**-0.5, None)
+
+    def second(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+        assert window_size[1] == 0 and k.shape[1] == q.shape[1]
+        return attend(q, k, v, scale, None if window_size[0] < 0 else window_size[0] + 1)
+
+    def third(q, k, v, *bounds, scale=None, window_size=(-1, -1), enable_gqa=False):  # type: ignore[no-untyped-def]
+        assert enable_gqa
+        return attend(q, k, v, scale, None if window_size[0] < 0 else window_size[0] + 1)
+
+    calls = {"is_causal": first, "window_size": second, "enable_gqa": third}
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", calls[release])
+    monkeypatch.setattr(kernels, "choose_attention", lambda *_: ("varlen_attn", ""))
+    kernels._varlen_takes.cache_clear()
+    try:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        out = packed_attention(q, k, v, Packing.build(bounds, "varlen_attn"), rule)
+    finally:
+        kernels._varlen_takes.cache_clear()
+    torch.testing.assert_close(out, naive(q, k, v, lengths, rule))
+    if release == "is_causal" and window is not None:
+        assert heads == []  # SDPA
+    else:
+        assert heads == [2 if release == "enable_gqa" else 4]

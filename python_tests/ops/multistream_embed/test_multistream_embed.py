@@ -129,6 +129,51 @@ def test_sixteen_bits_round_as_torch_does(dtype, device):
     assert torch.equal(got, want)
 
 
+def _as_bits(values):
+    return values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
+def _one_after_another(rows, dtype):
+    """The sum of rows in their order, in float32 or wider, rounded once; of one row its very bits."""
+    if len(rows) == 1:
+        return rows[0]
+    wide = dtype if dtype == torch.float64 else torch.float32
+    total = rows[0].to(wide) if rows else torch.zeros(1, dtype=wide)
+    for row in rows[1:]:
+        total = total + row.to(wide)
+    return total.to(dtype)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 24, 512, 520, 1032])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_every_number_of_summands(dtype, width, device):
+    """0 to 9 ids in a row, at every place, with and without a feature; infinities, NaN, -0, subnormals."""
+    table = torch.randn(40, width, dtype=torch.float64).to(dtype)
+    table[3, ::5], table[4, ::7], table[5, ::3] = float("inf"), float("nan"), -0.0
+    table[6] = torch.finfo(dtype).smallest_normal / 2
+    table[7:9, ::4] = -0.0
+    ids = torch.randint(1, 40, (90, 9))
+    ids[torch.rand(ids.shape) < torch.arange(90)[:, None] % 10 / 9] = 0
+    ids[:2], ids[2, :], ids[2, 4] = 0, 0, 5
+    positions = torch.arange(0, 90, 4)
+    features = torch.randn(len(positions), width).to(dtype)
+    features[:3] = -0.0
+    got = sx.ops.multistream_embed(
+        ids.to(device),
+        table.to(device),
+        features=features.to(device),
+        feature_positions=positions.to(device),
+    ).cpu()
+    for n in range(90):
+        rows = [table[i] for i in ids[n].tolist() if i != 0] + [features[n // 4]] * (n % 4 == 0)
+        want = _one_after_another(rows, dtype).expand(width)
+        is_nan = torch.isnan(want)
+        assert torch.equal(torch.isnan(got[n]), is_nan), n
+        assert torch.equal(_as_bits(got[n])[~is_nan], _as_bits(want)[~is_nan]), n
+        if dtype.itemsize == 2 and len(rows) > 1:  # of a NaN that was computed
+            assert (_as_bits(got[n])[is_nan] == 0x7FFF).all(), n
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_shape(data):

@@ -131,15 +131,13 @@ def test_narrow_dtypes_sum_in_float32(dtype):
         torch.testing.assert_close(got_grad.double(), want_grad, rtol=tolerance, atol=tolerance)
 
 
-def test_under_autocast_and_no_grad():
+def test_under_no_grad():
     scopes, parts, targets, weights = named_case("full_and_own", dtype=torch.float32)
 
     def call():
         return sx.ops.multistream_loss(parts[0], parts[1], targets, weights, scopes=scopes).loss_sum
 
     plain = call()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(call(), plain)
     with torch.no_grad():
         quiet = call()
     assert not quiet.requires_grad

@@ -71,21 +71,21 @@ def test_row_kernel_gives_the_same_bits_for_every_number_of_threads():
     logits = torch.randn(300, 517, generator=torch.Generator().manual_seed(0))
     _, _, targets, weights = large_case(num_rows=300)
     streams = [
-        (0, True, [(0, 0, 517)]),
-        (1, True, [(100, 100, 200)]),
-        (3, True, [(300, 300, 101), (440, 440, 1)]),
+        (0, True, True, [(0, 0, 517)]),
+        (1, True, True, [(100, 100, 200)]),
+        (3, True, True, [(300, 300, 101), (440, 440, 1)]),
     ]
     bias = torch.randn(3, 517)
     results = []
     for threads in (1, 2, 3, 7):
         z, token_nll, entropy = logits.clone(), torch.zeros(300, 4), torch.zeros(300, 4)
-        loss, correct = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
-        sums = torch.zeros(517 + 200 + 102)
+        loss, correct = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+        count, sums = torch.zeros(4, dtype=torch.int64), torch.zeros(3, 517)
         native.multistream_loss_rows(
             z, torch.arange(300), targets, weights > 0, weights, None, bias, streams, 0.1, 0.1, 0.0, True, token_nll,
-            entropy, loss, correct, sums, threads,
+            entropy, loss, correct, count, sums, threads,
         )  # fmt: skip
-        results.append((z, token_nll, entropy, loss, correct, sums))
+        results.append((z, token_nll, entropy, loss, correct, count, sums))
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
             assert torch.equal(got, want)
@@ -209,8 +209,8 @@ def test_opcheck_and_compile():
     for wants, want_tokens in (([True] * 4, False), ([False, True, True, False], False), ([False] * 4, True)):
         torch.library.opcheck(
             torch.ops.speechlm_ext.multistream_loss.default,
-            (hidden, weight, targets, weights > 0, weights, flat, None, row_scope, embed, bias, 0.1, 0.1, 3.0, wants,
-             want_tokens, want_tokens, 0, True),
+            (hidden, weight, targets, weights > 0, weights, flat, None, row_scope, embed, bias, 0.1, 0.1, 3.0, None, [],
+             False, wants,             want_tokens, want_tokens, 0, True),
         )  # fmt: skip
 
     def step(hidden, weight, embed, bias):
@@ -230,28 +230,32 @@ def test_opcheck_and_compile():
 def test_native_layer_checks_for_itself():
     logits, targets = torch.zeros(3, 5), torch.zeros(4, 2, dtype=torch.int64)
     good = dict(
-        rows=torch.arange(3), live=targets > 0, coef=torch.ones(4, 2), streams=[(0, True, [(0, 0, 5)])]
+        rows=torch.arange(3), live=targets > 0, coef=torch.ones(4, 2), streams=[(0, False, True, [(0, 0, 5)])]
     )
 
-    def call(logits=logits, sums=torch.zeros(5), loss=torch.zeros(1, dtype=torch.float64), **changed):  # noqa: B008
+    def call(logits=logits, sums=torch.zeros(1, 5), loss=torch.zeros(2, dtype=torch.float64), **changed):  # noqa: B008
         given = {**good, **changed}
         native.multistream_loss_rows(
             logits, given["rows"], targets, given["live"], given["coef"], None, None, given["streams"], 0.0, 0.0, 0.0,
-            True, None, None, loss, torch.zeros(1, dtype=torch.int64), sums, 1,
+            True, None, None, loss, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), sums, 1,
         )  # fmt: skip
 
     call()
     for changed, message in (
         (dict(rows=torch.tensor([0, 1, 4])), r"rows\[2\] is 4; targets has 4 rows"),
         (dict(rows=torch.tensor([-1, 1, 2])), r"rows\[0\] is -1"),
-        (dict(streams=[(2, True, [(0, 0, 5)])]), "stream 2 of 2"),
-        (dict(streams=[(0, True, [(0, 1, 5)])]), "columns 1 to 6 of 5"),
-        (dict(streams=[(0, True, [(0, 0, 0)])]), "columns 0 to 0 of 5"),
-        (dict(streams=[(0, True, [])]), "scope of stream 0 is empty"),
+        (dict(streams=[(2, False, True, [(0, 0, 5)])]), "stream 2 of 2"),
+        (dict(streams=[(0, False, True, [(0, 1, 5)])]), "columns 1 to 6 of 5"),
+        (dict(streams=[(0, False, True, [(0, 0, 0)])]), "columns 0 to 0 of 5"),
+        (dict(streams=[(0, False, True, [])]), "scope of stream 0 is empty"),
         (dict(streams=[]), "serves 1 to 64 streams; got 0"),
         (dict(coef=torch.ones(4, 2).double()), "coef must be float32"),
         (dict(live=torch.ones(4, 2)), "live must be bool"),
-        (dict(sums=torch.zeros(4)), "column_sums must have size 5"),
+        (dict(sums=torch.zeros(1, 4)), "column_sums must have size 5 in dimension 1"),
+        (
+            dict(streams=[(0, True, True, [(0, 0, 5)])]),
+            "bias must be given if streams have a row of it; 1 have one",
+        ),
         (dict(logits=torch.zeros(5, 3).T), "logits must be contiguous"),
     ):
         with pytest.raises(ValueError, match=message):

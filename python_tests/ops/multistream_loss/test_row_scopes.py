@@ -52,7 +52,8 @@ class Case:
     @property
     def streams(self):
         return [
-            (s, s != 1, [(FIRST_ID + a, a, b - a) for a, b in slices]) for s, slices in enumerate(self.scopes)
+            (s, self.bias is not None, s != 1, [(FIRST_ID + a, a, b - a) for a, b in slices])
+            for s, slices in enumerate(self.scopes)
         ]
 
     def columns(self, s):
@@ -97,6 +98,7 @@ class Result:
     token_entropy: torch.Tensor
     stream_loss: torch.Tensor
     stream_correct: torch.Tensor
+    stream_count: torch.Tensor
     column_sums: torch.Tensor
 
     def equals(self, other):
@@ -106,14 +108,15 @@ class Result:
 def run(case, options, device=torch.device("cpu"), want_grad=True, entropy=True):  # noqa: B008
     """The kernel; it adds to sums that are 1 before, and leaves tokens that are not live at 7."""
     wide, (N, S) = case.coef.dtype, case.live.shape
-    num_sums = sum(len(case.columns(s)) for s in range(S) if s != 1)
+    num_sums = sum(s != 1 for s in range(S))
     out = Result(
         case.z.clone(),
         torch.full((N, S), 7.0, dtype=wide),
         torch.full((N, S), 7.0, dtype=wide),
         torch.ones(S, dtype=torch.float64),
         torch.ones(S, dtype=torch.int64),
-        torch.ones(num_sums, dtype=wide),
+        torch.ones(S, dtype=torch.int64),
+        torch.ones(num_sums, case.z.shape[1], dtype=wide),
     )
     out = Result(*(tensor.to(device) for tensor in vars(out).values()))
 
@@ -128,6 +131,7 @@ def run(case, options, device=torch.device("cpu"), want_grad=True, entropy=True)
         out=RowOutputs(
             stream_loss=out.stream_loss,
             stream_correct=out.stream_correct,
+            stream_count=out.stream_count,
             column_sums=out.column_sums if want_grad else None,
             token_nll=out.token_nll,
             token_entropy=out.token_entropy if entropy else None,
@@ -137,6 +141,7 @@ def run(case, options, device=torch.device("cpu"), want_grad=True, entropy=True)
     out = Result(*(tensor.cpu() for tensor in vars(out).values()))
     out.stream_loss -= 1
     out.stream_correct -= 1
+    out.stream_count -= 1
     if want_grad:
         out.column_sums -= 1
     return out
@@ -150,6 +155,7 @@ def formula(case, options, dtype=torch.float64):
         torch.full((N, S), 7.0, dtype=dtype),
         torch.full((N, S), 7.0, dtype=dtype),
         torch.zeros(S, dtype=torch.float64),
+        torch.zeros(S, dtype=torch.int64),
         torch.zeros(S, dtype=torch.int64),
         torch.zeros(0),
     )
@@ -177,8 +183,10 @@ def formula(case, options, dtype=torch.float64):
         out.stream_loss[s] = total.detach()
         out.stream_correct[s] = (y.gather(1, target[:, None]).squeeze(1) == y.amax(dim=1)).sum()
         if s != 1:
-            sums.append(grad.sum(dim=0))
-    out.column_sums = torch.cat(sums)
+            sums.append(torch.zeros(z.shape[1], dtype=dtype))
+            sums[-1][columns] = grad.sum(dim=0)
+        out.stream_count[s] = len(picked)
+    out.column_sums = torch.stack(sums)
     out.stream_loss = out.stream_loss.to(wide)
     return out
 
@@ -192,6 +200,7 @@ def check_close(got, want, entropy=True):
         torch.testing.assert_close(got.token_entropy, want.token_entropy.to(wide), **tight)
     torch.testing.assert_close(got.stream_loss, want.stream_loss.double(), **tight)
     assert torch.equal(got.stream_correct, want.stream_correct)
+    assert torch.equal(got.stream_count, want.stream_count)
     torch.testing.assert_close(got.column_sums, want.column_sums.to(wide), **tight)
     eps = torch.finfo(got.grad.dtype).eps
     torch.testing.assert_close(
@@ -315,13 +324,14 @@ def test_masked_logits_and_large_ones(device):
     torch.testing.assert_close(got.token_entropy, want.token_entropy.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_live_target_outside_its_scope_is_read_nowhere(device):
+def test_a_live_target_outside_its_scope_makes_its_loss_nan(device):
     case = make_case("own", live="all")
     for wrong in (FIRST_ID - 1, FIRST_ID + 89, 1 << 62, -(1 << 62)):
         case.targets[:, 0] = wrong
         got = run(case, OPTIONS["plain"], device)
-        logits = (case.z[:, :30] + case.bias[0, :30]).logsumexp(dim=1)
-        torch.testing.assert_close(got.token_nll[case.rows, 0], logits)
+        assert got.stream_loss.isnan().tolist() == [True, False, False]
+        assert got.token_nll[case.rows, 0].isnan().all() and got.token_nll[case.rows, 1:].isfinite().all()
+        assert got.grad.isfinite().all()
 
 
 def test_row_index_outside_the_targets(device, request):
@@ -352,7 +362,7 @@ def test_cuda_bits_do_not_depend_on_the_order_of_threads(name):
 
 def test_cuda_binding_checks_its_own():
     """What only the CUDA side is given; the rest is checked by the same lines on both."""
-    case = make_case("own")
+    case = make_case("own", bias=False)
     native = cuda_on_cpu.load()
     case.z = case.z.bfloat16()
     needed = native.multistream_loss_workspace(case.z, 3, case.streams, True)
@@ -362,7 +372,8 @@ def test_cuda_binding_checks_its_own():
         native.forget_memory()
         native.multistream_loss_rows(
             case.z, case.rows, case.targets, case.live, case.coef, None, None, streams, 0.0, 0.0, 0.0, False, None,
-            None, torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), None, 1, workspace, 0,
+            None, torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64),
+            torch.zeros(3, dtype=torch.int64), None, 1, workspace, 0,
         )  # fmt: skip
 
     call(torch.empty(needed, dtype=torch.uint8))
@@ -374,7 +385,7 @@ def test_cuda_binding_checks_its_own():
     ):
         with pytest.raises(ValueError, match=message):
             call(workspace)
-    streams = [(s, wants, [(5, 20, 4), (0, 21, 3)]) for s, wants, _ in case.streams]
+    streams = [(s, False, wants, [(5, 20, 4), (0, 21, 3)]) for s, _, wants, _ in case.streams]
     with pytest.raises(
         ValueError, match="must ascend and not overlap; columns 21 to 24 come after those up to 24"
     ):

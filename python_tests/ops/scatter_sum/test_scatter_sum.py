@@ -68,6 +68,29 @@ def test_one_id_very_often(count, start, device):
     assert torch.equal(rows.cpu(), ids.unique()) and torch.equal(sums.cpu(), want[ids.unique()])
 
 
+@pytest.mark.parametrize("width", [1, 8, 12, 264])
+@pytest.mark.parametrize("num_rows", [1, 31, 32, 33, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_between_the_touched_ones_are_zero(dtype, num_rows, width, device):
+    """New memory is not zero here: untouched rows before, between and behind, and none; with pads and without."""
+    for touched in (
+        {0},
+        {num_rows - 1},
+        {num_rows // 2},
+        set(range(num_rows)),
+        set(range(0, num_rows, 7)),
+        set(),
+    ):
+        for num_pads in (0, 3):
+            rows = [*sorted(touched), *[-1] * num_pads]
+            ids = torch.tensor(rows, dtype=torch.int64)[:, None].expand(-1, 2)
+            values = torch.randn(len(rows), width).to(dtype)
+            got = torch.ops.speechlm_ext.scatter_sum(values.to(device), ids.to(device), -1, [], [], num_rows)
+            want = torch.zeros(num_rows, width, dtype=dtype)
+            want[sorted(touched)] = (2 * values[: len(touched)].float()).to(dtype)
+            assert torch.equal(got.cpu(), want), (touched, num_pads)
+
+
 def test_long_runs_are_joined_in_groups(request):
     """To the bit: sums of 128 pairs, of 64 such sums that lie inside the run, and of what is left, each in order."""
     chunk, group = 128, 64 * 128
@@ -161,6 +184,20 @@ def test_optimizers_take_the_sparse_gradient():
     )
     torch.testing.assert_close(sparse_adam, rival, rtol=1e-5, atol=1e-6)
     assert torch.equal(sparse_adam[0], begin[0])
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        trained(lambda p: torch.optim.AdamW(p, lr=0.01), True)
+
+
+def test_a_tied_table_gets_a_dense_gradient():
+    ids = make_ids(0)
+    table = torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradient_of(sparse):
+        out = sx.ops.multistream_embed(ids, table, sparse=sparse) @ table.T
+        return torch.autograd.grad(out.square().sum(), table)[0]
+
+    assert not gradient_of(True).is_sparse
+    torch.testing.assert_close(gradient_of(True), gradient_of(False))
 
 
 def test_two_uses_of_a_table_add_up():

@@ -72,7 +72,7 @@ def test_every_part_runs(both):
         )
         assert not any(name.endswith("compiled") for name in row["ratios"])
     assert {row["batch"] for row in found["decode"]} == {1, 2}
-    assert [row["op"] for row in found["sanitizer"]][-1] == "delay_pack" and len(found["sanitizer"]) == 5
+    assert [row["op"] for row in found["sanitizer"]][-1] == "delay_pack" and len(found["sanitizer"]) == 6
     # All tests that need CUDA are there: no file of them needs a package that is hidden.
     note = runs[0]["parts"]["tests"]["note"]
     files = parts.cuda_tests()

@@ -106,7 +106,7 @@ def test_json_report_is_true_of_this_machine(capsys):
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert report["cuda"]["available"] == torch.cuda.is_available()
     assert report["cuda"]["torch_cuda"] == torch.version.cuda
-    assert report["attention"]["cpu float32"]["kernel"] == "sdpa"
+    assert report["attention"]["cpu float32"]["kernel"] == "packed"
     assert report["native"]["cuda"] == (native.build_info()["cuda_version"] or None)
     assert {"versions", "native", "cpu", "cuda", "attention", "fallbacks", "missing_extras"} <= set(report)
     assert {"torch_cuda", "available", "devices"} <= set(report["cuda"])

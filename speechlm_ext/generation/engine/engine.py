@@ -22,7 +22,7 @@ import torch
 from speechlm_ext.errors import GenerationError
 from speechlm_ext.generation.engine import sampler_state as states
 from speechlm_ext.generation.engine.capture import GraphCapture
-from speechlm_ext.generation.engine.graphs import KEYS, HeadCalls, StepGraphs, whole_keys
+from speechlm_ext.generation.engine.graphs import HeadCalls, StepGraphs
 from speechlm_ext.generation.engine.memory import free_bytes, rows_at_start
 from speechlm_ext.generation.engine.rows import Decoded, read_decoded
 from speechlm_ext.generation.engine.slots import DecodeJob, Slot, SlotTable, make_slots, prefill
@@ -40,6 +40,9 @@ class Engine:
         poll_interval: decode steps between completion checks. A check synchronizes with the GPU; until then finished
             requests emit padding. Default 1 on the CPU, 8 on a GPU.
         cuda_graphs: replay captured steps; default on a GPU.
+        batch_invariant: a request has the same bits alone and among any others. Each prompt is then prefilled in a
+            forward of its own, and on a GPU every step has ``num_slots`` rows; for the backbones with fused layers
+            (``model/backbone/layer_families.py``). False packs prompts, and pads steps to a power of two at most.
     """
 
     def __init__(
@@ -48,20 +51,26 @@ class Engine:
         num_slots: int = 16,
         poll_interval: int | None = None,
         cuda_graphs: bool | None = None,
+        batch_invariant: bool = True,
     ) -> None:
         if num_slots < 1:
             raise GenerationError(f"the engine needs at least 1 slot, got {num_slots}.")
         self.model, self.layout, self.num_slots = model, model.layout, num_slots
         self.device = next(model.parameters()).device
         self.poll_interval = poll_interval or (1 if self.device.type == "cpu" else 8)
+        self.batch_invariant = batch_invariant
         self._slots = SlotTable(model.layout, num_slots, self.device)
         self._calls_for: dict[frozenset[str], HeadCalls] = {}
         self._cache = model.new_cache(num_slots, 64)
+        for number in range(num_slots):
+            self._cache.release(number)
         on_gpu = self.device.type == "cuda"
+        # The number of rows decides which kernel a library takes for a product, so on a GPU it is always the same.
+        self._fewest_rows = num_slots if on_gpu and batch_invariant else 1
         self._graphs: StepGraphs | None = None
         if on_gpu if cuda_graphs is None else cuda_graphs:
             capture = GraphCapture(self.device) if on_gpu else None
-            self._graphs = StepGraphs(self._step, self._cache, num_slots, capture)
+            self._graphs = StepGraphs(self._step, self._cache, num_slots, capture, self._fewest_rows)
         self._frame_cache = model.new_frame_cache(num_slots) if model.frame is not None else None
         self._row_BS = torch.zeros(num_slots, self.layout.num_streams, dtype=torch.int64, device=self.device)
         if on_gpu:
@@ -70,11 +79,10 @@ class Engine:
     @torch.inference_mode()
     def _allocate_cache(self) -> None:
         """Allocate the cache's rows up front; see ``memory.py``."""
-        # One row of one slot allocates every layer, of whatever size the backbone's are.
+        # A row of a slot without a request allocates every layer, of whatever size the backbone's are.
         self.model.step_hidden(self._row_BS[:1], self._cache)
-        self._cache.truncate(0, 0)
         free = free_bytes(self.device)
-        rows = rows_at_start(self._cache.row_bytes, self.num_slots, self.model.max_positions, free, KEYS)
+        rows = rows_at_start(self._cache.row_bytes, self.num_slots, self.model.max_positions, free)
         self._cache.reserve(rows)
 
     @property
@@ -111,7 +119,6 @@ class Engine:
         # Rows that are decoded before the next completion check count as well.
         max_rows = max(slot.max_rows(self.layout.max_delay) for slot in new) + self.poll_interval
         longest = max(len(slot.prefix_RS) for slot in new) - min(self.layout.delays) + self.layout.max_delay
-        num_rows = whole_keys(longest + max_rows) if graphs is not None else longest + max_rows
         # The state is replaced if it must grow, which costs all graphs: with them it has as many rows as the cache.
         state_rows = (
             max(max_rows, self._cache.num_rows) if graphs is not None and graphs.captures else max_rows
@@ -125,22 +132,20 @@ class Engine:
         numbered = dict(enumerate(new, first))
         for number in numbered:
             self._cache.restore(number, num_cached if number == first else 0)
-        self._cache.reserve(num_rows)  # now, not in the middle of a stream
+        self._cache.reserve(longest + max_rows)  # now, not in the middle of a stream
         if graphs is not None and graphs.captures and prepare and not before:
-            self._prepare(graphs, max_rows, num_cached)
+            self._prepare(graphs)
         for number, slot in numbered.items():
             self._row_BS[number] = torch.from_numpy(slot.prefix_RS[-1])
-        prefill(self.model, self._cache, numbered, before, num_cached)
+        prefill(self.model, self._cache, numbered, before, num_cached, each_alone=self.batch_invariant)
 
-    def _prepare(self, graphs: StepGraphs, max_rows: int, num_cached: int) -> None:
+    def _prepare(self, graphs: StepGraphs) -> None:
         """Capture the steps that the active requests, which are all new, can reach."""
-        lengths = [len(slot.prefix_RS) for slot in self.active]
         fewest = min(slot.job.prompt.num_slots for slot in self.active)
         # Preparing runs steps. They advance the sampler, whose history the real ones overwrite, and write the cache's
-        # row behind those of an earlier turn; with fewer keys it would be one of them.
+        # row behind those of an earlier turn.
         progress = self._slots.state.progress.clone()
-        rows = range(max(min(lengths), num_cached + 1), max(lengths) + max_rows)
-        graphs.prepare(range(fewest, len(self.active) + 1), rows, self._calls())
+        graphs.prepare(range(fewest, len(self.active) + 1), self._calls())
         self._slots.state.progress.copy_(progress)
 
     # ---- steps --------------------------------------------------------------------------------------------------
@@ -155,12 +160,12 @@ class Engine:
                 not while somebody listens.
         """
         if self._graphs is None:
-            return self._step(len(self.active), None, self._calls())
+            return self._step(max(len(self.active), self._fewest_rows), self._calls())
         return self._graphs.step(len(self.active), self._calls(), may_capture)
 
-    def _step(self, n: int, num_keys: int | None, calls: HeadCalls) -> SampledStep:
+    def _step(self, n: int, calls: HeadCalls) -> SampledStep:
         """A step of the first n slots, without a synchronization."""
-        hidden_nD = self.model.step_hidden(self._row_BS[:n], self._cache, num_keys)
+        hidden_nD = self.model.step_hidden(self._row_BS[:n], self._cache)
         state = states.slots(self._slots.state, n)
         logits_nC = self._head(hidden_nD, calls[0])
         if len(calls) == 1:
@@ -211,39 +216,30 @@ class Engine:
         state = self._slots.state
         progress = state.progress[: len(self.active)].tolist()
         done = {number: row for number, row in enumerate(progress) if row[Progress.DONE]}
-        out, not_finite = [], []
+        out = []
         for number, row in done.items():
             slot, has_failed = self.active[number], bool(row[Progress.FAILED])
-            # Forced rows do not fail, whatever the model computes for them.
-            if has_failed or slot.job.forced_target is not None:
-                not_finite.append(number)
             if slot.leader is None:
                 rows = state.history[number, : row[Progress.ROW]].cpu().numpy()
                 scores = state.history_logprob[number, : row[Progress.ROW]].float().cpu().numpy()
                 decoded = read_decoded(slot.job.prompt, slot.forced_RS, rows, scores, self.layout, has_failed)
                 out.append((slot.job, decoded))
-        self._remove(list(done), not_finite)
+        self._remove(list(done))
         return out
 
     @torch.inference_mode()
     def cancel(self, key: Any) -> None:
         """Drop a request and free its slots. Unknown keys are ignored."""
-        numbers = [number for number, slot in enumerate(self.active) if slot.job.key == key]
-        self._remove(numbers, numbers)
+        self._remove([number for number, slot in enumerate(self.active) if slot.job.key == key])
 
-    def _remove(self, numbers: Sequence[int], not_finite: Sequence[int]) -> None:
-        """Free slots; ``not_finite``: those whose keys and values may not be finite and are cleared."""
+    def _remove(self, numbers: Sequence[int]) -> None:
+        """Free slots. Their keys and values stay, finite or not: no row reads beyond its own request's."""
         for number in sorted(numbers, reverse=True):
-            if number in not_finite:
-                self._cache.clear(number)
             last = self._slots.remove(number)
             if number != last:
-                self._cache.truncate(number, 0)
-                self._cache.copy(last, [number])
+                self._cache.move(last, number)
                 self._row_BS[number] = self._row_BS[last]
-                if self.active[number].job.forced_target is not None:  # see collect
-                    self._cache.clear(last)
-            self._cache.truncate(last, 0)
+            self._cache.release(last)
         if numbers:
             self._slots.link()
 

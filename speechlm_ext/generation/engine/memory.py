@@ -14,21 +14,23 @@ import torch
 
 #: Rows of a slot: 160 seconds at 50 frames a second.
 MOST_ROWS = 8192
+#: The number of rows is a multiple of this.
+MULTIPLE = 256
 #: Part of the free memory of the GPU.
 SHARE = 0.25
 
 
-def rows_at_start(row_bytes: int, num_slots: int, max_positions: int, free_bytes: int, multiple: int) -> int:
-    """Rows to allocate for each slot, a multiple of ``multiple`` and at least that.
+def rows_at_start(row_bytes: int, num_slots: int, max_positions: int, free_bytes: int) -> int:
+    """Rows to allocate for each slot, a multiple of ``MULTIPLE`` and at least that.
 
     Args:
         row_bytes: of one row of one slot in all layers.
         max_positions: longest sequence of the model.
         free_bytes: of the GPU's memory.
     """
-    wanted = -(-min(max_positions, MOST_ROWS) // multiple)
-    affordable = int(free_bytes * SHARE) // (num_slots * row_bytes * multiple)
-    return max(1, min(wanted, affordable)) * multiple
+    wanted = -(-min(max_positions, MOST_ROWS) // MULTIPLE)
+    affordable = int(free_bytes * SHARE) // (num_slots * row_bytes * MULTIPLE)
+    return max(1, min(wanted, affordable)) * MULTIPLE
 
 
 def free_bytes(device: torch.device) -> int:

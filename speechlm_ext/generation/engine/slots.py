@@ -150,6 +150,7 @@ def prefill(
     slots: Mapping[int, Slot],
     active: Sequence[Slot],
     num_cached: int = 0,
+    each_alone: bool = True,
 ) -> None:
     """Fill the cache with all prefix rows of new slots but the last, which the next step feeds.
 
@@ -157,6 +158,7 @@ def prefill(
         slots: the new slots by number.
         active: the slots before them, whose prefixes are in the cache and can be copied.
         num_cached: leading rows of the first new slot that its cache has already.
+        each_alone: a forward for each prefix, so that its bits do not depend on the others; else they are packed.
     """
     device = next(model.parameters()).device
     cached = {slot.prefix_key: number for number, slot in enumerate(active)}
@@ -175,7 +177,7 @@ def prefill(
         else:
             sources[slot.prefix_key] = number
             pending.append((number, rows_RS))
-    for batch in _batches(pending):
+    for batch in [[one] for one in pending] if each_alone else _batches(pending):
         numbers, rows = zip(*batch, strict=True)
         ids_NS = torch.from_numpy(np.concatenate(rows)).to(device)
         model.prefill(ids_NS, cache, list(numbers), list(map(len, rows)))

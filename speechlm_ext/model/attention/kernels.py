@@ -1,9 +1,10 @@
 """Attention over packed rows, and the choice of its kernel.
 
-Order of choice: flash-attn varlen, torch's ``varlen_attn``, SDPA. The first two read the packed row as
-it is; SDPA gathers the sequences into padded groups of similar length, so that its cost follows the
-sequences and not the square of the pack. All three are registered with transformers as one attention
-implementation, ``speechlm``. Layers whose rule (``scores.py``) a kernel cannot compute run on SDPA; the log says so.
+Order of choice on a GPU: flash-attn varlen, torch's ``varlen_attn``, SDPA. On the CPU: this package's
+``packed_attention`` for float32, SDPA. All but SDPA read the packed row as it is; SDPA gathers the sequences into
+padded groups of similar length, so that its cost follows the sequences and not the square of the pack. All are
+registered with transformers as one attention implementation, ``speechlm``. Layers whose rule (``scores.py``) a kernel
+cannot compute run on SDPA; the log says so.
 
 Axes: N packed positions, H heads, G key/value heads, E head size, B sequences of a group, T its longest.
 """
@@ -27,6 +28,9 @@ from transformers import AttentionInterface
 from speechlm_ext.errors import ConfigError
 from speechlm_ext.model.attention.packing import Gather, Packing, Ungather
 from speechlm_ext.model.attention.scores import ScoreRule, causal_mask, dense_attention
+from speechlm_ext.ops.common.native import native
+from speechlm_ext.ops.packed_layer import ATTENTION_LANES
+from speechlm_ext.ops.packed_layer import packed_attention as causal_rows
 
 NAME = "speechlm"
 logger = logging.getLogger("speechlm_ext")
@@ -41,14 +45,18 @@ class AttentionCache(Protocol):
 
 
 def choose_attention(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
-    """The attention kernel for packed rows, ``flash-attn``, ``varlen_attn`` or ``sdpa``, and the reason for it."""
+    """The attention kernel for packed rows, ``flash-attn``, ``varlen_attn``, ``packed`` or ``sdpa``, and the reason."""
     return _choose(torch.device(device).type, dtype)
 
 
 @functools.cache
 def _choose(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    if device_type == "cpu" and dtype == torch.float32:
+        if native.simd_available() == ["generic"]:
+            return "sdpa", "this processor has no AVX2; SDPA over padded groups of sequences"
+        return "packed", "no CUDA device in use (cpu); the package's own kernel"
     if device_type != "cuda":
-        return "sdpa", f"no CUDA device in use ({device_type}); SDPA over padded groups of sequences"
+        return "sdpa", f"no CUDA device in use ({device_type}, {dtype}); SDPA over padded groups of sequences"
     if dtype not in (torch.float16, torch.bfloat16):
         return "sdpa", f"variable-length kernels take fp16 or bf16, not {dtype}; train in bf16 to use them"
     if importlib.util.find_spec("flash_attn") is not None:
@@ -107,6 +115,8 @@ def packed_attention(
                 "by explicit products and softmax, with those of a group of sequences in memory"
             )
         return _grouped_sdpa(q_NHE, k_NGE, v_NGF, packing, rule)
+    if kernel == "packed":
+        return causal_rows(q_NHE, k_NGE, v_NGF, packing.cu_seqlens, rule.scale, rule.window)
     cu, longest = packing.cu_seqlens, packing.max_seqlen
     if kernel == "flash-attn":
         from flash_attn import flash_attn_varlen_func
@@ -118,37 +128,41 @@ def packed_attention(
         )  # fmt: skip
     from torch.nn.attention.varlen import varlen_attn
 
-    repeat = q_NHE.shape[1] // k_NGE.shape[1]
-    if repeat > 1:
-        k_NGE, v_NGF = k_NGE.repeat_interleave(repeat, 1), v_NGF.repeat_interleave(repeat, 1)
+    options: dict[str, object] = {}
+    if (repeat := q_NHE.shape[1] // k_NGE.shape[1]) > 1:
+        if _varlen_takes("enable_gqa"):
+            options["enable_gqa"] = True
+        else:
+            k_NGE, v_NGF = k_NGE.repeat_interleave(repeat, 1), v_NGF.repeat_interleave(repeat, 1)
     # The first releases of varlen_attn had is_causal; later ones have window_size instead.
-    causal: dict[str, object] = {"window_size": (-1 if rule.window is None else rule.window - 1, 0)}
-    if not _varlen_has_window():
-        q_NHE, causal = q_NHE * (rule.scale * q_NHE.shape[-1] ** 0.5), {"is_causal": True}
+    if _varlen_takes("window_size"):
+        options |= {"scale": rule.scale, "window_size": (-1 if rule.window is None else rule.window - 1, 0)}
     else:
-        causal["scale"] = rule.scale
-    return varlen_attn(q_NHE, k_NGE, v_NGF, cu, cu, longest, longest, **causal)
+        q_NHE = q_NHE * (rule.scale * q_NHE.shape[-1] ** 0.5)
+        options["is_causal"] = True
+    return varlen_attn(q_NHE, k_NGE, v_NGF, cu, cu, longest, longest, **options)
 
 
 @functools.cache
-def _varlen_has_window() -> bool:
+def _varlen_takes(name: str) -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
-    return "window_size" in inspect.signature(varlen_attn).parameters
+    return name in inspect.signature(varlen_attn).parameters
 
 
 def _unsupported(kernel: str, rule: ScoreRule, key_size: int, value_size: int) -> str:
-    """Parts of ``rule`` that a variable-length kernel cannot compute; empty if it can compute all."""
+    """Parts of ``rule`` that a kernel of packed rows cannot compute; empty if it can compute all."""
     unsupported = []
     if key_size != value_size:
         unsupported.append(f"heads of {key_size} for keys and {value_size} for values")
     if rule.sinks_H is not None:
         unsupported.append("attention sinks")
-    if kernel == "varlen_attn":
-        if rule.softcap is not None:
-            unsupported.append("capped scores")
-        if rule.window is not None and not _varlen_has_window():
-            unsupported.append("a sliding window")
+    if kernel != "flash-attn" and rule.softcap is not None:
+        unsupported.append("capped scores")
+    if kernel == "varlen_attn" and rule.window is not None and not _varlen_takes("window_size"):
+        unsupported.append("a sliding window")
+    if kernel == "packed" and key_size % ATTENTION_LANES:
+        unsupported.append(f"heads of {key_size}, no multiple of {ATTENTION_LANES}")
     return " and ".join(unsupported)
 
 
@@ -242,7 +256,12 @@ def speechlm_attention(
             "With such a backbone leave activation_checkpointing out."
         )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return packed_attention(q, k, v, packing, rule).unsqueeze(0), None
+    # A compiled layer breaks here, into a graph before the attention and one behind it: its Python depends on the pack.
+    attend = _uncompiled if torch.compiler.is_compiling() else packed_attention
+    return attend(q, k, v, packing, rule).unsqueeze(0), None
+
+
+_uncompiled = torch.compiler.disable(packed_attention)
 
 
 AttentionInterface.register(NAME, speechlm_attention)

@@ -2,7 +2,10 @@
 
 Each request has a slot and fills it from the front. Requests come and go at any time: a packed prefill fills a slot,
 each step adds a row, and slots are moved to keep those in use adjacent, so that a step always works on slots ``0`` to
-``n - 1``. The cache reaches a backbone's layers through transformers' attention interface (``kernels.py``).
+``n - 1``. A slot's rows are a block of memory, which a table on the device names: a slot that moves takes its block
+along, and no keys are copied. A step reads lengths and blocks on the device, so that the same captured CUDA graph
+serves requests of any length. The cache reaches a backbone's layers through transformers' attention interface
+(``kernels.py``), or gives its memory to the fused ones (``backbone/decode_layers.py``).
 
 Axes: B slots, K rows of a slot, N packed rows, G key/value heads, H heads, E head size of keys, F of values.
 """
@@ -10,23 +13,24 @@ Axes: B slots, K rows of a slot, N packed rows, G key/value heads, H heads, E he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from speechlm_ext.model.attention.kernels import packed_attention
 from speechlm_ext.model.attention.packing import Packing
 from speechlm_ext.model.attention.scores import ScoreRule, causal_mask, dense_attention
 from speechlm_ext.ops.common.memory import lazy_zeros
+from speechlm_ext.ops.decode_layer import decode_attention
 
 
 @dataclass
 class Prefill:
     """A prefill under way: places of its packed rows."""
 
-    slot_N: Tensor
+    block_N: Tensor
     position_N: Tensor
     packing: Packing
     """Segments of the packed rows, one for each request."""
@@ -38,21 +42,14 @@ class Prefill:
 
 @dataclass
 class Step:
-    """A step under way: one more row for each of the first slots."""
+    """A step under way: one more row for each of the first n slots."""
 
-    num_active: int
-    num_keys: int
+    block: Tensor
+    """int64 ``[n]``: block of each slot."""
     position: Tensor
     """int64 ``[n]``: row of each slot that is written."""
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Mask ``[n, 1, 1, K]`` that SDPA adds to the scores, made once for all layers of a window."""
-        if window not in self.masks:
-            seen = causal_mask(self.position[:, None], self.num_keys, window)
-            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-            self.masks[window] = mask[:, None]
-        return self.masks[window]
+    lengths: Tensor
+    """int64 ``[n]``: rows that it attends to, the new one included."""
 
 
 class KVCache:
@@ -75,6 +72,16 @@ class KVCache:
         """int64 ``[B]`` on the device: number of rows in each slot."""
         self.held = [0] * num_slots
         """The same on the host."""
+        self.blocks = list(range(num_slots))
+        """The block of each slot."""
+        self.block_table = torch.arange(num_slots, device=device)
+        """The same on the device, int64 ``[B]``."""
+        self._in_use = [1] * num_slots
+        self._rows_per_step = torch.ones(num_slots, dtype=torch.int64, device=device)
+        # int64 [B]: 1, and 0 for a slot without a request, which takes part in padded steps and stays empty.
+        self.layers: Any = None
+        """The fused layers of the backbone that uses the cache; ``has_layers``: whether it has looked for them."""
+        self.has_layers = False
         self._prefill: Prefill | None = None
         self._step: Step | None = None
 
@@ -86,11 +93,13 @@ class KVCache:
             return flat.view(self.num_slots, num_rows, heads, size)
         return torch.zeros(self.num_slots, num_rows, heads, size, dtype=self.dtype, device=self.device)
 
-    def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory of a layer, for ``[..., G, rows, E]`` keys and ``[..., G, rows, F]`` values."""
+    def layer_memory(
+        self, layer: int, num_heads: int, key_size: int, value_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys ``[B, K, G, E]`` and values ``[B, K, G, F]`` of a layer, one block after the other."""
         if layer not in self.keys:
-            self.keys[layer] = self._zeros(key.shape[1], key.shape[-1], self.num_rows)
-            self.values[layer] = self._zeros(value.shape[1], value.shape[-1], self.num_rows)
+            self.keys[layer] = self._zeros(num_heads, key_size, self.num_rows)
+            self.values[layer] = self._zeros(num_heads, value_size, self.num_rows)
         return self.keys[layer], self.values[layer]
 
     def stores(self) -> list[Tensor]:
@@ -121,23 +130,31 @@ class KVCache:
         held = self.held[source] if length is None else length
         for slot in slots:
             for store in self.stores():
-                store[slot, :held] = store[source, :held]
+                store[self.blocks[slot], :held] = store[self.blocks[source], :held]
             self.restore(slot, held)
 
     def reorder(self, parents: Sequence[int]) -> None:
-        """Copy the rows of slot ``parents[i]`` to slot i, for all slots at once."""
-        index = torch.tensor(list(parents), device=self.device)
+        """Give slot i the rows of slot ``parents[i]``, for all slots at once."""
+        index = torch.tensor([self.blocks[p] for p in parents], device=self.device)
+        into = torch.tensor(self.blocks[: len(parents)], device=self.device)
         num_used = max(self.held[p] for p in parents)
         for store in self.stores():
-            store[: len(index), :num_used] = store[index, :num_used]
+            store[into, :num_used] = store[index, :num_used]
         for slot, held in enumerate([self.held[p] for p in parents]):
             self.restore(slot, held)
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot's rows: values that are not finite would reach other rows through a weight of 0."""
-        for store in self.stores():
-            store[slot, : self.held[slot]] = 0
-        self.restore(slot, 0)
+    def move(self, source: int, slot: int) -> None:
+        """Let ``slot`` take the rows of ``source``, which becomes free: their blocks change places."""
+        length = self.held[source]
+        self.blocks[slot], self.blocks[source] = self.blocks[source], self.blocks[slot]
+        for number in (slot, source):
+            self.block_table[number] = self.blocks[number]
+        self.release(source)
+        self.restore(slot, length)
+
+    def release(self, slot: int) -> None:
+        """Empty a slot that no request has; steps of more rows than there are requests leave it empty."""
+        self._set(slot, 0, 0)
 
     def truncate(self, slot: int, length: int) -> None:
         """Keep the first ``length`` rows of a slot."""
@@ -145,18 +162,22 @@ class KVCache:
 
     def restore(self, slot: int, length: int) -> None:
         """Count ``length`` rows in a slot, such as those before :meth:`truncate` if nothing has overwritten them."""
-        self.held[slot] = length
-        self.lengths[slot] = length
+        self._set(slot, length, 1)
+
+    def _set(self, slot: int, length: int, in_use: int) -> None:
+        self.held[slot], self._in_use[slot] = length, in_use
+        self.lengths[slot], self._rows_per_step[slot] = length, in_use
 
     # ---- rows ---------------------------------------------------------------------------------------------------
     def begin_prefill(self, slots: Sequence[int], lengths: Sequence[int], packing: Packing) -> Tensor:
         """Assign the next forward's packed rows to slots; returns their positions int64 ``[N]``."""
         starts = [self.held[slot] for slot in slots]
-        slot_N = torch.repeat_interleave(torch.tensor(slots), torch.tensor(lengths))
+        blocks = torch.tensor([self.blocks[slot] for slot in slots])
+        block_N = torch.repeat_interleave(blocks, torch.tensor(lengths))
         position_N = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
         self.reserve(int(position_N.max()) + 1)
         self._prefill = Prefill(
-            slot_N.to(self.device),
+            block_N.to(self.device),
             position_N.to(self.device),
             packing,
             list(slots),
@@ -174,33 +195,36 @@ class KVCache:
             self.restore(slot, start + length)
         self._prefill = None
 
-    def begin_step(self, num_active: int, num_keys: int | None = None, max_rows: int | None = None) -> Tensor:
+    def begin_step(self, num_rows: int, max_rows: int | None = None) -> Tensor:
         """Prepare a forward that adds one row to each of the first slots; returns their positions int64 ``[n]``.
 
         Args:
-            num_active: n; slots without a request may be among them, and write inside their own rows.
-            num_keys: number of keys that attention reads, at least the longest slot's; a captured graph fixes it.
+            num_rows: n; slots without a request may be among them.
             max_rows: bound on positions, where a larger one would change the embeddings of all slots.
         """
-        num_keys = self.longest(num_active) + 1 if num_keys is None else num_keys
-        self.reserve(num_keys)
-        max_rows = num_keys if max_rows is None else min(num_keys, max_rows)
-        position = self.lengths[:num_active].clamp(max=max_rows - 1)
-        self._step = Step(num_active, num_keys, position)
+        self.reserve(self.longest(num_rows) + 1)
+        max_rows = self.num_rows if max_rows is None else min(self.num_rows, max_rows)
+        position = self.lengths[:num_rows].clamp(max=max_rows - 1)
+        self._step = Step(self.block_table[:num_rows], position, position + 1)
         return position
 
-    def end_step(self) -> None:
-        """Count the new row of every active slot after the forward."""
+    @property
+    def step(self) -> Step:
+        """The step under way."""
         assert self._step is not None
-        num_active = self._step.num_active
-        self.lengths[:num_active] += 1
-        self._step = None
-        self.count_step(num_active)
+        return self._step
 
-    def count_step(self, num_active: int) -> None:
+    def end_step(self) -> None:
+        """Count the new row of every slot in use after the forward."""
+        num_rows = len(self.step.position)
+        self.lengths[:num_rows] += self._rows_per_step[:num_rows]
+        self._step = None
+        self.count_step(num_rows)
+
+    def count_step(self, num_rows: int) -> None:
         """Count a step's rows on the host; :meth:`end_step` does it, but a replayed graph cannot."""
-        for slot in range(num_active):
-            self.held[slot] += 1
+        for slot in range(num_rows):
+            self.held[slot] += self._in_use[slot]
 
     def longest(self, num_active: int) -> int:
         """Rows of the longest of the first slots."""
@@ -217,32 +241,28 @@ class KVCache:
         Returns:
             ``[1, N, H, F]`` or ``[n, 1, H, F]``.
         """
-        keys, values = self._layer(layer, key, value)
+        keys, values = self.layer_memory(layer, key.shape[1], key.shape[-1], value.shape[-1])
         if self._prefill is not None:
             p = self._prefill
             q_NHE, k_NGE, v_NGF = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-            keys[p.slot_N, p.position_N], values[p.slot_N, p.position_N] = k_NGE, v_NGF
+            keys[p.block_N, p.position_N], values[p.block_N, p.position_N] = k_NGE, v_NGF
             if not any(p.starts):
                 return packed_attention(q_NHE, k_NGE, v_NGF, p.packing, rule).unsqueeze(0)
             return self._attend_to_prefix(layer, q_NHE, rule)[None]
-        assert self._step is not None
-        n, K, position = self._step.num_active, self._step.num_keys, self._step.position
-        H, G = query.shape[1], key.shape[1]
-        index = torch.arange(n, device=self.device)
-        keys[index, position], values[index, position] = key[:, :, 0], value[:, :, 0]
-        k_BGKE, v_BGKF = keys[:n, :K].transpose(1, 2), values[:n, :K].transpose(1, 2)
-        if not rule.is_plain:
-            mask = causal_mask(position[:, None, None], K, rule.window)
-            return dense_attention(query, k_BGKE, v_BGKF, rule, mask).transpose(1, 2)
-        # Query heads that share keys are rows of one product: no copies of the keys.
-        out = F.scaled_dot_product_attention(
-            query.reshape(n, G, H // G, -1),
-            k_BGKE,
-            v_BGKF,
-            attn_mask=self._step.mask(rule.window, self.dtype),
-            scale=rule.scale,
+        s = self.step
+        keys[s.block, s.position], values[s.block, s.position] = key[:, :, 0], value[:, :, 0]
+        out = decode_attention(
+            query[:, :, 0],
+            keys,
+            values,
+            s.lengths,
+            s.block,
+            rule.scale,
+            rule.window,
+            rule.softcap,
+            rule.sinks_H,
         )
-        return out.reshape(n, 1, H, -1)
+        return out.view(len(query), 1, query.shape[1], -1)
 
     def _attend_to_prefix(self, layer: int, q_NHE: Tensor, rule: ScoreRule) -> Tensor:
         """Attention of rows appended to slots: each reads its slot's earlier rows and the new ones up to itself."""
@@ -250,7 +270,10 @@ class KVCache:
         p, outputs, first = self._prefill, [], 0
         for slot, start, length in zip(p.slots, p.starts, p.lengths, strict=True):
             end = start + length
-            k_KGE, v_KGF = self.keys[layer][slot, :end], self.values[layer][slot, :end]
+            k_KGE, v_KGF = (
+                self.keys[layer][self.blocks[slot], :end],
+                self.values[layer][self.blocks[slot], :end],
+            )
             mask = causal_mask(torch.arange(start, end, device=self.device), end, rule.window)
             q, k, v = (x.transpose(0, 1)[None] for x in (q_NHE[first : first + length], k_KGE, v_KGF))
             outputs.append(dense_attention(q, k, v, rule, mask)[0].transpose(0, 1))

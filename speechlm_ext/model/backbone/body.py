@@ -18,6 +18,7 @@ from speechlm_ext.errors import CheckpointError, ConfigError, foreign_errors
 from speechlm_ext.model.attention.kernels import NAME as ATTENTION
 from speechlm_ext.model.attention.kernels import Packing, attention_context, choose_attention
 from speechlm_ext.model.attention.kv_cache import KVCache
+from speechlm_ext.model.backbone.decode_layers import decode_layers
 
 #: Parts of the names of settings that make training random.
 _NOISE = ("dropout", "pdrop", "layerdrop", "jitter")
@@ -204,12 +205,38 @@ def run_prefill(
     return out_ND
 
 
-def run_step(body: nn.Module, embedded_BD: Tensor, cache: KVCache, num_keys: int | None = None) -> Tensor:
-    """Hidden states ``[B, D]`` of one more row of each slot; see :meth:`SpeechLMModel.step_hidden`."""
-    # With num_keys some slots may be padding of the step: they count rows that no request has.
-    longest = 0 if num_keys is not None else cache.longest(len(embedded_BD)) + 1
-    limit = _check_length(body.config, longest)
-    position_B = cache.begin_step(len(embedded_BD), num_keys, limit)
+def run_step(body: nn.Module, embedded_BD: Tensor, cache: KVCache) -> Tensor:
+    """Hidden states ``[B, D]`` of one more row of each slot; see :meth:`SpeechLMModel.step_hidden`.
+
+    Fused layers compute it where the backbone has them (``decode_layers.py``), else transformers' own.
+    """
+    limit = _check_length(body.config, cache.longest(len(embedded_BD)) + 1)
+    _prepare_layers(body, cache, limit)
+    if cache.layers is None:
+        return plain_step(body, embedded_BD, cache)
+    cache.begin_step(len(embedded_BD), limit)
+    out_BD = cache.layers.step(embedded_BD, cache)
+    cache.end_step()
+    return out_BD
+
+
+def run_inner_step(body: nn.Module, embedded_BD: Tensor, cache: Any, inner: int) -> Tensor:
+    """:func:`run_step` of a body whose rows are all at position ``inner`` of a :class:`FrameCache`."""
+    _prepare_layers(body, cache, None)
+    cache.begin_inner(len(embedded_BD), inner)
+    if cache.layers is None:
+        return _run(body, embedded_BD[:, None], cache.step.position[:, None], kv=cache)[:, 0]
+    return cache.layers.step(embedded_BD, cache)
+
+
+def _prepare_layers(body: nn.Module, cache: KVCache, max_rows: int | None) -> None:
+    if not cache.has_layers or (cache.layers is not None and not cache.layers.is_current()):
+        cache.layers, cache.has_layers = decode_layers(body, plain_step, max_rows), True
+
+
+def plain_step(body: nn.Module, embedded_BD: Tensor, cache: KVCache) -> Tensor:
+    """:func:`run_step` through transformers' own layers."""
+    position_B = cache.begin_step(len(embedded_BD), stable_rope_length(body.config))
     out_BD = _run(body, embedded_BD[:, None], position_B[:, None], kv=cache)[:, 0]
     cache.end_step()
     return out_BD

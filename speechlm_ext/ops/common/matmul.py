@@ -12,13 +12,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops.common.cublas import has_cublas, product
 from speechlm_ext.ops.common.native import OpError, native
 
 #: Rows of the weight per tile: the maximum, and the minimum that is used to get _TILES tiles.
 _MAX_WEIGHT_ROWS, _MIN_WEIGHT_ROWS, _TILES = 2048, 256, 16
 #: Rows and dimensions of a tile of dH, whose sums run over the whole vocabulary.
 _HIDDEN_ROWS, _HIDDEN_WIDTH = 256, 192
-#: Whether torch can give a product of 16-bit matrices in float32 on a GPU, and the first version that can.
+#: Where torch's cuBLAS cannot be called directly: whether torch can give a product of 16-bit matrices in float32 on a
+#: GPU, and the first version that can.
 GIVES_FLOAT32, FIRST_TORCH = hasattr(torch.ops.aten.mm, "dtype_out"), "2.8"
 #: Whether torch's addmm adds a product of 16-bit matrices to a float32 one in place.
 ADDS_IN_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 12)
@@ -48,6 +50,8 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         for start in range(0, b.shape[0], _MAX_WEIGHT_ROWS):
             t = slice(start, start + _MAX_WEIGHT_ROWS)
             out.addmm_(a[:, t], b[t].to(out.dtype), beta=int(accumulate or start > 0))
+    elif has_cublas(out):
+        product(out, a, b, accumulate=accumulate)
     elif not GIVES_FLOAT32:
         raise OpError(
             f"products of {a.dtype} with sums in {out.dtype} on a GPU need torch {FIRST_TORCH} or later; torch "
@@ -61,6 +65,15 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         for start in range(0, out.shape[0], 4 * _MAX_WEIGHT_ROWS):
             t = slice(start, start + 4 * _MAX_WEIGHT_ROWS)
             out[t] += torch.ops.aten.mm.dtype(a[t], b, out.dtype)
+
+
+def split_bfloat16(values: Tensor, parts: int) -> list[Tensor]:
+    """``values`` as a sum of ``parts`` bfloat16 tensors, each of 8 bits: three of them hold a float32."""
+    out = [values.to(torch.bfloat16)]
+    for _ in range(parts - 1):
+        values = values - out[-1]
+        out.append(values.to(torch.bfloat16))
+    return out
 
 
 def matmul_into(out: Tensor, h: Tensor, weight: Tensor) -> None:

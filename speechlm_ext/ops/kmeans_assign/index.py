@@ -15,6 +15,8 @@ from speechlm_ext.ops.common.native import LIBRARY, OpError, call_kernel, descri
 
 #: On the CPU: centroids per panel of codes, and the multiple that their number is padded to (csrc/kmeans_assign).
 _PANEL, _MULTIPLE = 16, 32
+#: On a GPU: the multiple that the number of centroids is padded to, those of a thread's load.
+_GROUP = 4
 #: The multiple that pairs of coarse codes are padded to.
 _COARSE_PAIRS = 16
 #: Half norm of a copy of an earlier centroid, and of padding: never the minimum.
@@ -42,7 +44,7 @@ class CentroidIndex:
     """The same in float32 (float64 for float64), contiguous."""
     codes: Tensor
     """The centroids less ``centre`` in low precision: on the CPU int32 ``[K/16, F/2, 16]``, pairs of 16-bit integers;
-    on a GPU float16 ``[K, F]``. Both padded."""
+    on a GPU float16 ``[K, F]``. Both padded in both dimensions."""
     terms: Tensor
     """float32 ``[4, K]``, padded: scale of the codes, half squared norm, norm, and norm of the rounding error, all
     relative to ``unit``."""
@@ -166,8 +168,17 @@ def _index_cuda(centroids: Tensor) -> _Index:
     terms[1] = torch.where(fits, torch.where(_copies(centroids), _NEVER, terms[1]), 0.0)
     terms[2] = torch.where(fits, terms[2], torch.inf)
     terms[3] = torch.where(fits, terms[3], 0.0)
-    codes = torch.nn.functional.pad(codes, (0, -width % 8))  # rows of 16 bytes
-    return codes, terms.float().contiguous(), centre, unit, *_no_coarse(centroids)
+    # Rows of 16 bytes, and loads of 16 bytes of the terms and the products; a padded centroid is never the nearest.
+    more = -num_clusters % _GROUP
+    codes = torch.nn.functional.pad(codes, (0, -width % 8, 0, more))
+    return codes, _padded(terms.float(), more), centre, unit, *_no_coarse(centroids)
+
+
+def _padded(terms: Tensor, more: int) -> Tensor:
+    """``terms`` with ``more`` centroids that no row is near."""
+    out = torch.nn.functional.pad(terms, (0, more))
+    out[1, terms.shape[1] :] = _NEVER
+    return out
 
 
 def _copies(centroids: Tensor) -> Tensor:
@@ -195,8 +206,8 @@ def _fake(centroids: Tensor) -> _Index:
     num_clusters, width = centroids.shape
     padded = -(-num_clusters // _MULTIPLE) * _MULTIPLE
     if centroids.device.type == "cuda":
-        codes = centroids.new_empty(num_clusters, width + -width % 8, dtype=torch.float16)
-        padded = num_clusters
+        padded = num_clusters + -num_clusters % _GROUP
+        codes = centroids.new_empty(padded, width + -width % 8, dtype=torch.float16)
         coarse = _no_coarse(centroids)
     else:
         codes = centroids.new_empty(padded // _PANEL, (width + 1) // 2, _PANEL, dtype=torch.int32)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from speechlm_ext.ops.common.cublas import blas_handle, has_cublas
 from speechlm_ext.ops.common.native import (
     FLOAT_DTYPES,
     LIBRARY,
@@ -19,8 +21,10 @@ from speechlm_ext.ops.common.native import (
 from speechlm_ext.ops.common.precision import float32_sums, multiply_float16
 from speechlm_ext.ops.kmeans_assign.index import CentroidIndex
 
-#: On a GPU: bytes of the products of a chunk, which should stay in its second-level cache, and of the rounded rows.
-_PRODUCT_BYTES, _CODE_BYTES = 32 << 20, 128 << 20
+#: On a GPU: bytes of a chunk's products, two of which should stay in the second-level cache, and of the rounded rows.
+_PRODUCT_BYTES, _CODE_BYTES = 16 << 20, 128 << 20
+#: Rows and centroids of a tile of the vendor's product.
+_TILE_ROWS, _TILE_CLUSTERS = 128, 256
 
 LIBRARY.define(
     "kmeans_assign(Tensor x, Tensor centroids, Tensor codes, Tensor terms, Tensor centre, Tensor unit, "
@@ -191,32 +195,84 @@ def _assign_cpu(  # type: ignore[no-untyped-def]
     return labels, distance.to(_distance_dtype(x)), counts
 
 
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def chunk_rows(num_clusters: int, num_bytes: int, num_multiprocessors: int) -> int:
+    """Rows of a chunk, whose products have up to ``num_bytes``, or one tile of rows.
+
+    As many tiles of the product as fill the multiprocessors in whole waves, or nearly; of equal ones the largest.
+    """
+    most = max(1, num_bytes // (4 * num_clusters * _TILE_ROWS))
+    tiles = -(-num_clusters // _TILE_CLUSTERS)
+
+    def busy(num: int) -> float:
+        return num * tiles / (-(-num * tiles // num_multiprocessors) * num_multiprocessors)
+
+    return max(range(-(-most // 2), most + 1), key=lambda num: (busy(num), num)) * _TILE_ROWS
+
+
 def _assign_cuda(  # type: ignore[no-untyped-def]
     x, centroids, codes, terms, centre, unit, coarse_codes, coarse_terms, exact: bool, want_distance: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     labels, distance, counts = _results(x, want_distance)
-    num_rows, num_clusters, padded = x.shape[0], centroids.shape[0], codes.shape[1]
-    x, stream = x.contiguous(), stream_handle(x)
-    chunk = min(max(256, _PRODUCT_BYTES // (4 * num_clusters) // 256 * 256), max(num_rows, 1))
-    step = max(1, _CODE_BYTES // (2 * padded * chunk)) * chunk
-    row_codes = x.new_empty(min(step, num_rows), padded, dtype=torch.float16)
-    row_terms = x.new_empty(min(step, num_rows), 6, dtype=torch.float32)
-    products = x.new_empty(chunk, num_clusters, dtype=torch.float32)
+    num_rows, (num_clusters, width) = x.shape[0], codes.shape  # padded
+    x = x.contiguous()
+    chunk = chunk_rows(num_clusters, _PRODUCT_BYTES, _num_multiprocessors(x.device) if x.is_cuda else 1)
+    chunk = min(chunk, max(num_rows, 1))
+    step = min(max(1, _CODE_BYTES // (2 * width * chunk)) * chunk, num_rows)
+    row_codes = x.new_empty(step, width, dtype=torch.float16)
+    row_terms = x.new_empty(num_rows, 6, dtype=torch.float32)
+    products = x.new_empty(1 + (num_rows > chunk), chunk, num_clusters, dtype=torch.float32)
+    to = distance if want_distance else None
+    if has_cublas(x):
+        call_kernel(
+            native.kmeans_assign_cuda,
+            x, centroids, codes, terms, centre, unit, exact, labels, to, counts, row_codes, row_terms, products,
+            blas_handle(x), stream_handle(x),
+        )  # fmt: skip
+    elif num_rows > 0:
+        _assign_by_torch(
+            x, centroids, codes, terms, centre, unit, exact, labels, to, counts, row_codes, row_terms, products[0]
+        )  # fmt: skip
+    return labels, distance.to(_distance_dtype(x)), counts
+
+
+def _assign_by_torch(  # type: ignore[no-untyped-def]
+    x,
+    centroids,
+    codes,
+    terms,
+    centre,
+    unit,
+    exact: bool,
+    labels,
+    distance,
+    counts,
+    row_codes,
+    row_terms,
+    products,
+) -> None:
+    """The same with torch's products, on one stream."""
+    num_rows, step, chunk, stream = len(x), len(row_codes), len(products), stream_handle(x)
     with float32_sums():  # the bounds of the products assume it
         for begin in range(0, num_rows, step):
-            rows = x[begin : begin + step]
-            call_kernel(native.kmeans_rows_cuda, rows, centre, unit, exact, row_codes, row_terms, stream)
-            for i in range(0, len(rows), chunk):
-                part = slice(i, min(i + chunk, len(rows)))
-                to = slice(begin + part.start, begin + part.stop)
+            rows = slice(begin, min(begin + step, num_rows))
+            call_kernel(
+                native.kmeans_rows_cuda, x[rows], centre, unit, exact, row_codes, row_terms[rows], stream
+            )
+            for first in range(rows.start, rows.stop, chunk):
+                part = slice(first, min(first + chunk, rows.stop))
                 z = products[: part.stop - part.start]
-                multiply_float16(z, row_codes[part], codes)
+                multiply_float16(z, row_codes[part.start - begin : part.stop - begin], codes)
                 call_kernel(
                     native.kmeans_rescore_cuda,
-                    z, x[to], centroids, terms, row_terms[part], labels[to],
-                    distance[to] if want_distance else None, counts, stream,
+                    z, x[part], centroids, terms, row_terms[part], labels[part],
+                    None if distance is None else distance[part], counts, stream,
                 )  # fmt: skip
-    return labels, distance.to(_distance_dtype(x)), counts
 
 
 LIBRARY.impl("kmeans_assign", _assign_cpu, "CPU")

@@ -43,10 +43,10 @@ def _sums_cuda(x: Tensor, labels: Tensor, offset: Tensor, step: Tensor, sums: Te
     counts += torch.zeros_like(counts).scatter_add_(
         0, labels.long().clamp(0, num_clusters - 1), is_label.long()
     )
+    by_label, order = labels.sort()
     call_kernel(
         native.kmeans_sums,
-        x.contiguous(), labels.contiguous(), offset.contiguous(), step.contiguous(), sums, None,
-        labels.argsort(), 0, stream_handle(x),
+        x.contiguous(), by_label, offset.contiguous(), step.contiguous(), sums, None, order, 0, stream_handle(x),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speechlm_ext.ops.common.native import OpError, describe, partition_hint
+from speechlm_ext.ops.multistream_loss.rows import LossRows, pack
 from speechlm_ext.ops.multistream_loss.scopes import (
     GivenScopes,
     Interval,
@@ -74,6 +75,7 @@ def read_inputs(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
+    rows: LossRows | None = None,
 ) -> LossInputs:
     """Check all arguments but the values in tensors (see `check_values`), and give them their dtypes."""
     if hidden.dim() != 2 or not hidden.is_floating_point():
@@ -98,10 +100,12 @@ def read_inputs(
         )
     if heads not in ("shared", "separate"):
         raise OpError(f'{_OP}: heads must be "shared" or "separate"; got {heads!r}')
-    merged, rows = read_scopes(sets, None if heads == "separate" else weight.shape[0], heads == "separate")
-    if heads == "separate" and rows != weight.shape[0]:
+    merged, num_weights = read_scopes(
+        sets, None if heads == "separate" else weight.shape[0], heads == "separate"
+    )
+    if heads == "separate" and num_weights != weight.shape[0]:
         raise OpError(
-            f"{_OP}: weight must have {rows} rows, one for each id of each stream's scope; got {weight.shape[0]}"
+            f"{_OP}: weight must have {num_weights} rows, one for each id of each stream's scope; got {weight.shape[0]}"
         )
     if row_scope is None and len(sets) > 1:
         raise OpError(f"{_OP}: scopes has {len(sets)} kinds of rows; row_scope [N] must give each row's kind")
@@ -109,8 +113,14 @@ def read_inputs(
         tuple(row_scope.shape) != (num_rows,) or row_scope.dtype not in (torch.int32, torch.int64)
     ):
         raise OpError(f"{_OP}: row_scope must be int32 or int64 [{num_rows}]; got {describe(row_scope)}")
-    if stream_embed is not None and tuple(stream_embed.shape) != (num_streams, width):
-        raise OpError(f"{_OP}: stream_embed must be [{num_streams}, {width}]; got {describe(stream_embed)}")
+    if stream_embed is not None and tuple(stream_embed.shape) not in (
+        (num_streams, width),
+        (num_streams - 1, width),
+    ):
+        raise OpError(
+            f"{_OP}: stream_embed must be [{num_streams}, {width}], or [{num_streams - 1}, {width}] where stream 0 has "
+            f"no vector; got {describe(stream_embed)}"
+        )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise OpError(f"{_OP}: bias must be [{weight.shape[0]}]; got {describe(bias)}")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -119,6 +129,9 @@ def read_inputs(
         raise OpError(f"{_OP}: z_loss must be 0 or more and finite; got {z_loss}")
     if not 0 <= label_smoothing < 1:
         raise OpError(f"{_OP}: label_smoothing must be in [0, 1); got {label_smoothing}")
+    flat = flatten(merged)
+    if rows is not None:
+        rows.check(targets, flat)
     loss_weight = loss_weight.detach().to(sum_dtype(hidden.dtype))
     return LossInputs(
         hidden=hidden,
@@ -126,14 +139,67 @@ def read_inputs(
         targets=targets.to(torch.int64),
         live=loss_weight > 0,
         coef_loss=loss_weight,
-        scopes=flatten(merged),
+        scopes=flat,
         row_scope=None if row_scope is None else row_scope.to(torch.int64),
         stream_embed=stream_embed,
         bias=bias,
         z_loss=float(z_loss),
         label_smoothing=float(label_smoothing),
         softcap=float(softcap or 0),
+        rows=None if rows is None else rows.index,
+        row_counts=[] if rows is None else list(rows.counts),
+        narrow=_is_autocast(hidden),
     )
+
+
+def _is_autocast(hidden: Tensor) -> bool:
+    """Whether F.linear would round its float32 factors to bfloat16 here."""
+    device = hidden.device.type
+    return (
+        hidden.dtype in (torch.float32, torch.bfloat16)
+        and torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device) == torch.bfloat16
+    )
+
+
+def plan_loss_rows(
+    loss_weight: Tensor,
+    *,
+    scopes: GivenScopes | Sequence[GivenScopes],
+    row_scope: Tensor | None = None,
+    heads: Heads = "shared",
+) -> LossRows:
+    """The rows that `multistream_loss` computes, from a batch that is still on the CPU.
+
+    With them the op waits for no GPU, and a captured CUDA graph leaves out rows without a target.
+
+    Args:
+        loss_weight: float ``[N, S]`` on the CPU; may be a mask.
+        scopes, row_scope, heads: of the call that gets the rows.
+
+    Returns:
+        `LossRows`, to be moved to the batch's device with ``rows.to(device)``.
+
+    Raises:
+        OpError: (a ValueError) tensors that are not on the CPU or do not fit ``scopes``.
+    """
+    sets = _sets(scopes)
+    num_streams = len(sets[0])
+    if loss_weight.dim() != 2 or loss_weight.shape[1] != num_streams or loss_weight.device.type != "cpu":
+        raise OpError(
+            f"plan_loss_rows: loss_weight must be [N, {num_streams}] on the CPU; got {describe(loss_weight)}"
+        )
+    if (row_scope is None) != (len(sets) == 1) or (
+        row_scope is not None
+        and (row_scope.shape != loss_weight.shape[:1] or row_scope.device != loss_weight.device)
+    ):
+        raise OpError(
+            f"plan_loss_rows: {len(sets)} kinds of rows need a row_scope [{loss_weight.shape[0]}] on the CPU "
+            f"(one kind: None); got {describe(row_scope)}"
+        )
+    merged, _ = read_scopes(sets, None, heads == "separate")
+    index, counts = pack(merged, loss_weight > 0, row_scope)
+    return LossRows(index, counts, loss_weight.shape[0], tuple(flatten(merged)))
 
 
 def read_chunk_bytes(chunk_bytes: int | None) -> int:

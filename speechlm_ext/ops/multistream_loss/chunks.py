@@ -7,52 +7,63 @@ row kernel, which replaces Z by the streams' summed logit gradients G, then ``dH
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from speechlm_ext.ops.common.matmul import (
-    add_hidden_gradient,
-    add_weight_gradient,
-    matmul_into,
-    run,
-    weight_tiles,
-)
+from speechlm_ext.ops.common.matmul import add_hidden_gradient, add_weight_gradient, matmul_into
 from speechlm_ext.ops.common.memory import empty_in_huge_pages
 from speechlm_ext.ops.multistream_loss.row_kernel import RowOutputs, loss_rows
-from speechlm_ext.ops.multistream_loss.scopes import (
-    Group,
-    Interval,
-    Scopes,
-    as_index,
-    group_all,
-    group_streams,
+from speechlm_ext.ops.multistream_loss.rows import plan_rows, planned_rows
+from speechlm_ext.ops.multistream_loss.scopes import Group, Interval
+from speechlm_ext.ops.multistream_loss.stream_terms import StreamTerms
+from speechlm_ext.ops.multistream_loss.types import (
+    LossInputs,
+    LossResult,
+    LossWants,
+    sum_dtype,
+    weight_gradient_dtype,
 )
-from speechlm_ext.ops.multistream_loss.types import LossInputs, LossResult, LossWants, sum_dtype
 
 #: Bytes of logits in a chunk, but at least MIN_ROWS rows: with fewer, the products wait for memory.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 384 << 20}
 MIN_ROWS = 512
-#: Rows of the weight that are widened to float64 at a time, in memory besides the logits.
-_WIDE_ROWS, _WIDE_ROWS_GPU = 256, 8192
-#: All streams share one product if that costs at most this factor of two products.
-_ONE_PRODUCT = 1.02
+#: On a GPU of at least this memory: the logits of a product that fit into one chunk, and the chunks of others, which
+#: need a float32 gradient of the weight as well.
+_LARGE_GPU, _ONE_CHUNK, _CHUNK = 36 << 30, 1 << 30, 512 << 20
 
 
 def loss_pass(inputs: LossInputs, wants: LossWants, chunk_bytes: int = 0) -> LossResult:
     """Results of the pass; ``chunk_bytes``: bytes of logits in a chunk, 0 for the device's default."""
-    work = _Pass(inputs, wants, chunk_bytes)
-    for kind, scopes in enumerate(inputs.sets):
-        live = inputs.live_of(kind).contiguous()
-        # Rows of two kinds are disjoint, except under capture, where every kind computes all rows.
-        work.run_kind(scopes, live, accumulate=kind > 0 and capturing(live))
+    # Nothing may synchronize while a CUDA graph is being captured, so without a plan no row can be left out.
+    keep_all = inputs.rows is None and capturing(inputs.hidden)
+    if inputs.rows is None:
+        plan = plan_rows(inputs.sets, inputs.live, inputs.row_scope, keep_all)
+    else:
+        plan = planned_rows(inputs.sets, inputs.rows, inputs.row_counts)
+    work = _Pass(inputs, wants, chunk_bytes, [product for products in plan for product in products])
+    for kind, products in enumerate(plan):
+        # Rows of two kinds are disjoint, unless every kind computes all rows.
+        live = inputs.live_of(kind) if keep_all else inputs.live
+        for number, (group, rows) in enumerate(products):
+            work.run_group(group, rows, live.contiguous(), number > 0 or (keep_all and kind > 0))
     return work.finish()
 
 
 def capturing(tensor: Tensor) -> bool:
-    """True while a CUDA graph is being captured: nothing may synchronize, so no row can be left out."""
+    """True while a CUDA graph is being captured."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def chunk_rows(group: Group, num_rows: int, dtype: torch.dtype, device: torch.device, given: int = 0) -> int:
+    """Rows of a chunk; ``given``: bytes of its logits, 0 for the device's default. Nothing waits for a GPU."""
+    size = group.columns * dtype.itemsize
+    if given == 0 and device.type == "cuda":
+        given = CHUNK_BYTES["cuda"]
+        if torch.cuda.get_device_properties(device).total_memory >= _LARGE_GPU:
+            given = _ONE_CHUNK if num_rows * size <= _ONE_CHUNK else _CHUNK
+    return max(MIN_ROWS, (given or CHUNK_BYTES[device.type]) // size)
 
 
 class _WeightGradient:
@@ -87,103 +98,125 @@ class _WeightGradient:
 class _Pass:
     """One pass: its inputs in the dtypes of its arithmetic, and the results so far."""
 
-    def __init__(self, inputs: LossInputs, wants: LossWants, chunk_bytes: int) -> None:
-        hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    def __init__(
+        self, inputs: LossInputs, wants: LossWants, chunk_bytes: int, products: Sequence[tuple[Group, Tensor]]
+    ) -> None:
+        hidden, weight, embed = inputs.hidden.detach(), inputs.weight.detach(), inputs.stream_embed
         # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
         self.dtype = sum_dtype(hidden.dtype)
         # On a GPU the products of bfloat16 tensors run in bfloat16, and their sums in float32. Not those of float16:
-        # unscaled logit gradients would underflow.
-        narrow = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
-        self.product_dtype = hidden.dtype if narrow else self.dtype
+        # unscaled logit gradients would underflow. On the CPU their factors are rounded, and multiplied in float32.
+        is_narrow = inputs.narrow or (hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16)
+        self.product_dtype = torch.bfloat16 if is_narrow and hidden.is_cuda else self.dtype
+        self.rounded = torch.bfloat16 if is_narrow else self.dtype
         self.inputs = inputs._replace(
             hidden=hidden,
-            weight=weight.to(self.product_dtype),
+            weight=weight.to(self.rounded).to(self.product_dtype),
             targets=inputs.targets.contiguous(),
             coef_loss=inputs.coef_loss.to(self.dtype).contiguous(),
             coef_nll=None if inputs.coef_nll is None else inputs.coef_nll.to(self.dtype).contiguous(),
-            stream_embed=None if inputs.stream_embed is None else inputs.stream_embed.detach().to(self.dtype),
+            stream_embed=None if embed is None else embed.detach(),
             bias=None if inputs.bias is None else inputs.bias.detach().to(self.dtype),
         )
-        self.chunk_bytes = chunk_bytes or CHUNK_BYTES[hidden.device.type]
+        self.chunk_bytes = chunk_bytes
         self.want_grad = any(wants.gradients)
         want_hidden, want_weight, want_embed, want_bias = wants.gradients
-        has_embed, has_bias = inputs.stream_embed is not None, inputs.bias is not None
-        self.want_sums = (has_embed and (want_weight or want_embed)) or (has_bias and want_bias)
+        self.want_vectors = embed is not None and (want_weight or want_embed)
+        self.want_bias = inputs.bias is not None and want_bias
         new, shape = hidden.new_zeros, inputs.targets.shape
-        self.weight_gradient = _WeightGradient(weight, self.dtype) if want_weight else None
+        sums = new(3, shape[1], dtype=torch.int64)  # of 8 bytes each, in one launch
+        self.weight_dtype = weight_gradient_dtype(hidden, weight)
+        # Where one product writes each row, its own rounding is the only one.
+        dtype = self.weight_dtype if self._writes_once(products) else self.dtype
+        self.weight_gradient = _WeightGradient(weight, dtype) if want_weight else None
         self.result = LossResult(
-            stream_loss=new(shape[1], dtype=torch.float64),
-            stream_correct=new(shape[1], dtype=torch.int64),
+            stream_loss=sums[2].view(torch.float64),
+            stream_counts=sums[:2],
             token_nll=new(shape, dtype=self.dtype) if wants.token_nll else None,
             token_entropy=new(shape, dtype=self.dtype) if wants.token_entropy else None,
             grad_hidden=new(hidden.shape, dtype=self.dtype) if want_hidden else None,
             grad_weight=self.weight_gradient.values if self.weight_gradient else None,
-            grad_embed=new(inputs.stream_embed.shape, dtype=self.dtype)
-            if want_embed and inputs.stream_embed is not None
-            else None,
+            grad_embed=new(embed.shape, dtype=self.dtype) if want_embed and embed is not None else None,
             grad_bias=new(inputs.bias.shape, dtype=self.dtype)
             if want_bias and inputs.bias is not None
             else None,
         )
 
+    def _chunk_rows(self, group: Group, rows: Tensor) -> int:
+        return chunk_rows(group, len(rows), self.product_dtype, rows.device, self.chunk_bytes)
+
+    def _writes_once(self, products: Sequence[tuple[Group, Tensor]]) -> bool:
+        """Whether no row of dW is added to."""
+        if any(len(rows) > self._chunk_rows(group, rows) for group, rows in products):
+            return False
+        spans = sorted((i.row, i.row + i.num_ids) for group, _ in products for i in group.root)
+        return all(end <= start for (_, end), (start, _) in pairwise(spans))
+
     def finish(self) -> LossResult:
         """The results, with zeros where no row contributed."""
-        self.result.stream_loss = self.result.stream_loss.to(self.dtype)
+        result = self.result
+        # A copy: the op's results share no memory.
+        result.stream_loss = result.stream_loss.to(self.dtype, copy=True)
+        if self.inputs.rows is not None:
+            # A plan for other tensors leaves out targets: no loss is better than a wrong one.
+            is_wrong = result.stream_counts[1] != self.inputs.live.sum(dim=0)
+            result.stream_loss.masked_fill_(is_wrong, float("nan"))
         if self.weight_gradient is not None:
             self.weight_gradient.zero_unwritten(0, len(self.weight_gradient.values))
-        return self.result
+            result.grad_weight = self.weight_gradient.values.to(self.weight_dtype)
+        return result
 
-    def run_kind(self, scopes: Scopes, live: Tensor, accumulate: bool) -> None:
-        """All rows with a ``live`` target, whose streams have ``scopes``.
-
-        ``accumulate``: earlier kinds may have written the rows' hidden gradients.
-        """
-        self.inputs = self.inputs._replace(live=live)
-        for number, (group, rows) in enumerate(plan_products(scopes, live)):
-            if rows.numel():
-                self._run_group(group, rows, accumulate or number > 0)
-
-    def _run_group(self, group: Group, rows: Tensor, accumulate: bool) -> None:
-        inputs, dtype = self.inputs, self.product_dtype
-        chunk = max(MIN_ROWS, self.chunk_bytes // (group.columns * dtype.itemsize))
-        buffer = empty_in_huge_pages(min(chunk, rows.numel()), group.columns, dtype, rows.device)
-        stream_bias = _stream_bias(group, inputs)
-        streams = [(s, self.want_sums, slices) for s, slices in zip(group.streams, group.slices, strict=True)]
-        num_sums = sum(count for slices in group.slices for _, _, count in slices)
+    def run_group(self, group: Group, rows: Tensor, live: Tensor, accumulate: bool) -> None:
+        """All rows of one product. ``accumulate``: an earlier product may have written their hidden gradients."""
+        self.inputs = inputs = self.inputs._replace(live=live)
+        terms = StreamTerms(group, inputs, self.want_vectors, self.want_bias)
+        chunk, extra = min(self._chunk_rows(group, rows), len(rows)), terms.num_extra_rows
+        buffer = empty_in_huge_pages(chunk + extra, group.columns, self.product_dtype, rows.device)
+        bias_rows, result = terms.bias_rows(), self.result
         out = RowOutputs(
-            stream_loss=inputs.hidden.new_zeros(len(streams), dtype=torch.float64),
-            stream_correct=inputs.hidden.new_zeros(len(streams), dtype=torch.int64),
-            column_sums=inputs.hidden.new_zeros(num_sums, dtype=self.dtype) if self.want_sums else None,
-            token_nll=self.result.token_nll,
-            token_entropy=self.result.token_entropy,
+            stream_loss=result.stream_loss,
+            stream_correct=result.stream_counts[0],
+            stream_count=result.stream_counts[1],
+            column_sums=inputs.hidden.new_zeros(terms.num_sums, group.columns, dtype=self.dtype)
+            if terms.num_sums
+            else None,
+            token_nll=result.token_nll,
+            token_entropy=result.token_entropy,
         )
         add_weight = self.weight_gradient.reserve(group.root) if self.weight_gradient is not None else None
-        has_all_rows = rows.numel() == inputs.hidden.shape[0]
-        for start in range(0, rows.numel(), chunk):
-            chunk_rows, span = rows[start : start + chunk], slice(start, start + chunk)
-            index = span if has_all_rows else chunk_rows
-            h = inputs.hidden[index].to(dtype).contiguous()
-            z = buffer[: h.shape[0]]
+        has_all_rows = len(rows) == inputs.hidden.shape[0]
+        for start in range(0, len(rows), chunk):
+            index = (
+                slice(start, min(start + chunk, len(rows))) if has_all_rows else rows[start : start + chunk]
+            )
+            h = inputs.hidden[index].to(self.rounded).to(self.product_dtype).contiguous()
+            n = len(h)
+            z = buffer[:n]
             for interval, columns in blocks(group, z):
                 matmul_into(columns, h, _rows(inputs.weight, interval))
             loss_rows(
                 z,
-                chunk_rows,
+                rows[start : start + chunk],
                 inputs,
-                streams=streams,
-                stream_bias=stream_bias,
+                streams=terms.streams,
+                stream_bias=bias_rows,
                 out=out,
                 want_grad=self.want_grad,
             )
+            if result.grad_hidden is not None:
+                self._put_grad_hidden(group, z, index, accumulate)
+            if extra and start + chunk >= len(rows):  # the column sums are complete
+                assert out.column_sums is not None
+                terms.extra_gradient(out.column_sums, buffer[n : n + extra])
+                if result.grad_embed is not None:
+                    terms.add_vector_gradient(result.grad_embed, buffer[n : n + extra])
+                if add_weight is not None:
+                    z, h = buffer[: n + extra], torch.cat([h, *terms.extra_hidden(h.dtype)])
             if add_weight is not None:
                 self._add_grad_weight(group, z, h, add_weight if start == 0 else [True] * len(group.root))
-            if self.result.grad_hidden is not None:
-                self._put_grad_hidden(group, z, index, accumulate)
-        del buffer, z  # before the next allocation
-        self.result.stream_loss[group.index] += out.stream_loss
-        self.result.stream_correct[group.index] += out.stream_correct
-        if out.column_sums is not None:
-            self._add_rank_one_terms(group, out.column_sums)
+        if result.grad_bias is not None and out.column_sums is not None:
+            for interval, columns in blocks(group, out.column_sums):
+                _rows(result.grad_bias, interval).add_(columns.sum(dim=0))
 
     def _add_grad_weight(self, group: Group, grad: Tensor, h: Tensor, accumulate: Sequence[bool]) -> None:
         """``dW += Gᵀ h``, or ``=``, per interval of the root."""
@@ -206,45 +239,6 @@ class _Pass:
         else:
             whole[index] = out
 
-    def _add_rank_one_terms(self, group: Group, column_sums: Tensor) -> None:
-        """Add the gradients of stream embeddings and bias, and the embeddings' share of dW."""
-        result, embed = self.result, self.inputs.stream_embed
-        sums = column_sums.new_zeros(len(group.streams), group.columns)
-        at = 0
-        for k, slices in enumerate(group.slices):
-            for _, begin, count in slices:
-                sums[k, begin : begin + count] = column_sums[at : at + count]
-                at += count
-        grad_embed = sums.new_zeros(len(group.streams), self.inputs.hidden.shape[1])
-        for interval, columns in blocks(group, sums):
-            if embed is not None and result.grad_weight is not None:
-                add_weight_gradient(_rows(result.grad_weight, interval), columns, embed[group.index], True)
-            if result.grad_embed is not None:
-                add_hidden_gradient(grad_embed, columns, _rows(self.inputs.weight, interval), True)
-            if result.grad_bias is not None:
-                _rows(result.grad_bias, interval).add_(columns.sum(dim=0))
-        if result.grad_embed is not None:
-            result.grad_embed[group.index] += grad_embed
-
-
-def plan_products(scopes: Scopes, live: Tensor) -> list[tuple[Group, Tensor]]:
-    """Groups of streams, and the rows int64 ``[R]`` in which any of a group's streams is live."""
-    groups = [(group, _live_rows(live[:, group.index])) for group in group_streams(scopes)]
-    if len(groups) == 2:
-        whole = group_all(scopes)
-        rows = _live_rows(live)
-        cost = sum(len(part) * group.columns for group, part in groups)
-        if len(rows) * whole.columns <= _ONE_PRODUCT * cost:
-            return [(whole, rows)]
-    return groups
-
-
-def _live_rows(live: Tensor) -> Tensor:
-    """Rows with a live target. On a GPU this synchronizes: the products' sizes depend on their number."""
-    if capturing(live):
-        return torch.arange(live.shape[0], device=live.device)
-    return live.any(dim=1).nonzero().squeeze(1)
-
 
 def _rows(matrix: Tensor | None, interval: Interval) -> Tensor:
     return matrix[interval.row : interval.row + interval.num_ids]  # type: ignore[index]
@@ -256,62 +250,3 @@ def blocks(group: Group, matrix: Tensor) -> list[tuple[Interval, Tensor]]:
         (interval, matrix[:, begin : begin + interval.num_ids])
         for interval, begin in zip(group.root, group.begins, strict=True)
     ]
-
-
-def _stream_bias(group: Group, inputs: LossInputs) -> Tensor | None:
-    """Per-stream logit bias ``[k, C]``; undefined outside the stream's scope.
-
-    Summed in float64: all rows share it, so its error would not average out over them.
-    """
-    weight, embed, bias = inputs.weight, inputs.stream_embed, inputs.bias
-    if embed is None and bias is None:
-        return None
-    out = torch.empty(len(group.streams), group.columns, dtype=sum_dtype(weight.dtype), device=weight.device)
-    members: dict[tuple[int, int], list[int]] = {}
-    for k, slices in enumerate(group.slices):
-        for _, begin, count in slices:
-            members.setdefault((begin, count), []).append(k)
-    for (begin, count), ks in members.items():
-        columns = out[:, begin : begin + count]
-        ids = slice(group.row_of(begin), group.row_of(begin) + count)
-        vectors = None if embed is None else embed[as_index([group.streams[k] for k in ks])].double()
-        if bias is None and weight.device.type == "cpu" and not vectors.any():  # type: ignore[union-attr]
-            columns[as_index(ks)] = 0
-            continue
-        on_cpu = weight.device.type == "cpu"
-        tasks = [
-            partial(
-                _put_bias,
-                columns[:, tile],
-                as_index(ks),
-                weight[ids][tile],
-                vectors,
-                None if bias is None else bias[ids][tile],
-            )
-            for tile in (weight_tiles(count, _WIDE_ROWS) if on_cpu else _gpu_tiles(count))
-        ]
-        if on_cpu:
-            run(tasks, count * len(ks) * weight.shape[1])
-        else:
-            for task in tasks:
-                task()
-    return out
-
-
-def _gpu_tiles(num_rows: int) -> list[slice]:
-    """Tiles of the weight's rows, as large as their memory allows: each of them is several launches."""
-    return [
-        slice(start, min(start + _WIDE_ROWS_GPU, num_rows)) for start in range(0, num_rows, _WIDE_ROWS_GPU)
-    ]
-
-
-def _put_bias(
-    out: Tensor, index: slice | list[int], weight: Tensor, vectors: Tensor | None, bias: Tensor | None
-) -> None:
-    """``out[index] = vectors weightᵀ + bias`` with float64 ``vectors``, either of them None for none."""
-    total = None if bias is None else bias.double()
-    if vectors is not None:
-        product = vectors @ weight.double().T
-        total = product if total is None else product + total
-    assert total is not None
-    out[index] = total.to(out.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 from speechlm_ext.ops.common.native import OpError, describe
 from speechlm_ext.ops.multistream_loss.arguments import Heads, read_chunk_bytes, read_inputs
 from speechlm_ext.ops.multistream_loss.op import LossCall, MultiStreamLossFunction, run_op
+from speechlm_ext.ops.multistream_loss.rows import LossRows
 from speechlm_ext.ops.multistream_loss.scopes import GivenScopes
 from speechlm_ext.ops.multistream_loss.types import LossWants, sum_dtype
 
@@ -62,6 +63,8 @@ def multistream_loss(
     entropy: bool = False,
     recompute: bool = False,
     chunk_bytes: int | None = None,
+    rows: LossRows | None = None,
+    check_values: bool = True,
 ) -> MultiStreamLoss:
     """Linear layer and weighted cross-entropy over S streams.
 
@@ -72,7 +75,8 @@ def multistream_loss(
     Args:
         hidden: ``[N, D]`` float.
         weight: ``[V, D]`` output table; differentiable, may be tied to the embedding. On a GPU, if hidden and weight
-            are bfloat16, products run in bfloat16; otherwise in float32 (float64 for float64 hidden).
+            are bfloat16, products run in bfloat16; otherwise in float32 (float64 for float64 hidden). Under
+            ``torch.autocast`` to bfloat16 their factors are rounded to it, as those of `F.linear` are.
         targets: int32 or int64 ``[N, S]``, e.g. ``PackedBatch.labels``.
         loss_weight: float ``[N, S]`` >= 0, e.g. ``PackedBatch.loss_weight``; carries no gradient.
         scopes: per stream the id intervals ``(start, end)`` that its softmax runs over. With ``row_scope``, a list of
@@ -81,7 +85,8 @@ def multistream_loss(
         heads: ``"shared"``: row i of ``weight`` is id i, for all streams. ``"separate"``: each stream has its own rows;
             ``weight`` (and ``bias``) hold the ids of stream 0's scope in ascending order, then those of stream 1, …
             (`separate_head_rows` in all). Targets and scopes are ids in either case.
-        stream_embed: ``[S, D]``, added to the hidden state of each stream; None for none.
+        stream_embed: ``[S, D]``, added to the hidden state of each stream; ``[S - 1, D]`` where stream 0 has none, and
+            takes no arithmetic for it; None for none.
         bias: ``[V]``; None for none.
         z_loss: adds ``z_loss · logsumexp²`` to each token's loss (PaLM, Chowdhery et al. 2022).
         label_smoothing: share of the target spread evenly over the scope, in [0, 1).
@@ -91,7 +96,11 @@ def multistream_loss(
         recompute: compute gradients in backward instead of forward: four products instead of three, and no gradients
             are held between the two.
         chunk_bytes: bytes of logits held at a time, but at least 512 rows; None for 64 MiB on the CPU and 384 MiB on a
-            GPU.
+            GPU; on one of 36 GiB or more, 1 GiB if that holds all rows of a product, else 512 MiB.
+        rows: the rows to compute, from `plan_loss_rows`; None: found here, which on a GPU synchronizes. Rows of another
+            batch make the loss NaN.
+        check_values: whether values in the tensors are checked first, which on a GPU synchronizes. Without it a live
+            target outside its stream's scope makes the loss NaN, and a target of negative or NaN weight is ignored.
 
     Returns:
         `MultiStreamLoss`. With no live target all sums are 0 and gradients are zero, not absent.
@@ -114,6 +123,7 @@ def multistream_loss(
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         softcap=softcap,
+        rows=rows,
     )
     if reduction not in ("sum", "none"):
         raise OpError(f'multistream_loss: reduction must be "sum" or "none"; got {reduction!r}')
@@ -123,13 +133,15 @@ def multistream_loss(
         recompute=recompute,
         grad_enabled=torch.is_grad_enabled(),
         chunk_bytes=read_chunk_bytes(chunk_bytes),
+        check_values=check_values,
     )
     outputs = MultiStreamLossFunction.apply(*inputs, call)
-    loss_sum, stream_loss, stream_correct, token_nll, token_entropy = outputs
+    loss_sum, stream_loss, stream_counts, token_nll, token_entropy = outputs
+    stream_correct, stream_count = stream_counts.unbind()
     return MultiStreamLoss(
         loss_sum=loss_sum,
         stream_loss=stream_loss,
-        stream_count=inputs.live.sum(dim=0),
+        stream_count=stream_count,
         stream_weight=inputs.coef_loss.sum(dim=0).float(),
         stream_correct=stream_correct,
         token_nll=token_nll if call.per_token else None,

@@ -10,13 +10,19 @@ from torch import Tensor
 from speechlm_ext.ops.common.native import LIBRARY
 from speechlm_ext.ops.multistream_loss.arguments import check_values
 from speechlm_ext.ops.multistream_loss.chunks import capturing, loss_pass
-from speechlm_ext.ops.multistream_loss.types import LossInputs, LossWants, sum_dtype
+from speechlm_ext.ops.multistream_loss.types import (
+    LossInputs,
+    LossWants,
+    sum_dtype,
+    weight_gradient_dtype,
+)
 
 #: The fields of LossInputs, then those of LossWants, then `_op`'s own.
 LIBRARY.define(
     "multistream_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor live, Tensor coef_loss, int[] scopes, "
     "Tensor? coef_nll, Tensor? row_scope, Tensor? stream_embed, Tensor? bias, float z_loss, float label_smoothing, "
-    "float softcap, bool[] gradients, bool token_nll, bool token_entropy, int chunk_bytes, bool check) -> Tensor[]"
+    "float softcap, Tensor? rows, int[] row_counts, bool narrow, bool[] gradients, "
+    "bool token_nll, bool token_entropy, int chunk_bytes, bool check) -> Tensor[]"
 )
 _OP = torch.ops.speechlm_ext.multistream_loss
 #: Inputs with gradients, in the order of `LossWants.gradients` and of the results.
@@ -51,10 +57,11 @@ def _fake(*arguments: Any) -> list[Tensor]:
     inputs, wants, _, _ = _split(arguments)
     new, S = inputs.hidden.new_empty, inputs.targets.shape[1]
     dtype = sum_dtype(inputs.hidden.dtype)
-    out = [new(S, dtype=dtype), new(S, dtype=torch.int64)]
+    out = [new(S, dtype=dtype), new(2, S, dtype=torch.int64)]
     out += [new(inputs.targets.shape, dtype=dtype) for _ in range(wants.token_nll + wants.token_entropy)]
-    learned = zip(wants.gradients, _differentiable(inputs), strict=True)
-    return out + [t.new_empty(t.shape, dtype=dtype) for wanted, t in learned if wanted and t is not None]
+    dtypes = [dtype, weight_gradient_dtype(inputs.hidden, inputs.weight), dtype, dtype]
+    learned = zip(wants.gradients, _differentiable(inputs), dtypes, strict=True)
+    return out + [t.new_empty(t.shape, dtype=of) for wanted, t, of in learned if wanted and t is not None]
 
 
 def _differentiable(inputs: LossInputs) -> list[Tensor | None]:
@@ -70,10 +77,11 @@ class LossCall(NamedTuple):
     recompute: bool
     grad_enabled: bool
     chunk_bytes: int
+    check_values: bool
 
 
 class MultiStreamLossFunction(torch.autograd.Function):
-    """``(loss_sum, stream_loss, stream_correct, token_nll or empty, token_entropy or empty)``.
+    """``(loss_sum, stream_loss, stream_counts, token_nll or empty, token_entropy or empty)``.
 
     Takes the fields of `LossInputs` and a `LossCall`. Gradients flow through loss_sum and token_nll. They are computed
     in forward and only scaled in backward; with ``recompute`` the logits are computed again in backward. ``per_token``
@@ -90,7 +98,7 @@ class MultiStreamLossFunction(torch.autograd.Function):
         ]
         later = call.per_token or call.recompute
         wants = LossWants([False] * 4 if later else gradients, call.per_token, call.entropy)
-        stream_loss, stream_correct, *rest = run_op(inputs, wants, call.chunk_bytes)
+        stream_loss, stream_counts, *rest = run_op(inputs, wants, call.chunk_bytes, call.check_values)
         loss_sum = stream_loss.sum()
         token_nll = rest.pop(0) if call.per_token else loss_sum.new_empty(0)
         token_entropy = rest.pop(0) if call.entropy else loss_sum.new_empty(0)
@@ -104,8 +112,8 @@ class MultiStreamLossFunction(torch.autograd.Function):
             ctx.gradients = None if later else rest
         elif any(gradients):
             ctx.save_for_backward(*rest)
-        ctx.mark_non_differentiable(stream_loss, stream_correct, token_entropy)
-        return loss_sum, stream_loss, stream_correct, token_nll, token_entropy
+        ctx.mark_non_differentiable(stream_loss, stream_counts, token_entropy)
+        return loss_sum, stream_loss, stream_counts, token_nll, token_entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -27,7 +27,10 @@ def loss_pass(inputs: LossInputs, wants: LossWants) -> LossResult:
         for s, scope in enumerate(scopes):
             rows = live[:, s].nonzero().squeeze(1)
             head = torch.cat([torch.arange(i.row, i.row + i.num_ids, device=rows.device) for i in scope])
-            h = hidden[rows] if embed is None else hidden[rows] + embed[s]
+            vector = (
+                -1 if embed is None else s - targets.shape[1] + embed.shape[0]
+            )  # the last streams have one
+            h = hidden[rows] if embed is None or vector < 0 else hidden[rows] + embed[vector]
             logits = F.linear(h, weight[head], None if bias is None else bias[head])
             if inputs.softcap:
                 logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
@@ -46,7 +49,7 @@ def loss_pass(inputs: LossInputs, wants: LossWants) -> LossResult:
             token_entropy[rows, s] = -torch.xlogy(log_p.exp(), log_p.exp()).sum(1)
     result = LossResult(
         stream_loss,
-        stream_correct,
+        torch.stack((stream_correct, inputs.live.sum(dim=0))),
         token_nll if wants.token_nll else None,
         token_entropy if wants.token_entropy else None,
     )

@@ -11,9 +11,9 @@ from torch import Tensor
 from speechlm_ext.ops.common.native import call_kernel, native, stream_handle
 from speechlm_ext.ops.multistream_loss.types import LossInputs
 
-#: A stream of a chunk: its column of the targets, whether its column sums are wanted, and its scope as slices
-#: ``(first id, first column, count)``, which ascend and do not overlap.
-Stream = tuple[int, bool, Sequence[tuple[int, int, int]]]
+#: A stream of a chunk: its column of the targets, whether it has a row of ``stream_bias``, whether its column sums
+#: are wanted, and its scope as slices ``(first id, first column, count)``, which ascend and do not overlap.
+Stream = tuple[int, bool, bool, Sequence[tuple[int, int, int]]]
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class RowOutputs:
     """Tensors that the kernel writes besides the logits; float32, or float64 for float64 logits, if not stated."""
 
     stream_loss: Tensor
-    """float64 ``[k]``, one per stream of the chunk; added to."""
+    """float64 ``[S]``; added to, as are all sums."""
     stream_correct: Tensor
-    """int64 ``[k]``; added to."""
+    """int64 ``[S]``."""
+    stream_count: Tensor
+    """int64 ``[S]``: live targets."""
     column_sums: Tensor | None = None
-    """Sums over rows of the gradients of the streams that want them, slice after slice; added to."""
+    """``[k, C]``: sums over rows of the gradients of the k streams that want them; untouched outside their scopes."""
     token_nll: Tensor | None = None
     """``[N, S]``; written where a target is live."""
     token_entropy: Tensor | None = None
@@ -52,7 +54,7 @@ def loss_rows(
         rows: int64 ``[R]``, each row's index in the tensors ``[N, S]``. An index out of range is an error on the CPU
             and makes the losses NaN on CUDA.
         inputs: coefficients are float32, or float64 for float64 logits; hidden, weight and scopes are not read.
-        stream_bias: ``[k, C]``, added to the logits of each of the k streams; None for none.
+        stream_bias: ``[k, C]``, added to the logits of the k streams that have a row; None for none.
 
     Raises:
         ValueError: shapes, dtypes, slices or (on the CPU) row indices that are not as above.
@@ -77,6 +79,7 @@ def loss_rows(
         out.token_entropy,
         out.stream_loss,
         out.stream_correct,
+        out.stream_count,
         out.column_sums,
         torch.get_num_threads(),
         workspace,

@@ -16,6 +16,12 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def weight_gradient_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """On a GPU the gradient of a bfloat16 weight is rounded once, in forward, from sums in float32."""
+    is_narrow = hidden.device.type == "cuda" and hidden.dtype == weight.dtype == torch.bfloat16
+    return torch.bfloat16 if is_narrow else sum_dtype(hidden.dtype)
+
+
 class LossInputs(NamedTuple):
     """Inputs of a pass, in the order of the op's schema. A tuple, because `torch.compile` traces those in any torch."""
 
@@ -36,13 +42,19 @@ class LossInputs(NamedTuple):
     row_scope: Tensor | None = None
     """int64 ``[N]``: index of each row's scope set; None with one set."""
     stream_embed: Tensor | None = None
-    """float ``[S, D]``."""
+    """float ``[S, D]``, or fewer rows: those of the last streams."""
     bias: Tensor | None = None
     """float ``[V]``."""
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     softcap: float = 0.0
     """0: off."""
+    rows: Tensor | None = None
+    """int64: rows of every product, see `rows.LossRows`; None: found from ``live``."""
+    row_counts: list[int] = []  # noqa: RUF012
+    """Rows of each product."""
+    narrow: bool = False
+    """Whether float32 factors of the products are rounded to bfloat16."""
 
     @property
     def sets(self) -> ScopeSets:
@@ -69,8 +81,8 @@ class LossResult:
 
     stream_loss: Tensor
     """``[S]``: sums of coef_loss · loss."""
-    stream_correct: Tensor
-    """int64 ``[S]``: live targets with the largest logit of their scope."""
+    stream_counts: Tensor
+    """int64 ``[2, S]``: live targets that are the most likely id of their scope, and live targets."""
     token_nll: Tensor | None
     """``[N, S]``, 0 where not live."""
     token_entropy: Tensor | None

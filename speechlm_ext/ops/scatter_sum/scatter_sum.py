@@ -166,8 +166,10 @@ def _sort_cuda(
 def _scatter_sum_cuda(
     values: Tensor, ids: Tensor, pad_id: int | None, offsets: list[int], scale: list[float], num_rows: int
 ) -> Tensor:
-    out = values.new_zeros(num_rows, values.shape[1])
-    if out.numel() and ids.numel():
+    if ids.numel() == 0:
+        return values.new_zeros(num_rows, values.shape[1])
+    out = values.new_empty(num_rows, values.shape[1])
+    if out.numel():
         workspace = _sort_cuda(values, ids, pad_id, offsets, num_rows, None)
         shape = (ids.shape[1], num_rows)
         call_kernel(

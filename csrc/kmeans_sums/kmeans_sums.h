@@ -16,7 +16,7 @@ struct KmeansSumsArgs {
   int64_t num_clusters = 0;         // K
   int64_t width = 0;                // F
   const T* x = nullptr;             // [N, F]
-  const int32_t* labels = nullptr;  // [N]; a row with a label outside [0, K) is left out
+  const int32_t* labels = nullptr;  // [N]; a row with a label outside [0, K) is left out; on a GPU in `order`
   const double* offset = nullptr;   // [F]
   const double* step = nullptr;     // [F]
   double* sums = nullptr;           // [K, F], added to
@@ -29,7 +29,7 @@ constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52
 template <typename T>
 void kmeans_sums_cpu(const KmeansSumsArgs<T>& args, int threads);
 
-// `order` [N]: the rows by ascending label.
+// `order` [N]: the rows by ascending label; args.labels [N]: their labels in this order.
 template <typename T>
 void kmeans_sums_cuda(const KmeansSumsArgs<T>& args, const int64_t* order, int device, void* stream);
 

@@ -1,7 +1,7 @@
 // Sums of each cluster's rows on the CPU. Where the sums of all clusters fit into the cache, each thread takes rows and
 // has sums of its own, which are then added. Else the rows are taken in the order of their labels, so that the sums of
 // one cluster stay in cache while they grow, and each thread has columns of its own.
-#include "kmeans_assign/kmeans_sums.h"
+#include "kmeans_sums/kmeans_sums.h"
 
 #include <algorithm>
 #include <mutex>
