@@ -1,7 +1,7 @@
 """Every kernel that can reach past 2^31 elements of a tensor without visiting them all does so, in sparse memory.
 
-Not here, since their kernels visit all elements or rows: outputs and values by row (embed, scatter_sum, delay_pack),
-the products of kmeans_assign, the gradient of multistream_loss. Their offsets are 64-bit by their types, and 32-bit
+Not here, since their kernels visit all elements or rows: outputs and values by row (embed, delay_pack), the dense sum
+of scatter_sum, which zeroes the rows between, the products of kmeans_assign, the gradient of multistream_loss. Their offsets are 64-bit by their types, and 32-bit
 arithmetic that overflows is a fault in every test.
 """
 
@@ -61,22 +61,6 @@ def test_rows_of_the_features(shim):
     ids = torch.tensor([[1]])
     shim.multistream_embed(ids, table, None, [0], [], features, positions, out, slots, None, 1, 0)
     torch.testing.assert_close(out[0], (table[1].float() + features[-1].float()).bfloat16(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("width", [1024, 1029])
-def test_rows_of_a_scattered_sum(shim, width):
-    num_rows = LARGE // width + 9
-    values = torch.randn(300, width).bfloat16()
-    ids = torch.full((300, 1), num_rows - 2)  # over three chunks, which are joined
-    ids[:5] = num_rows - 1
-    out = sparse(num_rows, width, dtype=torch.bfloat16)
-    bytes_ = shim.scatter_sum_workspace(values, 1, num_rows)
-    workspace = torch.full((bytes_,), 255, dtype=torch.uint8)
-    shim.sort_pairs_cuda(ids, None, [0], num_rows, workspace, None, 0)
-    shim.scatter_sum_cuda(values, 1, num_rows, [], out, None, workspace, 0)
-    for row, of in ((num_rows - 1, values[:5]), (num_rows - 2, values[5:])):
-        torch.testing.assert_close(out[row].float(), of.double().sum(0).float(), rtol=1e-2, atol=1e-2)
-    assert not out[:3].any()
 
 
 def test_clusters_of_kmeans_sums(shim):
