@@ -70,6 +70,33 @@ def test_autocast_rounds_the_factors_as_linear_does():
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+def test_autocast_compiled_in_backward_and_for_logprobs():
+    """Each of them rounds the factors too: the call's autocast counts, not that of its backward."""
+    scopes, parts, targets, weights = named_case("full_and_own", num_rows=40, width=24, dtype=torch.float32)
+    leaves = [p.detach().requires_grad_() for p in parts[:2]]
+    rounded = [p.detach().bfloat16().float().requires_grad_() for p in leaves]
+    weights = weights.float()
+
+    def loss(hidden, weight, recompute=False):
+        options = dict(scopes=scopes, recompute=recompute)
+        return sx.ops.multistream_loss(hidden, weight, targets, weights, **options).loss_sum
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    want = loss(*rounded)
+    exact = torch.autograd.grad(want, rounded)
+    for function, options in ((loss, {}), (compiled, {}), (loss, dict(recompute=True))):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = function(*leaves, **options)
+        for a, b in zip((got, *torch.autograd.grad(got, leaves)), (want, *exact), strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(compiled(*leaves), want)  # without autocast again
+    mask = weights > 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = sx.ops.multistream_logprobs(*leaves, targets, mask, scopes=scopes)
+    exact = sx.ops.multistream_logprobs(*rounded, targets, mask, scopes=scopes)
+    assert all(torch.equal(a, b) for a, b in zip(got, exact, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_autocast_leaves_other_dtypes_and_other_autocasts(dtype):
     scopes, parts, targets, weights = named_case("full_and_own", dtype=dtype)

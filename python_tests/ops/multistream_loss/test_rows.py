@@ -69,6 +69,24 @@ def test_rows_of_another_batch_make_the_loss_nan():
     assert call(parts, targets, weights, sets, kinds, False, rows=rows).loss_sum.isfinite()
 
 
+def test_rows_of_other_kinds_make_the_loss_nan():
+    """The same targets, some of which now belong to a scope of another kind that has them too."""
+    parts, targets, weights, kinds = make_case(KINDS, 30, False, live=0.8)
+    rows = plan(KINDS, weights, kinds)
+    assert call(parts, targets, weights, KINDS, kinds, False, rows=rows, check_values=False).loss_sum.isfinite()
+    num_finite = 0
+    for row in (weights > 0).any(dim=1).nonzero().squeeze(1).tolist():
+        other = kinds.clone()
+        other[row] = 2  # has all ids
+        if kinds[row] == 2:
+            continue
+        wrong = call(parts, targets, weights, KINDS, other, False, rows=rows, check_values=False)
+        assert wrong.loss_sum.isnan()
+        assert wrong.stream_loss.isnan().tolist() == (weights[row] > 0).tolist()
+        num_finite += int(call(parts, targets, weights, KINDS, other, False).loss_sum.isfinite())
+    assert num_finite > 5
+
+
 def test_a_target_outside_its_scope_makes_the_loss_nan_where_nobody_checks():
     sets = [SCOPES["full_and_own"][1]]
     parts, targets, weights, kinds = make_case(sets, 12, False, vocab=20, live=1.0)

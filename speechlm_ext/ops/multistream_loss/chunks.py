@@ -43,9 +43,11 @@ def loss_pass(inputs: LossInputs, wants: LossWants, chunk_bytes: int = 0) -> Los
     else:
         plan = planned_rows(inputs.sets, inputs.rows, inputs.row_counts)
     work = _Pass(inputs, wants, chunk_bytes, [product for products in plan for product in products])
+    # Rows of two kinds are disjoint, unless every kind computes all rows. A plan may be of other kinds than the rows
+    # have now: their targets are then not live, and `finish` misses them.
+    by_kind = keep_all or inputs.rows is not None
     for kind, products in enumerate(plan):
-        # Rows of two kinds are disjoint, unless every kind computes all rows.
-        live = inputs.live_of(kind) if keep_all else inputs.live
+        live = inputs.live_of(kind) if by_kind and products else inputs.live
         for number, (group, rows) in enumerate(products):
             work.run_group(group, rows, live.contiguous(), number > 0 or (keep_all and kind > 0))
     return work.finish()
@@ -118,6 +120,7 @@ class _Pass:
             stream_embed=None if embed is None else embed.detach(),
             bias=None if inputs.bias is None else inputs.bias.detach().to(self.dtype),
         )
+        self.num_live = None if inputs.rows is None else inputs.live.sum(dim=0)
         self.chunk_bytes = chunk_bytes
         self.want_grad = any(wants.gradients)
         want_hidden, want_weight, want_embed, want_bias = wants.gradients
@@ -159,7 +162,7 @@ class _Pass:
         result.stream_loss = result.stream_loss.to(self.dtype, copy=True)
         if self.inputs.rows is not None:
             # A plan for other tensors leaves out targets: no loss is better than a wrong one.
-            is_wrong = result.stream_counts[1] != self.inputs.live.sum(dim=0)
+            is_wrong = result.stream_counts[1] != self.num_live
             result.stream_loss.masked_fill_(is_wrong, float("nan"))
         if self.weight_gradient is not None:
             self.weight_gradient.zero_unwritten(0, len(self.weight_gradient.values))
@@ -168,7 +171,7 @@ class _Pass:
 
     def run_group(self, group: Group, rows: Tensor, live: Tensor, accumulate: bool) -> None:
         """All rows of one product. ``accumulate``: an earlier product may have written their hidden gradients."""
-        self.inputs = inputs = self.inputs._replace(live=live)
+        inputs = self.inputs._replace(live=live)
         terms = StreamTerms(group, inputs, self.want_vectors, self.want_bias)
         chunk, extra = min(self._chunk_rows(group, rows), len(rows)), terms.num_extra_rows
         buffer = empty_in_huge_pages(chunk + extra, group.columns, self.product_dtype, rows.device)
