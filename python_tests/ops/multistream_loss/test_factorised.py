@@ -56,6 +56,16 @@ def test_a_bias_that_is_not_finite_is_added_to_the_logits(bad, device):
         assert got.stream_loss.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf")])
+def test_a_stream_without_targets_whose_bias_is_not_finite(bad, device):
+    """It takes no part: a factor of it would make the other streams' gradients NaN, even times zero."""
+    case = case_of(1.0)
+    case.bias[1], case.live[:, 1] = bad, False
+    got = run(case, {}, device, entropy=False)
+    case.bias[1] = 0
+    check_close(got, formula(case, {}), entropy=False)
+
+
 def test_masked_logits_and_rows_without_any(device):
     """-inf is a probability of zero for every stream; a NaN breaks its row and no other."""
     case = case_of(10.0)
