@@ -22,8 +22,8 @@ from speechlm_ext.ops.multistream_loss.types import (
     LossInputs,
     LossResult,
     LossWants,
+    product_gradient_dtype,
     sum_dtype,
-    weight_gradient_dtype,
 )
 
 #: Bytes of logits in a chunk, but at least MIN_ROWS rows: with fewer, the products wait for memory.
@@ -42,9 +42,9 @@ def loss_pass(inputs: LossInputs, wants: LossWants, chunk_bytes: int = 0) -> Los
         plan = plan_rows(inputs.sets, inputs.live, inputs.row_scope, keep_all)
     else:
         plan = planned_rows(inputs.sets, inputs.rows, inputs.row_counts)
-    work = _Pass(inputs, wants, chunk_bytes, [product for products in plan for product in products])
+    work = _Pass(inputs, wants, chunk_bytes, plan)
     # Rows of two kinds are disjoint, unless every kind computes all rows. A plan may be of other kinds than the rows
-    # have now: their targets are then not live, and `finish` misses them.
+    # have now: their targets are then not live, and `finish` finds too few.
     by_kind = keep_all or inputs.rows is not None
     for kind, products in enumerate(plan):
         live = inputs.live_of(kind) if by_kind and products else inputs.live
@@ -101,7 +101,11 @@ class _Pass:
     """One pass: its inputs in the dtypes of its arithmetic, and the results so far."""
 
     def __init__(
-        self, inputs: LossInputs, wants: LossWants, chunk_bytes: int, products: Sequence[tuple[Group, Tensor]]
+        self,
+        inputs: LossInputs,
+        wants: LossWants,
+        chunk_bytes: int,
+        plan: Sequence[Sequence[tuple[Group, Tensor]]],
     ) -> None:
         hidden, weight, embed = inputs.hidden.detach(), inputs.weight.detach(), inputs.stream_embed
         # Sums run in float32 (float64 for float64 input) however narrow the inputs are.
@@ -128,16 +132,18 @@ class _Pass:
         self.want_bias = inputs.bias is not None and want_bias
         new, shape = hidden.new_zeros, inputs.targets.shape
         sums = new(3, shape[1], dtype=torch.int64)  # of 8 bytes each, in one launch
-        self.weight_dtype = weight_gradient_dtype(hidden, weight)
+        self.gradient_dtype = product_gradient_dtype(hidden, weight)
         # Where one product writes each row, its own rounding is the only one.
-        dtype = self.weight_dtype if self._writes_once(products) else self.dtype
-        self.weight_gradient = _WeightGradient(weight, dtype) if want_weight else None
+        products = [product for products in plan for product in products]
+        of_weight = self.gradient_dtype if self._writes_weight_once(products) else self.dtype
+        of_hidden = self.gradient_dtype if self._writes_hidden_once(plan) else self.dtype
+        self.weight_gradient = _WeightGradient(weight, of_weight) if want_weight else None
         self.result = LossResult(
             stream_loss=sums[2].view(torch.float64),
             stream_counts=sums[:2],
             token_nll=new(shape, dtype=self.dtype) if wants.token_nll else None,
             token_entropy=new(shape, dtype=self.dtype) if wants.token_entropy else None,
-            grad_hidden=new(hidden.shape, dtype=self.dtype) if want_hidden else None,
+            grad_hidden=new(hidden.shape, dtype=of_hidden) if want_hidden else None,
             grad_weight=self.weight_gradient.values if self.weight_gradient else None,
             grad_embed=new(embed.shape, dtype=self.dtype) if want_embed and embed is not None else None,
             grad_bias=new(inputs.bias.shape, dtype=self.dtype)
@@ -148,12 +154,18 @@ class _Pass:
     def _chunk_rows(self, group: Group, rows: Tensor) -> int:
         return chunk_rows(group, len(rows), self.product_dtype, rows.device, self.chunk_bytes)
 
-    def _writes_once(self, products: Sequence[tuple[Group, Tensor]]) -> bool:
+    def _writes_weight_once(self, products: Sequence[tuple[Group, Tensor]]) -> bool:
         """Whether no row of dW is added to."""
         if any(len(rows) > self._chunk_rows(group, rows) for group, rows in products):
             return False
         spans = sorted((i.row, i.row + i.num_ids) for group, _ in products for i in group.root)
         return all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+    def _writes_hidden_once(self, plan: Sequence[Sequence[tuple[Group, Tensor]]]) -> bool:
+        """Whether no row of dH is added to."""
+        if sum(map(bool, plan)) > 1 and self.inputs.rows is None and capturing(self.inputs.hidden):
+            return False  # every kind computes all rows
+        return all(len(products) <= 1 and all(len(g.root) == 1 for g, _ in products) for products in plan)
 
     def finish(self) -> LossResult:
         """The results, with zeros where no row contributed."""
@@ -166,7 +178,9 @@ class _Pass:
             result.stream_loss.masked_fill_(is_wrong, float("nan"))
         if self.weight_gradient is not None:
             self.weight_gradient.zero_unwritten(0, len(self.weight_gradient.values))
-            result.grad_weight = self.weight_gradient.values.to(self.weight_dtype)
+            result.grad_weight = self.weight_gradient.values.to(self.gradient_dtype)
+        if result.grad_hidden is not None:
+            result.grad_hidden = result.grad_hidden.to(self.gradient_dtype)
         return result
 
     def run_group(self, group: Group, rows: Tensor, live: Tensor, accumulate: bool) -> None:

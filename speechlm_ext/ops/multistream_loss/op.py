@@ -13,8 +13,8 @@ from speechlm_ext.ops.multistream_loss.chunks import capturing, loss_pass
 from speechlm_ext.ops.multistream_loss.types import (
     LossInputs,
     LossWants,
+    product_gradient_dtype,
     sum_dtype,
-    weight_gradient_dtype,
 )
 
 #: The fields of LossInputs, then those of LossWants, then `_op`'s own.
@@ -59,7 +59,8 @@ def _fake(*arguments: Any) -> list[Tensor]:
     dtype = sum_dtype(inputs.hidden.dtype)
     out = [new(S, dtype=dtype), new(2, S, dtype=torch.int64)]
     out += [new(inputs.targets.shape, dtype=dtype) for _ in range(wants.token_nll + wants.token_entropy)]
-    dtypes = [dtype, weight_gradient_dtype(inputs.hidden, inputs.weight), dtype, dtype]
+    of_products = product_gradient_dtype(inputs.hidden, inputs.weight)
+    dtypes = [of_products, of_products, dtype, dtype]
     learned = zip(wants.gradients, _differentiable(inputs), dtypes, strict=True)
     return out + [t.new_empty(t.shape, dtype=of) for wanted, t, of in learned if wanted and t is not None]
 

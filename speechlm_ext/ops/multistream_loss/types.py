@@ -16,8 +16,8 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def weight_gradient_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """On a GPU the gradient of a bfloat16 weight is rounded once, in forward, from sums in float32."""
+def product_gradient_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of hidden's and weight's: on a GPU those of bfloat16 are rounded once, in forward, from sums in float32."""
     is_narrow = hidden.device.type == "cuda" and hidden.dtype == weight.dtype == torch.bfloat16
     return torch.bfloat16 if is_narrow else sum_dtype(hidden.dtype)
 
