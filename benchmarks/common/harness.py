@@ -46,6 +46,8 @@ class Case:
     needs_grad: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
     """More entries of the row."""
+    goals: dict[str, float] = field(default_factory=dict)
+    """Entry of the row -> its maximum on a GPU."""
 
 
 def devices() -> list[str]:
@@ -172,7 +174,7 @@ def measure(case: Case, seconds: float = float("inf"), is_strict: bool = True) -
                 times[name].append(seconds_of(run, calls[name], case.device))
         peaks = {name: peak_bytes(runs[name], case.device) for name in ["ours", *rivals]}
     best = {name: min(values) for name, values in times.items()}
-    return {
+    row = {
         "op": case.op,
         "shape": case.shape,
         "device": torch.cuda.get_device_name() if case.device == "cuda" else "cpu",
@@ -188,6 +190,16 @@ def measure(case: Case, seconds: float = float("inf"), is_strict: bool = True) -
         **_speeds(case, best),
         **({"rival_errors": errors} if errors else {}),
         **case.extra,
+    }
+    return row | _goals(case, row)
+
+
+def _goals(case: Case, row: dict[str, Any]) -> dict[str, Any]:
+    """Each goal and whether it is met."""
+    if not case.goals or case.device == "cpu":
+        return {}
+    return {
+        "goals": {name: {"at_most": most, "is_met": row[name] <= most} for name, most in case.goals.items()}
     }
 
 

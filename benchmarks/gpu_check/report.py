@@ -171,8 +171,8 @@ def _op_tables(rows: list[dict[str, Any]]) -> list[str]:
             "",
             f"**{op}**",
             "",
-            "| shape | us | of the limit | rival time ÷ ours | spread |",
-            "|---|---|---|---|---|",
+            "| shape | us | of the limit | rival time ÷ ours | spread | MiB beside inputs and results |",
+            "|---|---|---|---|---|---|",
         ]
         for row in good:
             if row["op"] == op:
@@ -180,19 +180,32 @@ def _op_tables(rows: list[dict[str, Any]]) -> list[str]:
                     f"{name} {ratio:.3g}" for name, ratio in sorted(row.get("ratios", {}).items())
                 )
                 ratios += "".join(f"; {name} failed" for name in row.get("rival_errors", {}))
+                ratios += "".join(f"; {_cell(reason)}" for reason in row.get("rivals_skipped", []))
                 share = "" if row.get("limit_fraction") is None else f"{row['limit_fraction']:.0%}"
                 if "limit_tflop_per_s" in row:
                     share += f" ({row['tflop_per_s']:.0f} of {row['limit_tflop_per_s']:.0f} TFLOP/s)"
+                memory = row.get("peak_bytes")
                 cells = (
                     row["shape"],
-                    f"{row['seconds'] * 1e6:,.1f}",
+                    f"{row['seconds'] * 1e6:,.1f}{_goal(row, 'seconds', 1e6)}",
                     share,
                     ratios,
                     f"{row.get('spread', 0):.1%}",
+                    ("" if memory is None else f"{memory / 2**20:,.0f}") + _goal(row, "peak_bytes", 2**-20),
                 )
                 lines.append(f"| {' | '.join(cells)} |")
     bad = [row for row in rows if "error" in row]
     return lines + ([""] if bad else []) + [f"- {row.get('name')}: **{_cell(row['error'])}**" for row in bad]
+
+
+def _goal(row: dict[str, Any], entry: str, factor: float) -> str:
+    """An entry's goal, in its unit in the table; "" for none."""
+    goal = row.get("goals", {}).get(entry)
+    return (
+        ""
+        if goal is None
+        else f" (goal {goal['at_most'] * factor:,.0f}: {'met' if goal['is_met'] else '**missed**'})"
+    )
 
 
 def _plain_table(rows: list[dict[str, Any]]) -> list[str]:

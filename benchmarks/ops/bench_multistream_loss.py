@@ -13,6 +13,7 @@ ESPnet's way over all ids as well; and a vocabulary of speech alone that every s
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from typing import NamedTuple
 
@@ -53,7 +54,8 @@ SHAPES = {
     "1p7b_32k": Shape(32_768, 0.5, 2048, 62_670, (256, 13_448)),
     "1p7b_32k_v114k": Shape(32_768, 0.5, 2048, 113_870, (256, 13_448)),
 }
-
+#: For an H100 (80 GB): seconds, and bytes beside inputs and gradients.
+GOALS = {"1p7b_8k": {"seconds": 10.5e-3, "peak_bytes": 1 << 30}}
 
 CODE_WEIGHT = 0.0625
 
@@ -179,11 +181,11 @@ def quack_stream(hidden, weight, targets):
     return linear_cross_entropy_func(hidden, weight, None, targets, reduction="sum")
 
 
-#: On a GPU: name -> package, and the loss of one call.
+#: On a GPU: name -> package, its wheel, and the loss of one call.
 FUSED = {
-    "liger": ("liger_kernel", liger),
-    "liger_per_stream": ("liger_kernel", sums_by_stream(liger_stream)),
-    "quack_per_stream": ("quack", sums_by_stream(quack_stream)),
+    "liger": ("liger_kernel", "liger-kernel", liger),
+    "liger_per_stream": ("liger_kernel", "liger-kernel", sums_by_stream(liger_stream)),
+    "quack_per_stream": ("quack", "quack-kernels", sums_by_stream(quack_stream)),
 }
 
 
@@ -219,12 +221,15 @@ def make_case(shape, device):
         rivals["torch_linear_cross_entropy"] = lambda: gradients(
             one_by_one(chunked)(*parts, targets, weights, scopes)
         )
-    missing = []
-    for name, (package, loss) in FUSED.items() if device == "cuda" and sizes.first is None else ():
+    missing, versions = [], {}
+    for name, (package, wheel, loss) in FUSED.items() if device == "cuda" and sizes.first is None else ():
         if importlib.util.find_spec(package):
             rivals[name] = lambda loss=loss: gradients(loss(*parts, targets, weights, scopes))
+            versions[wheel] = importlib.metadata.version(wheel)
         else:
-            missing.append(f"{name}: {package} is not installed")
+            missing.append(f"{name}: {wheel} is not installed")
+    if not hasattr(F, "linear_cross_entropy"):
+        missing.append(f"torch_linear_cross_entropy: torch {torch.__version__} has none")
     if sizes.first is not None:
         everything = [[(0, sizes.V)], *scopes[1:]]
         rivals["espnet_all_ids"] = lambda: gradients(espnet(*parts, targets, weights, everything))
@@ -258,7 +263,8 @@ def make_case(shape, device):
         check=check,
         limit=products,
         limit_flop=flop,
-        extra={"rivals_skipped": missing} if missing else {},
+        extra={"rivals_skipped": missing, "rival_versions": versions} if device == "cuda" else {},
+        goals=GOALS.get(shape, {}),
         rounds=5 if sizes.N > 1000 else ROUNDS,
     )
 

@@ -267,6 +267,22 @@ def test_rows_of_other_ops_are_kept_when_a_rival_fails():
         measure(Case("op", "s", "cpu", lambda: 3, {}, check_result), is_strict=False)
 
 
+def test_goals_are_judged_and_shown():
+    """What the loss is to reach, whether it does, and rivals that are not there are in the report's table."""
+    from benchmarks.common.harness import Case, _goals
+    from benchmarks.ops.bench_multistream_loss import GOALS, SHAPES
+
+    assert GOALS == {"1p7b_8k": {"seconds": 0.0105, "peak_bytes": 2**30}} and set(GOALS) <= set(SHAPES)
+    row = {"op": "op", "shape": "s", "seconds": 0.0112, "peak_bytes": 2**30}
+    case = Case("op", "s", "cuda", lambda: 1, {}, lambda name, value: None, goals=GOALS["1p7b_8k"])
+    row |= {"rivals_skipped": ["quack_per_stream: quack-kernels is not installed"], **_goals(case, row)}
+    assert [goal["is_met"] for goal in row["goals"].values()] == [False, True]
+    assert _goals(Case("op", "s", "cpu", lambda: 1, {}, lambda name, value: None, goals=case.goals), row) == {}
+    (line,) = [line for line in report._op_tables([row]) if line.startswith("| s |")]
+    assert "| 11,200.0 (goal 10,500: **missed**) |" in line and "| 1,024 (goal 1,024: met) |" in line
+    assert "quack-kernels is not installed" in line
+
+
 def test_a_row_makes_no_more_rounds_than_it_has_time_for():
     from benchmarks.common.harness import FEWEST_ROUNDS, Case, measure
 

@@ -98,7 +98,7 @@ def multistream_loss(
         chunk_bytes: bytes of logits held at a time, but at least 512 rows; None for 64 MiB on the CPU and 384 MiB on a
             GPU; on one of 36 GiB or more, 1 GiB if that holds all rows of a product, else 512 MiB.
         rows: the rows to compute, from `plan_loss_rows`; None: found here, which on a GPU synchronizes. Rows of another
-            batch make the loss NaN.
+            batch, or planned for other kinds of rows, make the loss NaN.
         check_values: whether values in the tensors are checked first, which on a GPU synchronizes. Without it a live
             target outside its stream's scope makes the loss NaN, and a target of negative or NaN weight is ignored.
 
