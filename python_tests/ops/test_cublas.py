@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -191,6 +191,19 @@ def test_a_library_that_is_wrong_is_not_used(shim, caplog, fault):
         assert not cublas.has_cublas(torch.empty(0))
     (record,) = caplog.records  # once
     assert "torch's operators" in record.getMessage()
+
+
+def test_nothing_is_checked_while_a_graph_is_captured(shim, monkeypatch):
+    """The check waits for the GPU. So that call's products are torch's, and the next call checks."""
+    there = SimpleNamespace(is_cuda=True, device="cuda:0")
+    monkeypatch.setattr(cublas, "_fault", lambda library, tensor: pytest.fail("checked"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not cublas.has_cublas(there)
+    monkeypatch.setattr(cublas, "_fault", lambda library, tensor: "")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert cublas.has_cublas(there)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert cublas.has_cublas(there)  # known by now
 
 
 def test_no_library(shim, caplog):

@@ -73,7 +73,9 @@ def test_rows_of_other_kinds_make_the_loss_nan():
     """The same targets, some of which now belong to a scope of another kind that has them too."""
     parts, targets, weights, kinds = make_case(KINDS, 30, False, live=0.8)
     rows = plan(KINDS, weights, kinds)
-    assert call(parts, targets, weights, KINDS, kinds, False, rows=rows, check_values=False).loss_sum.isfinite()
+    assert call(
+        parts, targets, weights, KINDS, kinds, False, rows=rows, check_values=False
+    ).loss_sum.isfinite()
     num_finite = 0
     for row in (weights > 0).any(dim=1).nonzero().squeeze(1).tolist():
         other = kinds.clone()

@@ -277,7 +277,9 @@ def test_goals_are_judged_and_shown():
     case = Case("op", "s", "cuda", lambda: 1, {}, lambda name, value: None, goals=GOALS["1p7b_8k"])
     row |= {"rivals_skipped": ["quack_per_stream: quack-kernels is not installed"], **_goals(case, row)}
     assert [goal["is_met"] for goal in row["goals"].values()] == [False, True]
-    assert _goals(Case("op", "s", "cpu", lambda: 1, {}, lambda name, value: None, goals=case.goals), row) == {}
+    assert (
+        _goals(Case("op", "s", "cpu", lambda: 1, {}, lambda name, value: None, goals=case.goals), row) == {}
+    )
     (line,) = [line for line in report._op_tables([row]) if line.startswith("| s |")]
     assert "| 11,200.0 (goal 10,500: **missed**) |" in line and "| 1,024 (goal 1,024: met) |" in line
     assert "quack-kernels is not installed" in line

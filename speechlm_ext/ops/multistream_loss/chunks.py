@@ -130,6 +130,7 @@ class _Pass:
         want_hidden, want_weight, want_embed, want_bias = wants.gradients
         self.want_vectors = embed is not None and (want_weight or want_embed)
         self.want_bias = inputs.bias is not None and want_bias
+        self._vectors_written: set[int] = set()  # rows of stream_embed whose gradient has been written
         new, shape = hidden.new_zeros, inputs.targets.shape
         sums = new(3, shape[1], dtype=torch.int64)  # of 8 bytes each, in one launch
         self.gradient_dtype = product_gradient_dtype(hidden, weight)
@@ -226,7 +227,9 @@ class _Pass:
                 assert out.column_sums is not None
                 terms.extra_gradient(out.column_sums, buffer[n : n + extra])
                 if result.grad_embed is not None:
-                    terms.add_vector_gradient(result.grad_embed, buffer[n : n + extra])
+                    accumulate_vectors = not self._vectors_written.isdisjoint(terms.vectors)
+                    terms.add_vector_gradient(result.grad_embed, buffer[n : n + extra], accumulate_vectors)
+                    self._vectors_written.update(terms.vectors)
                 if add_weight is not None:
                     z, h = buffer[: n + extra], torch.cat([h, *terms.extra_hidden(h.dtype)])
             if add_weight is not None:

@@ -118,8 +118,8 @@ class StreamTerms:
         parts = split_bfloat16(vectors, num_parts)
         return [parts[j] for _, j in self._pairs]
 
-    def add_vector_gradient(self, grad_embed: Tensor, extra: Tensor) -> None:
-        """``de_s += c_s W`` from the rows of `extra_gradient`."""
+    def add_vector_gradient(self, grad_embed: Tensor, extra: Tensor, accumulate: bool) -> None:
+        """``de_s += c_s W``, or ``=`` over zeros, from the rows of `extra_gradient`."""
         num_vectors, width = len(self.vectors), self.inputs.hidden.shape[1]
         rows = extra[: self._parts_c * num_vectors]
         out = grad_embed.new_empty(len(rows), width)
@@ -128,7 +128,9 @@ class StreamTerms:
             add_hidden_gradient(out, rows[:, part.begin : part.end], weight, number > 0)
         parts = out.view(self._parts_c, num_vectors, width)
         index = as_index(self.vectors)
-        if isinstance(index, slice):
+        if isinstance(index, slice) and not accumulate:
+            torch.sum(parts, dim=0, out=grad_embed[index])
+        elif isinstance(index, slice):
             grad_embed[index].add_(parts.sum(dim=0) if len(parts) > 1 else parts[0])
         else:
             for row, at in enumerate(self.vectors):
