@@ -5,7 +5,7 @@
 #include <exception>
 #include <vector>
 
-#include "bind.h"
+#include "common/bind.h"
 #include "common/build_info.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/simd.h"

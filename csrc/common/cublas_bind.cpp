@@ -1,5 +1,5 @@
 // Python bindings of common/cuda/cublas.h.
-#include "bind.h"
+#include "common/bind.h"
 #include "common/cuda/cublas.h"
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"

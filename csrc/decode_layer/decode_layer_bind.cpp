@@ -1,7 +1,7 @@
 // Python bindings of a decode layer's ops: check every tensor, then run the kernel of the tensors' device.
 #include <algorithm>
 
-#include "bind.h"
+#include "common/bind.h"
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 #include "decode_layer/decode_layer.h"

@@ -1,5 +1,5 @@
 // Python bindings of kmeans_assign: check every tensor, then run the kernel of their device.
-#include "bind.h"
+#include "common/bind.h"
 #include "common/cpu/simd.h"
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"

@@ -1,7 +1,7 @@
 // Python binding of kmeans_sums: check every tensor, then run the kernel of their device.
 #include "kmeans_sums/kmeans_sums.h"
 
-#include "bind.h"
+#include "common/bind.h"
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 

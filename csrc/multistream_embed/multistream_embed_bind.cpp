@@ -1,5 +1,5 @@
 // Python bindings of multistream_embed: check every tensor, then run the kernel of the tensors' device.
-#include "bind.h"
+#include "common/bind.h"
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 #include "multistream_embed/bind_rule.h"

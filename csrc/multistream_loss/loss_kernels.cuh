@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "common/cuda/vec.cuh"
-#include "multistream_loss/loss_terms.h"
+#include "multistream_loss/rows/loss_terms.h"
 
 namespace speechlm {
 

@@ -1,5 +1,5 @@
 // The inner loops over the columns of one row, compiled once per instruction set; see common/cpu/simd.h.
-#include "multistream_loss/loss_rows.h"
+#include "multistream_loss/rows/loss_rows.h"
 
 #include <cmath>
 #include <cstring>

@@ -1,7 +1,7 @@
 // Python bindings of multistream_loss: check every tensor, then run the row kernel of their device.
 #include <type_traits>
 
-#include "bind.h"
+#include "common/bind.h"
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 #include "multistream_loss/multistream_loss.h"

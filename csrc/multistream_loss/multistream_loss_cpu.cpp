@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "common/cpu/parallel.h"
-#include "multistream_loss/loss_row_block.h"
+#include "multistream_loss/rows/loss_row_block.h"
 
 namespace speechlm {
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "multistream_loss/loss_kernels.cuh"
-#include "multistream_loss/loss_tiles.h"
+#include "multistream_loss/rows/loss_tiles.h"
 
 namespace speechlm {
 namespace {

@@ -2,7 +2,7 @@
 // values in device memory.
 #include <algorithm>
 
-#include "bind.h"
+#include "common/bind.h"
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 #include "multistream_sample/multistream_sample.h"

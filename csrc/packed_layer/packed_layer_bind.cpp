@@ -1,5 +1,5 @@
 // Python bindings of a packed layer's parts: check every tensor, then run the kernel.
-#include "bind.h"
+#include "common/bind.h"
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 #include "packed_layer/packed_layer.h"

@@ -1,5 +1,5 @@
 // Python bindings of scatter_sum, in two steps: the sort, whose result has the number of touched rows, and the sums.
-#include "bind.h"
+#include "common/bind.h"
 #include "common/tensor/arguments.h"
 #include "common/tensor/tensor_caster.h"
 #include "multistream_embed/bind_rule.h"

@@ -2,7 +2,7 @@
 #include <memory>
 #include <vector>
 
-#include "bind.h"
+#include "common/bind.h"
 #include "common/cpu/parallel.h"
 
 namespace speechlm {

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "bind.h"
+#include "common/bind.h"
 #include "cuda_on_cpu/cublas/cublas.h"
 #include "cuda_on_cpu/kernel/device.h"
 #include "cuda_on_cpu/kernel/driver.h"

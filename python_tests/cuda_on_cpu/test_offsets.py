@@ -1,8 +1,8 @@
 """Every kernel that can reach past 2^31 elements of a tensor without visiting them all does so, in sparse memory.
 
 Not here, since their kernels visit all elements or rows: outputs and values by row (embed, delay_pack), the dense sum
-of scatter_sum, which zeroes the rows between, the products of kmeans_assign, the gradient of multistream_loss. Their offsets are 64-bit by their types, and 32-bit
-arithmetic that overflows is a fault in every test.
+of scatter_sum, which zeroes the rows between, the products of kmeans_assign, the gradient of multistream_loss. Their
+offsets are 64-bit by their types, and 32-bit arithmetic that overflows is a fault in every test.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from python_tests.ops.common.instruction_sets import simd
 from python_tests.ops.decode_layer.cases import DTYPES, NUM_ROWS, SETS, assert_close
-from python_tests.ops.instruction_sets import simd
 from speechlm_ext.ops.decode_layer import decode_linear
 
 

@@ -8,8 +8,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from python_tests.ops.common.instruction_sets import simd
 from python_tests.ops.decode_layer.cases import DTYPES, SETS, assert_close, make_cache
-from python_tests.ops.instruction_sets import simd
 from speechlm_ext.ops.decode_layer import add_rms_norm, reference, rope_and_store, silu_mul
 
 HALVES = [torch.bfloat16, torch.float16]

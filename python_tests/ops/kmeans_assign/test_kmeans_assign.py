@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import speechlm_ext as sx
 from python_tests.conftest import CUDA, CUDA_ON_CPU, on_device
-from python_tests.ops.instruction_sets import simd
+from python_tests.ops.common.instruction_sets import simd
 from speechlm_ext.ops.common import precision
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.kmeans_assign.reference import kmeans_assign as direct

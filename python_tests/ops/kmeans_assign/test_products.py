@@ -1,6 +1,6 @@
 """The float16 products of the GPU path sum in float32, whatever torch's settings allow, within the proof's bound.
 
-Those by cuBLAS itself are in python_tests/ops/test_cublas.py; here they are torch's, where cuBLAS is not found.
+Those by cuBLAS itself are in python_tests/ops/common/test_cublas.py; here they are torch's, where cuBLAS is not found.
 """
 
 from __future__ import annotations

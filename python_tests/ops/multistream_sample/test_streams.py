@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from python_tests.ops.instruction_sets import simd
+from python_tests.ops.common.instruction_sets import simd
 from python_tests.ops.multistream_sample.cases import (
     DTYPES,
     LOGITS,

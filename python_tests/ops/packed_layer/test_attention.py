@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from python_tests.ops.instruction_sets import simd
+from python_tests.ops.common.instruction_sets import simd
 from python_tests.ops.packed_layer.test_rows import assert_near, with_gradients
 from speechlm_ext.ops import OpError
 from speechlm_ext.ops.common.native import native

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from python_tests.ops.instruction_sets import simd
+from python_tests.ops.common.instruction_sets import simd
 from speechlm_ext.ops import OpError
 from speechlm_ext.ops.common.native import native
 from speechlm_ext.ops.packed_layer import packed_rms_norm, packed_rotary, packed_swiglu, reference

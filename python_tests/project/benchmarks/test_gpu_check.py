@@ -132,9 +132,9 @@ def test_clocks_stay_out_of_captured_steps(monkeypatch):
 
     watched, engine, made = decode.watched, decode.Engine, []
 
-    def watch_engine(model, of, clock):
+    def watch_engine(of, clock):
         assert of._graphs is None, "a clock looks into captured steps"
-        return watched(model, of, clock)
+        return watched(of, clock)
 
     def on_gpu(model, num_slots, cuda_graphs=None):
         made.append(engine(model, num_slots, cuda_graphs=cuda_graphs is not False))

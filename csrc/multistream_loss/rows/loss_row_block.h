@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "multistream_loss/loss_factors.h"
+#include "multistream_loss/rows/loss_factors.h"
 
 namespace speechlm {
 

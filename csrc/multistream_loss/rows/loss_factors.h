@@ -6,9 +6,9 @@
 #include <limits>
 #include <vector>
 
-#include "multistream_loss/loss_rows.h"
-#include "multistream_loss/loss_terms.h"
-#include "multistream_loss/loss_tiles.h"
+#include "multistream_loss/rows/loss_rows.h"
+#include "multistream_loss/rows/loss_terms.h"
+#include "multistream_loss/rows/loss_tiles.h"
 
 namespace speechlm {
 
