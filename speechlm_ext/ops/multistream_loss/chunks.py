@@ -45,9 +45,9 @@ def loss_pass(inputs: LossInputs, wants: LossWants, chunk_bytes: int = 0) -> Los
     work = _Pass(inputs, wants, chunk_bytes, plan)
     # Rows of two kinds are disjoint, unless every kind computes all rows. A plan may be of other kinds than the rows
     # have now: their targets are then not live, and `finish` finds too few.
-    by_kind = keep_all or inputs.rows is not None
+    by_kind = inputs.live_by_kind() if keep_all or inputs.rows is not None else None
     for kind, products in enumerate(plan):
-        live = inputs.live_of(kind) if by_kind and products else inputs.live
+        live = inputs.live if by_kind is None else by_kind[kind]
         for number, (group, rows) in enumerate(products):
             work.run_group(group, rows, live.contiguous(), number > 0 or (keep_all and kind > 0))
     return work.finish()

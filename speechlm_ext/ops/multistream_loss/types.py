@@ -65,6 +65,13 @@ class LossInputs(NamedTuple):
         """bool ``[N, S]``: the live targets in rows of one kind."""
         return self.live if self.row_scope is None else self.live & (self.row_scope == kind)[:, None]
 
+    def live_by_kind(self) -> Tensor:
+        """bool ``[K, N, S]``: `live_of` every kind, in three launches."""
+        if self.row_scope is None:
+            return self.live[None]
+        kinds = torch.arange(len(self.sets), device=self.row_scope.device)
+        return self.live & (self.row_scope == kinds[:, None])[:, :, None]
+
 
 class LossWants(NamedTuple):
     """Requested outputs besides each stream's sums, in the order of the op's schema."""
