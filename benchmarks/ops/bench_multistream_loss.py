@@ -13,6 +13,7 @@ ESPnet's way over all ids as well; and a vocabulary of speech alone that every s
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 from typing import NamedTuple
@@ -225,7 +226,8 @@ def make_case(shape, device):
     for name, (package, wheel, loss) in FUSED.items() if device == "cuda" and sizes.first is None else ():
         if importlib.util.find_spec(package):
             rivals[name] = lambda loss=loss: gradients(loss(*parts, targets, weights, scopes))
-            versions[wheel] = importlib.metadata.version(wheel)
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a folder on the path
+                versions[wheel] = importlib.metadata.version(wheel)
         else:
             missing.append(f"{name}: {wheel} is not installed")
     if not hasattr(F, "linear_cross_entropy"):
