@@ -212,11 +212,11 @@ __global__ void __launch_bounds__(kThreads, kHeads <= 4 ? 4 : 2)
   }
 }
 
-// A block for each head of each row.
+// Block (m, h): head h of row m.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const AttentionArgs<T> a, const Partials<Accumulator<T>> p) {
   using Acc = Accumulator<T>;
-  const int64_t at = blockIdx.x, F = a.cache.value_size, m = at / a.num_heads, h = at % a.num_heads;
+  const int64_t m = blockIdx.x, h = blockIdx.y, at = m * a.num_heads + h, F = a.cache.value_size;
   const KeyRange range = key_range(a, m);
   const int64_t count = ceil_div(range.end - range.begin, kCudaSplit);
   T* out = a.out + at * F;
@@ -272,7 +272,8 @@ void decode_attention_cuda(const AttentionArgs<T>& a, Accumulator<T>* partials, 
   const CacheView<const T>& cache = a.cache;
   const int64_t heads = a.num_rows * a.num_heads, F = cache.value_size;
   if (heads == 0 || F == 0) return;
-  SX_CHECK(heads < (int64_t{1} << 31), "decode_attention: more than 2^31 heads at a time");
+  SX_CHECK(a.num_rows < (int64_t{1} << 31) && a.num_heads < 65536,
+           "decode_attention: more than 2^31 rows, or than 2^16 heads, at a time");
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
   const int64_t splits = cuda_splits(cache.num_rows, a.window);
@@ -298,7 +299,8 @@ void decode_attention_cuda(const AttentionArgs<T>& a, Accumulator<T>* partials, 
       }
     }
   }
-  SX_LAUNCH(merge_kernel<T>, static_cast<unsigned>(heads), kThreads, 0, on, a, p);
+  const dim3 grid(static_cast<unsigned>(a.num_rows), static_cast<unsigned>(a.num_heads));
+  SX_LAUNCH(merge_kernel<T>, grid, kThreads, 0, on, a, p);
   cuda_check(cudaGetLastError(), "decode_attention: launch of the merge");
 }
 

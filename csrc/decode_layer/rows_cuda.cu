@@ -97,12 +97,17 @@ __device__ inline void rotate(const C* cos, const C* sin, int64_t i, int64_t hal
   first = low;
 }
 
-// A warp for each head. With kOverAll, a block for all heads of the queries, of the keys, or of the values.
+// Minimum resident blocks per multiprocessor, for __launch_bounds__: by itself the compiler aims at more of them, and
+// spills around the division.
+constexpr int kMinBlocksPerSm = 3;
+
+// Block (m, part): row m; a warp for each head. With kOverAll, part 0 to 2 has all heads of the queries, of the keys,
+// or of the values.
 template <typename T, typename C, bool kOverAll>
-__global__ void __launch_bounds__(kThreads) rotary_kernel(const RotaryArgs<T, C> a, const int64_t blocks_of_row) {
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm) rotary_kernel(const RotaryArgs<T, C> a) {
   using Acc = Accumulator<T>;
   SX_SHARED(Acc, memory, kWarps);
-  const int64_t m = blockIdx.x / blocks_of_row, part = blockIdx.x % blocks_of_row;
+  const int64_t m = blockIdx.x, part = blockIdx.y;
   const int64_t H = a.num_heads, G = a.cache.num_heads, E = a.cache.key_size, F = a.cache.value_size;
   const int lane = static_cast<int>(threadIdx.x % 32);
   int64_t begin = part * kWarps, end = begin + kWarps;
@@ -204,11 +209,12 @@ void rope_and_store_cuda(const RotaryArgs<T, C>& a, int device, void* stream) {
   const bool over_all = a.norm_over_all && (a.q_norm != nullptr || a.k_norm != nullptr);
   const int64_t blocks = over_all ? 3 : ceil_div(a.num_heads + 2 * a.cache.num_heads, kWarps);
   if (a.num_rows == 0 || blocks == 0) return;
-  SX_CHECK(a.num_rows * blocks < (int64_t{1} << 31), "rope_and_store: more than 2^31 blocks of threads at a time");
+  SX_CHECK(a.num_rows < (int64_t{1} << 31) && blocks < 65536,
+           "rope_and_store: more than 2^31 rows, or than 2^19 heads, at a time");
   const DeviceGuard guard(device);
   const auto kernel = over_all ? &rotary_kernel<T, C, true> : &rotary_kernel<T, C, false>;
-  SX_LAUNCH(kernel, static_cast<unsigned>(a.num_rows * blocks), kThreads, 0, static_cast<cudaStream_t>(stream), a,
-            blocks);
+  const dim3 grid(static_cast<unsigned>(a.num_rows), static_cast<unsigned>(blocks));
+  SX_LAUNCH(kernel, grid, kThreads, 0, static_cast<cudaStream_t>(stream), a);
   cuda_check(cudaGetLastError(), "rope_and_store launch");
 }
 

@@ -85,12 +85,12 @@ __device__ inline Acc add_stream_from_exponentials(const ColumnRows<Acc>& at, in
 
 // Minimum resident blocks per multiprocessor, for __launch_bounds__: by itself the compiler aims at more of them, and
 // spills.
-template <typename T>
-constexpr int kMinBlocksPerSm = sizeof(Accumulator<T>) == sizeof(double) ? 4 : 6;
+template <typename T, bool kCap>
+constexpr int kMinBlocksPerSm = sizeof(Accumulator<T>) == sizeof(double) ? 4 : (kCap ? 5 : 6);
 
 // Block (x, y): kThreads columns from x * kThreads on, the rows of split y.
 template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T>)
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T, kCap>)
     gradient_kernel(const LossRowsArgs<T> a, const LossTable table, const LossWorkspace<Accumulator<T>> w) {
   using Acc = Accumulator<T>;
   SX_DYNAMIC_SHARED(LossTerms<Acc>, terms);  // [num_streams, kRows], and then their targets

@@ -328,9 +328,15 @@ __device__ inline void finish_shared(const LossRowsArgs<T>& a, const LossTable& 
   record(a, s, w, soft, r, k, column, at_target, is_correct, largest);
 }
 
-// Minimum resident blocks per multiprocessor, for __launch_bounds__.
+// Minimum resident blocks per multiprocessor, for __launch_bounds__: on sm_100 a fourth would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMinPlainBlocks = 3;
+#else
+constexpr int kMinPlainBlocks = 4;
+#endif
 template <typename T, bool kCap, bool kExtra>
-constexpr int kMinBlocksPerSm = sizeof(Accumulator<T>) == sizeof(double) ? 1 : (kCap ? 2 : (kExtra ? 3 : 4));
+constexpr int kMinBlocksPerSm =
+    sizeof(Accumulator<T>) == sizeof(double) ? 1 : (kCap ? 2 : (kExtra ? 3 : kMinPlainBlocks));
 
 // kExtra: with the sums that smoothing and entropy need.
 template <typename T, bool kCap, bool kExtra>
